@@ -1,0 +1,55 @@
+# Everything runs from .venv, which the first target builds; nothing outside this folder changes.
+# PYTHON picks the interpreter (3.11 or newer): make test PYTHON=python3.12
+# pip's own settings are kept: on a machine without a GPU, PyPI's torch is not wanted, so
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test lint wheel clean
+
+help:  ## say what there is
+	@echo 'rite_diffusion: make TARGET'
+	@sed -n 's/^\([a-z]*\):[^#]*##  *\(.*\)/  \1	\2/p' Makefile
+
+demo: $(VENV)/.installed  ## learn a concept on the embedded model, draw before and after (minutes)
+	$(BIN)/rite demo
+
+test: $(VENV)/.installed-dev  ## run the test suite
+	$(BIN)/pytest -q
+
+lint: $(VENV)/.installed-dev  ## ruff, pyright and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports --no-logo
+
+wheel: $(VENV)/.installed-dev  ## build dist/*.whl
+	$(BIN)/python -m build --wheel
+
+clean:  ## remove the environment and every cache
+	rm -rf $(VENV) dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 …' >&2; exit 1; }
+	@echo '== making $(VENV) with $(PYTHON)'
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) --upgrade pip
+
+# A stamp per installation; both are renewed when what is asked for changes.
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo '== installing rite_diffusion (torch is large: this takes minutes the first time)'
+	$(INSTALL) -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo '== installing rite_diffusion and its test tools (torch is large: minutes the first time)'
+	$(INSTALL) -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,33 @@
+"""Teach a text-to-image diffusion model new concepts from a handful of photos.
+
+    import rite_diffusion as rite
+
+    adapter = rite.train("photos/dog", trigger="<dog>", class_noun="dog")
+    images = rite.generate("a <dog> on a blue background", adapters=[adapter], seed=0)
+
+Everything heavy is imported on first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+__all__ = ["RiteError", "__version__", "generate", "inspect", "train"]
+
+_HOMES = {
+    "train": "rite_diffusion.recipes",
+    "generate": "rite_diffusion.recipes",
+    "inspect": "rite_diffusion.recipes",
+    "RiteError": "rite_diffusion.types",
+}
+
+if TYPE_CHECKING:
+    from rite_diffusion.recipes import generate, inspect, train
+    from rite_diffusion.types import RiteError
+
+
+def __getattr__(name: str):
+    """Import a public function from its module when it is first asked for (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'rite_diffusion' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

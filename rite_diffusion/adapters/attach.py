@@ -1,0 +1,171 @@
+"""LoRA layers into a base model and out again; the base's own weights never change.
+
+PEFT makes the layers. Several adapters live side by side, each with its own weight.
+"""
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from rite_diffusion.adapters.file import Adapter
+from rite_diffusion.types import AdapterError, Backbone, LoraPair
+
+PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+
+
+def module_name(component: str, path: str) -> str:
+    """A module's name in adapter files, as kohya's tools write it.
+
+    transformers >= 5.6 dropped the level `text_model` from CLIP; files keep it.
+    """
+    if component == "text_encoder" and not path.startswith("text_model."):
+        path = f"text_model.{path}"
+    return PREFIXES[component] + path.replace(".", "_")
+
+
+def _inner(component: nn.Module, path: str) -> nn.Module:
+    """The module at a path, or the layer that LoRA wraps there."""
+    module = component.get_submodule(path)
+    return module.base_layer if isinstance(module, LoraLayer) else module
+
+
+def places(backbone: Backbone) -> dict[str, tuple[str, str]]:
+    """Module name in files -> (component, path) of every layer that LoRA can adapt."""
+    return {
+        module_name(component, path): (component, path)
+        for component, module in backbone.components.items()
+        for path, layer in _layers(module)
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+    }
+
+
+def _layers(component: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Paths and layers of a component as they were before any LoRA was put in."""
+    found = []
+    for path, module in component.named_modules():
+        if isinstance(module, LoraLayer):
+            found.append((path, module.base_layer))
+        elif not any(part in path for part in (".lora_", ".base_layer")):
+            found.append((path, module))
+    return found
+
+
+def inject(
+    backbone: Backbone, name: str, targets: dict[str, list[str]], rank: int, alpha: float
+) -> None:
+    """Add fresh trainable LoRA layers, `down` random and `up` zero, at paths per component."""
+    for component, paths in targets.items():
+        config = LoraConfig(
+            r=rank, lora_alpha=alpha, target_modules=paths, init_lora_weights="gaussian"
+        )
+        inject_adapter_in_model(config, backbone.components[component], adapter_name=name)
+
+
+def lora_layers(backbone: Backbone, name: str) -> dict[str, LoraLayer]:
+    """Module name -> the LoRA layer there that holds the adapter `name`."""
+    return {
+        module_name(component, path): module
+        for component, root in backbone.components.items()
+        for path, module in root.named_modules()
+        if isinstance(module, LoraLayer) and name in module.lora_A
+    }
+
+
+def read_pairs(backbone: Backbone, name: str) -> list[LoraPair]:
+    """The factors of an attached adapter: the live parameters, not copies."""
+    return [
+        LoraPair(
+            module,
+            layer.lora_A[name].weight,
+            layer.lora_B[name].weight,
+            layer.lora_alpha[name] / layer.r[name],
+        )
+        for module, layer in lora_layers(backbone, name).items()
+    ]
+
+
+def check_fit(backbone: Backbone, adapter: Adapter) -> dict[str, tuple[str, str]]:
+    """Where each pair belongs; AdapterError where the adapter was not made for this model."""
+    known = places(backbone)
+    missing = [pair.name for pair in adapter.pairs if pair.name not in known]
+    if missing:
+        raise AdapterError(
+            f"{len(missing)} of {len(adapter.pairs)} modules of the adapter are not in "
+            f"{backbone.name} (first: {missing[0]}): it was made for another kind of base model"
+            + (f", {adapter.info.base}." if adapter.info.base else ".")
+        )
+    for pair in adapter.pairs:
+        component, path = known[pair.name]
+        weight = _inner(backbone.components[component], path).weight
+        shape = (pair.up.shape[0], *pair.down.shape[1:])
+        if shape != tuple(weight.shape):
+            raise AdapterError(
+                f"{pair.name} is for weights {shape}, {backbone.name} has {tuple(weight.shape)}: "
+                f"the adapter was made for another base model ({adapter.info.base or 'unnamed'})."
+            )
+    return {pair.name: known[pair.name] for pair in adapter.pairs}
+
+
+@torch.no_grad()
+def attach(backbone: Backbone, adapter: Adapter, name: str, weight: float = 1.0) -> None:
+    """Put an adapter into the model under a name, at a weight; all attached adapters add up.
+
+    Everything is checked first: an AdapterError leaves the model as it was.
+    """
+    if not name.isidentifier():
+        raise AdapterError(f"adapter name {name!r} is not a plain word")
+    if lora_layers(backbone, name):
+        raise AdapterError(f"an adapter named '{name}' is attached already")
+    homes = check_fit(backbone, adapter)
+    for component in PREFIXES:
+        pairs = {path: p for p in adapter.pairs for c, path in [homes[p.name]] if c == component}
+        if not pairs:
+            continue
+        config = LoraConfig(
+            target_modules=list(pairs),
+            rank_pattern={path: pair.rank for path, pair in pairs.items()},
+            alpha_pattern={path: pair.scale * pair.rank for path, pair in pairs.items()},
+        )
+        inject_adapter_in_model(config, backbone.components[component], adapter_name=name)
+    layers = lora_layers(backbone, name)
+    for pair in adapter.pairs:
+        layer = layers[pair.name]
+        _copy(layer.lora_A[name].weight, pair.down)
+        _copy(layer.lora_B[name].weight, pair.up)
+    set_weight(backbone, name, weight)
+    _activate(backbone)
+
+
+def _copy(parameter: nn.Parameter, value: Tensor) -> None:
+    parameter.copy_(value.reshape(parameter.shape))
+    parameter.requires_grad_(False)
+
+
+def set_weight(backbone: Backbone, name: str, weight: float) -> None:
+    """Change the weight of an attached adapter."""
+    for layer in lora_layers(backbone, name).values():
+        layer.set_scale(name, weight)
+
+
+def _activate(backbone: Backbone) -> None:
+    """Make every attached adapter count."""
+    for root in backbone.components.values():
+        for module in root.modules():
+            if isinstance(module, LoraLayer):
+                module.set_adapter(list(module.lora_A), inference_mode=True)
+
+
+def detach(backbone: Backbone, name: str) -> None:
+    """Take an adapter out; a layer that holds no other becomes the base's own again."""
+    for root in backbone.components.values():
+        wrapped = [(p, m) for p, m in root.named_modules() if isinstance(m, LoraLayer)]
+        for path, module in wrapped:
+            if name in module.lora_A:
+                module.delete_adapter(name)
+            if not module.lora_A:
+                parent, _, leaf = path.rpartition(".")
+                setattr(root.get_submodule(parent), leaf, module.base_layer)
+        if hasattr(root, "peft_config"):
+            root.peft_config.pop(name, None)
+    _activate(backbone)

@@ -1,0 +1,33 @@
+"""OpenAI CLIP's tokenizer, built from the merges beside this file."""
+
+import gzip
+from pathlib import Path
+
+from transformers import CLIPTokenizer
+
+_MERGES = Path(__file__).with_name("merges.txt.gz")  # one pair a line, the most frequent first
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """A new tokenizer of 49408 tokens; prompts are cut at 77, begin and end marks included.
+
+    Ids follow OpenAI's SimpleTokenizer: the 256 bytes, the same at a word's end, the merges, marks.
+    """
+    merges = gzip.decompress(_MERGES.read_bytes()).decode().split("\n")
+    letters = _byte_letters()
+    tokens = [
+        *letters,
+        *(letter + "</w>" for letter in letters),
+        *(pair.replace(" ", "") for pair in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    pairs = [tuple(pair.split(" ")) for pair in merges]
+    return CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=77)
+
+
+def _byte_letters() -> list[str]:
+    """A visible letter for each byte: the printable bytes first, then stand-ins for the others."""
+    printable = [chr(code) for code in range(256) if chr(code).isprintable() and chr(code) != " "]
+    return printable + [chr(256 + index) for index in range(256 - len(printable))]

@@ -1,0 +1,111 @@
+"""From what a user calls a base model to an open backbone: pocket, folder, file or hub id."""
+
+import warnings
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from rite_diffusion.backbones.stable_diffusion import StableDiffusion
+from rite_diffusion.types import BackboneError
+
+POCKET = Path(__file__).parent / "pocket" / "weights"
+PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def default_device() -> torch.device:
+    """CUDA, then Apple's GPU, then the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def load_backbone(
+    base: str, precision: str = "fp32", device: torch.device | None = None
+) -> StableDiffusion:
+    """The base model behind a name: `pocket`, a diffusers folder, a `.safetensors` or a hub id.
+
+    Weights are read in `precision` (fp32, fp16, bf16); no pickle is opened and no code from a hub
+    is run. Raises BackboneError where there is no such model.
+    """
+    pipeline = open_pipeline(base, DTYPES[precision])
+    attention = choose_attention(pipeline)
+    return StableDiffusion(pipeline, base, device or default_device(), attention)
+
+
+def choose_attention(pipeline: StableDiffusionPipeline) -> str:
+    """The attention backend now in use: xformers where it is installed and CUDA is there."""
+    if not torch.cuda.is_available():
+        return "sdpa"
+    try:
+        pipeline.enable_xformers_memory_efficient_attention()
+    except (ModuleNotFoundError, ImportError, ValueError, RuntimeError):
+        return "sdpa"
+    return "xformers"
+
+
+def open_pipeline(base: str, dtype: torch.dtype) -> StableDiffusionPipeline:
+    """The diffusers pipeline of a base model."""
+    if base == "pocket":
+        return _from_folder(POCKET, dtype)
+    path = Path(base).expanduser()
+    if path.suffix.lower() in PICKLES:
+        raise BackboneError(
+            f"{path} is a pickle, which can run code when opened. "
+            "Convert it to .safetensors on a machine you can lose, then pass that file."
+        )
+    if path.is_dir():
+        return _from_folder(path, dtype)
+    if path.is_file():
+        from rite_diffusion.backbones.single_file import load_single_file
+
+        return load_single_file(path, dtype=dtype)
+    return _from_hub(base, dtype)
+
+
+def _from_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise BackboneError(
+            f"{folder} has no model_index.json: it is not a diffusers model. "
+            "Pass a folder written by save_pretrained, or a .safetensors file."
+        )
+    try:
+        return _pretrained(str(folder), dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise BackboneError(f"{folder} does not open as Stable Diffusion: {error}") from None
+
+
+def _from_hub(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    remedy = "Pass 'pocket', a diffusers folder, a .safetensors file or a hub id (owner/model)."
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise BackboneError(f"no base model '{name}'. {remedy}") from None
+    if "/" not in name:
+        raise BackboneError(f"no base model '{name}'. {remedy}")
+    try:
+        return _pretrained(name, dtype)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BackboneError(f"base model '{name}' is neither here nor on the hub ({reason}). {remedy}") from None
+
+
+def _pretrained(source: str, dtype: torch.dtype, **options) -> StableDiffusionPipeline:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return StableDiffusionPipeline.from_pretrained(
+            source,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+            low_cpu_mem_usage=True,
+            **options,
+        )

@@ -1,0 +1,111 @@
+"""Stable Diffusion 1.x and 2.x, and the pocket base: one CLIP text encoder, UNet, autoencoder."""
+
+import hashlib
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from torch import Tensor, nn
+
+from rite_diffusion.types import BackboneError, Conditioning
+
+PROJECTIONS = {
+    "unet": ("to_q", "to_k", "to_v", "to_out.0"),
+    "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
+}
+
+
+class StableDiffusion:
+    """A Stable Diffusion model behind the Backbone protocol; its weights are frozen."""
+
+    multiple = 8
+
+    def __init__(
+        self, pipeline: StableDiffusionPipeline, name: str, device: torch.device, attention: str
+    ):
+        for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            model.requires_grad_(False).eval().to(device)
+        self.name = name
+        self.device = device
+        self.attention = attention
+        self.unet = pipeline.unet
+        self.vae = pipeline.vae
+        self.text_encoder = pipeline.text_encoder
+        self.tokenizer = pipeline.tokenizer
+        self.dtype: torch.dtype = self.unet.dtype
+        self.latent_channels: int = self.unet.config.in_channels
+        self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod.to(device)
+        self.prediction_type = pipeline.scheduler.config.prediction_type
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise BackboneError(f"{name} predicts '{self.prediction_type}', which is not supported")
+        self._scheduler_config = pipeline.scheduler.config
+        self.resolution: int = self.unet.config.sample_size * self.pixels_per_latent
+        self.fingerprint = self._fingerprint()
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        """The UNet and the text encoder."""
+        return {"unet": self.unet, "text_encoder": self.text_encoder}
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Pixels along one side of a latent cell."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens that a prompt may have, begin and end marks excluded."""
+        return self.tokenizer.model_max_length - 2
+
+    def _fingerprint(self) -> str:
+        """First 16 hex digits of a SHA-256 over the UNet's first and last weights, as fp16."""
+        digest = hashlib.sha256()
+        for layer in (self.unet.conv_in, self.unet.conv_out):
+            digest.update(str(tuple(layer.weight.shape)).encode())
+            digest.update(layer.weight.detach().to("cpu", torch.float16).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def lora_targets(self, component: str) -> list[str]:
+        """Paths of the q, k, v and output projections of every attention of a component."""
+        wanted = PROJECTIONS[component]
+        modules = self.components[component].named_modules()
+        return [path for path, _ in modules if path.endswith(tuple(f".{name}" for name in wanted))]
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Latents (B, C, h, w), the posterior's mean, of pictures (B, 3, H, W) in [-1, 1]."""
+        pixels = pixels.to(self.device, self.vae.dtype)
+        return self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] of latents (B, C, h, w)."""
+        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
+        return self.vae.decode(latents).sample
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """The text encoder's last hidden states (B, tokens, width); over-long prompts are cut."""
+        ids = self.tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=self.tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids
+        return Conditioning(self.text_encoder(ids.to(self.device)).last_hidden_state)
+
+    def token_count(self, prompt: str) -> int:
+        """Number of the prompt's tokens, begin and end marks excluded."""
+        return len(self.tokenizer(prompt, truncation=False).input_ids) - 2
+
+    def is_known_word(self, word: str) -> bool:
+        """Whether the tokenizer holds the word whole, as it does what the model already knows."""
+        return word.isalpha() and self.token_count(word) == 1
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The UNet's prediction (B, C, h, w) for latents at timesteps (B,)."""
+        states = conditioning.states.to(self.dtype)
+        return self.unet(noisy.to(self.dtype), timesteps, encoder_hidden_states=states).sample
+
+    def new_scheduler(self) -> DDIMScheduler:
+        """A deterministic sampler (Song et al. 2021) on the model's own noise schedule."""
+        return DDIMScheduler.from_config(self._scheduler_config, clip_sample=False)

@@ -1,0 +1,181 @@
+"""The `rite` command. Everything heavy is imported inside the commands."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from rite_diffusion.types import RiteError
+
+app = typer.Typer(
+    name="rite",
+    help="Teach a text-to-image model your own concepts from a few photos.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run a command; a RiteError becomes one line and exit code 2."""
+    try:
+        app()
+    except RiteError as error:
+        print(f"rite: {error}", file=sys.stderr)
+        signal = getattr(error, "signal", None)
+        sys.exit(2 if signal is None else 128 + signal)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from rite_diffusion import __version__
+
+        print(f"rite_diffusion {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def rite(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Teach a text-to-image model your own concepts from a few photos."""
+
+
+def _settings(given: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """The settings tree of command-line options that were given, `--set` first."""
+    from rite_diffusion.config import merge, parse_assignments
+
+    pairs = {key: value for key, value in given.items() if value is not None}
+    tree: dict[str, Any] = {}
+    for key, value in pairs.items():
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        tree = merge(tree, value)
+    return merge(parse_assignments(assignments), tree)
+
+
+@app.command()
+def train(
+    photos: Annotated[Path, typer.Argument(help="Folder that holds the photos.")],
+    trigger: Annotated[str, typer.Option(help='New word for the concept, such as "<robot>".')],
+    class_noun: Annotated[str, typer.Option("--class", help="What it is: robot, dog, cake.")],
+    base: Annotated[
+        str, typer.Option(help="pocket, a diffusers folder, a .safetensors file or a hub id.")
+    ] = "pocket",
+    preset: Annotated[str | None, typer.Option(help="Preset name or .toml file.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the LoRA pairs.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw or sgd.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/<photos>.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any setting: --set optim.warmup=20.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report and stop.")] = False,
+) -> None:
+    """Train a concept adapter from a folder of photos."""
+    given = {
+        "photos": str(photos),
+        "trigger": trigger,
+        "class_noun": class_noun,
+        "base": base,
+        "steps": steps,
+        "lora.rank": rank,
+        "optim.name": optimizer,
+        "optim.lr": lr,
+        "seed": seed,
+    }
+    settings = _settings(given, set_ or [])
+    from rite_diffusion import recipes
+    from rite_diffusion.terminal import describe_plan, describe_result, training_progress
+
+    plan = recipes.plan_training(recipes.configure(settings, preset))
+    describe_plan(plan)
+    if dry_run:
+        return
+    folder = out or recipes.default_run(photos)
+    with training_progress(plan.config.steps) as listen:
+        adapter = recipes.run_training(plan, folder, listen)
+    describe_result(plan, adapter)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help='What to draw: "a <robot> on a blue background".')],
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="FILE or FILE:WEIGHT; may be given several times.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base model; default: the adapter's, else pocket.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
+    num: Annotated[int, typer.Option(min=1, max=10_000, help="How many pictures.")] = 1,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 25,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, max=100, help="Guidance scale; default: the base's.")
+    ] = None,
+    negative: Annotated[str, typer.Option(help="What to avoid.")] = "",
+    width: Annotated[int | None, typer.Option(help="Pixels; default: the base's.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; default: the base's.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs"),
+) -> None:
+    """Make pictures of a prompt, with any number of adapters."""
+    from rite_diffusion import recipes
+
+    images = recipes.generate(
+        prompt,
+        adapters=adapter or [],
+        base=base,
+        seed=seed,
+        num=num,
+        steps=steps,
+        guidance=guidance,
+        negative=negative,
+        width=width,
+        height=height,
+        out=out,
+    )
+    for image in images:
+        print(image.filename)
+
+
+@app.command()
+def inspect(file: Annotated[Path, typer.Argument(help="An adapter, .safetensors.")]) -> None:
+    """Show what an adapter file holds and how it was trained."""
+    from rite_diffusion import recipes
+    from rite_diffusion.terminal import describe_adapter
+
+    describe_adapter(file, recipes.inspect(file))
+
+
+@app.command()
+def doctor() -> None:
+    """Show versions, devices and what is missing, with how to get it."""
+    from rite_diffusion.doctor import examine
+    from rite_diffusion.terminal import describe_findings
+
+    describe_findings(examine())
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder; default: runs/demo.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+) -> None:
+    """Learn the example robot on the pocket base and show it before and after."""
+    from rite_diffusion import demo as example
+    from rite_diffusion.terminal import describe_plan, training_progress
+
+    plan, folder = example.prepare(out, seed)
+    describe_plan(plan)
+    with training_progress(plan.config.steps) as listen:
+        result = example.run(plan, folder, listen)
+    print(f"adapter         {result.adapter}")
+    print(f"identity        {result.before:.2f} before, {result.after:.2f} after")
+    print(f"recognised      {result.recognised_before:.0%} before, {result.recognised_after:.0%} after")
+    print(f"before/after    {result.grid}")

@@ -1,0 +1,49 @@
+"""Plain LoRA (Hu et al. 2021) on the attention of UNet and text encoder."""
+
+import torch
+
+from rite_diffusion.adapters import detach, inject, read_pairs
+from rite_diffusion.concepts.method import Method
+from rite_diffusion.config import TrainConfig
+from rite_diffusion.types import Backbone, Conditioning, LoraPair
+
+NAME = "concept"
+
+
+class PlainLora(Method):
+    """Pairs on the q, k, v and output projections; each component has its own learning rate."""
+
+    def __init__(self, backbone: Backbone, config: TrainConfig):
+        super().__init__(backbone, config)
+        self.components = ["unet", "text_encoder"] if config.lora.text_encoder else ["unet"]
+        targets = {name: backbone.lora_targets(name) for name in self.components}
+        rank, alpha = config.lora.rank, config.lora.alpha or config.lora.rank
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            inject(backbone, NAME, targets, rank, alpha)
+
+    def groups(self) -> list[dict]:
+        """A group for the UNet's pairs and one for the text encoder's."""
+        optim = self.config.optim
+        rates = {"unet": optim.lr, "text_encoder": optim.lr_text_encoder or optim.lr / 2}
+        return [
+            {
+                "name": component,
+                "params": [p for p in self.backbone.components[component].parameters() if p.requires_grad],
+                "lr": rates[component],
+                "weight_decay": optim.weight_decay,
+            }
+            for component in self.components
+        ]
+
+    def conditioning(self, captions: list[str]) -> Conditioning:
+        """The text encoder's states of the captions."""
+        return self.backbone.encode_prompts(captions)
+
+    def pairs(self) -> list[LoraPair]:
+        """The pairs in training."""
+        return read_pairs(self.backbone, NAME)
+
+    def remove(self) -> None:
+        """Take the LoRA layers out."""
+        detach(self.backbone, NAME)

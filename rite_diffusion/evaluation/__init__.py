@@ -1,0 +1,1 @@
+"""Scores of generated pictures by networks that no training here has ever used as a signal."""

@@ -1,0 +1,51 @@
+"""Parameters inside PNG files: as JSON for this toolkit, as text for the tools that read A1111's."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from PIL import Image, PngImagePlugin
+
+KEY = "rite"
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Everything that decides a picture's pixels."""
+
+    prompt: str
+    negative: str
+    seed: int
+    steps: int
+    guidance: float
+    width: int
+    height: int
+    base: str
+    base_fingerprint: str
+    adapters: list[dict]  # file name, weight, sha256 of each
+    version: str
+
+    def as_text(self) -> str:
+        """The parameters in A1111's form."""
+        lines = [self.prompt]
+        if self.negative:
+            lines.append(f"Negative prompt: {self.negative}")
+        lines.append(
+            f"Steps: {self.steps}, Sampler: DDIM, CFG scale: {self.guidance:g}, Seed: {self.seed}, "
+            f"Size: {self.width}x{self.height}, Model: {self.base}"
+        )
+        return "\n".join(lines)
+
+
+def save_png(image: Image.Image, path: Path, parameters: Parameters) -> None:
+    """Write a picture with its parameters."""
+    info = PngImagePlugin.PngInfo()
+    info.add_text("parameters", parameters.as_text())
+    info.add_text(KEY, json.dumps(asdict(parameters)))
+    image.save(path, "PNG", pnginfo=info)
+
+
+def read_parameters(path: Path) -> Parameters:
+    """The parameters that `save_png` wrote; KeyError where a picture has none."""
+    with Image.open(path, formats=("PNG",)) as image:
+        return Parameters(**json.loads(image.text[KEY]))

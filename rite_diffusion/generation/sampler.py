@@ -1,0 +1,60 @@
+"""Pictures of prompts by classifier-free guidance, each a function of its own seed."""
+
+from collections.abc import Callable
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from rite_diffusion.photos.images import to_image
+from rite_diffusion.types import Backbone, Conditioning
+
+
+def initial_noise(backbone: Backbone, seeds: list[int], width: int, height: int) -> Tensor:
+    """Noise (B, C, h, w), each picture's drawn on the CPU from its own seed."""
+    scale = backbone.pixels_per_latent
+    shape = (backbone.latent_channels, height // scale, width // scale)
+    draws = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(draws).to(backbone.device)
+
+
+def guided_prediction(
+    backbone: Backbone,
+    latents: Tensor,
+    timestep: Tensor,
+    conditioning: Conditioning,
+    guidance: float,
+) -> Tensor:
+    """uncond + w (cond - uncond) (Ho & Salimans 2022); conditioning is [uncond; cond], (2B, …)."""
+    both = torch.cat([latents, latents])
+    prediction = backbone.denoise(both, timestep.expand(len(both)), conditioning).float()
+    uncond, cond = prediction.chunk(2)
+    return uncond + guidance * (cond - uncond)
+
+
+@torch.no_grad()
+def sample(
+    backbone: Backbone,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    negative: str = "",
+    steps: int = 25,
+    guidance: float = 3.0,
+    width: int | None = None,
+    height: int | None = None,
+    listen: Callable[[int], None] = lambda step: None,
+) -> list[Image]:
+    """One picture per prompt and seed, all in one batch; sides in pixels."""
+    side = backbone.resolution
+    latents = initial_noise(backbone, seeds, width or side, height or side)
+    conditioning = backbone.encode_prompts([negative] * len(prompts) + prompts)
+    scheduler = backbone.new_scheduler()
+    scheduler.set_timesteps(steps, device=backbone.device)
+    latents = latents * scheduler.init_noise_sigma
+    for done, timestep in enumerate(scheduler.timesteps, start=1):
+        model_input = scheduler.scale_model_input(latents, timestep)
+        prediction = guided_prediction(backbone, model_input, timestep, conditioning, guidance)
+        latents = scheduler.step(prediction, timestep, latents).prev_sample
+        listen(done)
+    return [to_image(pixels) for pixels in backbone.decode(latents)]

@@ -1,0 +1,1 @@
+"""Photo folder -> checked pictures with captions -> batches of latents."""

@@ -1,0 +1,69 @@
+"""Any picture file as upright RGB with the colours that its maker saw."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "MPO")
+MAX_PIXELS = 100_000_000
+
+
+class UnreadableImage(Exception):
+    """The picture cannot be used; the message is the reason."""
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """RGB of any mode: 16-bit greys scaled, transparency laid on white."""
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, np.float64)
+        peak = 65535 if values.max() > 255 else 255
+        return Image.fromarray((values * 255 / peak).clip(0, 255).astype(np.uint8)).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def open_image(path: Path) -> Image.Image:
+    """The picture as upright RGB; of an animation its first frame.
+
+    Raises UnreadableImage for what is no picture, is cut off, or has over 100 megapixels.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path, formats=FORMATS) as image:
+                width, height = image.size
+                if width * height > MAX_PIXELS:
+                    raise UnreadableImage(f"too large: {width}x{height} pixels")
+                image.load()
+                return _flatten(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:
+        raise UnreadableImage("not a picture") from None
+    except Image.DecompressionBombError:
+        raise UnreadableImage(f"too large: over {MAX_PIXELS:,} pixels") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UnreadableImage(f"damaged: {error}") from None
+
+
+def fit(image: Image.Image, width: int, height: int) -> Image.Image:
+    """The picture's centre in the wanted size: scaled to cover it, then cropped."""
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """Pixels (3, H, W) in [-1, 1]."""
+    array = np.asarray(image, np.float32) / 127.5 - 1
+    return torch.from_numpy(array).permute(2, 0, 1).contiguous()
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """Picture of pixels (3, H, W) in [-1, 1]."""
+    array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
+    return Image.fromarray(array.cpu().numpy())

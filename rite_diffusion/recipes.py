@@ -1,0 +1,339 @@
+"""The whole flow on one screen: a photo folder becomes an adapter, a prompt becomes pictures."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+
+import rite_diffusion
+from rite_diffusion.adapters import Adapter, AdapterInfo, attach, load_adapter, save_adapter
+from rite_diffusion.backbones import StableDiffusion, load_backbone
+from rite_diffusion.concepts import METHODS, Method
+from rite_diffusion.config import TrainConfig, load_preset, merge, resolve, to_toml
+from rite_diffusion.generation.metadata import Parameters, save_png
+from rite_diffusion.generation.sampler import sample
+from rite_diffusion.photos.dataset import encode_photos
+from rite_diffusion.photos.folder import PhotoFolder, read_folder
+from rite_diffusion.training.interrupt import stop_on_signal
+from rite_diffusion.training.loop import StepReport, optimizer_spec, train_steps
+from rite_diffusion.training.run_folder import RunFolder
+from rite_diffusion.types import AdapterError, Concept, ConfigError, RiteError
+
+LICENCE = "unspecified"
+
+
+class Stopped(RiteError):
+    """A signal ended the run early; what was learned until then is in the adapter."""
+
+    def __init__(self, adapter: Path, step: int, signal: int):
+        super().__init__(f"stopped at step {step}; the adapter of that step is {adapter}")
+        self.signal = signal
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked training run, ready to start."""
+
+    config: TrainConfig
+    backbone: StableDiffusion
+    folder: PhotoFolder
+
+    def cut_captions(self) -> list[str]:
+        """Captions longer than the base model's token budget."""
+        budget = self.backbone.token_budget
+        captions = {photo.caption for photo in self.folder.photos}
+        return sorted(text for text in captions if self.backbone.token_count(text) > budget)
+
+    def captions_without_trigger(self) -> list[str]:
+        """Captions that never teach the trigger."""
+        return [p.caption for p in self.folder.photos if self.config.trigger not in p.caption]
+
+
+def configure(settings: dict[str, Any], preset: str | None = None) -> TrainConfig:
+    """The resolved configuration: settings over a preset, every rate filled in.
+
+    The preset defaults to `pocket` on the pocket base and to `sd15` elsewhere. A preset's rates
+    belong to its optimizer: another optimizer without a rate takes its own default.
+    """
+    on_pocket = settings.get("base", "pocket") == "pocket"
+    low = load_preset(preset or ("pocket" if on_pocket else "sd15"))
+    chosen = settings.get("optim", {}).get("name")
+    if chosen and chosen != low.get("optim", {}).get("name"):
+        kept = {k: v for k, v in low["optim"].items() if not k.startswith("lr")}
+        low = low | {"optim": kept}
+    if "lr" in settings.get("optim", {}):
+        low.get("optim", {}).pop("lr_text_encoder", None)
+    config = resolve(merge(low, settings))
+    lr = config.optim.lr or optimizer_spec(config.optim.name).lr
+    text_lr = config.optim.lr_text_encoder or lr / 2
+    optim = config.optim.model_copy(update={"lr": lr, "lr_text_encoder": text_lr})
+    return config.model_copy(update={"optim": optim})
+
+
+def plan_training(config: TrainConfig) -> Plan:
+    """Read the photos and open the base; raises a RiteError for all that cannot be trained on."""
+    concept = Concept(config.trigger, config.class_noun)
+    folder = read_folder(Path(config.photos).expanduser(), concept, config.templates)
+    backbone = load_backbone(config.base, config.precision)
+    if backbone.is_known_word(config.trigger):
+        raise ConfigError(
+            f"trigger '{config.trigger}' is a word that {config.base} already knows, and training "
+            f"would overwrite it: use a new word such as '<{config.trigger}>'."
+        )
+    side = config.resolution or backbone.resolution
+    if side % backbone.multiple:
+        raise ConfigError(f"resolution {side} is not a multiple of {backbone.multiple} pixels")
+    config = config.model_copy(update={"resolution": side})
+    return Plan(config, backbone, folder)
+
+
+def _adapter(plan: Plan, method: Method, step: int) -> Adapter:
+    """The adapter as trained so far; its header holds no absolute path."""
+    config = plan.config
+    base = config.base if config.base == "pocket" else Path(config.base).name
+    public = config.model_copy(update={"photos": Path(config.photos).name, "base": base})
+    info = AdapterInfo(
+        trigger=config.trigger,
+        class_noun=config.class_noun,
+        base=base,
+        base_fingerprint=plan.backbone.fingerprint,
+        method=config.method,
+        optimizer=config.optim.name,
+        steps=str(step),
+        images=str(len(plan.folder.photos)),
+        config=to_toml(public),
+        licence=LICENCE,
+        version=rite_diffusion.__version__,
+    )
+    return Adapter(method.pairs(), info)
+
+
+def _write_previews(plan: Plan, run: RunFolder, step: int) -> None:
+    previews = plan.config.previews
+    prompts = [p.replace("{trigger}", plan.config.trigger) for p in previews.prompts]
+    for index, prompt in enumerate(prompts):
+        [image] = sample(
+            plan.backbone,
+            [prompt],
+            [previews.seed],
+            steps=previews.steps,
+            guidance=previews.guidance,
+        )
+        image.save(run.path / "previews" / f"step-{step:06d}-{index}.png")
+
+
+def run_training(
+    plan: Plan, out: Path, listen: Callable[[StepReport], None] = lambda report: None
+) -> Path:
+    """Train, and return the path of the adapter file in the run folder `out`.
+
+    Raises Stopped after Ctrl-C or SIGTERM, once the adapter of the last step is written.
+    """
+    total = plan.config.steps
+    with RunFolder(out) as run, stop_on_signal() as request:
+        run.write_config(to_toml(plan.config))
+        run.log(f"rite_diffusion {rite_diffusion.__version__}, {len(plan.folder.photos)} photos")
+        run.write_status("preparing", 0, total)
+        try:
+            done = _learn(plan, run, listen, stop=lambda: request.signal is not None)
+        except BaseException as error:
+            run.write_status("failed", 0, total)
+            run.log(f"failed: {type(error).__name__}: {error}")
+            raise
+        run.write_status("finished" if done == total else "stopped", done, total)
+        run.log(f"wrote {run.adapter_path.name} after {done} steps")
+        if request.signal is not None and done < total:
+            raise Stopped(run.adapter_path, done, request.signal)
+    return run.adapter_path
+
+
+def _learn(
+    plan: Plan, run: RunFolder, listen: Callable[[StepReport], None], stop: Callable[[], bool]
+) -> int:
+    """Train in an open run folder, write the adapter, and return the steps done."""
+    config, backbone = plan.config, plan.backbone
+    data = encode_photos(backbone, plan.folder.photos, config.resolution, config.flip)
+    method = METHODS[config.method](backbone, config)
+
+    def after(report: StepReport) -> None:
+        step = report.step
+        run.write_metrics(**vars(report))
+        if step % config.checkpoints.every == 0:
+            run.save_checkpoint(_adapter(plan, method, step), step, config.checkpoints.keep)
+            run.write_status("running", step, config.steps)
+        if config.previews.every and step % config.previews.every == 0:
+            _write_previews(plan, run, step)
+        listen(report)
+
+    try:
+        done = train_steps(backbone, method, data, config, after, stop)
+        adapter = _adapter(plan, method, done)
+        run.save_checkpoint(adapter, done, config.checkpoints.keep)
+        save_adapter(run.adapter_path, adapter)
+    finally:
+        method.remove()
+    return done
+
+
+def train(
+    photos: str | Path,
+    *,
+    trigger: str,
+    class_noun: str,
+    base: str = "pocket",
+    preset: str | None = None,
+    out: str | Path | None = None,
+    listen: Callable[[StepReport], None] = lambda report: None,
+    **settings: Any,
+) -> Path:
+    """Train a concept adapter from a photo folder and return its file's path.
+
+    `settings` are those of `TrainConfig`: `steps=200, optim={"lr": 1e-3}`. The run folder `out`
+    defaults to `runs/<name of the photo folder>`.
+    """
+    wanted = {"photos": str(photos), "trigger": trigger, "class_noun": class_noun, "base": base}
+    plan = plan_training(configure(wanted | settings, preset))
+    return run_training(plan, Path(out or default_run(Path(photos))), listen)
+
+
+def default_run(photos: Path) -> Path:
+    """The first free run folder for a photo folder: runs/name, runs/name-2, …."""
+    name = photos.expanduser().resolve().name or "run"
+    candidates = [Path("runs") / name, *(Path("runs") / f"{name}-{i}" for i in range(2, 10_000))]
+    return next(path for path in candidates if not path.exists())
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An adapter file, its content and its weight."""
+
+    path: Path
+    adapter: Adapter
+    weight: float
+
+
+def choose_adapters(wanted: Sequence[str | Path]) -> list[Chosen]:
+    """The adapters of `FILE` or `FILE:WEIGHT` items."""
+    chosen = []
+    for item in wanted:
+        path, weight = split_weight(str(item))
+        chosen.append(Chosen(path, load_adapter(path), weight))
+    return chosen
+
+
+def split_weight(item: str) -> tuple[Path, float]:
+    """Path and weight of `FILE` or `FILE:WEIGHT`; the weight defaults to 1."""
+    head, colon, tail = item.rpartition(":")
+    try:
+        weight = float(tail) if colon else 1.0
+    except ValueError:
+        return Path(item).expanduser(), 1.0
+    if not -10 <= weight <= 10:
+        raise AdapterError(f"weight {tail} of {head} is outside -10 to 10")
+    return Path(head if colon else item).expanduser(), weight
+
+
+def open_with_adapters(base: str | None, adapters: list[Chosen]) -> StableDiffusion:
+    """The base model with the adapters attached; it defaults to the base they were made for."""
+    recorded = [c.adapter.info.base for c in adapters if c.adapter.info.base]
+    backbone = load_backbone(base or (recorded[0] if recorded else "pocket"))
+    for index, chosen in enumerate(adapters):
+        attach(backbone, chosen.adapter, f"adapter_{index}", chosen.weight)
+    return backbone
+
+
+def generate(
+    prompt: str,
+    *,
+    adapters: Sequence[str | Path] = (),
+    base: str | None = None,
+    seed: int = 0,
+    num: int = 1,
+    steps: int = 25,
+    guidance: float | None = None,
+    negative: str = "",
+    width: int | None = None,
+    height: int | None = None,
+    out: str | Path | None = None,
+    listen: Callable[[int], None] = lambda done: None,
+) -> list[Image]:
+    """Pictures of a prompt, for the seeds `seed`, `seed + 1`, …; adapters are `FILE[:WEIGHT]`.
+
+    Pictures are made one at a time, so each depends on its own parameters alone. With `out` they
+    are written there as PNGs that carry their parameters; `image.filename` tells where.
+    """
+    chosen = choose_adapters(adapters)
+    backbone = open_with_adapters(base, chosen)
+    width, height = width or backbone.resolution, height or backbone.resolution
+    for side in (width, height):
+        if side % backbone.multiple or not 0 < side <= 4096:
+            raise ConfigError(f"side {side} is not a multiple of {backbone.multiple} up to 4096")
+    guidance = default_guidance(backbone) if guidance is None else guidance
+    folder = None if out is None else output_folder(Path(out))
+    images = []
+    for index in range(num):
+        [image] = sample(
+            backbone,
+            [prompt],
+            [seed + index],
+            negative=negative,
+            steps=steps,
+            guidance=guidance,
+            width=width,
+            height=height,
+        )
+        facts = Parameters(
+            prompt=prompt,
+            negative=negative,
+            seed=seed + index,
+            steps=steps,
+            guidance=guidance,
+            width=width,
+            height=height,
+            base=backbone.name,
+            base_fingerprint=backbone.fingerprint,
+            adapters=[_record(c) for c in chosen],
+            version=rite_diffusion.__version__,
+        )
+        if folder is not None:
+            image.filename = str(next_file(folder))
+            save_png(image, Path(image.filename), facts)
+        images.append(image)
+        listen(index + 1)
+    return images
+
+
+def default_guidance(backbone: StableDiffusion) -> float:
+    """Guidance scale that suits a base: 3 for the pocket base, 7.5 for Stable Diffusion."""
+    return 3.0 if backbone.name == "pocket" else 7.5
+
+
+def output_folder(path: Path) -> Path:
+    """The folder, made if need be; RiteError where it cannot be written."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".rite-probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RiteError(f"cannot write to {path}: {error.strerror}. Choose another --out.") from None
+    return path
+
+
+def next_file(folder: Path) -> Path:
+    """The next free `00000.png` of a folder."""
+    numbers = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdigit()]
+    return folder / f"{max(numbers, default=-1) + 1:05d}.png"
+
+
+def _record(chosen: Chosen) -> dict[str, Any]:
+    digest = hashlib.sha256(chosen.path.read_bytes()).hexdigest()[:16]
+    return {"file": chosen.path.name, "weight": chosen.weight, "sha256": digest}
+
+
+def inspect(path: str | Path) -> Adapter:
+    """The checked content of an adapter file."""
+    return load_adapter(Path(path).expanduser())

@@ -1,0 +1,104 @@
+"""What the commands print."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from shlex import quote
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from rite_diffusion.adapters import Adapter
+from rite_diffusion.doctor import Finding
+from rite_diffusion.recipes import Plan
+from rite_diffusion.training.loop import StepReport
+
+
+def describe_plan(plan: Plan) -> None:
+    """Print what was found in the photo folder and what will be done with it."""
+    config, folder = plan.config, plan.folder
+    photos = folder.photos
+    print(f"photos      {len(photos)} in {config.photos}, {folder.sizes()} pixels")
+    print(f"captions    {folder.captioned} from files, {len(photos) - folder.captioned} from templates")
+    print(f"            e.g. \"{photos[0].caption}\"")
+    for path, reason in folder.skipped:
+        print(f"skipped     {path.name}: {reason}")
+    for caption in plan.captions_without_trigger():
+        print(f"no trigger  \"{caption}\" does not contain {config.trigger}")
+    for caption in plan.cut_captions():
+        print(f"cut         \"{caption}\" is longer than {plan.backbone.token_budget} tokens")
+    print(f"concept     {config.trigger}, a {config.class_noun}")
+    print(f"base        {config.base} on {plan.backbone.device}, {config.resolution} pixels, {config.precision}")
+    optim = config.optim
+    print(f"adapter     {config.method}, rank {config.lora.rank}")
+    rates = f"{optim.lr:g}"
+    if config.lora.text_encoder:
+        rates += f", text encoder {optim.lr_text_encoder:g}"
+    print(f"training    {config.steps} steps of {config.batch}, {optim.name}, rate {rates}, seed {config.seed}")
+
+
+@contextmanager
+def training_progress(steps: int) -> Iterator[Callable[[StepReport], None]]:
+    """A progress bar with loss, images/s and time left; yields what to call after each step."""
+    columns = (
+        TextColumn("training  "),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("{task.fields[speed]:.1f} images/s"),
+        TimeRemainingColumn(),
+    )
+    recent: list[StepReport] = []
+    with Progress(*columns, console=Console(), transient=False) as progress:
+        task = progress.add_task("", total=steps, loss=float("nan"), speed=0.0)
+
+        def listen(report: StepReport) -> None:
+            recent.append(report)
+            del recent[:-20]
+            loss = sum(entry.loss for entry in recent) / len(recent)
+            speed = sum(entry.images_per_second for entry in recent) / len(recent)
+            progress.update(task, completed=report.step, loss=loss, speed=speed)
+
+        yield listen
+
+
+def describe_result(plan: Plan, adapter: Path) -> None:
+    """Print where the adapter is and what to try next."""
+    size = adapter.stat().st_size / 1e6
+    prompt = f"a {plan.config.trigger} on a blue background"
+    if plan.config.base != "pocket":
+        prompt = f"a photo of a {plan.config.trigger} on a blue background"
+    base = "" if plan.config.base == "pocket" else f" --base {quote(plan.config.base)}"
+    print(f"adapter     {adapter} ({size:.1f} MB)")
+    print(f"try         rite generate {quote(prompt)} --adapter {quote(str(adapter))}{base}")
+
+
+def describe_adapter(path: Path, adapter: Adapter) -> None:
+    """Print an adapter's facts."""
+    facts = asdict(adapter.info)
+    config = facts.pop("config")
+    ranks = ", ".join(str(rank) for rank in adapter.ranks())
+    parameters = sum(pair.down.numel() + pair.up.numel() for pair in adapter.pairs)
+    counts = {
+        "UNet": sum(pair.name.startswith("lora_unet_") for pair in adapter.pairs),
+        "text encoder": sum(pair.name.startswith("lora_te") for pair in adapter.pairs),
+    }
+    print(f"{'file':<17}{path} ({path.stat().st_size / 1e6:.2f} MB)")
+    for key, value in facts.items():
+        print(f"{key.replace('_', ' '):<17}{value or 'not stated'}")
+    print(f"{'rank':<17}{ranks}")
+    modules = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    print(f"{'modules':<17}{len(adapter.pairs)} ({modules}), {parameters:,} parameters")
+    if config:
+        print("trained with")
+        print("\n".join(f"    {line}" for line in config.strip().splitlines()))
+
+
+def describe_findings(findings: list[Finding]) -> None:
+    """Print the doctor's findings."""
+    for finding in findings:
+        mark = {True: "ok", False: "--"}[finding.good]
+        print(f"{mark:<4}{finding.name:<16}{finding.text}")
+        if finding.remedy:
+            print(f"    {'':<16}{finding.remedy}")

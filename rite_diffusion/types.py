@@ -1,0 +1,135 @@
+"""The words that every part of the toolkit shares: errors, concepts, LoRA pairs, the backbone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from PIL.Image import Image
+    from torch import Tensor, device, dtype, nn
+
+
+class RiteError(Exception):
+    """A fault that the user can mend; the message says what was found and what to do."""
+
+
+class ConfigError(RiteError):
+    """A setting is unknown or out of range."""
+
+
+class PhotoFolderError(RiteError):
+    """The photo folder cannot be trained on."""
+
+
+class BackboneError(RiteError):
+    """The base model cannot be found or opened."""
+
+
+class AdapterError(RiteError):
+    """An adapter file is damaged, foreign, or made for another base model."""
+
+
+class RunError(RiteError):
+    """The run folder cannot be used."""
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What is learned: the word that calls it and the kind of thing it is."""
+
+    trigger: str
+    class_noun: str
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One training picture: RGB, upright, with its caption."""
+
+    path: Path
+    image: Image
+    caption: str
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """The factors of one adapted layer: delta W = scale * up @ down.
+
+    `down` is (rank, in) or (rank, in, k, k), `up` is (out, rank) or (out, rank, 1, 1).
+    """
+
+    name: str  # the module's name in adapter files: "lora_unet_mid_block_attentions_0_…_to_q"
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """Number of rows of `down`."""
+        return self.down.shape[0]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser is told about a batch of prompts."""
+
+    states: Tensor  # (B, tokens, width)
+    extra: dict[str, Tensor] = field(default_factory=dict)  # pooled embeddings, size ids, …
+
+
+PredictionType = Literal["epsilon", "v_prediction", "flow"]
+
+
+class Backbone(Protocol):
+    """A text-to-image model as the trainer and the generator see it."""
+
+    name: str
+    fingerprint: str
+    resolution: int  # pixels of the native side
+    multiple: int  # picture sides are multiples of this many pixels
+    latent_channels: int
+    pixels_per_latent: int
+    prediction_type: PredictionType
+    alphas_cumprod: Tensor  # (T,) signal share of the noise schedule
+    device: device
+    dtype: dtype
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        """The parts that adapters attach to, by name: `unet`, `text_encoder`, …."""
+        ...
+
+    def lora_targets(self, component: str) -> list[str]:
+        """Paths of the attention projections within a component."""
+        ...
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of pictures (B, 3, H, W) in [-1, 1]."""
+        ...
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Conditioning of prompts, with gradients to the text encoder's trainable weights."""
+        ...
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The model's prediction (B, C, h, w)."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1]."""
+        ...
+
+    def token_count(self, prompt: str) -> int:
+        """Number of the prompt's tokens, begin and end marks excluded."""
+        ...
+
+    @property
+    def token_budget(self) -> int:
+        """How many tokens a prompt may have, begin and end marks excluded."""
+        ...
+
+    def new_scheduler(self):
+        """A fresh diffusers scheduler for sampling."""
+        ...

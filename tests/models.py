@@ -1,0 +1,96 @@
+"""Random-weight pipelines in the shape of Stable Diffusion 1.x."""
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from rite_diffusion.backbones.clip_tokenizer import clip_tokenizer
+
+
+def tiny_stable_diffusion(layers_per_block: int = 1) -> StableDiffusionPipeline:
+    """About 4 million weights (3 of them token embeddings); pictures 64 px, latents 4 x 8 x 8."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _stable_diffusion(
+            pixels=64,
+            unet_widths=(32, 64, 64, 64),
+            vae_widths=(32, 32, 32, 32),
+            layers_per_block=layers_per_block,
+            clip={"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2},
+            clip_heads=1,
+        )
+
+
+def true_stable_diffusion_15() -> StableDiffusionPipeline:
+    """Stable Diffusion 1.5's architecture: 1.07 billion weights, 4.3 GB in fp32."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return _stable_diffusion(
+            pixels=512,
+            unet_widths=(320, 640, 1280, 1280),
+            vae_widths=(128, 256, 512, 512),
+            layers_per_block=2,
+            clip={"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12},
+            clip_heads=12,
+        )
+
+
+def _stable_diffusion(
+    pixels: int,
+    unet_widths: tuple[int, int, int, int],
+    vae_widths: tuple[int, int, int, int],
+    layers_per_block: int,
+    clip: dict[str, int],
+    clip_heads: int,
+) -> StableDiffusionPipeline:
+    unet = UNet2DConditionModel(
+        sample_size=pixels // 8,
+        block_out_channels=unet_widths,
+        layers_per_block=layers_per_block,
+        down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+        cross_attention_dim=clip["hidden_size"],
+        attention_head_dim=8,
+    )
+    vae = AutoencoderKL(
+        sample_size=pixels,
+        block_out_channels=vae_widths,
+        layers_per_block=layers_per_block,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        latent_channels=4,
+    )
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(vocab_size=49408, num_attention_heads=clip_heads, **clip)
+    )
+    for model in (unet, vae, text_encoder):
+        _jitter_vectors(model.eval())
+    return StableDiffusionPipeline(
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=clip_tokenizer(),
+        scheduler=_sd1_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def _sd1_scheduler() -> DDIMScheduler:
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
+@torch.no_grad()
+def _jitter_vectors(model: torch.nn.Module) -> None:
+    """Moves norms and biases off their common 1 and 0, so that a swapped pair shows."""
+    for weight in model.parameters():
+        if weight.ndim == 1:
+            weight.add_(0.05 * torch.randn_like(weight))

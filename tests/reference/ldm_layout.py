@@ -1,0 +1,99 @@
+"""The original (CompVis) names of Stable Diffusion's weights, written by hand from that code.
+
+`ldm.modules.diffusionmodules.openaimodel.UNetModel`, `.model.Encoder` and `.Decoder`, and
+`FrozenCLIPEmbedder`, inside `LatentDiffusion`. Independent of diffusers' converters.
+"""
+
+import re
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+
+UNET_STEMS = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+
+UNET_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+
+VAE_ATTENTION = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+}
+
+
+def ldm_state_dict(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
+    """The pipeline's weights as a CompVis checkpoint names and shapes them."""
+    unet = pipeline.unet.state_dict()
+    attending = [i for i, up in enumerate(pipeline.unet.up_blocks) if hasattr(up, "attentions")]
+    layers, levels = pipeline.unet.config.layers_per_block, len(pipeline.vae.encoder.down_blocks)
+    state = {
+        f"model.diffusion_model.{unet_name(name, layers, attending)}": tensor
+        for name, tensor in unet.items()
+    }
+    for name, tensor in pipeline.vae.state_dict().items():
+        square = tensor.ndim == 2  # attention projections were 1x1 convolutions
+        state[f"first_stage_model.{vae_name(name, levels)}"] = (
+            tensor[:, :, None, None].clone() if square else tensor
+        )
+    for name, tensor in pipeline.text_encoder.state_dict().items():
+        state[f"cond_stage_model.transformer.text_model.{name}"] = tensor
+    positions = pipeline.text_encoder.config.max_position_embeddings
+    ids = torch.arange(positions)[None]
+    state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = ids
+    return state
+
+
+def unet_name(name: str, layers: int, attending: list[int]) -> str:
+    """A UNet weight's CompVis name; up blocks in `attending` have attention."""
+    stem, _, kind = name.rpartition(".")
+    if stem in UNET_STEMS:
+        return f"{UNET_STEMS[stem]}.{kind}"
+    side, *rest = name.split(".")
+    if side == "mid_block":
+        group, index, *inner = rest
+        place = 2 * int(index) if group == "resnets" else 1
+        return f"middle_block.{place}." + _inner(group, inner)
+    level, group, index, *inner = rest
+    first, row = int(level) * (layers + 1), int(index)
+    if group == "downsamplers":  # its own input block, after the level's resnets
+        return f"input_blocks.{first + layers + 1}.0.op.{kind}"
+    if group == "upsamplers":  # the last entry of the level's last output block
+        return f"output_blocks.{first + layers}.{2 if int(level) in attending else 1}.conv.{kind}"
+    block = f"input_blocks.{1 + first + row}" if side == "down_blocks" else None
+    block = block or f"output_blocks.{first + row}"
+    return f"{block}.{0 if group == 'resnets' else 1}." + _inner(group, inner)
+
+
+def _inner(group: str, inner: list[str]) -> str:
+    if group == "resnets":
+        return ".".join([UNET_RESNET[inner[0]], *inner[1:]])
+    return ".".join(inner)  # transformers kept their names
+
+
+def vae_name(name: str, levels: int) -> str:
+    """An autoencoder weight's CompVis name; the decoder's levels count from the finest."""
+    name = name.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
+    name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
+    if ".mid_block.attentions.0." in name:
+        side, inner = name.split(".mid_block.attentions.0.")
+        stem, _, kind = inner.rpartition(".")
+        return f"{side}.mid.attn_1.{VAE_ATTENTION[stem]}.{kind}"
+    name = re.sub(r"down_blocks\.(\d)\.", r"down.\1.", name)
+    name = re.sub(r"up_blocks\.(\d)\.", lambda m: f"up.{levels - 1 - int(m[1])}.", name)
+    name = name.replace("downsamplers.0.conv", "downsample.conv")
+    return name.replace("upsamplers.0.conv", "upsample.conv").replace(".resnets.", ".block.")

@@ -1,0 +1,327 @@
+import pickle
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from models import tiny_stable_diffusion, true_stable_diffusion_15
+from reference.ldm_layout import ldm_state_dict
+from safetensors.torch import save_file
+
+from rite_diffusion.backbones.checkpoint import CLIP, UNET, VAE, Checkpoint
+from rite_diffusion.backbones.clip_tokenizer import clip_tokenizer
+from rite_diffusion.backbones.single_file import (
+    clip_config,
+    load_single_file,
+    unet_config,
+    vae_config,
+)
+from rite_diffusion.types import BackboneError
+
+MODELS = ("unet", "vae", "text_encoder")
+TOKENS = f"{CLIP}text_model.embeddings.token_embedding.weight"
+POSITIONS = f"{CLIP}text_model.embeddings.position_embedding.weight"
+TO_STATES = f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+LAST_NORM = f"{UNET}output_blocks.0.0.out_layers.0.bias"
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_stable_diffusion()
+
+
+@pytest.fixture(scope="module")
+def tensors(tiny):
+    return ldm_state_dict(tiny)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def written(folder: Path, tensors: dict, metadata: dict | None = None) -> Path:
+    path = folder / "model.safetensors"
+    save_file(tensors, path, metadata)
+    return path
+
+
+def assert_same_weights(found, original, dtype=torch.float32):
+    for part in MODELS:
+        weights = getattr(found, part).state_dict()
+        expected = getattr(original, part).state_dict()
+        assert weights.keys() == expected.keys()
+        for name, weight in weights.items():
+            assert weight.dtype == dtype
+            assert torch.equal(weight, expected[name].to(dtype)), name
+
+
+@torch.no_grad()
+def outputs(pipeline, latent_side: int):
+    """What each part makes of the same input: text states, a prediction, a picture, its latents."""
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, 4, latent_side, latent_side, generator=generator)
+    ids = pipeline.tokenizer(["a photo of a cat"], padding="max_length", return_tensors="pt")
+    states = pipeline.text_encoder(ids.input_ids).last_hidden_state
+    prediction = pipeline.unet(latents, 7, encoder_hidden_states=states).sample
+    picture = pipeline.vae.decode(latents).sample
+    return states, prediction, picture, pipeline.vae.encode(picture).latent_dist.mean
+
+
+def assert_same_outputs(found, original, latent_side: int):
+    for mine, theirs in zip(
+        outputs(found, latent_side), outputs(original, latent_side), strict=True
+    ):
+        assert mine.isfinite().all() and mine.std() > 0
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("layers_per_block", [1, 2])
+def test_every_weight_and_output_is_the_original(layers_per_block, tmp_path, offline):
+    original = tiny_stable_diffusion(layers_per_block)
+    found = load_single_file(written(tmp_path, ldm_state_dict(original)))
+    assert_same_weights(found, original)
+    assert_same_outputs(found, original, latent_side=8)
+
+
+def test_the_pipeline_paints_what_the_original_paints(tiny, tensors, tmp_path, offline):
+    found = load_single_file(written(tmp_path, tensors))
+    pictures = [
+        pipeline(
+            "a photo of a cat",
+            height=64,
+            width=64,
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(0),
+            output_type="np",
+        ).images
+        for pipeline in (found, tiny)
+    ]
+    assert (pictures[0] == pictures[1]).all()
+    assert found.safety_checker is None
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
+def test_half_precision_files_open_in_single_precision(stored, tiny, tensors, tmp_path):
+    halves = {name: tensor.to(stored) for name, tensor in tensors.items()}
+    found = load_single_file(written(tmp_path, halves))
+    weight = tiny.unet.mid_block.attentions[0].proj_in.weight
+    assert torch.equal(found.unet.mid_block.attentions[0].proj_in.weight, weight.to(stored).float())
+    assert {getattr(found, part).dtype for part in MODELS} == {torch.float32}
+
+
+def test_weights_come_in_the_dtype_that_was_asked_for(tiny, tensors, tmp_path):
+    found = load_single_file(written(tmp_path, tensors), dtype=torch.bfloat16)
+    assert_same_weights(found, tiny, torch.bfloat16)
+
+
+def test_weights_outlive_their_file(tiny, tensors, tmp_path):
+    path = written(tmp_path, tensors)
+    found = load_single_file(path)
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert_same_weights(found, tiny)
+
+
+def test_what_training_left_in_the_file_is_passed_over(tiny, tensors, tmp_path):
+    left = (
+        "alphas_cumprod",
+        "betas",
+        "sqrt_recipm1_alphas_cumprod",
+        "posterior_mean_coef1",
+        "model_ema.decay",
+        "model_ema.diffusion_modelinput_blocks00weight",
+        "first_stage_model.loss.logvar",
+        "cond_stage_model.logit_scale",
+        f"{CLIP}text_projection.weight",
+    )
+    found = load_single_file(written(tmp_path, tensors | {name: torch.ones(2) for name in left}))
+    assert_same_weights(found, tiny)
+
+
+def test_text_encoders_without_the_text_model_level_open(tiny, tensors, tmp_path):
+    flat = {name.replace(f"{CLIP}text_model.", CLIP): tensor for name, tensor in tensors.items()}
+    assert_same_weights(load_single_file(written(tmp_path, flat)), tiny)
+
+
+def test_the_noise_schedule_is_that_of_sd1(tiny, tensors, tmp_path):
+    scheduler = load_single_file(written(tmp_path, tensors)).scheduler
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    torch.testing.assert_close(scheduler.alphas_cumprod.double(), (1 - betas).cumprod(0))
+    assert scheduler.config == tiny.scheduler.config
+    assert scheduler.config.prediction_type == "epsilon"
+
+
+def test_marks_and_metadata_change_objective_schedule_and_size(tensors, tmp_path):
+    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    path = written(tmp_path, tensors | marks, {"modelspec.resolution": "768x768"})
+    found = load_single_file(path)
+    assert found.scheduler.config.prediction_type == "v_prediction"
+    assert found.scheduler.alphas_cumprod[-1] < 1e-6
+    assert found.unet.config.sample_size == 96
+
+
+def test_true_sizes_are_read_off_the_shapes_of_sd15():
+    with torch.device("meta"):
+        tensors = ldm_state_dict(true_stable_diffusion_15())
+    checkpoint = Checkpoint(Path("sd15"), {k: tuple(v.shape) for k, v in tensors.items()}, {})
+    # The published v1-5-pruned-emaonly.safetensors holds so many tensors of each part.
+    counts = [sum(name.startswith(part) for name in tensors) for part in (UNET, VAE, CLIP)]
+    assert counts == [686, 248, 197]
+    assert checkpoint.shape(f"{UNET}output_blocks.2.1.conv.weight") == (1280, 1280, 3, 3)
+    assert checkpoint.shape(f"{UNET}output_blocks.8.2.conv.weight") == (640, 640, 3, 3)
+    unet, vae, clip = unet_config(checkpoint), vae_config(checkpoint), clip_config(checkpoint)
+    assert unet["block_out_channels"] == (320, 640, 1280, 1280)
+    assert unet["down_block_types"] == (*["CrossAttnDownBlock2D"] * 3, "DownBlock2D")
+    assert unet["up_block_types"] == ("UpBlock2D", *["CrossAttnUpBlock2D"] * 3)
+    assert (unet["layers_per_block"], unet["cross_attention_dim"]) == (2, 768)
+    assert (unet["in_channels"], unet["out_channels"], unet["sample_size"]) == (4, 4, 64)
+    assert vae["block_out_channels"] == (128, 256, 512, 512)
+    assert (vae["layers_per_block"], vae["latent_channels"]) == (2, 4)
+    assert clip == {
+        "vocab_size": 49408,
+        "max_position_embeddings": 77,
+        "hidden_size": 768,
+        "projection_dim": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    }
+
+
+WRONG_TENSORS = {
+    "SDXL": ({"conditioner.embedders.0.x": (1,)}, "SDXL file; use its diffusers folder"),
+    "SD2": ({"cond_stage_model.model.ln_final.bias": (1,)}, "SD2.x file; use its diffusers folder"),
+    "LoRA": ({"lora_unet_mid_block.lora_up.weight": (1,)}, "LoRA adapter"),
+    "inpainting": ({f"{UNET}input_blocks.0.0.weight": (32, 9, 3, 3)}, "inpainting model"),
+    "channels": ({f"{UNET}input_blocks.0.0.weight": (32, 8, 3, 3)}, "8 channels, its latents .* 4"),
+    "foreign text": ({TO_STATES: (64, 96)}, "text of width 96, its CLIP gives 64"),
+    "vocabulary": ({TOKENS: (49407, 64)}, "knows 49407 tokens, CLIP's tokenizer 49408"),
+    "prompt length": ({POSITIONS: (32, 64)}, "reads 32 tokens, CLIP's tokenizer gives 77"),
+    "heads": ({TOKENS: (49408, 200), TO_STATES: (64, 200)}, "width 200 is no multiple of 64"),
+    "odd width": (
+        {f"{VAE}encoder.down.0.block.0.conv1.weight": (48, 32, 3, 3)},
+        "not all multiples of 32",
+    ),
+    "no matrix": ({TO_STATES: (64,)}, "lacks the weight '.*attn2.to_k.weight'"),
+    "shape": ({LAST_NORM: (96,)}, "1 of another shape .up_blocks.0.resnets.0.norm2.bias"),
+    "extra in UNet": ({f"{UNET}label_emb.0.0.weight": (8, 8)}, "1 unexpected .*label_emb.0.0"),
+    "extra in VAE": ({f"{VAE}encoder.down.1.attn.0.q.weight": (8, 8)}, "1 unexpected .*attn.0.q"),
+    "extra beside": ({f"embedding.{i}": (1,) for i in range(5)}, "5 unexpected .*embedding.2, …"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TENSORS)
+def test_other_models_are_refused_by_name(case, tensors, tmp_path):
+    shapes, message = WRONG_TENSORS[case]
+    path = written(tmp_path, tensors | {name: torch.zeros(size) for name, size in shapes.items()})
+    with pytest.raises(BackboneError, match=message) as error:
+        load_single_file(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("absent", "message"),
+    [
+        (UNET, "no UNet"),
+        (VAE, "no autoencoder"),
+        (CLIP, "no CLIP text encoder"),
+        (LAST_NORM, "1 missing .up_blocks.0.resnets.0.norm2.bias"),
+        (f"{UNET}output_blocks.0.0", "10 missing .*up_blocks.0.resnets.0.* …"),
+        (f"{VAE}decoder.conv_in", "lacks the weight 'first_stage_model.decoder.conv_in.weight'"),
+        (f"{CLIP}text_model.encoder.layers.0.layer_norm1", "2 missing .*layer_norm1.bias"),
+    ],
+)
+def test_incomplete_models_are_refused(absent, message, tensors, tmp_path):
+    rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(absent)}
+    with pytest.raises(BackboneError, match=message):
+        load_single_file(written(tmp_path, rest))
+
+
+class Canary:
+    """A pickle of this writes a file when it is opened."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt", "model.pt", "model.bin", "model.safetensors"])
+def test_pickles_are_refused_unopened(name, tmp_path):
+    path, canary = tmp_path / name, tmp_path / "canary"
+    path.write_bytes(pickle.dumps(Canary(canary)))
+    with pytest.raises(BackboneError, match="is a pickle"):
+        load_single_file(path)
+    assert not canary.exists()
+    pickle.loads(path.read_bytes())
+    assert canary.exists()  # the canary does sing
+
+
+def test_a_torch_zip_under_another_name_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    torch.save({"weight": torch.ones(1)}, path)
+    with pytest.raises(BackboneError, match="a pickle or a zip under another name"):
+        load_single_file(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "its 0 bytes are damaged or cut short"),
+        (b"\n<!DOCTYPE html><html>Sign in</html>", "web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "git lfs pull"),
+        (b"\xff" * 4096, "its 4,096 bytes are damaged or cut short"),
+    ],
+)
+def test_what_is_no_safetensors_is_named(content, message, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(BackboneError, match=message):
+        load_single_file(path)
+
+
+def test_a_download_cut_short_is_refused(tensors, tmp_path):
+    path = written(tmp_path, tensors)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(BackboneError, match="damaged or cut short .* Download it again"):
+        load_single_file(path)
+
+
+def test_a_folder_or_an_absent_file_is_refused(tmp_path):
+    with pytest.raises(BackboneError, match="there is no file"):
+        load_single_file(tmp_path / "absent.safetensors")
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(BackboneError, match="there is no file"):
+        load_single_file(tmp_path / "folder.safetensors")
+
+
+def test_prompts_become_the_ids_of_openai_clip(offline):
+    tokenizer = clip_tokenizer()
+    assert len(tokenizer) == 49408
+    assert tokenizer.model_max_length == 77
+    assert tokenizer("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert tokenizer("sks").input_ids == [49406, 48136, 49407]
+    assert tokenizer("").input_ids == [49406, 49407]
+    assert tokenizer.decode(tokenizer("Café, 東京 🐶!").input_ids[1:-1]) == "café , 東京 🐶!"
+    padded = tokenizer("a cat", padding="max_length").input_ids
+    assert padded == [49406, 320, 2368] + [49407] * 74
+
+
+@pytest.mark.full_size
+@pytest.mark.timeout(3600)
+def test_a_checkpoint_of_true_size_opens_as_the_original(tmp_path, offline):
+    original = true_stable_diffusion_15()
+    for part in MODELS:
+        getattr(original, part).half()
+    path = written(tmp_path, ldm_state_dict(original))  # 2.1 GB
+    found = load_single_file(path)
+    for part in MODELS:
+        getattr(original, part).float()
+    assert_same_weights(found, original)
+    assert_same_outputs(found, original, latent_side=8)
