@@ -122,7 +122,9 @@ def generate(
     negative: Annotated[str, typer.Option(help="What to avoid.")] = "",
     width: Annotated[int | None, typer.Option(help="Pixels; default: the base's.")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default: the base's.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("outputs"),
+    out: Annotated[Path, typer.Option(help="Folder for the pictures, or one .png.")] = Path(
+        "outputs"
+    ),
 ) -> None:
     """Make pictures of a prompt, with any number of adapters."""
     from rite_diffusion import recipes
@@ -169,13 +171,10 @@ def demo(
 ) -> None:
     """Learn the example robot on the pocket base and show it before and after."""
     from rite_diffusion import demo as example
-    from rite_diffusion.terminal import describe_plan, training_progress
+    from rite_diffusion.terminal import describe_demo, describe_plan, training_progress
 
     plan, folder = example.prepare(out, seed)
     describe_plan(plan)
     with training_progress(plan.config.steps) as listen:
         result = example.run(plan, folder, listen)
-    print(f"adapter         {result.adapter}")
-    print(f"identity        {result.before:.2f} before, {result.after:.2f} after")
-    print(f"recognised      {result.recognised_before:.0%} before, {result.recognised_after:.0%} after")
-    print(f"before/after    {result.grid}")
+    describe_demo(result)

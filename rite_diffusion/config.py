@@ -72,7 +72,9 @@ class CheckpointSection(Section):
 class TrainConfig(Section):
     """Everything that decides a training run."""
 
-    base: str = Field("pocket", description="`pocket`, a hub id, a diffusers folder or a .safetensors")
+    base: str = Field(
+        "pocket", description="`pocket`, a hub id, a diffusers folder or a .safetensors"
+    )
     photos: str = Field(description="folder with the pictures")
     trigger: str = Field(min_length=1, max_length=64)
     class_noun: str = Field(min_length=1, max_length=64)

@@ -12,7 +12,12 @@ import torch
 from rite_diffusion.backbones.source import POCKET, default_device
 
 NEEDED = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "gradio")
-OPTIONAL = {"xformers": "xformers", "tensorboard": "tracking", "wandb": "tracking", "trackio": "tracking"}
+OPTIONAL = {
+    "xformers": "xformers",
+    "tensorboard": "tracking",
+    "wandb": "tracking",
+    "trackio": "tracking",
+}
 
 
 @dataclass(frozen=True)
@@ -75,11 +80,15 @@ def examine() -> list[Finding]:
     pocket = (POCKET / "model_index.json").is_file()
     return [
         Finding("rite_diffusion", _installed("rite-diffusion") or "not installed as a package"),
-        Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        Finding(
+            "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+        ),
         *_packages(),
         *_devices(),
         Finding("memory", _memory()),
-        Finding("disk", f"{free:.0f} GiB free here", free > 2, "" if free > 2 else "free some space"),
+        Finding(
+            "disk", f"{free:.0f} GiB free here", free > 2, "" if free > 2 else "free some space"
+        ),
         Finding(
             "pocket base",
             "present" if pocket else "missing",

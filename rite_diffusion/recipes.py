@@ -1,6 +1,5 @@
 """The whole flow on one screen: a photo folder becomes an adapter, a prompt becomes pictures."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +9,19 @@ from PIL.Image import Image
 
 import rite_diffusion
 from rite_diffusion.adapters import Adapter, AdapterInfo, attach, load_adapter, save_adapter
+from rite_diffusion.adapters.choice import Chosen, choose_adapters
 from rite_diffusion.backbones import StableDiffusion, load_backbone
 from rite_diffusion.concepts import METHODS, Method
 from rite_diffusion.config import TrainConfig, load_preset, merge, resolve, to_toml
 from rite_diffusion.generation.metadata import Parameters, save_png
+from rite_diffusion.generation.output import next_file, output_target
 from rite_diffusion.generation.sampler import sample
 from rite_diffusion.photos.dataset import encode_photos
 from rite_diffusion.photos.folder import PhotoFolder, read_folder
 from rite_diffusion.training.interrupt import stop_on_signal
 from rite_diffusion.training.loop import StepReport, optimizer_spec, train_steps
 from rite_diffusion.training.run_folder import RunFolder
-from rite_diffusion.types import AdapterError, Concept, ConfigError, RiteError
+from rite_diffusion.types import Concept, ConfigError, RiteError
 
 LICENCE = "unspecified"
 
@@ -206,36 +207,6 @@ def default_run(photos: Path) -> Path:
     return next(path for path in candidates if not path.exists())
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """An adapter file, its content and its weight."""
-
-    path: Path
-    adapter: Adapter
-    weight: float
-
-
-def choose_adapters(wanted: Sequence[str | Path]) -> list[Chosen]:
-    """The adapters of `FILE` or `FILE:WEIGHT` items."""
-    chosen = []
-    for item in wanted:
-        path, weight = split_weight(str(item))
-        chosen.append(Chosen(path, load_adapter(path), weight))
-    return chosen
-
-
-def split_weight(item: str) -> tuple[Path, float]:
-    """Path and weight of `FILE` or `FILE:WEIGHT`; the weight defaults to 1."""
-    head, colon, tail = item.rpartition(":")
-    try:
-        weight = float(tail) if colon else 1.0
-    except ValueError:
-        return Path(item).expanduser(), 1.0
-    if not -10 <= weight <= 10:
-        raise AdapterError(f"weight {tail} of {head} is outside -10 to 10")
-    return Path(head if colon else item).expanduser(), weight
-
-
 def open_with_adapters(base: str | None, adapters: list[Chosen]) -> StableDiffusion:
     """The base model with the adapters attached; it defaults to the base they were made for."""
     recorded = [c.adapter.info.base for c in adapters if c.adapter.info.base]
@@ -262,9 +233,11 @@ def generate(
 ) -> list[Image]:
     """Pictures of a prompt, for the seeds `seed`, `seed + 1`, …; adapters are `FILE[:WEIGHT]`.
 
-    Pictures are made one at a time, so each depends on its own parameters alone. With `out` they
-    are written there as PNGs that carry their parameters; `image.filename` tells where.
+    Pictures are made one at a time, so each depends on its own parameters alone. With `out`, a
+    folder or for one picture a `.png`, they are written as PNGs that carry their parameters;
+    `image.filename` tells where.
     """
+    target = None if out is None else output_target(Path(out), num)
     chosen = choose_adapters(adapters)
     backbone = open_with_adapters(base, chosen)
     width, height = width or backbone.resolution, height or backbone.resolution
@@ -272,7 +245,6 @@ def generate(
         if side % backbone.multiple or not 0 < side <= 4096:
             raise ConfigError(f"side {side} is not a multiple of {backbone.multiple} up to 4096")
     guidance = default_guidance(backbone) if guidance is None else guidance
-    folder = None if out is None else output_folder(Path(out))
     images = []
     for index in range(num):
         [image] = sample(
@@ -295,12 +267,13 @@ def generate(
             height=height,
             base=backbone.name,
             base_fingerprint=backbone.fingerprint,
-            adapters=[_record(c) for c in chosen],
+            adapters=[each.record() for each in chosen],
             version=rite_diffusion.__version__,
         )
-        if folder is not None:
-            image.filename = str(next_file(folder))
-            save_png(image, Path(image.filename), facts)
+        if target is not None:
+            path = next_file(target) if target.is_dir() else target
+            save_png(image, path, facts)
+            image.filename = str(path)
         images.append(image)
         listen(index + 1)
     return images
@@ -309,29 +282,6 @@ def generate(
 def default_guidance(backbone: StableDiffusion) -> float:
     """Guidance scale that suits a base: 3 for the pocket base, 7.5 for Stable Diffusion."""
     return 3.0 if backbone.name == "pocket" else 7.5
-
-
-def output_folder(path: Path) -> Path:
-    """The folder, made if need be; RiteError where it cannot be written."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        probe = path / ".rite-probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise RiteError(f"cannot write to {path}: {error.strerror}. Choose another --out.") from None
-    return path
-
-
-def next_file(folder: Path) -> Path:
-    """The next free `00000.png` of a folder."""
-    numbers = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdigit()]
-    return folder / f"{max(numbers, default=-1) + 1:05d}.png"
-
-
-def _record(chosen: Chosen) -> dict[str, Any]:
-    digest = hashlib.sha256(chosen.path.read_bytes()).hexdigest()[:16]
-    return {"file": chosen.path.name, "weight": chosen.weight, "sha256": digest}
 
 
 def inspect(path: str | Path) -> Adapter:

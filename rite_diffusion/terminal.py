@@ -10,32 +10,38 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rite_diffusion.adapters import Adapter
+from rite_diffusion.demo import DemoResult
 from rite_diffusion.doctor import Finding
 from rite_diffusion.recipes import Plan
 from rite_diffusion.training.loop import StepReport
 
 
+def _line(label: str, text: str) -> None:
+    print(f"{label:<12}{text}")
+
+
 def describe_plan(plan: Plan) -> None:
     """Print what was found in the photo folder and what will be done with it."""
-    config, folder = plan.config, plan.folder
+    config, folder, backbone = plan.config, plan.folder, plan.backbone
     photos = folder.photos
-    print(f"photos      {len(photos)} in {config.photos}, {folder.sizes()} pixels")
-    print(f"captions    {folder.captioned} from files, {len(photos) - folder.captioned} from templates")
-    print(f"            e.g. \"{photos[0].caption}\"")
+    _line("photos", f"{len(photos)} in {config.photos}, {folder.sizes()} pixels")
+    templated = len(photos) - folder.captioned
+    _line("captions", f"{folder.captioned} from files, {templated} from templates")
+    _line("", f'e.g. "{photos[0].caption}"')
     for path, reason in folder.skipped:
-        print(f"skipped     {path.name}: {reason}")
+        _line("skipped", f"{path.name}: {reason}")
     for caption in plan.captions_without_trigger():
-        print(f"no trigger  \"{caption}\" does not contain {config.trigger}")
+        _line("no trigger", f'"{caption}" does not contain {config.trigger}')
     for caption in plan.cut_captions():
-        print(f"cut         \"{caption}\" is longer than {plan.backbone.token_budget} tokens")
-    print(f"concept     {config.trigger}, a {config.class_noun}")
-    print(f"base        {config.base} on {plan.backbone.device}, {config.resolution} pixels, {config.precision}")
+        _line("cut", f'"{caption}" is longer than {backbone.token_budget} tokens')
+    _line("concept", f"{config.trigger}, class {config.class_noun}")
+    where = f"{backbone.device}, {config.resolution} pixels, {config.precision}"
+    _line("base", f"{config.base} on {where}")
+    _line("adapter", f"{config.method}, rank {config.lora.rank}")
     optim = config.optim
-    print(f"adapter     {config.method}, rank {config.lora.rank}")
-    rates = f"{optim.lr:g}"
-    if config.lora.text_encoder:
-        rates += f", text encoder {optim.lr_text_encoder:g}"
-    print(f"training    {config.steps} steps of {config.batch}, {optim.name}, rate {rates}, seed {config.seed}")
+    text = f", text encoder {optim.lr_text_encoder:g}" if config.lora.text_encoder else ""
+    rates = f"{optim.name}, rate {optim.lr:g}{text}"
+    _line("training", f"{config.steps} steps of {config.batch}, {rates}, seed {config.seed}")
 
 
 @contextmanager
@@ -70,8 +76,8 @@ def describe_result(plan: Plan, adapter: Path) -> None:
     if plan.config.base != "pocket":
         prompt = f"a photo of a {plan.config.trigger} on a blue background"
     base = "" if plan.config.base == "pocket" else f" --base {quote(plan.config.base)}"
-    print(f"adapter     {adapter} ({size:.1f} MB)")
-    print(f"try         rite generate {quote(prompt)} --adapter {quote(str(adapter))}{base}")
+    _line("adapter", f"{adapter} ({size:.1f} MB)")
+    _line("try", f"rite generate {quote(prompt)} --adapter {quote(str(adapter))}{base}")
 
 
 def describe_adapter(path: Path, adapter: Adapter) -> None:
@@ -98,7 +104,15 @@ def describe_adapter(path: Path, adapter: Adapter) -> None:
 def describe_findings(findings: list[Finding]) -> None:
     """Print the doctor's findings."""
     for finding in findings:
-        mark = {True: "ok", False: "--"}[finding.good]
-        print(f"{mark:<4}{finding.name:<16}{finding.text}")
+        print(f"{'ok' if finding.good else '--':<4}{finding.name:<16}{finding.text}")
         if finding.remedy:
             print(f"    {'':<16}{finding.remedy}")
+
+
+def describe_demo(result: DemoResult) -> None:
+    """Print the demo's figures and the path of its grid."""
+    _line("adapter", str(result.adapter))
+    _line("identity", f"{result.before:.2f} before, {result.after:.2f} after (1 is the photos')")
+    before, after = result.recognised_before, result.recognised_after
+    _line("recognised", f"{before:.0%} of the pictures before, {after:.0%} after, by the judge")
+    _line("grid", str(result.grid))

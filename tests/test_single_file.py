@@ -4,21 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_stable_diffusion, true_stable_diffusion_15
-from reference.ldm_layout import ldm_state_dict
 from safetensors.torch import save_file
 
+from models import tiny_stable_diffusion, true_stable_diffusion_15
+from reference.ldm_layout import ldm_state_dict
 from rite_diffusion.backbones.checkpoint import CLIP, UNET, VAE, Checkpoint
 from rite_diffusion.backbones.clip_tokenizer import clip_tokenizer
 from rite_diffusion.backbones.single_file import (
     clip_config,
     load_single_file,
+    noise_schedule,
     unet_config,
     vae_config,
 )
 from rite_diffusion.types import BackboneError
 
-MODELS = ("unet", "vae", "text_encoder")
 TOKENS = f"{CLIP}text_model.embeddings.token_embedding.weight"
 POSITIONS = f"{CLIP}text_model.embeddings.position_embedding.weight"
 TO_STATES = f"{UNET}middle_block.1.transformer_blocks.0.attn2.to_k.weight"
@@ -50,14 +50,17 @@ def written(folder: Path, tensors: dict, metadata: dict | None = None) -> Path:
     return path
 
 
-def assert_same_weights(found, original, dtype=torch.float32):
-    for part in MODELS:
-        weights = getattr(found, part).state_dict()
-        expected = getattr(original, part).state_dict()
+def parts(pipeline) -> tuple:
+    return pipeline.unet, pipeline.vae, pipeline.text_encoder
+
+
+def assert_same_weights(found, original):
+    for mine, theirs in zip(parts(found), parts(original), strict=True):
+        weights, expected = mine.state_dict(), theirs.state_dict()
         assert weights.keys() == expected.keys()
         for name, weight in weights.items():
-            assert weight.dtype == dtype
-            assert torch.equal(weight, expected[name].to(dtype)), name
+            assert weight.dtype == expected[name].dtype
+            assert torch.equal(weight, expected[name]), name
 
 
 @torch.no_grad()
@@ -73,9 +76,8 @@ def outputs(pipeline, latent_side: int):
 
 
 def assert_same_outputs(found, original, latent_side: int):
-    for mine, theirs in zip(
-        outputs(found, latent_side), outputs(original, latent_side), strict=True
-    ):
+    pairs = zip(outputs(found, latent_side), outputs(original, latent_side), strict=True)
+    for mine, theirs in pairs:
         assert mine.isfinite().all() and mine.std() > 0
         assert torch.equal(mine, theirs)
 
@@ -105,18 +107,17 @@ def test_the_pipeline_paints_what_the_original_paints(tiny, tensors, tmp_path, o
     assert found.safety_checker is None
 
 
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
-def test_half_precision_files_open_in_single_precision(stored, tiny, tensors, tmp_path):
-    halves = {name: tensor.to(stored) for name, tensor in tensors.items()}
-    found = load_single_file(written(tmp_path, halves))
-    weight = tiny.unet.mid_block.attentions[0].proj_in.weight
-    assert torch.equal(found.unet.mid_block.attentions[0].proj_in.weight, weight.to(stored).float())
-    assert {getattr(found, part).dtype for part in MODELS} == {torch.float32}
-
-
-def test_weights_come_in_the_dtype_that_was_asked_for(tiny, tensors, tmp_path):
-    found = load_single_file(written(tmp_path, tensors), dtype=torch.bfloat16)
-    assert_same_weights(found, tiny, torch.bfloat16)
+@pytest.mark.parametrize(
+    ("stored", "asked"), [(torch.float16, torch.float32), (torch.float32, torch.bfloat16)]
+)
+def test_weights_come_in_the_precision_that_was_asked_for(stored, asked, tiny, tensors, tmp_path):
+    path = written(tmp_path, {name: tensor.to(stored) for name, tensor in tensors.items()})
+    found = load_single_file(path, dtype=asked)
+    for mine, theirs in zip(parts(found), parts(tiny), strict=True):
+        expected = theirs.state_dict()
+        for name, weight in mine.state_dict().items():
+            assert weight.dtype == asked
+            assert torch.equal(weight, expected[name].to(stored).to(asked)), name
 
 
 def test_weights_outlive_their_file(tiny, tensors, tmp_path):
@@ -148,27 +149,35 @@ def test_text_encoders_without_the_text_model_level_open(tiny, tensors, tmp_path
     assert_same_weights(load_single_file(written(tmp_path, flat)), tiny)
 
 
-def test_the_noise_schedule_is_that_of_sd1(tiny, tensors, tmp_path):
-    scheduler = load_single_file(written(tmp_path, tensors)).scheduler
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    torch.testing.assert_close(scheduler.alphas_cumprod.double(), (1 - betas).cumprod(0))
-    assert scheduler.config == tiny.scheduler.config
+def header(tensors: dict, metadata: dict | None = None) -> Checkpoint:
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return Checkpoint(Path("model.safetensors"), shapes, metadata or {})
+
+
+def test_the_noise_schedule_is_that_of_sd1(tiny, tensors):
+    scheduler = noise_schedule(header(tensors))
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    assert torch.equal(scheduler.alphas_cumprod, (1 - betas).cumprod(0))
     assert scheduler.config.prediction_type == "epsilon"
+    options = ("clip_sample", "set_alpha_to_one", "steps_offset", "timestep_spacing")
+    assert [scheduler.config[name] for name in options] == [False, False, 1, "leading"]
 
 
-def test_marks_and_metadata_change_objective_schedule_and_size(tensors, tmp_path):
-    marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
-    path = written(tmp_path, tensors | marks, {"modelspec.resolution": "768x768"})
-    found = load_single_file(path)
-    assert found.scheduler.config.prediction_type == "v_prediction"
-    assert found.scheduler.alphas_cumprod[-1] < 1e-6
-    assert found.unet.config.sample_size == 96
+def test_marks_and_metadata_change_objective_schedule_and_size(tensors):
+    for marked in (
+        header({"v_pred": torch.zeros(0)}),
+        header({}, {"modelspec.prediction_type": "v"}),
+    ):
+        assert noise_schedule(marked).config.prediction_type == "v_prediction"
+    assert noise_schedule(header({"ztsnr": torch.zeros(0)})).alphas_cumprod[-1] < 1e-6
+    assert unet_config(header(tensors))["sample_size"] == 64
+    assert unet_config(header(tensors, {"modelspec.resolution": "768x768"}))["sample_size"] == 96
 
 
 def test_true_sizes_are_read_off_the_shapes_of_sd15():
     with torch.device("meta"):
         tensors = ldm_state_dict(true_stable_diffusion_15())
-    checkpoint = Checkpoint(Path("sd15"), {k: tuple(v.shape) for k, v in tensors.items()}, {})
+    checkpoint = header(tensors)
     # The published v1-5-pruned-emaonly.safetensors holds so many tensors of each part.
     counts = [sum(name.startswith(part) for name in tensors) for part in (UNET, VAE, CLIP)]
     assert counts == [686, 248, 197]
@@ -317,11 +326,11 @@ def test_prompts_become_the_ids_of_openai_clip(offline):
 @pytest.mark.timeout(3600)
 def test_a_checkpoint_of_true_size_opens_as_the_original(tmp_path, offline):
     original = true_stable_diffusion_15()
-    for part in MODELS:
-        getattr(original, part).half()
+    for part in parts(original):
+        part.half()
     path = written(tmp_path, ldm_state_dict(original))  # 2.1 GB
     found = load_single_file(path)
-    for part in MODELS:
-        getattr(original, part).float()
+    for part in parts(original):
+        part.float()
     assert_same_weights(found, original)
     assert_same_outputs(found, original, latent_side=8)

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import skimage
-import world
 from PIL import Image
+
+import world
 from robot import robot
 
 SIZE = 256  # pixels of a picture's side

@@ -29,8 +29,8 @@ WEIGHTS = ROOT / "rite_diffusion/evaluation/judge.safetensors"
 FIGURES = ROOT / "benchmarks/results/judge.json"
 
 CALIBRATION_SEED, TEST_SEED = 910_000, 920_000
-BATCH = 128
-RATE = 3e-3
+BATCH = 64
+RATE = 2e-3
 SHARPNESS, MARGIN = 20.0, 0.2  # scale and margin of the cosine softmax
 PHOTOS, PICTURES = 6, 40  # of each concept, when recognition is measured
 MILD_BLUR = 1.0  # pixels
@@ -96,7 +96,7 @@ def train(steps: int, checkpoint: Callable[[JudgeNetwork, str], None]) -> JudgeN
         sum(found.values()).backward()
         nn.utils.clip_grad_norm_(weights, 5.0)
         optimizer.step()
-        if (step + 1) % 500 == 0 or step + 1 == steps:
+        if (step + 1) % 100 == 0 or step + 1 == steps:
             figures = " ".join(f"{name} {loss.item():.3f}" for name, loss in found.items())
             checkpoint(network, f"{step + 1}/{steps} {figures}")
     return network.eval()
@@ -225,7 +225,7 @@ def main() -> None:
     """Train, calibrate, measure and write the judge."""
     parser = argparse.ArgumentParser(description="Make the judge of the pocket world.")
     parser.add_argument("--work", type=Path, default=Path("runs/judge"), help="for checkpoints")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     options = parser.parse_args()
     torch.set_num_threads(1)
     world.fetch_emoji()

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 import world
 
 NOUNS, COLOURS = tuple(world.NOUNS), tuple(world.COLOURS)
-CATEGORIES = ("Animals & Nature", "Food & Drink", "Objects", "Travel & Places", "Activities")
 SEED = 900_000
 DRAWINGS = 400  # made-up drawings among the classes of the embedding
 UNKNOWN = -1  # label of a question that a picture does not answer
@@ -67,10 +66,8 @@ def emoji_names() -> tuple[tuple[str, ...], tuple[str, ...]]:
 
     Neither has the held-out emoji, which test the judge; the second has no nouns.
     """
-    records = world._records().values()
-    names = {record["short_name"] for record in records if record["category"] in CATEGORIES}
     nouns = set(world.NOUNS.values())
-    spare = sorted(names - set(world.HELD_OUT) - nouns)
+    spare = sorted(set(world.all_names()) - nouns)
     aside = spare[::16]
     return tuple(sorted(nouns.union(spare).difference(aside))), tuple(aside)
 
@@ -90,7 +87,10 @@ def identities() -> dict[tuple[str, str], Image.Image]:
 
 @cache
 def sprite_bank() -> tuple[Tensor, Tensor]:
-    """Premultiplied RGBA squares (classes, 4, 64, 64) in [0, 1], and each noun's (64, 2) classes."""
+    """Premultiplied RGBA squares (2, classes, 4, 64, 64) in [0, 1], and nouns' classes (64, 2).
+
+    The second set of squares is smooth, for drawing small without aliasing.
+    """
     squares = []
     for image in identities().values():
         square = Image.new("RGBA", (max(image.size),) * 2)
@@ -101,7 +101,7 @@ def sprite_bank() -> tuple[Tensor, Tensor]:
     bank[:, :3] *= bank[:, 3:]
     row = {key: index for index, key in enumerate(identities())}
     classes = [[row[name, style] for style in world.STYLES] for name in world.NOUNS.values()]
-    return bank, torch.tensor(classes)
+    return torch.stack([bank, F.avg_pool2d(bank, 3, 1, 1)]), torch.tensor(classes)
 
 
 # --- scenes ------------------------------------------------------------------------------------
@@ -134,10 +134,8 @@ def pasted(canvas: Tensor, sprites: Tensor, places: Tensor) -> Tensor:
     rows = torch.cat([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], 1).view(n, 2, 2)
     turn = rows * (world.SIZE / extent)[..., None]  # canvas to sprite coordinates
     grid = F.affine_grid(torch.cat([turn, -turn @ centre[..., None]], 2), [n, 4, 64, 64], False)
-    wobble = F.interpolate(torch.randn(n, 2, 6, 6), world.SIZE, mode="bicubic")
+    wobble = F.interpolate(torch.randn(n, 2, 6, 6), world.SIZE, mode="bilinear")
     grid = grid + uniform(n, 0, 0.06) * wobble.permute(0, 2, 3, 1)
-    is_small = (extent < 36)[..., None, None]  # these would alias
-    sprites = torch.where(is_small, F.avg_pool2d(sprites, 3, 1, 1), sprites)
     layer = F.grid_sample(sprites, grid, align_corners=False)
     return canvas * (1 - layer[:, 3:]) + layer[:, :3]
 
@@ -153,11 +151,11 @@ def random_scenes(count: int) -> tuple[Tensor, dict[str, Tensor]]:
     noun = torch.randint(len(NOUNS), (count,))
     second = (noun + torch.randint(1, len(NOUNS), (count,))) % len(NOUNS)
     style = torch.randint(len(world.STYLES), (count,))
-    identity = of_noun[noun, style].where(~is_any, torch.randint(len(bank), (count,)))
+    identity = of_noun[noun, style].where(~is_any, torch.randint(bank.shape[1], (count,)))
     colour = torch.randint(len(COLOURS), (count,))
     place = torch.multinomial(PLACES[:, 2], count, replacement=True).where(~is_pair, LEFT)
-    canvas = pasted(grounds(colour), bank[identity], PLACES[place])
-    others = bank[of_noun[second, style][is_pair]]
+    canvas = pasted(grounds(colour), bank[(place > 0).long(), identity], PLACES[place])
+    others = bank[1, of_noun[second, style][is_pair]]
     canvas[is_pair] = pasted(canvas[is_pair], others, PLACES[[RIGHT]].expand(len(others), 3))
     known = {
         "noun": (noun, is_single),
@@ -192,9 +190,9 @@ def recoloured(pixels: Tensor) -> Tensor:
 def noisy(pixels: Tensor) -> Tensor:
     """Pictures with blotches of about eight pixels and with fine noise."""
     n = len(pixels)
-    blotches = F.interpolate(torch.randn(n, 3, 8, 8), world.SIZE, mode="bicubic")
+    blotches = F.interpolate(torch.randn(n, 3, 8, 8), world.SIZE, mode="bilinear")
     fine = torch.rand_like(pixels) - 0.5
-    return pixels + uniform(n, 0, 0.12) * blotches + uniform(n, 0, 0.3) * fine
+    return pixels + uniform(n, 0, 0.1) * blotches + uniform(n, 0, 0.3) * fine
 
 
 def compressed(pixels: Tensor, step: Tensor) -> Tensor:

@@ -36,10 +36,10 @@ COLOURS = {
 NOUNS = {
     noun: noun
     for noun in (
-        "cat dog tiger rabbit horse pig frog bear chicken penguin bird duck owl turtle octopus crab "
-        "butterfly bee ladybug whale elephant cactus sunflower rose mushroom corn carrot watermelon "
-        "banana pineapple apple grapes strawberry hamburger pizza cake car bus truck airplane rocket "
-        "guitar key umbrella crown gift balloon star bell house"
+        "cat dog tiger rabbit horse pig frog bear chicken penguin bird duck owl turtle "
+        "octopus crab butterfly bee ladybug whale elephant cactus sunflower rose mushroom "
+        "corn carrot watermelon banana pineapple apple grapes strawberry hamburger pizza cake "
+        "car bus truck airplane rocket guitar key umbrella crown gift balloon star bell house"
     ).split()
 } | {
     "monkey": "monkey_face",
@@ -80,7 +80,11 @@ def fetch_emoji(folder: Path = EMOJI) -> None:
             continue
         folder.mkdir(parents=True, exist_ok=True)
         packed = subprocess.run(
-            ["npm", "pack", "--silent", package], cwd=folder, check=True, capture_output=True, text=True
+            ["npm", "pack", "--silent", package],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+            text=True,
         )
         with tarfile.open(folder / packed.stdout.strip().splitlines()[-1]) as archive:
             archive.extractall(target, filter="data")
@@ -136,7 +140,9 @@ def ground(rng: np.random.Generator, colour: tuple[int, int, int], size: int = S
     return np.clip(tint + shade[..., None], 0, 255)
 
 
-def paste(canvas: np.ndarray, image: Image.Image, centre: tuple[float, float], extent: float) -> None:
+def paste(
+    canvas: np.ndarray, image: Image.Image, centre: tuple[float, float], extent: float
+) -> None:
     """Draw a sprite into a float canvas, its longer side `extent` pixels, at (x, y) `centre`."""
     ratio = extent / max(image.size)
     width, height = (max(2, round(side * ratio)) for side in image.size)
@@ -210,10 +216,14 @@ def photographs() -> list[Image.Image]:
     import skimage
     import sklearn
 
-    names = "astronaut.png coffee.png hubble_deep_field.jpg brick.png grass.png gravel.png retina.jpg "
+    names = (
+        "astronaut.png coffee.png hubble_deep_field.jpg brick.png grass.png gravel.png retina.jpg "
+    )
     names += "ihc.png coins.png"
     paths = [Path(skimage.__file__).parent / "data" / name for name in names.split()]
-    paths += [Path(sklearn.__file__).parent / "datasets/images" / n for n in ("china.jpg", "flower.jpg")]
+    paths += [
+        Path(sklearn.__file__).parent / "datasets/images" / n for n in ("china.jpg", "flower.jpg")
+    ]
     return [Image.open(path).convert("RGB") for path in paths]
 
 

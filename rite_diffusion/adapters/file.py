@@ -127,7 +127,9 @@ def read_header(path: Path) -> dict[str, str]:
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise AdapterError(f"{path} has a damaged header ({error}). Get the file again.") from None
     except KeyError as error:
-        raise AdapterError(f"{path} names the tensor {error} twice, which no tool writes.") from None
+        raise AdapterError(
+            f"{path} names the tensor {error} twice, which no tool writes."
+        ) from None
     return header.get("__metadata__") or {}
 
 
@@ -148,7 +150,9 @@ def _refuse_other_formats(path: Path, start: bytes) -> None:
     if start.lstrip()[:1] == b"<":
         raise AdapterError(f"{path} is a web page, not an adapter: the download went wrong.")
     if start.startswith(b"version https://git-lfs"):
-        raise AdapterError(f"{path} is a Git LFS pointer: run `git lfs pull` to get the file itself.")
+        raise AdapterError(
+            f"{path} is a Git LFS pointer: run `git lfs pull` to get the file itself."
+        )
     if len(start) < 8:
         raise AdapterError(f"{path} is empty or cut off. Get the file again.")
 

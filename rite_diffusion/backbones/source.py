@@ -93,7 +93,9 @@ def _from_hub(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
         return _pretrained(name, dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise BackboneError(f"base model '{name}' is neither here nor on the hub ({reason}). {remedy}") from None
+        raise BackboneError(
+            f"base model '{name}' is neither here nor on the hub ({reason}). {remedy}"
+        ) from None
 
 
 def _pretrained(source: str, dtype: torch.dtype, **options) -> StableDiffusionPipeline:

@@ -29,7 +29,9 @@ class PlainLora(Method):
         return [
             {
                 "name": component,
-                "params": [p for p in self.backbone.components[component].parameters() if p.requires_grad],
+                "params": [
+                    p for p in self.backbone.components[component].parameters() if p.requires_grad
+                ],
                 "lr": rates[component],
                 "weight_decay": optim.weight_decay,
             }

@@ -58,7 +58,7 @@ class Residual(nn.Module):
 class JudgeNetwork(nn.Module):
     """Convolutions to an 8x8 map of features, and three linear heads on its pooled columns."""
 
-    def __init__(self, nouns: int, colours: int, channels: tuple[int, int, int] = (32, 64, 128)):
+    def __init__(self, nouns: int, colours: int, channels: tuple[int, int, int] = (24, 48, 128)):
         super().__init__()
         fine, middle, coarse = channels
         self.features = nn.Sequential(  # (n, 3, 64, 64) in [-1, 1] to (n, C, 8, 8)

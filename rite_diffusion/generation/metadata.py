@@ -1,4 +1,4 @@
-"""Parameters inside PNG files: as JSON for this toolkit, as text for the tools that read A1111's."""
+"""Parameters inside PNG files: JSON for this toolkit, text for tools that read A1111's."""
 
 import json
 from dataclasses import asdict, dataclass

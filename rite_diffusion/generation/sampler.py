@@ -25,7 +25,7 @@ def guided_prediction(
     conditioning: Conditioning,
     guidance: float,
 ) -> Tensor:
-    """uncond + w (cond - uncond) (Ho & Salimans 2022); conditioning is [uncond; cond], (2B, …)."""
+    """Uncond + w (cond - uncond) (Ho & Salimans 2022); conditioning is [uncond; cond], (2B, …)."""
     both = torch.cat([latents, latents])
     prediction = backbone.denoise(both, timestep.expand(len(both)), conditioning).float()
     uncond, cond = prediction.chunk(2)

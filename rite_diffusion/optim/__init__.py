@@ -1,4 +1,4 @@
-"""Optimizers by name: OPTIMIZERS[name].build(groups) makes a torch optimizer of parameter groups."""
+"""Optimizers by name: `OPTIMIZERS[name].build(groups)` makes one of parameter groups."""
 
 from rite_diffusion.optim.adamw import ADAMW
 from rite_diffusion.optim.sgd import SGD

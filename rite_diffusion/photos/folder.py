@@ -61,7 +61,9 @@ def read_folder(folder: Path, concept: Concept, templates: list[str]) -> PhotoFo
         text = _read_caption(source) if source else ""
         captioned += bool(text)
         text = text or templates[len(photos) % len(templates)]
-        text = text.replace("{trigger}", concept.trigger).replace("{class_noun}", concept.class_noun)
+        text = text.replace("{trigger}", concept.trigger).replace(
+            "{class_noun}", concept.class_noun
+        )
         photos.append(Photo(path, image, text))
     if not photos:
         raise PhotoFolderError(_nothing_usable(folder, skipped))

@@ -1,7 +1,7 @@
 """The run folder: the one registry that the CLI, a studio and a crashed machine share.
 
-    config.toml  status.json  metrics.jsonl  log.txt  lock
-    previews/step-000100-0.png  checkpoints/step-000100/adapter.safetensors  adapter.safetensors
+config.toml  status.json  metrics.jsonl  log.txt  lock
+previews/step-000100-0.png  checkpoints/step-000100/adapter.safetensors  adapter.safetensors
 """
 
 import json
@@ -44,7 +44,9 @@ class RunFolder:
                 (self.path / name).mkdir(exist_ok=True)
         except OSError as error:
             reason = error.strerror or str(error)
-            raise RunError(f"cannot write to {self.path}: {reason}. Choose another --out.") from None
+            raise RunError(
+                f"cannot write to {self.path}: {reason}. Choose another --out."
+            ) from None
         return self
 
     def __exit__(self, *_: object) -> None:

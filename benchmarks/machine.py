@@ -1,0 +1,38 @@
+"""What a result was measured on, and where it is kept."""
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def describe() -> dict[str, Any]:
+    """Processor, cores, and versions."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write_result(name: str, figures: dict[str, Any]) -> Path:
+    """Write figures with machine and command to results/<name>.json."""
+    RESULTS.mkdir(exist_ok=True)
+    command = " ".join(["python", *sys.argv])
+    path = RESULTS / f"{name}.json"
+    content = {"command": command, "machine": describe(), **figures}
+    path.write_text(json.dumps(content, indent=2) + "\n")
+    return path

@@ -1,0 +1,44 @@
+"""Adapters as a user names them: `FILE` or `FILE:WEIGHT`."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rite_diffusion.adapters.file import Adapter, load_adapter
+from rite_diffusion.types import AdapterError
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """An adapter file, its content and its weight."""
+
+    path: Path
+    adapter: Adapter
+    weight: float
+
+    def record(self) -> dict[str, str | float]:
+        """File name, weight and the first 16 hex digits of the file's SHA-256."""
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+        return {"file": self.path.name, "weight": self.weight, "sha256": digest}
+
+
+def choose_adapters(wanted: Sequence[str | Path]) -> list[Chosen]:
+    """The adapters of `FILE` or `FILE:WEIGHT` items."""
+    chosen = []
+    for item in wanted:
+        path, weight = split_weight(str(item))
+        chosen.append(Chosen(path, load_adapter(path), weight))
+    return chosen
+
+
+def split_weight(item: str) -> tuple[Path, float]:
+    """Path and weight of `FILE` or `FILE:WEIGHT`; the weight defaults to 1."""
+    head, colon, tail = item.rpartition(":")
+    try:
+        weight = float(tail) if colon else 1.0
+    except ValueError:
+        return Path(item).expanduser(), 1.0
+    if not -10 <= weight <= 10:
+        raise AdapterError(f"weight {tail} of {head} is outside -10 to 10")
+    return Path(head if colon else item).expanduser(), weight

@@ -1,0 +1,41 @@
+"""Fixtures that several test modules share."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
+
+from models import tiny_stable_diffusion  # noqa: E402
+from rite_diffusion.backbones import load_backbone  # noqa: E402
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture
+def pocket():
+    """The embedded base, fresh for each test."""
+    return load_backbone("pocket")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> Path:
+    """A diffusers folder in Stable Diffusion 1.x's shape, with small random weights."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-sd"
+    tiny_stable_diffusion().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Three small pictures, two with captions."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (80 + 10 * index, 70), colour).save(folder / f"{index}.png")
+    (folder / "0.txt").write_text("a <thing> on a red background")
+    (folder / "1.txt").write_text("a {trigger} on a green background\n")
+    return folder

@@ -1,0 +1,122 @@
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from rite_diffusion.config import resolve
+
+
+def rite(*arguments, cwd=None):
+    code = "from rite_diffusion.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=cwd
+    )
+
+
+def fastest(code: str) -> float:
+    """Seconds that a fresh interpreter needs beyond an empty one, the best of five."""
+    best = {}
+    for program in ("pass", code):
+        runs = []
+        for _ in range(5):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+            runs.append(time.perf_counter() - start)
+        best[program] = min(runs)
+    return best[code] - best["pass"]
+
+
+def test_help_and_import_are_quick():
+    assert fastest("import rite_diffusion") < 0.3
+    assert (
+        fastest("import sys; sys.argv[1:] = ['--help']\nfrom rite_diffusion.cli import app\napp()")
+        < 0.5
+    )
+
+
+def test_help_names_every_command():
+    text = rite("--help").stdout
+    assert all(word in text for word in ("train", "generate", "inspect", "doctor", "demo"))
+    options = rite("train", "--help").stdout
+    names = "--base --preset --steps --rank --optimizer --lr --seed --out --set --dry-run"
+    assert all(name in options for name in names.split())
+
+
+def test_dry_run_reports_and_writes_nothing(photos, tmp_path):
+    (photos / "broken.jpg").write_text("x")
+    done = rite(
+        "train", photos, "--trigger", "<thing>", "--class", "toy", "--dry-run", cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "3 in" in done.stdout and "80x70 to 100x70" in done.stdout
+    assert "skipped     broken.jpg: not a picture" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_photo_folder_to_picture(photos, tmp_path):
+    done = rite(
+        "train", photos, "--trigger", "<thing>", "--class", "toy", "--steps", 2, "--rank", 2,
+        "--optimizer", "sgd", "--lr", 0.5, "--seed", 3, "--out", tmp_path / "run",
+        "--set", "previews.every=0", "--set", "optim.lr_text_encoder=0.1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    adapter = tmp_path / "run/adapter.safetensors"
+    assert re.search(r"adapter     .*adapter.safetensors \(\d\.\d MB\)", done.stdout)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("try"))
+    assert line.split(None, 1)[1].startswith(
+        "rite generate 'a <thing> on a blue background' --adapter"
+    )
+    made = rite("generate", "a <thing>", "--adapter", f"{adapter}:0.8", "--num", 2, "--steps", 2,
+                "--out", tmp_path / "out")  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert [line.rsplit("/", 1)[1] for line in made.stdout.split()] == ["00000.png", "00001.png"]
+    shown = rite("inspect", adapter).stdout
+    for words in ("<thing>", "pocket", "rank             2", "64 (56 UNet, 8 text encoder)", "sgd"):
+        assert words in shown
+
+
+BAD = {
+    "empty folder": (["train", "{empty}"], "no images in"),
+    "no folder": (["train", "{tmp}/nowhere"], "does not exist"),
+    "broken images only": (["train", "{broken}"], "not a picture"),
+    "unknown key": (["train", "{photos}", "--set", "optim.lrr=1"], "did you mean 'optim.lr'"),
+    "known trigger": (["train", "{photos}", "--trigger", "robot"], "'<robot>'"),
+    "unknown base": (["train", "{photos}", "--base", "poket"], "no base model 'poket'"),
+    "unwritable": (["train", "{photos}", "--out", "/proc/rite"], "cannot write to /proc/rite"),
+    "unknown optimizer": (["train", "{photos}", "--optimizer", "adam"], "choose one of adamw, sgd"),
+    "unknown preset": (["train", "{photos}", "--preset", "x"], "no preset 'x'"),
+    "negative steps": (["train", "{photos}", "--steps", "-3"], "'steps' = -3"),
+    "no adapter": (["generate", "x", "--adapter", "nope.safetensors"], "no adapter file"),
+    "not an adapter": (["inspect", "{photos}/0.png"], "no safetensors file"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(case, photos, tmp_path):
+    arguments, words = BAD[case]
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken/a.jpg").write_text("x")
+    names = {"tmp": tmp_path, "photos": photos} | {n: tmp_path / n for n in ("empty", "broken")}
+    line = [argument.format(**names) for argument in arguments]
+    if line[0] == "train":
+        line += ["--class", "toy"] + ([] if "--trigger" in line else ["--trigger", "<thing>"])
+    done = rite(*line, cwd=tmp_path)
+    assert done.returncode == 2
+    assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists() and not (tmp_path / "outputs").exists()
+
+
+def test_doctor_names_versions_and_devices():
+    done = rite("doctor")
+    assert done.returncode == 0, done.stderr
+    for words in ("torch", "diffusers", "device", "attention", "disk", "pocket base"):
+        assert words in done.stdout
+
+
+def test_assigned_settings_are_those_of_the_configuration():
+    needed = {"photos": "p", "trigger": "<t>", "class_noun": "dog"}
+    assert resolve(needed | {"previews": {"every": 0}}).previews.every == 0

@@ -1,0 +1,130 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from rite_diffusion.photos.dataset import batch_indices, encode_photos, generator
+from rite_diffusion.photos.folder import read_folder
+from rite_diffusion.photos.images import UnreadableImage, open_image, to_image, to_tensor
+from rite_diffusion.types import Concept, PhotoFolderError
+
+CONCEPT = Concept("<thing>", "toy")
+TEMPLATES = ["a {trigger}", "a photo of a {trigger}, a {class_noun}"]
+
+
+def test_captions_come_from_files_then_templates(photos):
+    found = read_folder(photos, CONCEPT, TEMPLATES)
+    assert [photo.caption for photo in found.photos] == [
+        "a <thing> on a red background",
+        "a <thing> on a green background",
+        "a <thing>",
+    ]
+    assert found.captioned == 2 and found.skipped == []
+    assert found.sizes() == "80x70 to 100x70"
+
+
+def test_what_is_no_picture_is_skipped_with_the_reason(photos):
+    (photos / "broken.jpg").write_bytes(b"not a picture")
+    (photos / "empty.png").write_bytes(b"")
+    (photos / "notes.pdf").write_bytes(b"%PDF")
+    whole = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8)
+    Image.fromarray(noise).save(whole, "JPEG")
+    (photos / "cut.jpg").write_bytes(whole.getvalue()[:2000])
+    found = read_folder(photos, CONCEPT, TEMPLATES)
+    reasons = {path.name: reason for path, reason in found.skipped}
+    assert len(found.photos) == 3
+    assert reasons["broken.jpg"] == reasons["empty.png"] == "not a picture"
+    assert reasons["notes.pdf"] == "not a picture file"
+    assert reasons["cut.jpg"].startswith("damaged")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder: None, "does not exist"),
+        (lambda folder: folder.write_text("x"), "is a file"),
+        (lambda folder: folder.mkdir(), "no images"),
+        (lambda folder: (folder / "dog").mkdir(parents=True), "holds the folders dog"),
+        (
+            lambda folder: (folder.mkdir(), (folder / "a.jpg").write_text("x")),
+            "no usable image in .*a.jpg: not a picture",
+        ),
+    ],
+)
+def test_folders_that_cannot_be_used(tmp_path, make, words):
+    make(tmp_path / "photos")
+    with pytest.raises(PhotoFolderError, match=words):
+        read_folder(tmp_path / "photos", CONCEPT, TEMPLATES)
+
+
+def test_a_caption_in_another_encoding_is_named(photos):
+    (photos / "2.txt").write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(PhotoFolderError, match="2.txt is not UTF-8"):
+        read_folder(photos, CONCEPT, TEMPLATES)
+
+
+def _saved(tmp_path, image, name, **options):
+    image.save(tmp_path / name, **options)
+    return open_image(tmp_path / name)
+
+
+def test_colours_of_every_mode(tmp_path):
+    red = Image.new("RGB", (8, 8), (200, 30, 30))
+    assert _saved(tmp_path, red.convert("CMYK"), "a.jpg").getpixel((4, 4))[0] > 150
+    assert _saved(tmp_path, red.quantize(4), "b.png").getpixel((4, 4)) == (200, 30, 30)
+    clear = Image.new("RGBA", (8, 8), (200, 30, 30, 0))
+    assert _saved(tmp_path, clear, "c.png").getpixel((4, 4)) == (255, 255, 255)
+    deep = Image.fromarray(np.full((8, 8), 32768, np.uint16))
+    assert _saved(tmp_path, deep, "d.png").getpixel((4, 4)) == (127, 127, 127)
+    grey = Image.new("L", (8, 8), 77)
+    assert _saved(tmp_path, grey, "e.png").getpixel((4, 4)) == (77, 77, 77)
+
+
+def test_exif_orientation_is_applied_once(tmp_path):
+    image = Image.new("RGB", (20, 10), "black")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert _saved(tmp_path, image, "a.jpg", exif=exif).size == (10, 20)
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
+    Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(UnreadableImage, match="too large"):
+        open_image(tmp_path / "bomb.png")
+
+
+def test_pixels_round_trip():
+    array = np.random.default_rng(0).integers(0, 256, (8, 6, 3), np.uint8)
+    image = Image.fromarray(array)
+    assert np.array_equal(np.asarray(to_image(to_tensor(image))), array)
+
+
+@given(
+    count=st.integers(1, 30),
+    batch=st.integers(1, 20),
+    seed=st.integers(0, 9),
+    steps=st.integers(1, 9),
+)
+def test_order_visits_every_photo_once_an_epoch(count, batch, seed, steps):
+    order = [i for step in range(steps) for i in batch_indices(count, batch, seed, step)]
+    for start in range(0, len(order) - count + 1, count):
+        assert sorted(order[start : start + count]) == list(range(count))
+
+
+def test_order_and_noise_depend_on_their_keys_alone():
+    assert batch_indices(5, 3, 1, 40) == batch_indices(5, 3, 1, 40)
+    draw = lambda *keys: torch.randn(4, generator=generator(*keys))  # noqa: E731
+    assert torch.equal(draw(1, 2, 3), draw(1, 2, 3))
+    assert not torch.equal(draw(1, 2, 3), draw(1, 3, 2))
+
+
+def test_flipped_latents_are_those_of_the_mirrored_picture(pocket, photos):
+    found = read_folder(photos, CONCEPT, TEMPLATES).photos
+    data = encode_photos(pocket, found, 64, flip=True)
+    assert data.latents.shape == (6, 8, 16, 16) and len(data.captions) == 6
+    assert data.captions[0] == data.captions[1]

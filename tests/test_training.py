@@ -1,0 +1,180 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import rite_diffusion as rite
+from rite_diffusion.concepts import PlainLora
+from rite_diffusion.config import OptimSection, from_toml
+from rite_diffusion.photos.dataset import encode_photos
+from rite_diffusion.photos.folder import read_folder
+from rite_diffusion.recipes import configure, plan_training
+from rite_diffusion.training.loop import build_optimizer, rate_factor, step_loss, train_steps
+from rite_diffusion.training.run_folder import RunFolder
+from rite_diffusion.types import Concept, ConfigError, RunError
+
+QUICK = {"steps": 3, "batch": 2, "previews": {"every": 2, "steps": 2}, "checkpoints": {"every": 1}}
+
+
+def _train(photos, out, **settings):
+    return rite.train(
+        photos, trigger="<thing>", class_noun="toy", preset="pocket", out=out, **QUICK | settings
+    )
+
+
+def _config(photos, **settings):
+    wanted = {"photos": str(photos), "trigger": "<thing>", "class_noun": "toy"}
+    return configure(wanted | QUICK | settings, "pocket")
+
+
+def test_a_run_leaves_the_folder_that_the_design_names(photos, tmp_path):
+    adapter = _train(photos, tmp_path / "run")
+    run = tmp_path / "run"
+    assert adapter == run / "adapter.safetensors"
+    assert json.loads((run / "status.json").read_text())["state"] == "finished"
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+    assert sorted(p.name for p in (run / "previews").iterdir()) == [
+        "step-000002-0.png",
+        "step-000002-1.png",
+    ]
+    assert not (run / "lock").exists()
+    config = from_toml((run / "config.toml").read_text())
+    assert (config.steps, config.resolution, config.optim.lr) == (3, 64, 2e-3)
+    info = rite.inspect(adapter).info
+    assert (info.trigger, info.class_noun, info.base, info.steps) == (
+        "<thing>",
+        "toy",
+        "pocket",
+        "3",
+    )
+    assert str(tmp_path) not in adapter.read_bytes().decode("latin-1")
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_does_not(photos, tmp_path):
+    first, again, other = (
+        rite.inspect(_train(photos, tmp_path / name, seed=seed))
+        for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    for one, two, three in zip(first.pairs, again.pairs, other.pairs, strict=True):
+        assert torch.equal(one.down, two.down) and torch.equal(one.up, two.up)
+        assert not torch.equal(one.down, three.down)
+
+
+def test_training_lowers_the_loss_and_leaves_the_base_alone(photos, pocket):
+    config = _config(photos, steps=30, batch=4)
+    found = read_folder(photos, Concept("<thing>", "toy"), config.templates).photos
+    data = encode_photos(pocket, found, 64, flip=False)
+    before = {name: part.state_dict() for name, part in pocket.components.items()}
+    method = PlainLora(pocket, config)
+    losses = []
+    train_steps(pocket, method, data, config, lambda report: losses.append(report.loss))
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    method.remove()
+    for name, part in pocket.components.items():
+        assert all(torch.equal(v, before[name][k]) for k, v in part.state_dict().items())
+
+
+def test_each_component_moves_by_its_own_rate(photos, pocket):
+    optim = {"lr": 1e-3, "lr_text_encoder": 1e-9, "warmup": 0, "weight_decay": 0.0}
+    config = _config(photos, steps=4, optim=optim)
+    found = read_folder(photos, Concept("<thing>", "toy"), config.templates).photos
+    data = encode_photos(pocket, found, 64, flip=False)
+    method = PlainLora(pocket, config)
+    train_steps(pocket, method, data, config, lambda report: None)
+    largest = {"lora_te": 0.0, "lora_unet": 0.0}
+    for pair in method.pairs():
+        kind = "lora_te" if pair.name.startswith("lora_te") else "lora_unet"
+        largest[kind] = max(largest[kind], pair.up.abs().max().item())
+    assert largest["lora_unet"] > 1e-4
+    assert 0 < largest["lora_te"] < 1e-7
+
+
+def test_a_step_is_a_function_of_seed_and_step(photos, pocket):
+    config = _config(photos)
+    found = read_folder(photos, Concept("<thing>", "toy"), config.templates).photos
+    data = encode_photos(pocket, found, 64, flip=False)
+    method = PlainLora(pocket, config)
+    losses = [step_loss(pocket, method, data, config, step).item() for step in (5, 6, 5)]
+    assert losses[0] == losses[2] != losses[1]
+
+
+def test_rates_warm_up_and_decay():
+    factor = rate_factor(OptimSection(warmup=4, schedule="linear"), 100)
+    assert factor(0) == pytest.approx(0.2)
+    assert factor(50) == pytest.approx(0.5)
+    assert rate_factor(OptimSection(warmup=0, schedule="cosine"), 10)(10) == pytest.approx(
+        0, abs=1e-6
+    )
+    assert rate_factor(OptimSection(warmup=0, schedule="constant"), 10)(9) == 1
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_every_optimizer_trains(photos, pocket, name):
+    config = _config(photos, optim={"name": name})
+    method = PlainLora(pocket, config)
+    rates = [group["lr"] for group in build_optimizer(method, config).param_groups]
+    assert rates == [config.optim.lr, config.optim.lr / 2]
+    method.remove()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(photos, tmp_path):
+    with pytest.raises(RunError, match="lower optim.lr"):
+        _train(
+            photos, tmp_path / "run", steps=200, optim={"name": "sgd", "lr": 10.0, "clip_norm": 1e9}
+        )
+    assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
+    assert not (tmp_path / "run/adapter.safetensors").exists()
+
+
+def test_a_finished_or_busy_run_folder_is_refused(photos, tmp_path):
+    _train(photos, tmp_path / "run", steps=1)
+    with pytest.raises(RunError, match="already holds an adapter"):
+        _train(photos, tmp_path / "run", steps=1)
+    with RunFolder(tmp_path / "busy"), pytest.raises(RunError, match="in use by process"):
+        RunFolder(tmp_path / "busy").__enter__()
+
+
+def test_a_lock_of_a_dead_process_is_taken_over(tmp_path):
+    (tmp_path / "run").mkdir()
+    child = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
+    )
+    (tmp_path / "run/lock").write_bytes(child.stdout)
+    with RunFolder(tmp_path / "run") as run:
+        assert (run.path / "lock").exists()
+
+
+@pytest.mark.parametrize("trigger", ["robot", "Dog"])
+def test_a_trigger_that_the_base_knows_is_refused(photos, trigger):
+    with pytest.raises(ConfigError, match=f"use a new word such as '<{trigger}>'"):
+        plan_training(_config(photos, trigger=trigger))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_valid_adapter_and_says_so(photos, tmp_path, number):
+    run = tmp_path / "run"
+    line = ["train", str(photos), "--trigger", "<t>", "--class", "toy", "--steps", "5000"]
+    code = "from rite_diffusion.cli import main; main()"
+    command = [sys.executable, "-c", code, *line, "--out", str(run)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _wait_for(run / "metrics.jsonl")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "stopped at step" in errors and "Traceback" not in errors
+    assert len(rite.inspect(run / "adapter.safetensors").pairs) == 64
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+
+
+def _wait_for(path: Path, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"no {path}"
+        time.sleep(0.1)

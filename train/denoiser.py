@@ -1,0 +1,195 @@
+"""The pocket base's tokenizer, text encoder and UNet."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+import world
+from autoencoder import load_vae
+from networks import (
+    TOKENS,
+    as_tensor,
+    load_state,
+    new_schedule,
+    new_text_encoder,
+    new_unet,
+    report,
+    save_state,
+    set_rate,
+)
+
+
+def make_tokenizer(folder: Path) -> CLIPTokenizer:
+    """CLIP tokenizer with a small byte-pair vocabulary: grammar words are whole, any word works."""
+    rng = np.random.default_rng(0)
+    corpus = [world.scene(rng).caption for _ in range(20_000)]
+    corpus += [
+        f"{word} {word}" for name in world.all_names() for word in re.findall("[a-z]+", name)
+    ]
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    bpe.decoder = decoders.ByteLevel()
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
+    )
+    bpe.train_from_iterator(
+        (word for line in corpus for word in line.replace(",", " ,").split()), trainer
+    )
+    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    words = letters + [f"{letter}</w>" for letter in letters] + ["".join(pair) for pair in merges]
+    words = list(dict.fromkeys(words)) + ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = CLIPTokenizer(vocabulary, merges, model_max_length=TOKENS)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def token_ids(tokenizer: CLIPTokenizer, captions: list[str]) -> Tensor:
+    """Token ids (N, 32)."""
+    return tokenizer(
+        captions, padding="max_length", max_length=TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
+
+
+@torch.no_grad()
+def encode_pool(
+    work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, count: int
+) -> dict[str, Tensor]:
+    """Latents (N, 8, 16, 16) fp16 and token ids (N, 32) of scenes, made once and kept."""
+    path = work / "latents.safetensors"
+    if not path.exists():
+        latents, captions = [], []
+        for first in range(0, count, 200):
+            scenes = [world.scene(np.random.default_rng([4, i])) for i in range(first, first + 200)]
+            images = as_tensor(np.stack([scene.image for scene in scenes]))
+            latents.append(vae.encode(images).latent_dist.mean.half().contiguous())
+            captions += [scene.caption for scene in scenes]
+        save_file(
+            {"latents": torch.cat(latents).contiguous(), "ids": token_ids(tokenizer, captions)},
+            path,
+        )
+    return load_file(path)
+
+
+def stratified_timesteps(count: int, generator: torch.Generator) -> Tensor:
+    """Timesteps (count,), one from each of `count` equal parts of the schedule, in random order."""
+    parts = torch.randperm(count, generator=generator)
+    return ((parts + torch.rand(count, generator=generator)) * 1000 / count).long().clamp(max=999)
+
+
+class Average:
+    """Exponential moving average of weights with a warm-up of the decay."""
+
+    def __init__(self, decay: float, **modules: nn.Module):
+        self.decay = decay
+        self.modules = modules
+
+    @torch.no_grad()
+    def update(self, step: int, **modules: nn.Module) -> None:
+        """Move towards `modules`' weights."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, module in self.modules.items():
+            torch._foreach_lerp_(
+                list(module.parameters()), list(modules[name].parameters()), 1 - decay
+            )
+
+
+def train_denoiser(
+    work: Path, steps: int, batch: int, rate: float = 1e-3, scenes: int = 40_000
+) -> None:
+    """Train text encoder and UNet: v-prediction, min-SNR weight (gamma 5), 10 % no caption."""
+    torch.manual_seed(0)
+    vae, tokenizer = load_vae(work), CLIPTokenizer.from_pretrained(work / "tokenizer")
+    text_encoder, unet, schedule = new_text_encoder(tokenizer), new_unet(), new_schedule()
+    text_average, unet_average = new_text_encoder(tokenizer), new_unet()
+    text_average.load_state_dict(text_encoder.state_dict())
+    unet_average.load_state_dict(unet.state_dict())
+    average = Average(0.9993, text_encoder=text_average, unet=unet_average)
+    weights = [*unet.parameters(), *text_encoder.parameters()]
+    optimizer = torch.optim.AdamW(weights, rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    parts = {"unet": unet, "text_encoder": text_encoder}
+    parts |= {"unet_average": unet_average, "text_average": text_average}
+    path = work / "denoiser.safetensors"
+    first = load_state(path, optimizer, **parts)
+    pool = encode_pool(work, vae, tokenizer, scenes)
+    empty = token_ids(tokenizer, [""])[0]
+    signal = schedule.alphas_cumprod
+    weight = (signal / (1 - signal)).clamp(max=5) / (signal / (1 - signal) + 1)
+    start, last_picture, losses = time.time(), time.time(), []
+    for step in range(first, steps):
+        set_rate(optimizer, rate, step, steps)
+        generator = torch.Generator().manual_seed(step)
+        chosen = torch.randint(len(pool["latents"]), (batch,), generator=generator)
+        latents, ids = pool["latents"][chosen].float(), pool["ids"][chosen]
+        ids[torch.rand(batch, generator=generator) < 0.1] = empty
+        timesteps = stratified_timesteps(batch, generator)
+        noise = torch.randn(latents.shape, generator=generator)
+        noisy = schedule.add_noise(latents, noise, timesteps)
+        prediction = unet(noisy, timesteps, text_encoder(ids).last_hidden_state).sample
+        target = schedule.get_velocity(latents, noise, timesteps)
+        error = (prediction - target).square().mean((1, 2, 3))
+        loss = (weight[timesteps] * error).mean() / weight.mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(step, unet=unet, text_encoder=text_encoder)
+        losses.append(error.mean().item())
+        if (step + 1) % 200 == 0 or step + 1 == steps:
+            mean = sum(losses[-200:]) / len(losses[-200:])
+            report("denoiser", step + 1, steps, start, step + 1 - first, mse=mean)
+        if (step + 1) % 1000 == 0 or step + 1 == steps:
+            save_state(path, step + 1, optimizer, **parts)
+        if time.time() - last_picture > 600 or step + 1 == steps:
+            pipeline = assemble(vae, text_average, tokenizer, unet_average)
+            picture_sheet(pipeline, work / f"sheet_{step + 1:06d}.png")
+            last_picture = time.time()
+
+
+def assemble(vae, text_encoder, tokenizer, unet) -> StableDiffusionPipeline:
+    """A Stable Diffusion pipeline of the parts."""
+    return StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=new_schedule(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def picture_sheet(pipeline: StableDiffusionPipeline, path: Path) -> None:
+    """Write a grid of 48 prompts to look at."""
+    rng = np.random.default_rng(5)
+    prompts = [world.scene(rng).caption for _ in range(24)]
+    grounds = list(world.COLOURS)
+    prompts += [
+        f"{world.article(noun)} on {world.article(grounds[i % 10])} background"
+        for i, noun in enumerate(list(world.NOUNS)[:24])
+    ]
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline(
+        prompts,
+        num_inference_steps=25,
+        guidance_scale=3.0,
+        generator=torch.Generator().manual_seed(0),
+        height=world.SIZE,
+        width=world.SIZE,
+    ).images
+    sheet = Image.new("RGB", (12 * 130, 4 * 130))
+    for i, image in enumerate(images):
+        sheet.paste(image.resize((128, 128)), (i % 12 * 130, i // 12 * 130))
+    sheet.save(path)
