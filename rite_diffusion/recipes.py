@@ -21,7 +21,7 @@ from rite_diffusion.photos.folder import PhotoFolder, read_folder
 from rite_diffusion.training.interrupt import stop_on_signal
 from rite_diffusion.training.loop import StepReport, optimizer_spec, train_steps
 from rite_diffusion.training.run_folder import RunFolder
-from rite_diffusion.types import Concept, ConfigError, RiteError
+from rite_diffusion.types import AdapterError, Concept, ConfigError, RiteError
 
 LICENCE = "unspecified"
 
@@ -94,7 +94,7 @@ def plan_training(config: TrainConfig) -> Plan:
 def _adapter(plan: Plan, method: Method, step: int) -> Adapter:
     """The adapter as trained so far; its header holds no absolute path."""
     config = plan.config
-    base = config.base if config.base == "pocket" else Path(config.base).name
+    base = Path(config.base).name if Path(config.base).exists() else config.base
     public = config.model_copy(update={"photos": Path(config.photos).name, "base": base})
     info = AdapterInfo(
         trigger=config.trigger,
@@ -209,8 +209,11 @@ def default_run(photos: Path) -> Path:
 
 def open_with_adapters(base: str | None, adapters: list[Chosen]) -> StableDiffusion:
     """The base model with the adapters attached; it defaults to the base they were made for."""
-    recorded = [c.adapter.info.base for c in adapters if c.adapter.info.base]
-    backbone = load_backbone(base or (recorded[0] if recorded else "pocket"))
+    recorded = [each.adapter.info.base for each in adapters if each.adapter.info.base]
+    base = base or (recorded[0] if recorded else "pocket")
+    if base in recorded and base != "pocket" and "/" not in base and not Path(base).exists():
+        raise AdapterError(f"the adapter was made for '{base}': pass its path as --base.")
+    backbone = load_backbone(base)
     for index, chosen in enumerate(adapters):
         attach(backbone, chosen.adapter, f"adapter_{index}", chosen.weight)
     return backbone

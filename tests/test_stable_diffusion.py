@@ -9,7 +9,7 @@ import rite_diffusion as rite
 from models import true_stable_diffusion_15
 from reference.ldm_layout import ldm_state_dict
 from rite_diffusion.backbones import load_backbone
-from rite_diffusion.types import BackboneError
+from rite_diffusion.types import AdapterError, BackboneError
 
 SETTINGS = {"steps": 2, "batch": 2, "precision": "fp32", "previews": {"every": 0}}
 
@@ -42,6 +42,8 @@ def test_trains_and_generates(source, tiny_folder, tiny_file, photos, tmp_path):
     [image] = rite.generate(
         "a <thing>", adapters=[adapter], base=base, steps=2, width=64, height=64
     )
+    with pytest.raises(AdapterError, match="pass its path as --base"):
+        rite.generate("a <thing>", adapters=[adapter])
     assert image.size == (64, 64) and np.asarray(image).std() > 0
 
 

@@ -108,7 +108,12 @@ class Average:
 def train_denoiser(
     work: Path, steps: int, batch: int, rate: float = 1e-3, scenes: int = 40_000
 ) -> None:
-    """Train text encoder and UNet: v-prediction, min-SNR weight (gamma 5), 10 % no caption."""
+    """Train text encoder and UNet: v-prediction, a tenth of the scenes without their caption.
+
+    The weight of the clean latents' error is min(SNR + 1, 6). Min-SNR's min(SNR, 5) all but drops
+    the noisiest steps, which is where a caption decides what will be drawn: with it, 32 k images
+    taught every background and not one object.
+    """
     torch.manual_seed(0)
     vae, tokenizer = load_vae(work), CLIPTokenizer.from_pretrained(work / "tokenizer")
     text_encoder, unet, schedule = new_text_encoder(tokenizer), new_unet(), new_schedule()
@@ -124,8 +129,8 @@ def train_denoiser(
     first = load_state(path, optimizer, **parts)
     pool = encode_pool(work, vae, tokenizer, scenes)
     empty = token_ids(tokenizer, [""])[0]
-    signal = schedule.alphas_cumprod
-    weight = (signal / (1 - signal)).clamp(max=5) / (signal / (1 - signal) + 1)
+    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+    weight = (snr + 1).clamp(max=6) / (snr + 1)
     start, last_picture, losses = time.time(), time.time(), []
     for step in range(first, steps):
         set_rate(optimizer, rate, step, steps)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import judge_scenes as scenes
 import world
-from rite_diffusion.evaluation.judge import Judge, JudgeNetwork, as_pixels, save_judge
+from rite_diffusion.evaluation.judge import EMBEDDING, Judge, JudgeNetwork, as_pixels, save_judge
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "rite_diffusion/evaluation/judge.safetensors"
@@ -46,7 +46,7 @@ class IdentityLoss(nn.Module):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        self.centres = nn.Parameter(torch.randn(classes, 64))
+        self.centres = nn.Parameter(F.normalize(torch.randn(classes, EMBEDDING), dim=-1))
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Mean loss over the pictures whose label is known."""
@@ -73,7 +73,7 @@ def losses(
         name: F.cross_entropy(answer, labels[name], ignore_index=scenes.UNKNOWN)
         for name, answer in answers.items()
     }
-    return found | {"identity": 0.5 * identity(network.embedding(whole), labels["identity"])}
+    return found | {"identity": identity(network.embedding(whole), labels["identity"])}
 
 
 def rate_at(step: int, steps: int) -> float:

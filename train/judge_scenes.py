@@ -143,10 +143,10 @@ def pasted(canvas: Tensor, sprites: Tensor, places: Tensor) -> Tensor:
 def random_scenes(count: int) -> tuple[Tensor, dict[str, Tensor]]:
     """A batch (count, 3, 64, 64) in [-1, 1], and indices (count,) of the answers or UNKNOWN.
 
-    A quarter shows one noun, a quarter two, and the rest any identity.
+    An eighth shows one noun, an eighth two, and the rest any identity.
     """
     bank, of_noun = sprite_bank()
-    kind = torch.arange(count) * 4 // count
+    kind = torch.arange(count) * 8 // count
     is_single, is_pair, is_any = kind == 0, kind == 1, kind > 1
     noun = torch.randint(len(NOUNS), (count,))
     second = (noun + torch.randint(1, len(NOUNS), (count,))) % len(NOUNS)

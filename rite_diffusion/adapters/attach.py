@@ -3,6 +3,8 @@
 PEFT makes the layers. Several adapters live side by side, each with its own weight.
 """
 
+import warnings
+
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
@@ -51,6 +53,12 @@ def _layers(component: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def _inject(config: LoraConfig, component: nn.Module, name: str) -> None:
+    with warnings.catch_warnings():  # that a second adapter joins a first is what is wanted
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        inject_adapter_in_model(config, component, adapter_name=name)
+
+
 def inject(
     backbone: Backbone, name: str, targets: dict[str, list[str]], rank: int, alpha: float
 ) -> None:
@@ -59,7 +67,10 @@ def inject(
         config = LoraConfig(
             r=rank, lora_alpha=alpha, target_modules=paths, init_lora_weights="gaussian"
         )
-        inject_adapter_in_model(config, backbone.components[component], adapter_name=name)
+        _inject(config, backbone.components[component], name)
+    for layer in lora_layers(backbone, name).values():  # fp32 over a base in half precision too
+        layer.lora_A[name].float()
+        layer.lora_B[name].float()
 
 
 def lora_layers(backbone: Backbone, name: str) -> dict[str, LoraLayer]:
@@ -127,7 +138,7 @@ def attach(backbone: Backbone, adapter: Adapter, name: str, weight: float = 1.0)
             rank_pattern={path: pair.rank for path, pair in pairs.items()},
             alpha_pattern={path: pair.scale * pair.rank for path, pair in pairs.items()},
         )
-        inject_adapter_in_model(config, backbone.components[component], adapter_name=name)
+        _inject(config, backbone.components[component], name)
     layers = lora_layers(backbone, name)
     for pair in adapter.pairs:
         layer = layers[pair.name]
@@ -166,6 +177,8 @@ def detach(backbone: Backbone, name: str) -> None:
             if not module.lora_A:
                 parent, _, leaf = path.rpartition(".")
                 setattr(root.get_submodule(parent), leaf, module.base_layer)
-        if hasattr(root, "peft_config"):
-            root.peft_config.pop(name, None)
+        configs = getattr(root, "peft_config", {})
+        configs.pop(name, None)
+        if not configs and wrapped:
+            del root.peft_config
     _activate(backbone)

@@ -23,16 +23,17 @@ def default_device() -> torch.device:
 
 
 def load_backbone(
-    base: str, precision: str = "fp32", device: torch.device | None = None
+    base: str, precision: str | None = None, device: torch.device | None = None
 ) -> StableDiffusion:
     """The base model behind a name: `pocket`, a diffusers folder, a `.safetensors` or a hub id.
 
-    Weights are read in `precision` (fp32, fp16, bf16); no pickle is opened and no code from a hub
-    is run. Raises BackboneError where there is no such model.
+    Weights are read in `precision` (fp32, fp16, bf16), by default fp16 on CUDA and fp32 elsewhere.
+    No pickle is opened and no code from a hub is run. Raises BackboneError where there is none.
     """
+    device = device or default_device()
+    precision = precision or ("fp16" if device.type == "cuda" else "fp32")
     pipeline = open_pipeline(base, DTYPES[precision])
-    attention = choose_attention(pipeline)
-    return StableDiffusion(pipeline, base, device or default_device(), attention)
+    return StableDiffusion(pipeline, base, device, choose_attention(pipeline))
 
 
 def choose_attention(pipeline: StableDiffusionPipeline) -> str:

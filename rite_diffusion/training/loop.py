@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -97,6 +98,7 @@ def train_steps(
 
     A step whose loss is no number changes nothing; RunError after five in a row.
     """
+    AcceleratorState._reset_state()  # a process may train twice, at two precisions
     accelerator = Accelerator(
         cpu=backbone.device.type == "cpu",
         mixed_precision={"fp32": "no"}.get(config.precision, config.precision),

@@ -38,18 +38,16 @@ VAE_ATTENTION = {
 
 def ldm_state_dict(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
     """The pipeline's weights as a CompVis checkpoint names and shapes them."""
-    unet = pipeline.unet.state_dict()
-    attending = [i for i, up in enumerate(pipeline.unet.up_blocks) if hasattr(up, "attentions")]
     layers, levels = pipeline.unet.config.layers_per_block, len(pipeline.vae.encoder.down_blocks)
-    state = {
-        f"model.diffusion_model.{unet_name(name, layers, attending)}": tensor
-        for name, tensor in unet.items()
-    }
+    kinds = enumerate(pipeline.unet.config.up_block_types)
+    attending = [level for level, kind in kinds if kind.startswith("CrossAttn")]
+    state = {}
+    for name, tensor in pipeline.unet.state_dict().items():
+        state[f"model.diffusion_model.{unet_name(name, layers, attending)}"] = tensor
     for name, tensor in pipeline.vae.state_dict().items():
-        square = tensor.ndim == 2  # attention projections were 1x1 convolutions
-        state[f"first_stage_model.{vae_name(name, levels)}"] = (
-            tensor[:, :, None, None].clone() if square else tensor
-        )
+        # Attention projections, the only matrices, were 1x1 convolutions.
+        old = tensor[:, :, None, None].clone() if tensor.ndim == 2 else tensor
+        state[f"first_stage_model.{vae_name(name, levels)}"] = old
     for name, tensor in pipeline.text_encoder.state_dict().items():
         state[f"cond_stage_model.transformer.text_model.{name}"] = tensor
     positions = pipeline.text_encoder.config.max_position_embeddings
@@ -69,13 +67,13 @@ def unet_name(name: str, layers: int, attending: list[int]) -> str:
         place = 2 * int(index) if group == "resnets" else 1
         return f"middle_block.{place}." + _inner(group, inner)
     level, group, index, *inner = rest
-    first, row = int(level) * (layers + 1), int(index)
+    first = int(level) * (layers + 1)
     if group == "downsamplers":  # its own input block, after the level's resnets
         return f"input_blocks.{first + layers + 1}.0.op.{kind}"
     if group == "upsamplers":  # the last entry of the level's last output block
         return f"output_blocks.{first + layers}.{2 if int(level) in attending else 1}.conv.{kind}"
-    block = f"input_blocks.{1 + first + row}" if side == "down_blocks" else None
-    block = block or f"output_blocks.{first + row}"
+    place = first + int(index)  # input block 0 is conv_in
+    block = f"input_blocks.{place + 1}" if side == "down_blocks" else f"output_blocks.{place}"
     return f"{block}.{0 if group == 'resnets' else 1}." + _inner(group, inner)
 
 
