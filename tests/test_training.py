@@ -75,7 +75,7 @@ def _mean_loss(backbone, method, data, config) -> float:
 
 
 def test_training_lowers_the_loss_and_leaves_the_base_alone(photos, pocket):
-    config = _config(photos, steps=30, batch=4)
+    config = _config(photos, steps=60, batch=4)
     found = read_folder(photos, Concept("<thing>", "toy"), config.templates).photos
     data = encode_photos(pocket, found, 64, flip=False)
     before = {name: part.state_dict() for name, part in pocket.components.items()}

@@ -46,10 +46,10 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=HERE.parent / "rite_diffusion/backbones/pocket/weights"
     )
-    parser.add_argument("--vae-steps", type=int, default=5500)
+    parser.add_argument("--vae-steps", type=int, default=4000)
     parser.add_argument("--decoder-steps", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=16_000, help="steps of the denoiser")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=32)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     world.fetch_emoji()

@@ -96,7 +96,7 @@ def train(steps: int, checkpoint: Callable[[JudgeNetwork, str], None]) -> JudgeN
         sum(found.values()).backward()
         nn.utils.clip_grad_norm_(weights, 5.0)
         optimizer.step()
-        if (step + 1) % 100 == 0 or step + 1 == steps:
+        if (step + 1) % 500 == 0 or step + 1 == steps:
             figures = " ".join(f"{name} {loss.item():.3f}" for name, loss in found.items())
             checkpoint(network, f"{step + 1}/{steps} {figures}")
     return network.eval()

@@ -111,7 +111,8 @@ def load_state(path: Path, optimizer: torch.optim.Optimizer | None, **modules: n
             if key.startswith("optimizer/"):
                 _, index, name = key.split("/")
                 state.setdefault(int(index), {})[name] = value
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+        if state:  # a file without moments is a start from given weights
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     return json.loads(path.with_suffix(".json").read_text())["step"]
 
 
