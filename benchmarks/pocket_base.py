@@ -64,7 +64,7 @@ def requests(judge: Judge, seeds: int) -> list[Request]:
 
 def draw(folder: Path, wanted: list[Request]) -> list[Image.Image]:
     """One picture per request; the n-th request has seed n, whatever the batch."""
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     pictures = []
     for first in range(0, len(wanted), BATCH):

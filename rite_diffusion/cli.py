@@ -143,7 +143,7 @@ def generate(
         out=out,
     )
     for image in images:
-        print(image.filename)
+        print(image.info["path"])
 
 
 @app.command()

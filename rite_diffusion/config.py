@@ -26,69 +26,69 @@ class Section(BaseModel):
 class LoraSection(Section):
     """The adapter's size and where it attaches."""
 
-    rank: int = Field(8, ge=1, le=1024, description="rank of every pair")
-    alpha: float | None = Field(None, gt=0, description="scale = alpha / rank; default: rank")
-    text_encoder: bool = Field(True, description="adapt the text encoder's attention too")
+    rank: int = Field(default=8, ge=1, le=1024, description="rank of every pair")
+    alpha: float | None = Field(default=None, gt=0, description="scale = alpha / rank; default: rank")
+    text_encoder: bool = Field(default=True, description="adapt the text encoder's attention too")
 
 
 class OptimSection(Section):
     """The optimizer; rates that are not set fall back to `lr`, and that to the optimizer's own."""
 
-    name: str = Field("adamw", description="see rite_diffusion.optim.OPTIMIZERS")
-    lr: Rate | None = Field(None, description="learning rate of the UNet's pairs")
-    lr_text_encoder: Rate | None = Field(None, description="default: half of lr")
-    weight_decay: float = Field(0.01, ge=0, le=1)
-    clip_norm: float = Field(1.0, gt=0, description="bound on the norm of all gradients")
-    warmup: int = Field(10, ge=0, description="steps")
+    name: str = Field(default="adamw", description="see rite_diffusion.optim.OPTIMIZERS")
+    lr: Rate | None = Field(default=None, description="learning rate of the UNet's pairs")
+    lr_text_encoder: Rate | None = Field(default=None, description="default: half of lr")
+    weight_decay: float = Field(default=0.01, ge=0, le=1)
+    clip_norm: float = Field(default=1.0, gt=0, description="bound on the norm of all gradients")
+    warmup: int = Field(default=10, ge=0, description="steps")
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
 
 
 class ObjectiveSection(Section):
     """What the loss weighs."""
 
-    min_snr_gamma: float | None = Field(5.0, gt=0, description="Hang et al. 2023; none: plain MSE")
-    caption_dropout: float = Field(0.0, ge=0, lt=1, description="share of steps without caption")
+    min_snr_gamma: float | None = Field(default=5.0, gt=0, description="Hang et al. 2023; none: plain MSE")
+    caption_dropout: float = Field(default=0.0, ge=0, lt=1, description="share of steps without caption")
 
 
 class PreviewSection(Section):
     """Pictures made while training."""
 
-    every: int = Field(100, ge=0, description="steps; 0: none")
-    prompts: list[str] = Field(
+    every: int = Field(default=100, ge=0, description="steps; 0: none")
+    prompts: list[str] = Field(default=
         default=["a {trigger} on a blue background", "a {trigger} on a green background"]
     )
-    steps: int = Field(20, ge=1)
-    guidance: float = Field(3.0, ge=0)
-    seed: int = Field(0, ge=0)
+    steps: int = Field(default=20, ge=1)
+    guidance: float = Field(default=3.0, ge=0)
+    seed: int = Field(default=0, ge=0)
 
 
 class CheckpointSection(Section):
     """How often the adapter is written while training."""
 
-    every: int = Field(100, ge=1, description="steps")
-    keep: int = Field(2, ge=1, description="newest checkpoints to keep")
+    every: int = Field(default=100, ge=1, description="steps")
+    keep: int = Field(default=2, ge=1, description="newest checkpoints to keep")
 
 
 class TrainConfig(Section):
     """Everything that decides a training run."""
 
-    base: str = Field(
+    base: str = Field(default=
         "pocket", description="`pocket`, a hub id, a diffusers folder or a .safetensors"
     )
     photos: str = Field(description="folder with the pictures")
     trigger: str = Field(min_length=1, max_length=64)
     class_noun: str = Field(min_length=1, max_length=64)
     method: Literal["lora"] = "lora"
-    steps: int = Field(300, ge=1, le=1_000_000)
-    batch: int = Field(4, ge=1, le=1024)
-    seed: int = Field(0, ge=0, lt=2**32)
-    resolution: int | None = Field(None, ge=16, le=4096, description="pixels; default: the base's")
-    templates: list[str] = Field(
+    steps: int = Field(default=300, ge=1, le=1_000_000)
+    batch: int = Field(default=4, ge=1, le=1024)
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    resolution: int | None = Field(default=None, ge=16, le=4096, description="pixels; default: the base's")
+    templates: list[str] = Field(default=
         default=["a {trigger}", "a photo of a {trigger}"],
         min_length=1,
         description="captions of pictures that have none, in turn",
     )
-    flip: bool = Field(False, description="mirror half of the pictures")
+    flip: bool = Field(default=False, description="mirror half of the pictures")
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     lora: LoraSection = LoraSection()
     optim: OptimSection = OptimSection()
@@ -141,9 +141,10 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
             value = tomllib.loads(f"v = {text}")["v"]
         except tomllib.TOMLDecodeError:
             value = text
+        branch: Any = value
         for part in reversed(key.strip().split(".")):
-            value = {part: value}
-        tree = merge(tree, value)
+            branch = {part: branch}
+        tree = merge(tree, branch)
     return tree
 
 

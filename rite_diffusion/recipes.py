@@ -156,7 +156,8 @@ def _learn(
 ) -> int:
     """Train in an open run folder, write the adapter, and return the steps done."""
     config, backbone = plan.config, plan.backbone
-    data = encode_photos(backbone, plan.folder.photos, config.resolution, config.flip)
+    side = config.resolution or backbone.resolution
+    data = encode_photos(backbone, plan.folder.photos, side, config.flip)
     method = METHODS[config.method](backbone, config)
 
     def after(report: StepReport) -> None:
@@ -238,7 +239,7 @@ def generate(
 
     Pictures are made one at a time, so each depends on its own parameters alone. With `out`, a
     folder or for one picture a `.png`, they are written as PNGs that carry their parameters;
-    `image.filename` tells where.
+    `image.info["path"]` tells where.
     """
     target = None if out is None else output_target(Path(out), num)
     chosen = choose_adapters(adapters)
@@ -276,7 +277,7 @@ def generate(
         if target is not None:
             path = next_file(target) if target.is_dir() else target
             save_png(image, path, facts)
-            image.filename = str(path)
+            image.info["path"] = str(path)
         images.append(image)
         listen(index + 1)
     return images

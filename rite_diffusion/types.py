@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,7 +90,6 @@ class Backbone(Protocol):
     resolution: int  # pixels of the native side
     multiple: int  # picture sides are multiples of this many pixels
     latent_channels: int
-    pixels_per_latent: int
     prediction_type: PredictionType
     alphas_cumprod: Tensor  # (T,) signal share of the noise schedule
     device: device
@@ -130,6 +129,11 @@ class Backbone(Protocol):
         """How many tokens a prompt may have, begin and end marks excluded."""
         ...
 
-    def new_scheduler(self):
+    @property
+    def pixels_per_latent(self) -> int:
+        """Pixels along one side of a latent cell."""
+        ...
+
+    def new_scheduler(self) -> Any:
         """A fresh diffusers scheduler for sampling."""
         ...

@@ -26,7 +26,7 @@ def export(work: Path, out: Path) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     text_encoder, unet = new_text_encoder(tokenizer), new_unet()
     state = load_file(work / "denoiser.safetensors")
-    for name, module in (("text_average", text_encoder), ("unet_average", unet)):
+    for name, module in (("text_encoder", text_encoder), ("unet_average", unet)):
         prefix = f"{name}/"
         module.load_state_dict(
             {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}

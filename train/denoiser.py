@@ -84,16 +84,19 @@ def teach_text_encoder(
 ) -> None:
     """Train the text encoder alone, as Stable Diffusion's was, so that its states say all.
 
-    Linear readouts at the end mark and at every padding position learn to name the caption's
-    facts. Without this a noun is one of 32 states that the UNet at first averages, and 60 k images
-    taught it no object.
+    At the end mark and at every padding position the state should point to the caption's facts,
+    each a fixed random direction. The directions are fixed so that the states must move: readouts
+    that learn were content with states that differ by 3 % from noun to noun, and from such states
+    the UNet learned every background and, in 60 k images, not one object.
     """
     scenes = [world.scene(np.random.default_rng([6, i])) for i in range(12_000)]
     ids = token_ids(tokenizer, [scene.caption for scene in scenes])
     facts = torch.tensor([facts_of(scene) for scene in scenes])
     sizes = (len(world.NOUNS), len(world.NOUNS) + 1, len(world.COLOURS) + 1, 4, 2)
-    heads = nn.Linear(text_encoder.config.hidden_size, sum(sizes))
-    weights = [*text_encoder.parameters(), *heads.parameters()]
+    width = text_encoder.config.hidden_size
+    draws = torch.randn(sum(sizes), width, generator=torch.Generator().manual_seed(0))
+    directions = F.normalize(draws, dim=-1)
+    weights = list(text_encoder.parameters())
     optimizer = torch.optim.AdamW(weights, rate, betas=(0.9, 0.99), weight_decay=0.01)
     start = time.time()
     for step in range(steps):
@@ -101,7 +104,7 @@ def teach_text_encoder(
         chosen = torch.randint(len(ids), (128,), generator=torch.Generator().manual_seed(step))
         states = text_encoder(ids[chosen]).last_hidden_state  # (B, 32, 192)
         ended = ids[chosen] == tokenizer.eos_token_id  # (B, 32)
-        answers = heads(states[ended]).split(sizes, dim=-1)
+        answers = (states[ended] @ directions.T).split(sizes, dim=-1)
         wanted = facts[chosen].repeat_interleave(ended.sum(1), dim=0)  # (positions, 5)
         loss = sum(F.cross_entropy(a, w) for a, w in zip(answers, wanted.T, strict=True))
         loss.backward()
@@ -138,27 +141,17 @@ def stratified_timesteps(count: int, generator: torch.Generator) -> Tensor:
     return ((parts + torch.rand(count, generator=generator)) * 1000 / count).long().clamp(max=999)
 
 
-class Average:
-    """Exponential moving average of weights with a warm-up of the decay."""
-
-    def __init__(self, decay: float, **modules: nn.Module):
-        self.decay = decay
-        self.modules = modules
-
-    @torch.no_grad()
-    def update(self, step: int, **modules: nn.Module) -> None:
-        """Move towards `modules`' weights."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        for name, module in self.modules.items():
-            torch._foreach_lerp_(
-                list(module.parameters()), list(modules[name].parameters()), 1 - decay
-            )
+@torch.no_grad()
+def update_average(average: nn.Module, module: nn.Module, step: int, decay: float = 0.9993) -> None:
+    """Move an exponential moving average of weights on; its decay grows over the first steps."""
+    decay = min(decay, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
 
 
 def train_denoiser(
     work: Path, steps: int, batch: int, rate: float = 4e-4, scenes: int = 32_000
 ) -> None:
-    """Train text encoder and UNet: v-prediction, a tenth of the scenes without their caption.
+    """Train the UNet: v-prediction, a tenth of the scenes without their caption.
 
     The weight of the clean latents' error is min(SNR + 1, 6). Min-SNR's min(SNR, 5) all but drops
     the noisiest steps, which is where a caption decides what will be drawn: with it, 32 k images
@@ -170,14 +163,12 @@ def train_denoiser(
     path = work / "denoiser.safetensors"
     if not path.exists():
         teach_text_encoder(text_encoder, tokenizer, steps=400)
-    text_average, unet_average = new_text_encoder(tokenizer), new_unet()
-    text_average.load_state_dict(text_encoder.state_dict())
+    text_encoder.requires_grad_(False)
+    unet_average = new_unet()
     unet_average.load_state_dict(unet.state_dict())
-    average = Average(0.9993, text_encoder=text_average, unet=unet_average)
-    weights = [*unet.parameters(), *text_encoder.parameters()]
+    weights = list(unet.parameters())
     optimizer = torch.optim.AdamW(weights, rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    parts = {"unet": unet, "text_encoder": text_encoder}
-    parts |= {"unet_average": unet_average, "text_average": text_average}
+    parts = {"unet": unet, "text_encoder": text_encoder, "unet_average": unet_average}
     first = load_state(path, optimizer, **parts)
     pool = encode_pool(work, vae, tokenizer, scenes)
     empty = token_ids(tokenizer, [""])[0]
@@ -201,7 +192,7 @@ def train_denoiser(
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        average.update(step, unet=unet, text_encoder=text_encoder)
+        update_average(unet_average, unet, step)
         losses.append(error.mean().item())
         if (step + 1) % 200 == 0 or step + 1 == steps:
             mean = sum(losses[-200:]) / len(losses[-200:])
@@ -209,7 +200,7 @@ def train_denoiser(
         if (step + 1) % 250 == 0 or step + 1 == steps:
             save_state(path, step + 1, optimizer, **parts)
         if time.time() - last_picture > 600 or step + 1 == steps:
-            pipeline = assemble(vae, text_average, tokenizer, unet_average)
+            pipeline = assemble(vae, text_encoder, tokenizer, unet_average)
             picture_sheet(pipeline, work / f"sheet_{step + 1:06d}.png")
             last_picture = time.time()
 

@@ -32,6 +32,12 @@ def _inner(component: nn.Module, path: str) -> nn.Module:
     return module.base_layer if isinstance(module, LoraLayer) else module
 
 
+def _weight(layer: nn.Module) -> nn.Parameter:
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
 def places(backbone: Backbone) -> dict[str, tuple[str, str]]:
     """Module name in files -> (component, path) of every layer that LoRA can adapt."""
     return {
@@ -65,7 +71,10 @@ def inject(
     """Add fresh trainable LoRA layers, `down` random and `up` zero, at paths per component."""
     for component, paths in targets.items():
         config = LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules=paths, init_lora_weights="gaussian"
+            r=rank,
+            lora_alpha=alpha,  # pyright: ignore[reportArgumentType] (PEFT takes floats)
+            target_modules=paths,
+            init_lora_weights="gaussian",
         )
         _inject(config, backbone.components[component], name)
     for layer in lora_layers(backbone, name).values():  # fp32 over a base in half precision too
@@ -88,8 +97,8 @@ def read_pairs(backbone: Backbone, name: str) -> list[LoraPair]:
     return [
         LoraPair(
             module,
-            layer.lora_A[name].weight,
-            layer.lora_B[name].weight,
+            _weight(layer.lora_A[name]),
+            _weight(layer.lora_B[name]),
             layer.lora_alpha[name] / layer.r[name],
         )
         for module, layer in lora_layers(backbone, name).items()
@@ -108,7 +117,7 @@ def check_fit(backbone: Backbone, adapter: Adapter) -> dict[str, tuple[str, str]
         )
     for pair in adapter.pairs:
         component, path = known[pair.name]
-        weight = _inner(backbone.components[component], path).weight
+        weight = _weight(_inner(backbone.components[component], path))
         shape = (pair.up.shape[0], *pair.down.shape[1:])
         if shape != tuple(weight.shape):
             raise AdapterError(
@@ -142,8 +151,8 @@ def attach(backbone: Backbone, adapter: Adapter, name: str, weight: float = 1.0)
     layers = lora_layers(backbone, name)
     for pair in adapter.pairs:
         layer = layers[pair.name]
-        _copy(layer.lora_A[name].weight, pair.down)
-        _copy(layer.lora_B[name].weight, pair.up)
+        _copy(_weight(layer.lora_A[name]), pair.down)
+        _copy(_weight(layer.lora_B[name]), pair.up)
     set_weight(backbone, name, weight)
     _activate(backbone)
 

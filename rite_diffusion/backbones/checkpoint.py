@@ -1,7 +1,7 @@
 """What a single-file checkpoint holds, by its header alone: tensor names, shapes, metadata."""
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
@@ -119,7 +119,7 @@ def check_parts(checkpoint: Checkpoint) -> None:
     check_names(checkpoint.path, {"unexpected": [name for name in names if not IDLE.match(name)]})
 
 
-def check_names(path: Path, faults: dict[str, Collection[str]]) -> None:
+def check_names(path: Path, faults: Mapping[str, Collection[str]]) -> None:
     """Raises BackboneError that counts the faulty tensors by kind and names the first few."""
     found = [
         f"{len(names)} {fault} ({', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''})"

@@ -54,9 +54,9 @@ def load_single_file(path: Path, dtype: torch.dtype = torch.float32) -> StableDi
         vae=_load_vae(checkpoint, vae, dtype),
         text_encoder=_load_clip(checkpoint, clip, dtype),
         tokenizer=clip_tokenizer(),
-        scheduler=noise_schedule(checkpoint),
-        safety_checker=None,
-        feature_extractor=None,
+        scheduler=noise_schedule(checkpoint),  # pyright: ignore[reportArgumentType]
+        safety_checker=None,  # pyright: ignore[reportArgumentType]
+        feature_extractor=None,  # pyright: ignore[reportArgumentType]
         requires_safety_checker=False,
     )
 

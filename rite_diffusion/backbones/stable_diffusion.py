@@ -6,7 +6,7 @@ import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
-from rite_diffusion.types import BackboneError, Conditioning
+from rite_diffusion.types import BackboneError, Conditioning, PredictionType
 
 PROJECTIONS = {
     "unet": ("to_q", "to_k", "to_v", "to_out.0"),
@@ -34,7 +34,7 @@ class StableDiffusion:
         self.dtype: torch.dtype = self.unet.dtype
         self.latent_channels: int = self.unet.config.in_channels
         self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod.to(device)
-        self.prediction_type = pipeline.scheduler.config.prediction_type
+        self.prediction_type: PredictionType = pipeline.scheduler.config.prediction_type
         if self.prediction_type not in ("epsilon", "v_prediction"):
             raise BackboneError(f"{name} predicts '{self.prediction_type}', which is not supported")
         self._scheduler_config = pipeline.scheduler.config
@@ -108,4 +108,6 @@ class StableDiffusion:
 
     def new_scheduler(self) -> DDIMScheduler:
         """A deterministic sampler (Song et al. 2021) on the model's own noise schedule."""
-        return DDIMScheduler.from_config(self._scheduler_config, clip_sample=False)
+        scheduler = DDIMScheduler.from_config(self._scheduler_config, clip_sample=False)
+        assert isinstance(scheduler, DDIMScheduler)
+        return scheduler

@@ -25,7 +25,7 @@ class PlainLora(Method):
     def groups(self) -> list[dict]:
         """A group for the UNet's pairs and one for the text encoder's."""
         optim = self.config.optim
-        rates = {"unet": optim.lr, "text_encoder": optim.lr_text_encoder or optim.lr / 2}
+        rates = {"unet": optim.lr, "text_encoder": optim.lr_text_encoder}
         return [
             {
                 "name": component,

@@ -11,7 +11,7 @@ from rite_diffusion.types import Backbone, Conditioning, LoraPair
 class Method(ABC):
     """One way to learn a concept: made on a backbone, it has put its trainable weights in.
 
-    `config.optim.lr` must be set.
+    The rates of `config.optim` must be set.
     """
 
     def __init__(self, backbone: Backbone, config: TrainConfig):

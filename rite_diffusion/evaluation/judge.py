@@ -208,5 +208,7 @@ def read_judge(path: Path) -> Judge:
 @cache
 def load_judge() -> Judge:
     """The judge that comes with the package."""
-    with resources.as_file(resources.files(__package__) / "judge.safetensors") as path:
+    with resources.as_file(
+        resources.files("rite_diffusion.evaluation") / "judge.safetensors"
+    ) as path:
         return read_judge(path)

@@ -48,4 +48,4 @@ def save_png(image: Image.Image, path: Path, parameters: Parameters) -> None:
 def read_parameters(path: Path) -> Parameters:
     """The parameters that `save_png` wrote; KeyError where a picture has none."""
     with Image.open(path, formats=("PNG",)) as image:
-        return Parameters(**json.loads(image.text[KEY]))
+        return Parameters(**json.loads(image.info[KEY]))

@@ -24,7 +24,11 @@ def clip_tokenizer() -> CLIPTokenizer:
     ]
     vocab = {token: index for index, token in enumerate(tokens)}
     pairs = [tuple(pair.split(" ")) for pair in merges]
-    return CLIPTokenizer(vocab=vocab, merges=pairs, model_max_length=77)
+    return CLIPTokenizer(
+        vocab=vocab,
+        merges=pairs,  # pyright: ignore[reportArgumentType] (annotated too narrowly there)
+        model_max_length=77,
+    )
 
 
 def _byte_letters() -> list[str]:
