@@ -27,7 +27,9 @@ class LoraSection(Section):
     """The adapter's size and where it attaches."""
 
     rank: int = Field(default=8, ge=1, le=1024, description="rank of every pair")
-    alpha: float | None = Field(default=None, gt=0, description="scale = alpha / rank; default: rank")
+    alpha: float | None = Field(
+        default=None, gt=0, description="scale = alpha / rank; default: rank"
+    )
     text_encoder: bool = Field(default=True, description="adapt the text encoder's attention too")
 
 
@@ -46,15 +48,19 @@ class OptimSection(Section):
 class ObjectiveSection(Section):
     """What the loss weighs."""
 
-    min_snr_gamma: float | None = Field(default=5.0, gt=0, description="Hang et al. 2023; none: plain MSE")
-    caption_dropout: float = Field(default=0.0, ge=0, lt=1, description="share of steps without caption")
+    min_snr_gamma: float | None = Field(
+        default=5.0, gt=0, description="Hang et al. 2023; none: plain MSE"
+    )
+    caption_dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="share of steps without caption"
+    )
 
 
 class PreviewSection(Section):
     """Pictures made while training."""
 
     every: int = Field(default=100, ge=0, description="steps; 0: none")
-    prompts: list[str] = Field(default=
+    prompts: list[str] = Field(
         default=["a {trigger} on a blue background", "a {trigger} on a green background"]
     )
     steps: int = Field(default=20, ge=1)
@@ -72,7 +78,7 @@ class CheckpointSection(Section):
 class TrainConfig(Section):
     """Everything that decides a training run."""
 
-    base: str = Field(default=
+    base: str = Field(
         "pocket", description="`pocket`, a hub id, a diffusers folder or a .safetensors"
     )
     photos: str = Field(description="folder with the pictures")
@@ -82,8 +88,10 @@ class TrainConfig(Section):
     steps: int = Field(default=300, ge=1, le=1_000_000)
     batch: int = Field(default=4, ge=1, le=1024)
     seed: int = Field(default=0, ge=0, lt=2**32)
-    resolution: int | None = Field(default=None, ge=16, le=4096, description="pixels; default: the base's")
-    templates: list[str] = Field(default=
+    resolution: int | None = Field(
+        default=None, ge=16, le=4096, description="pixels; default: the base's"
+    )
+    templates: list[str] = Field(
         default=["a {trigger}", "a photo of a {trigger}"],
         min_length=1,
         description="captions of pictures that have none, in turn",

@@ -242,6 +242,8 @@ def test_other_models_are_refused_by_name(case, tensors, tmp_path):
         (LAST_NORM, "1 missing .up_blocks.0.resnets.0.norm2.bias"),
         (f"{UNET}output_blocks.0.0.in_layers", "4 missing .up_blocks.0.resnets.0.conv1.bias, .* …"),
         (f"{VAE}decoder.conv_in", "lacks the weight 'first_stage_model.decoder.conv_in.weight'"),
+        (f"{UNET}output_blocks.3.2.conv.bias", "lacks the tensor 'output_blocks.3.2.conv.bias'"),
+        (f"{VAE}encoder.down.0.downsample.conv.bias", "1 missing .*downsamplers.0.conv.bias"),
         (f"{CLIP}text_model.encoder.layers.0.layer_norm1", "2 missing .*layer_norm1.bias"),
     ],
 )

@@ -6,6 +6,7 @@ norms over 32 groups, latents scaled by 0.18215, pictures of 512 pixels, the noi
 """
 
 import re
+from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeVar
@@ -183,14 +184,16 @@ def _load_unet(checkpoint: Checkpoint, config: Config, dtype: torch.dtype) -> UN
     part = checkpoint.read(UNET, dtype)
     with init_empty_weights():
         model = UNet2DConditionModel(**config)
-    return _filled(model, part, convert_ldm_unet_checkpoint(part, config), checkpoint.path)
+    weights = _converted(convert_ldm_unet_checkpoint, part, config, checkpoint.path)
+    return _filled(model, part, weights, checkpoint.path)
 
 
 def _load_vae(checkpoint: Checkpoint, config: Config, dtype: torch.dtype) -> AutoencoderKL:
     part = checkpoint.read(VAE, dtype)
     with init_empty_weights():
         model = AutoencoderKL(**config)
-    return _filled(model, part, convert_ldm_vae_checkpoint(part, config), checkpoint.path)
+    weights = _converted(convert_ldm_vae_checkpoint, part, config, checkpoint.path)
+    return _filled(model, part, weights, checkpoint.path)
 
 
 def _load_clip(checkpoint: Checkpoint, config: Config, dtype: torch.dtype) -> CLIPTextModel:
@@ -200,6 +203,20 @@ def _load_clip(checkpoint: Checkpoint, config: Config, dtype: torch.dtype) -> CL
     # transformers >= 5.6 has no `text_model` level, and some old files have none either.
     flat = {name.removeprefix(CLIP).removeprefix("text_model."): part[name] for name in part}
     return _filled(model, part, flat, checkpoint.path)
+
+
+def _converted(
+    convert: Callable, part: dict[str, Tensor], config: Config, path: Path
+) -> dict[str, Tensor]:
+    """The file's `part` under diffusers' names.
+
+    For a sampler's weight without its bias the converters raise KeyError or yield None.
+    """
+    try:
+        weights = convert(part, config)
+    except KeyError as error:
+        raise BackboneError(f"{path} lacks the tensor {error}. Download it again.") from None
+    return {name: tensor for name, tensor in weights.items() if tensor is not None}
 
 
 def _filled(model: Model, part: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> Model:
