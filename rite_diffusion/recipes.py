@@ -241,7 +241,6 @@ def generate(
     folder or for one picture a `.png`, they are written as PNGs that carry their parameters;
     `image.info["path"]` tells where.
     """
-    target = None if out is None else output_target(Path(out), num)
     chosen = choose_adapters(adapters)
     backbone = open_with_adapters(base, chosen)
     width, height = width or backbone.resolution, height or backbone.resolution
@@ -249,6 +248,7 @@ def generate(
         if side % backbone.multiple or not 0 < side <= 4096:
             raise ConfigError(f"side {side} is not a multiple of {backbone.multiple} up to 4096")
     guidance = default_guidance(backbone) if guidance is None else guidance
+    target = None if out is None else output_target(Path(out), num)
     images = []
     for index in range(num):
         [image] = sample(
