@@ -37,8 +37,12 @@ class OptimSection(Section):
     """The optimizer; rates that are not set fall back to `lr`, and that to the optimizer's own."""
 
     name: str = Field(default="adamw", description="see rite_diffusion.optim.OPTIMIZERS")
-    lr: Rate | None = Field(default=None, description="learning rate of the UNet's pairs")
+    lr: Rate | None = Field(default=None, description="default: the optimizer's own")
+    lr_unet: Rate | None = Field(default=None, description="of the UNet's pairs; default: lr")
     lr_text_encoder: Rate | None = Field(default=None, description="default: half of lr")
+    options: dict[str, Any] = Field(
+        default={}, description="the optimizer's own, such as {damping = 1e-4}"
+    )
     weight_decay: float = Field(default=0.01, ge=0, le=1)
     clip_norm: float = Field(default=1.0, gt=0, description="bound on the norm of all gradients")
     warmup: int = Field(default=10, ge=0, description="steps")

@@ -68,10 +68,14 @@ def configure(settings: dict[str, Any], preset: str | None = None) -> TrainConfi
     if "lr" in settings.get("optim", {}):
         low.get("optim", {}).pop("lr_text_encoder", None)
     config = resolve(merge(low, settings))
-    lr = config.optim.lr or optimizer_spec(config.optim.name).lr
-    text_lr = config.optim.lr_text_encoder or lr / 2
-    optim = config.optim.model_copy(update={"lr": lr, "lr_text_encoder": text_lr})
-    return config.model_copy(update={"optim": optim})
+    optim = config.optim
+    lr = optim.lr or optimizer_spec(optim.name).lr
+    rates = {
+        "lr": lr,
+        "lr_unet": optim.lr_unet or lr,
+        "lr_text_encoder": optim.lr_text_encoder or lr / 2,
+    }
+    return config.model_copy(update={"optim": optim.model_copy(update=rates)})
 
 
 def plan_training(config: TrainConfig) -> Plan:

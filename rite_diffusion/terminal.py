@@ -40,7 +40,7 @@ def describe_plan(plan: Plan) -> None:
     _line("adapter", f"{config.method}, rank {config.lora.rank}")
     optim = config.optim
     text = f", text encoder {optim.lr_text_encoder:g}" if config.lora.text_encoder else ""
-    rates = f"{optim.name}, rate {optim.lr:g}{text}"
+    rates = f"{optim.name}, rate {optim.lr_unet:g}{text}"
     _line("training", f"{config.steps} steps of {config.batch}, {rates}, seed {config.seed}")
 
 

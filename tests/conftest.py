@@ -1,6 +1,7 @@
 """Fixtures that several test modules share."""
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,11 @@ def photos(tmp_path) -> Path:
     (folder / "0.txt").write_text("a <thing> on a red background")
     (folder / "1.txt").write_text("a {trigger} on a green background\n")
     return folder
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A TCP port of the loopback that nothing listens on."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

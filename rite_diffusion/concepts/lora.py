@@ -25,12 +25,14 @@ class PlainLora(Method):
     def groups(self) -> list[dict]:
         """A group for the UNet's pairs and one for the text encoder's."""
         optim = self.config.optim
-        rates = {"unet": optim.lr, "text_encoder": optim.lr_text_encoder}
+        rates = {"unet": optim.lr_unet, "text_encoder": optim.lr_text_encoder}
         return [
             {
                 "name": component,
                 "params": [
-                    p for p in self.backbone.components[component].parameters() if p.requires_grad
+                    (f"{component}.{name}", parameter)
+                    for name, parameter in self.backbone.components[component].named_parameters()
+                    if parameter.requires_grad
                 ],
                 "lr": rates[component],
                 "weight_decay": optim.weight_decay,

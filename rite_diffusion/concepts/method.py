@@ -20,7 +20,7 @@ class Method(ABC):
 
     @abstractmethod
     def groups(self) -> list[dict]:
-        """Torch parameter groups, each with its `name`, `params` and `lr`."""
+        """Torch parameter groups: `name`, `params` as (name, parameter) tuples, `lr`."""
 
     @abstractmethod
     def conditioning(self, captions: list[str]) -> Conditioning:
@@ -36,4 +36,4 @@ class Method(ABC):
 
     def parameters(self) -> list[nn.Parameter]:
         """All trainable weights."""
-        return [parameter for group in self.groups() for parameter in group["params"]]
+        return [parameter for group in self.groups() for _, parameter in group["params"]]

@@ -1,9 +1,32 @@
-"""Optimizers by name: `OPTIMIZERS[name].build(groups)` makes one of parameter groups."""
+"""Optimizers for LoRA, usable with any PyTorch model: this package imports torch alone.
+
+`LoraRite(lora_param_groups(model), lr=1e-3)` trains any model with LoRA layers of PEFT;
+`OPTIMIZERS[name].build(groups)` makes one by its name.
+"""
 
 from rite_diffusion.optim.adamw import ADAMW
+from rite_diffusion.optim.adamw_plus import ADAMW_PLUS
+from rite_diffusion.optim.factors import lora_param_groups
+from rite_diffusion.optim.rite import RITE, LoraRite
+from rite_diffusion.optim.scaled_adamw import SCALED_ADAMW, ScaledAdamW
+from rite_diffusion.optim.scaled_sgd import SCALED_SGD, ScaledSGD
 from rite_diffusion.optim.sgd import SGD
 from rite_diffusion.optim.spec import OptimizerSpec
 
-OPTIMIZERS: dict[str, OptimizerSpec] = {"adamw": ADAMW, "sgd": SGD}
+OPTIMIZERS: dict[str, OptimizerSpec] = {
+    "adamw": ADAMW,
+    "adamw_plus": ADAMW_PLUS,
+    "rite": RITE,
+    "scaled_adamw": SCALED_ADAMW,
+    "scaled_sgd": SCALED_SGD,
+    "sgd": SGD,
+}
 
-__all__ = ["OPTIMIZERS", "OptimizerSpec"]
+__all__ = [
+    "OPTIMIZERS",
+    "LoraRite",
+    "OptimizerSpec",
+    "ScaledAdamW",
+    "ScaledSGD",
+    "lora_param_groups",
+]

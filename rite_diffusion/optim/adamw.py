@@ -5,9 +5,11 @@ import torch
 from rite_diffusion.optim.spec import OptimizerSpec
 
 
-def build(groups: list[dict]) -> torch.optim.Optimizer:
+def adamw(
+    groups: list[dict], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+) -> torch.optim.AdamW:
     """AdamW over parameter groups."""
-    return torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-8, fused=True)
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
 
 
-ADAMW = OptimizerSpec(build, lr=2e-3)
+ADAMW = OptimizerSpec(adamw, lr=2e-3)

@@ -5,9 +5,9 @@ import torch
 from rite_diffusion.optim.spec import OptimizerSpec
 
 
-def build(groups: list[dict]) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9 over parameter groups."""
-    return torch.optim.SGD(groups, momentum=0.9, fused=True)
+def sgd(groups: list[dict], momentum: float = 0.9) -> torch.optim.SGD:
+    """SGD with momentum over parameter groups."""
+    return torch.optim.SGD(groups, momentum=momentum, fused=True)
 
 
-SGD = OptimizerSpec(build, lr=1.0)
+SGD = OptimizerSpec(sgd, lr=1.0)

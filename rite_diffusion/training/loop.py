@@ -20,7 +20,7 @@ from rite_diffusion.training.objective import (
     stratified_timesteps,
     target_of,
 )
-from rite_diffusion.types import Backbone, ConfigError, RunError
+from rite_diffusion.types import Backbone, ConfigError, OptimizerError, RunError
 
 NOISE, TIMESTEPS, DROPOUT = 1, 2, 3  # streams of random numbers; 0 is the samples' order
 BAD_STEPS = 5  # losses in a row that are no number before the run stops
@@ -49,7 +49,11 @@ def rate_factor(optim: OptimSection, steps: int) -> Callable[[int], float]:
 
 def build_optimizer(method: Method, config: TrainConfig) -> torch.optim.Optimizer:
     """The configured optimizer over the method's parameter groups."""
-    return optimizer_spec(config.optim.name).build(method.groups())
+    optim = config.optim
+    try:
+        return optimizer_spec(optim.name).build(method.groups(), **optim.options)
+    except (OptimizerError, TypeError) as error:
+        raise ConfigError(f"optimizer '{optim.name}': {error}") from None
 
 
 def optimizer_spec(name: str):

@@ -1,0 +1,244 @@
+"""How well and how fast each optimizer learns a concept, over learning rates and seeds.
+
+`python benchmarks/optimizer_quality.py` trains every example concept on the pocket base with every
+optimizer, at nine rates over four decades and three seeds, and has the judge score pictures at
+fixed steps: identity with the photos, and how far pictures of other things drift. Each finished run
+is a line of results/optimizer_quality.jsonl; started again, it does what is missing. At the end
+(or with --report alone) it writes results/optimizer_quality.json and .png.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import statistics
+import time
+from collections import defaultdict
+from functools import cache
+from pathlib import Path
+
+import torch
+from concepts import CONCEPTS, article
+from machine import RESULTS, write_result
+
+from rite_diffusion.concepts import METHODS
+from rite_diffusion.demo import example_photos
+from rite_diffusion.evaluation.judge import load_judge
+from rite_diffusion.generation.sampler import sample
+from rite_diffusion.photos.dataset import encode_photos
+from rite_diffusion.photos.images import to_tensor
+from rite_diffusion.recipes import Plan, configure, plan_training
+from rite_diffusion.training.loop import train_steps
+
+CENTRES = {"sgd": 1.0, "adamw": 1e-3, "scaled_sgd": 1e-1, "scaled_adamw": 1e-3, "rite": 1e-2}
+DECADES = 4
+CHECKS = (25, 50, 100, 150)  # steps at which the pictures are judged
+BATCH = 4
+SEEDS = (0, 1, 2)
+OTHERS = ("dog", "apple", "house", "fish")  # drawn without the trigger, to see the drift
+LOG = RESULTS / "optimizer_quality.jsonl"
+
+
+def rates(optimizer: str, per_decade: int = 2) -> list[float]:
+    """Rates over four decades around the optimizer's centre."""
+    half = DECADES * per_decade // 2
+    powers = [step / per_decade for step in range(-half, half + 1)]
+    return [float(f"{CENTRES[optimizer] * 10**power:.3g}") for power in powers]
+
+
+def runs(concepts: list[str], seeds: tuple[int, ...]) -> list[dict]:
+    """Every run of the benchmark, seed by seed, so that a stopped one is balanced."""
+    return [
+        {"concept": concept, "optimizer": optimizer, "rate": rate, "seed": seed}
+        for seed in seeds
+        for concept in concepts
+        for optimizer in CENTRES
+        for rate in rates(optimizer)
+    ]
+
+
+@cache
+def plan_of(concept: str) -> Plan:
+    """The concept's photos and the base."""
+    wanted = {"photos": str(example_photos(concept)), "trigger": f"<{concept}>"}
+    return plan_training(configure(wanted | {"class_noun": CONCEPTS[concept][0]}))
+
+
+def prompts_of(concept: str) -> list[str]:
+    """Eight prompts: four backgrounds that the photos lack, twice."""
+    return [f"a <{concept}> on {article(c)} background" for c in CONCEPTS[concept][1]] * 2
+
+
+def other_pictures(plan: Plan) -> torch.Tensor:
+    """Pictures of other things at fixed seeds, (n, 3, 64, 64)."""
+    prompts = [f"{article(noun)} on a blue background" for noun in OTHERS]
+    images = sample(plan.backbone, prompts, list(range(len(prompts))), steps=15)
+    return torch.stack([to_tensor(image) for image in images])
+
+
+def run(task: dict) -> dict:
+    """One training; returns the task with its scores by step."""
+    torch.set_num_threads(1)
+    plan, judge = plan_of(task["concept"]), load_judge()
+    photos = [photo.image for photo in plan.folder.photos]
+    optim = {"name": task["optimizer"], "lr": task["rate"], "schedule": "constant", "warmup": 0}
+    settings = plan.config.model_dump(exclude={"optim"}, exclude_none=True)
+    settings |= {"optim": optim, "seed": task["seed"], "steps": max(CHECKS), "batch": BATCH}
+    config = configure(settings)
+    before = other_pictures(plan)
+    data = encode_photos(plan.backbone, plan.folder.photos, plan.backbone.resolution, flip=False)
+    method = METHODS["lora"](plan.backbone, config)
+    prompts, identity, recognised = prompts_of(task["concept"]), {}, {}
+
+    def after(report) -> None:
+        if report.step in CHECKS:
+            images = sample(plan.backbone, prompts, list(range(50, 58)), steps=15)
+            identity[report.step] = round(judge.identity(photos, images), 4)
+            recognised[report.step] = sum(judge.recognised(photos, images)) / len(images)
+
+    start = time.perf_counter()
+    try:
+        train_steps(plan.backbone, method, data, config, after)
+        drift = (other_pictures(plan) - before).square().mean().sqrt().item()
+        fault = None
+    except Exception as error:  # noqa: BLE001 - a rate that breaks the run is a result
+        drift, fault = math.nan, f"{type(error).__name__}: {error}"
+    finally:
+        method.remove()
+    scores = {"identity": identity, "recognised": recognised, "drift": round(drift, 4)}
+    return task | scores | {"fault": fault, "seconds": round(time.perf_counter() - start, 1)}
+
+
+def key(task: dict) -> tuple:
+    """What makes a run that run."""
+    return task["concept"], task["optimizer"], task["rate"], task["seed"]
+
+
+def finished() -> list[dict]:
+    """The runs in the log."""
+    return [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.exists() else []
+
+
+def score(row: dict, step: int) -> float:
+    """Identity at a step; zero for a run that broke."""
+    return row["identity"].get(str(step), 0.0)
+
+
+def by_rate(rows: list[dict], optimizer: str, step: int) -> dict[float, float]:
+    """Rate -> mean identity over concepts and seeds at a step."""
+    found = defaultdict(list)
+    for row in rows:
+        if row["optimizer"] == optimizer:
+            found[row["rate"]].append(score(row, step))
+    return {rate: statistics.mean(found[rate]) for rate in sorted(found)}
+
+
+def usable_range(curve: dict[float, float], base: float, share: float = 0.95) -> float:
+    """Largest over smallest rate whose gain over the untrained base is ≥ 95 % of the best."""
+    best = max(curve.values()) - base
+    good = [rate for rate, value in curve.items() if value - base >= share * best]
+    return max(good) / min(good)
+
+
+def report(rows: list[dict]) -> dict:
+    """The figures that the README quotes."""
+    last = max(CHECKS)
+    base = statistics.mean(
+        base_identity(concept) for concept in sorted({r["concept"] for r in rows})
+    )
+    figures: dict[str, dict] = {"untrained identity": {"value": base}}
+    goal = max(by_rate(rows, "adamw", last).values())
+    for optimizer in CENTRES:
+        curve = by_rate(rows, optimizer, last)
+        if not curve:
+            continue
+        best = max(curve, key=lambda rate: curve[rate])
+        own = [r for r in rows if r["optimizer"] == optimizer and r["rate"] == best]
+        reached = [step for step in CHECKS if by_rate(own, optimizer, step)[best] >= goal]
+        figures[optimizer] = {
+            "best_rate": best,
+            "identity": round(curve[best], 4),
+            "identity_by_step": {s: round(by_rate(own, optimizer, s)[best], 4) for s in CHECKS},
+            "recognised": round(statistics.mean(r["recognised"].get(str(last), 0) for r in own), 3),
+            "drift": round(statistics.mean(r["drift"] for r in own), 4),
+            "usable_range": round(usable_range(curve, base), 1),
+            "steps_to_adamw_best": reached[0] if reached else None,
+            "curve": {f"{rate:g}": round(value, 4) for rate, value in curve.items()},
+            "runs": len([r for r in rows if r["optimizer"] == optimizer]),
+        }
+    return figures
+
+
+@cache
+def base_identity(concept: str) -> float:
+    """Identity of the untrained base's pictures with the photos."""
+    plan = plan_of(concept)
+    images = sample(plan.backbone, prompts_of(concept), list(range(50, 58)), steps=15)
+    return load_judge().identity([photo.image for photo in plan.folder.photos], images)
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    """Identity against the rate, and against the step at each one's best rate."""
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for optimizer in CENTRES:
+        curve = by_rate(rows, optimizer, max(CHECKS))
+        if not curve:
+            continue
+        left.plot(list(curve), list(curve.values()), marker="o", markersize=3, label=optimizer)
+        best = max(curve, key=lambda rate: curve[rate])
+        own = [row for row in rows if row["rate"] == best]
+        right.plot(
+            CHECKS, [by_rate(own, optimizer, s)[best] for s in CHECKS], marker="o", markersize=3,
+            label=f"{optimizer}, rate {best:g}",
+        )  # fmt: skip
+    left.set(xscale="log", xlabel="learning rate", ylabel=f"identity after {max(CHECKS)} steps")
+    right.set(xlabel="steps", ylabel="identity at the best rate", xlim=(0, None))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Do the runs that are missing, then write the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--concepts", nargs="+", default=list(CONCEPTS), choices=CONCEPTS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long")
+    parser.add_argument("--report", action="store_true", help="only write the figures")
+    options = parser.parse_args()
+    done = {key(row) for row in finished()}
+    tasks = [t for t in runs(options.concepts, tuple(options.seeds)) if key(t) not in done]
+    start = time.time()
+    if tasks and not options.report:
+        RESULTS.mkdir(exist_ok=True)
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(options.processes) as pool, LOG.open("a") as log:
+            for count, row in enumerate(pool.imap_unordered(run, tasks), 1):
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                minutes = (time.time() - start) / 60
+                print(
+                    f"{count}/{len(tasks)} {minutes:.0f} min",
+                    *key(row),
+                    row["identity"],
+                    flush=True,
+                )
+                if minutes > options.minutes:
+                    pool.terminate()
+                    break
+    rows = finished()
+    torch.set_num_threads(2)
+    write_result(
+        "optimizer_quality",
+        {"settings": {"batch": BATCH, "checks": CHECKS}, "figures": report(rows)},
+    )
+    plot(rows, RESULTS / "optimizer_quality.png")
+
+
+if __name__ == "__main__":
+    main()

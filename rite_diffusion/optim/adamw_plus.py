@@ -1,0 +1,31 @@
+"""LoRA+: AdamW with a higher rate for `up` (Hayou et al. 2024, arXiv 2402.12354)."""
+
+import torch
+
+from rite_diffusion.optim.factors import factor_of
+from rite_diffusion.optim.spec import OptimizerSpec
+
+
+def adamw_plus(
+    groups: list[dict],
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    ratio: float = 16.0,
+) -> torch.optim.AdamW:
+    """AdamW over named parameter groups, each divided: `up` factors get `ratio` times its rate.
+
+    The paper's Sec. 4 shows that the rates should differ by the order of the width; its practical
+    advice is a ratio of 2^4.
+    """
+    divided = []
+    for group in groups:
+        ups = [
+            (n, p) for n, p in group["params"] if (factor := factor_of(n, p)) and factor[0] == "up"
+        ]
+        rest = [(n, p) for n, p in group["params"] if n not in dict(ups)]
+        divided += [group | {"params": rest}] if rest else []
+        divided += [group | {"params": ups, "lr": group["lr"] * ratio}] if ups else []
+    return torch.optim.AdamW(divided, betas=betas, eps=eps, fused=True)
+
+
+ADAMW_PLUS = OptimizerSpec(adamw_plus, lr=5e-4)

@@ -1,0 +1,304 @@
+"""LoRA-RITE: the transformation-invariant optimizer of LoRA pairs (Yen et al., arXiv 2410.20625).
+
+Every product up @ down can be split into factors in endless ways. LoRA-RITE's steps change the
+product in the same way whichever split it is given: gradients are expressed in an orthonormal
+basis of the other factor's column space, where an r x r matrix preconditions them, and the moments
+are carried from one step's basis into the next one's.
+
+Write X for one factor as rows (m, r), that is down^T or up, and Y for its partner. Y W is the
+basis, with an r x r matrix W. Any W with (Y W)^T (Y W) = I gives the same steps, so the cheapest
+serves: the inverse Cholesky factor of Y^T Y. What carries the moments is
+
+    P = (Y_t W_t)^T (Y_{t-1} W_{t-1}) = W_t^T (Y_t^T Y_{t-1}) W_{t-1},
+
+and the matrix in parentheses is known once step t-1 has moved Y, so no basis is ever stored. The
+momentum is kept as it is applied, N = M W^T; what carries it is N (Y_{t-1}^T Y_t) W_t W_t^T. is this one momentum and three r x r matrices per factor, less than AdamW's two moments.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rite_diffusion.optim.factors import Stack
+from rite_diffusion.optim.lora_optimizer import LoraOptimizer
+from rite_diffusion.optim.spec import OptimizerSpec
+
+WELL_CONDITIONED = 1e-2  # smallest ratio of Cholesky pivots at which float32 does for the basis
+
+
+class LoraRite(LoraOptimizer):
+    """LoRA-RITE (Yen et al. 2024, Alg. 1), as the authors' released code runs it.
+
+    Where the paper sums second moments for its proof, the release averages them with bias-corrected
+    decay and divides them by the number of rows; it bounds the norm of all unmagnified gradients
+    together, drops a factor's gradient whose root mean square is above a bound, and leaves the
+    escaped mass out. The last three are options here, with the release's defaults.
+
+    Parameters must not be changed between steps other than by this optimizer; where they are, the
+    moments are carried into a basis that is off by that change.
+
+    Args:
+        params: named parameters, such as `lora_param_groups(model)`.
+        lr: learning rate, of a step in the product's space.
+        betas: decay rates of the momentum and of the second moment.
+        eps: added to the root of the second moment's eigenvalues.
+        weight_decay: decoupled, on the factors.
+        clip_unmagnified: bound on the norm of all pairs' unmagnified gradients together; 0: none.
+        skip_rms: an unmagnified gradient with a larger root mean square counts as zero; 0: none.
+        escape: add the mass that the second moment loses when the basis turns (Sec. 3.3).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        clip_unmagnified: float = 1.0,
+        skip_rms: float = 1.0,
+        escape: bool = False,
+    ):
+        settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        settings |= dict(clip_unmagnified=clip_unmagnified, skip_rms=skip_rms, escape=escape)
+        super().__init__(params, settings)
+
+    def update_pairs(
+        self, stacks: list[Stack], values: list[list[Tensor]], gradients: list[list[Tensor]]
+    ) -> list[list[Tensor]]:
+        """Move all pairs; the clipping looks at all of them together."""
+        sides: list[Side] = []
+        for stack, value, gradient in zip(stacks, values, gradients, strict=True):
+            if not stack.state:
+                rank, escape = value[0].shape[1], stack.group["escape"]
+                stack.state = [new_state(v, rank, escape) for v in value]
+            sides += [Side(stack, part, value[part], gradient[part]) for part in range(2)]
+        batches = alike(sides)
+        for batch in batches:
+            unmagnify(batch)
+        squares = [side.square_norm for side in sides]
+        norm = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt() if sides else 0
+        for batch in batches:
+            move(batch, norm)
+        return [[down.values, up.values] for down, up in zip(sides[::2], sides[1::2], strict=True)]
+
+
+@dataclass
+class Side:
+    """One factor X of a stack of pairs, in the parameters' own layout.
+
+    `times` and `products` let both layouts read as rows (n, m, r): down is (n, r, m), up (n, m, r).
+    """
+
+    stack: Stack
+    part: int  # 0: down, 1: up
+    values: Tensor
+    gradient: Tensor  # once `unmagnify` has run: in the basis of the partner
+    basis: Tensor | None = None  # this factor's own W (n, r, r): X W has orthonormal columns
+    outer: Tensor | None = None  # gradient^T gradient / m (n, r, r)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """The stack's state of this factor."""
+        return self.stack.state[self.part]
+
+    @property
+    def length(self) -> int:
+        """m, the number of rows."""
+        return self.values.shape[2 - self.part]
+
+    def times(self, rows: Tensor, matrix: Tensor) -> Tensor:
+        """Rows times matrices (n, r, r)."""
+        return matrix.mT @ rows if self.part == 0 else rows @ matrix
+
+    def products(self, first: Tensor, second: Tensor) -> Tensor:
+        """first^T second (n, r, r)."""
+        return first @ second.mT if self.part == 0 else first.mT @ second
+
+    def add_times(self, total: Tensor, rows: Tensor, matrix: Tensor, keep: float) -> None:
+        """Total <- keep total + rows matrix."""
+        left, right = (matrix.mT, rows) if self.part == 0 else (rows, matrix)
+        total.baddbmm_(left, right, beta=keep)
+
+    @property
+    def square_norm(self) -> Tensor:
+        """Squared norm of the unmagnified gradients of all pairs together."""
+        assert self.outer is not None
+        return self.outer.diagonal(dim1=-2, dim2=-1).sum() * self.length
+
+
+def new_state(values: Tensor, rank: int, escape: bool) -> dict[str, Tensor]:
+    """State of one factor before its first step."""
+    n, r = len(values), rank
+    square = values.new_zeros(n, r, r)
+    state = {
+        "momentum": torch.zeros_like(values),  # N = M W^T, as it is applied
+        "second": square,  # V, in the partner's basis
+        "basis": square.clone(),  # W of this factor
+        "overlap": square.clone(),  # X_{t-1}^T X_t of this factor
+    }
+    return state | ({"escaped": values.new_zeros(n)} if escape else {})
+
+
+def alike(sides: list[Side]) -> list[list[Side]]:
+    """The sides, down and up of a pair in turn, by rank, step and settings.
+
+    The r x r work of such a batch is done at once, whatever the layers' sizes.
+    """
+    batches = defaultdict(list)
+    for down, up in zip(sides[::2], sides[1::2], strict=True):
+        stack = down.stack
+        key = id(stack.group), stack.step, down.values.shape[1], stack.dtype, down.values.device
+        batches[key] += [down, up]
+    return list(batches.values())
+
+
+def split(matrices: Tensor, batch: list[Side]) -> list[Tensor]:
+    """Matrices (all pairs of the batch, r, r) by side."""
+    return list(matrices.split([len(side.values) for side in batch]))
+
+
+def partners(batch: list[Side]) -> list[Side]:
+    """Each side's partner."""
+    pairs = zip(batch[::2], batch[1::2], strict=True)
+    return [side for down, up in pairs for side in (up, down)]
+
+
+def unmagnify(batch: list[Side]) -> None:
+    """Express every gradient in the basis of its partner (Sec. 3.1); fill `basis` and `outer`."""
+    grams = torch.cat([side.products(side.values, side.values) for side in batch])
+    roots, good = inverse_root_of_gram(grams)
+    if not good.all():
+        lengthwise = [side.values.mT if side.part == 0 else side.values for side in batch]
+        for own, ok, rows in zip(split(roots, batch), split(good, batch), lengthwise, strict=True):
+            bad = (~ok).nonzero().squeeze(-1)
+            own[bad] = careful_inverse_root_of_gram(rows[bad])
+    for side, root in zip(batch, split(roots, batch), strict=True):
+        side.basis = root
+    for side, partner in zip(batch, partners(batch), strict=True):
+        assert partner.basis is not None
+        side.gradient = side.times(side.gradient, partner.basis)
+        side.outer = side.products(side.gradient, side.gradient) / side.length
+        skip_large(side)
+
+
+def inverse_root_of_gram(grams: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse Cholesky factors W (n, r, r) of Gram matrices, and where (n,) they are accurate."""
+    factor, failed = torch.linalg.cholesky_ex(grams, upper=True)
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    good = (failed == 0) & (pivots.amin(-1) > WELL_CONDITIONED * pivots.amax(-1))
+    identity = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
+    factor = torch.where(good[:, None, None], factor, identity)
+    return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=True), good
+
+
+def careful_inverse_root_of_gram(rows: Tensor) -> Tensor:
+    """W of rows (n, m, r) by singular values: accurate for any condition and any rank.
+
+    Where columns depend on each other, W leaves the lost directions out as a pseudo-inverse does;
+    zero rows give W = 0.
+    """
+    exact = rows if rows.device.type == "mps" else rows.double()
+    _, sizes, right = torch.linalg.svd(torch.linalg.qr(exact, mode="r")[1])  # X = U S right
+    smallest = torch.finfo(rows.dtype).eps * max(rows.shape[-2:]) * sizes[:, :1]
+    kept = sizes > smallest
+    inverse = torch.where(kept, 1 / sizes.where(kept, 1.0), 0.0)
+    return (right.mT * inverse[:, None, :]).to(rows.dtype)
+
+
+def skip_large(side: Side) -> None:
+    """Count unmagnified gradients of a root mean square above `skip_rms` as zero."""
+    bound = side.stack.group["skip_rms"]
+    assert side.outer is not None
+    if bound:
+        keep = side.outer.diagonal(dim1=-2, dim2=-1).mean(-1) <= bound**2
+        if not keep.all():
+            side.gradient = side.gradient * keep[:, None, None]
+            side.outer = side.outer * keep[:, None, None]
+
+
+def corrected(beta: float, step: int) -> float:
+    """Decay of a bias-corrected moving average at a step counted from 1; 0 at the first."""
+    return beta * (1 - beta ** (step - 1)) / (1 - beta**step)
+
+
+def move(batch: list[Side], norm: Tensor | float) -> None:
+    """New values and state of a batch (Alg. 1)."""
+    group, step = batch[0].stack.group, batch[0].stack.step
+    beta1, beta2 = (corrected(beta, step) for beta in group["betas"])
+    bound = group["clip_unmagnified"]
+    scale = (bound / norm).clamp(max=1).to(batch[0].values) if bound else 1.0
+    other = partners(batch)
+    basis = torch.cat([side.basis for side in other])
+    overlap = torch.cat([side.state["overlap"] for side in other])
+    before = torch.cat([side.state["basis"] for side in other])
+    outer = torch.cat([side.outer for side in batch])
+    turn = (before.mT @ overlap @ basis).mT  # P
+    second = torch.cat([side.state["second"] for side in batch])
+    turned = turn @ second @ turn.mT
+    escaped = carry_escaped(batch, second, turned, beta2) if group["escape"] else None
+    second = beta2 * turned + outer * (scale**2 * (1 - beta2))
+    second = (second + second.mT) / 2
+    root = inverse_root(second, escaped, group["eps"])
+    apply = root @ basis.mT * (scale * (1 - beta1))
+    carry = overlap @ basis @ basis.mT
+    keep = 1 - group["lr"] * group["weight_decay"]
+    for side, v, a, c in zip(
+        batch, split(second, batch), split(apply, batch), split(carry, batch), strict=True
+    ):
+        momentum = side.times(side.state["momentum"], c)
+        side.add_times(momentum, side.gradient, a, beta1)
+        old = side.values
+        side.values = torch.add(old if keep == 1 else old * keep, momentum, alpha=-group["lr"])
+        written = side.values.to(side.stack.parts[0][0].dtype).to(old.dtype)
+        new = {"momentum": momentum, "second": v, "basis": side.basis}
+        side.state.update(new, overlap=side.products(old, written))
+
+
+def carry_escaped(batch: list[Side], second: Tensor, turned: Tensor, beta2: float) -> Tensor:
+    """The escaped mass (n,) with what this turn of the basis adds; kept in the state."""
+    past = torch.cat([side.state["escaped"] for side in batch])
+    escaped = beta2 * (past + escaped_mass(second, turned))
+    for side, own in zip(batch, split(escaped, batch), strict=True):
+        side.state["escaped"] = own
+    return escaped
+
+
+def inverse_root(second: Tensor, escaped: Tensor | None, eps: float) -> Tensor:
+    """(second + escaped I)^(-1/2) of symmetric matrices (n, r, r), eps kept off zero."""
+    values, vectors = in_threads(torch.linalg.eigh, second)
+    values = values.clamp(min=0)
+    if escaped is not None:
+        values = values + escaped[:, None]
+    sizes = 1 / ((values + eps**2).sqrt() + eps)
+    return (vectors * sizes[:, None, :]) @ vectors.mT
+
+
+def escaped_mass(before: Tensor, after: Tensor) -> Tensor:
+    """Second moment (n,) that the turn of the basis lost (Sec. 3.3; the smaller of two bounds)."""
+    gaps = torch.linalg.eigvalsh(before) - torch.linalg.eigvalsh(after)
+    lost = (before - after).diagonal(dim1=-2, dim2=-1).sum(-1)
+    return torch.minimum(gaps.amax(-1).clamp(min=0), lost.clamp(min=0))
+
+
+def in_threads(function: Callable[[Tensor], Any], matrices: Tensor) -> tuple[Tensor, ...]:
+    """A batched decomposition; on a CPU, where torch goes through a batch on one core, on all."""
+    threads = torch.get_num_threads()
+    if matrices.device.type != "cpu" or threads == 1 or matrices[..., 0].numel() < 2000:
+        return tuple(function(matrices))
+    parts = list(_pool(threads).map(function, matrices.chunk(threads)))
+    return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="decompose")
+
+
+RITE = OptimizerSpec(LoraRite, lr=1e-3)

@@ -1,0 +1,114 @@
+"""The optimizers outside this toolkit: a language model, several processes, loss scaling."""
+
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rite_diffusion.optim import OPTIMIZERS, LoraRite, ScaledAdamW, lora_param_groups
+
+
+def test_a_language_model_learns_in_transformers_trainer():
+    example = Path(__file__).parents[1] / "examples/language_model.py"
+    losses = runpy.run_path(str(example))["main"](steps=60)
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_package_imports_torch_alone():
+    code = (
+        "import sys, rite_diffusion.optim as o; o.LoraRite\n"
+        "print([m for m in ('peft', 'diffusers', 'transformers', 'accelerate', 'pydantic') "
+        "if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+class Net(nn.Module):
+    """A line of two LoRA layers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lora_A = nn.Linear(8, 3, bias=False)
+        self.lora_B = nn.Linear(3, 6, bias=True)
+
+    def forward(self, x):
+        return self.lora_B(self.lora_A(x))
+
+
+def train(model, optimizer, x, steps=10):
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+
+
+def worker(rank, port, results):
+    """One of two processes, each with half of the batch."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
+    )
+    x = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+    for name in ("rite", "scaled_adamw", "scaled_sgd"):
+        model = Net()
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        groups = [group | {"lr": 0.01} for group in lora_param_groups(wrapped)]
+        train(wrapped, OPTIMIZERS[name].build(groups), x[rank::2])
+        results[name, rank] = [p.detach().clone() for p in model.parameters()]
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_equal_one_with_the_whole_batch(unused_port):
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        results = manager.dict()
+        arguments = (unused_port, results)
+        torch.multiprocessing.spawn(worker, args=arguments, nprocs=2)
+        x = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+        for name in ("rite", "scaled_adamw", "scaled_sgd"):
+            model = Net()
+            groups = [group | {"lr": 0.01} for group in lora_param_groups(model)]
+            train(model, OPTIMIZERS[name].build(groups), torch.cat([x[0::2], x[1::2]]))
+            for one, first, second in zip(
+                model.parameters(), results[name, 0], results[name, 1], strict=True
+            ):
+                assert torch.equal(first, second)
+                torch.testing.assert_close(one.detach(), first, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", [LoraRite, ScaledAdamW])
+def test_loss_scaling_skips_an_overflow_and_goes_on(rule):
+    model = Net()
+    optimizer = rule(lora_param_groups(model), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    x = torch.randn(8, 8)
+    before = [p.detach().clone() for p in model.parameters()]
+    for factor in (float("inf"), 1.0):
+        optimizer.zero_grad()
+        scaler.scale((model(x) - 1).square().mean() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        assert same == (factor != 1.0)
+
+
+def test_compiled_models_and_clipping_work():
+    model = Net()
+    compiled = torch.compile(model, backend="eager")
+    optimizer = LoraRite(lora_param_groups(compiled), lr=0.02)
+    x = torch.randn(8, 8)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = (compiled(x) - 1).square().mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
