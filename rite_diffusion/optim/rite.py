@@ -12,7 +12,8 @@ serves: the inverse Cholesky factor of Y^T Y. What carries the moments is
     P = (Y_t W_t)^T (Y_{t-1} W_{t-1}) = W_t^T (Y_t^T Y_{t-1}) W_{t-1},
 
 and the matrix in parentheses is known once step t-1 has moved Y, so no basis is ever stored. The
-momentum is kept as it is applied, N = M W^T; what carries it is N (Y_{t-1}^T Y_t) W_t W_t^T. is this one momentum and three r x r matrices per factor, less than AdamW's two moments.
+momentum is kept as it is applied, N = M W^T; what carries it is N (Y_{t-1}^T Y_t) W_t W_t^T. State
+is this one momentum and three r x r matrices per factor, less than AdamW's two moments.
 """
 
 from collections import defaultdict
