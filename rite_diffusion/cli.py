@@ -78,6 +78,9 @@ def train(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting: --set optim.warmup=20.")
     ] = None,
+    override: Annotated[
+        bool, typer.Option("--override", help="Go on with a stopped run though settings differ.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report and stop.")] = False,
 ) -> None:
     """Train a concept adapter from a folder of photos."""
@@ -100,9 +103,9 @@ def train(
     describe_plan(plan)
     if dry_run:
         return
-    folder = out or recipes.default_run(photos)
+    folder = out or recipes.default_run(plan)
     with training_progress(plan.config.steps) as listen:
-        adapter = recipes.run_training(plan, folder, listen)
+        adapter = recipes.run_training(plan, folder, listen, override)
     describe_result(plan, adapter)
 
 

@@ -142,6 +142,15 @@ def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of a settings tree by their dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else None
+        leaves |= {prefix + key: value} if inner is None else inner
+    return leaves
+
+
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     """Settings tree of `optim.lr=1e-4` lines; values are TOML, bare words are strings."""
     tree: dict[str, Any] = {}

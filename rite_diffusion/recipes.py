@@ -12,7 +12,13 @@ from rite_diffusion.adapters import Adapter, AdapterInfo, attach, load_adapter, 
 from rite_diffusion.adapters.choice import Chosen, choose_adapters
 from rite_diffusion.backbones import StableDiffusion, load_backbone
 from rite_diffusion.concepts import METHODS, Method
-from rite_diffusion.config import TrainConfig, load_preset, merge, resolve, to_toml
+from rite_diffusion.config import (
+    TrainConfig,
+    load_preset,
+    merge,
+    resolve,
+    to_toml,
+)
 from rite_diffusion.generation.metadata import Parameters, save_png
 from rite_diffusion.generation.output import next_file, output_target
 from rite_diffusion.generation.sampler import sample
@@ -20,7 +26,9 @@ from rite_diffusion.photos.dataset import encode_photos
 from rite_diffusion.photos.folder import PhotoFolder, read_folder
 from rite_diffusion.training.interrupt import stop_on_signal
 from rite_diffusion.training.loop import StepReport, optimizer_spec, train_steps
+from rite_diffusion.training.resume import begin_or_continue, changes, inputs_of
 from rite_diffusion.training.run_folder import RunFolder
+from rite_diffusion.training.snapshot import Snapshot
 from rite_diffusion.types import AdapterError, Concept, ConfigError, RiteError
 
 LICENCE = "unspecified"
@@ -47,6 +55,10 @@ class Plan:
         budget = self.backbone.token_budget
         captions = {photo.caption for photo in self.folder.photos}
         return sorted(text for text in captions if self.backbone.token_count(text) > budget)
+
+    def inputs(self) -> dict[str, str]:
+        """What the run learns from and with, for a continued run to compare."""
+        return inputs_of(self.folder.photos, self.backbone.fingerprint)
 
     def captions_without_trigger(self) -> list[str]:
         """Captions that never teach the trigger."""
@@ -131,19 +143,24 @@ def _write_previews(plan: Plan, run: RunFolder, step: int) -> None:
 
 
 def run_training(
-    plan: Plan, out: Path, listen: Callable[[StepReport], None] = lambda report: None
+    plan: Plan,
+    out: Path,
+    listen: Callable[[StepReport], None] = lambda report: None,
+    override: bool = False,
 ) -> Path:
     """Train, and return the path of the adapter file in the run folder `out`.
 
-    Raises Stopped after Ctrl-C or SIGTERM, once the adapter of the last step is written.
+    A run that was stopped or killed goes on from its newest checkpoint, as if it had never been
+    interrupted; RunError tells what has changed since, unless `override` accepts it. Raises Stopped
+    after Ctrl-C or SIGTERM, once the adapter of the last step is written.
     """
     total = plan.config.steps
     with RunFolder(out) as run, stop_on_signal() as request:
-        run.write_config(to_toml(plan.config))
+        resume = begin_or_continue(run, plan.config, plan.inputs(), override)
         run.log(f"rite_diffusion {rite_diffusion.__version__}, {len(plan.folder.photos)} photos")
-        run.write_status("preparing", 0, total)
+        run.write_status("preparing", resume.step if resume else 0, total)
         try:
-            done = _learn(plan, run, listen, stop=lambda: request.signal is not None)
+            done = _learn(plan, run, listen, lambda: request.signal is not None, resume)
         except BaseException as error:
             run.write_status("failed", 0, total)
             run.log(f"failed: {type(error).__name__}: {error}")
@@ -156,7 +173,11 @@ def run_training(
 
 
 def _learn(
-    plan: Plan, run: RunFolder, listen: Callable[[StepReport], None], stop: Callable[[], bool]
+    plan: Plan,
+    run: RunFolder,
+    listen: Callable[[StepReport], None],
+    stop: Callable[[], bool],
+    resume: Snapshot | None,
 ) -> int:
     """Train in an open run folder, write the adapter, and return the steps done."""
     config, backbone = plan.config, plan.backbone
@@ -167,18 +188,18 @@ def _learn(
     def after(report: StepReport) -> None:
         step = report.step
         run.write_metrics(**vars(report))
-        if step % config.checkpoints.every == 0:
-            run.save_checkpoint(_adapter(plan, method, step), step, config.checkpoints.keep)
-            run.write_status("running", step, config.steps)
         if config.previews.every and step % config.previews.every == 0:
             _write_previews(plan, run, step)
         listen(report)
 
+    def save(snapshot: Snapshot) -> None:
+        adapter = _adapter(plan, method, snapshot.step)
+        run.save_checkpoint(adapter, snapshot, config.checkpoints.keep)
+        run.write_status("running", snapshot.step, config.steps)
+
     try:
-        done = train_steps(backbone, method, data, config, after, stop)
-        adapter = _adapter(plan, method, done)
-        run.save_checkpoint(adapter, done, config.checkpoints.keep)
-        save_adapter(run.adapter_path, adapter)
+        done = train_steps(backbone, method, data, config, after, save, stop, resume)
+        save_adapter(run.adapter_path, _adapter(plan, method, done))
     finally:
         method.remove()
     return done
@@ -193,23 +214,35 @@ def train(
     preset: str | None = None,
     out: str | Path | None = None,
     listen: Callable[[StepReport], None] = lambda report: None,
+    override: bool = False,
     **settings: Any,
 ) -> Path:
     """Train a concept adapter from a photo folder and return its file's path.
 
     `settings` are those of `TrainConfig`: `steps=200, optim={"lr": 1e-3}`. The run folder `out`
-    defaults to `runs/<name of the photo folder>`.
+    defaults to `runs/<name of the photo folder>`; a stopped run there goes on.
     """
     wanted = {"photos": str(photos), "trigger": trigger, "class_noun": class_noun, "base": base}
     plan = plan_training(configure(wanted | settings, preset))
-    return run_training(plan, Path(out or default_run(Path(photos))), listen)
+    return run_training(plan, Path(out) if out else default_run(plan), listen, override)
 
 
-def default_run(photos: Path) -> Path:
-    """The first free run folder for a photo folder: runs/name, runs/name-2, …."""
-    name = photos.expanduser().resolve().name or "run"
+def default_run(plan: Plan) -> Path:
+    """The run folder of a plan: a stopped run that was begun alike, or the first free name.
+
+    Names are runs/name, runs/name-2, … after the photo folder.
+    """
+    name = Path(plan.config.photos).expanduser().resolve().name or "run"
     candidates = [Path("runs") / name, *(Path("runs") / f"{name}-{i}" for i in range(2, 10_000))]
-    return next(path for path in candidates if not path.exists())
+    return next(path for path in candidates if not path.exists() or _goes_on(plan, path))
+
+
+def _goes_on(plan: Plan, path: Path) -> bool:
+    """Whether a run folder holds an unfinished run of this plan that nobody works on."""
+    run = RunFolder(path)
+    if run.state() == "finished" or run.in_use() or not (path / "inputs.json").exists():
+        return False
+    return not changes(run, plan.config, plan.inputs())
 
 
 def open_with_adapters(base: str | None, adapters: list[Chosen]) -> StableDiffusion:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import rite_diffusion as rite
 from rite_diffusion.concepts import PlainLora
@@ -207,3 +208,96 @@ def _wait_for(path: Path, seconds: float = 60) -> None:
     while not path.exists():
         assert time.monotonic() < end, f"no {path}"
         time.sleep(0.1)
+
+
+def _metrics(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["rate"]) for line in lines]
+
+
+def _same_run(one, other):
+    """Whether two run folders hold the same training, bit for bit."""
+    assert _metrics(one) == _metrics(other)
+    for name in ("adapter", "training"):
+        newest = [sorted((run / "checkpoints").iterdir())[-1] for run in (one, other)]
+        first, second = (load_file(folder / f"{name}.safetensors") for folder in newest)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+class _Stop(Exception):
+    """Stands in for a crash."""
+
+
+def _crash_at(step):
+    def listen(report):
+        if report.step == step:
+            raise _Stop
+
+    return listen
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_interrupted_run_is_the_uninterrupted_one(photos, tmp_path, name):
+    settings = {
+        "steps": 7, "checkpoints": {"every": 2}, "previews": {"every": 0},
+        "optim": {"name": name, "warmup": 3},
+    }  # fmt: skip
+    _train(photos, tmp_path / "whole", **settings)
+    for crash in (1, 3, 6):  # before any checkpoint, just after one, and before the last step
+        with pytest.raises(_Stop):
+            _train(photos, tmp_path / "parts", listen=_crash_at(crash), **settings)
+    _train(photos, tmp_path / "parts", **settings)
+    _same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_killed_process_loses_nothing(photos, tmp_path):
+    settings = ["--set", "checkpoints.every=3", "--set", "previews.every=0", "--steps", "40"]
+    line = ["train", str(photos), "--trigger", "<t>", "--class", "toy", *settings]
+    command = [sys.executable, "-c", "from rite_diffusion.cli import main; main()", *line]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True)
+    for wait in (0.0, 0.4):
+        process = subprocess.Popen([*command, "--out", str(parts)], stdout=subprocess.DEVNULL)
+        _wait_for(parts / "checkpoints/step-000003")
+        time.sleep(wait)
+        process.kill()
+        process.wait()
+    subprocess.run([*command, "--out", str(parts)], check=True, capture_output=True)
+    _same_run(whole, parts)
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(photos, tmp_path):
+    settings = {"steps": 6, "checkpoints": {"every": 2}, "previews": {"every": 0}}
+    _train(photos, tmp_path / "whole", **settings)
+    with pytest.raises(_Stop):
+        _train(photos, tmp_path / "run", listen=_crash_at(5), **settings)
+    damaged = tmp_path / "run/checkpoints/step-000004/training.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    (tmp_path / "run/checkpoints/step-000006.partial").mkdir()
+    _train(photos, tmp_path / "run", **settings)
+    assert "step-000004 cannot be read" in (tmp_path / "run/log.txt").read_text()
+    _same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_changed_settings_or_photos_are_shown_and_need_an_override(photos, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(_Stop):
+        _train(photos, run, listen=_crash_at(2))
+    with pytest.raises(RunError, match="optim.lr: 0.002 -> 0.001") as fault:
+        _train(photos, run, optim={"lr": 1e-3})
+    assert "--override" in str(fault.value)
+    (photos / "0.txt").write_text("a <thing> on a purple background")
+    with pytest.raises(RunError, match=r"photo 0.png: \w+ -> \w+"):
+        _train(photos, run)
+    _train(photos, run, override=True)
+    assert "overridden: photo 0.png" in (run / "log.txt").read_text()
+
+
+def test_the_same_command_goes_on_and_a_new_one_takes_a_new_folder(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(_Stop):
+        _train(photos, None, listen=_crash_at(2))
+    assert _train(photos, None, seed=5) == Path("runs/photos-2/adapter.safetensors")
+    assert _train(photos, None) == Path("runs/photos/adapter.safetensors")
+    assert _train(photos, None) == Path("runs/photos-3/adapter.safetensors")

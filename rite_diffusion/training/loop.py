@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 
 from rite_diffusion.concepts import Method
 from rite_diffusion.config import OptimSection, TrainConfig
@@ -20,6 +19,7 @@ from rite_diffusion.training.objective import (
     stratified_timesteps,
     target_of,
 )
+from rite_diffusion.training.snapshot import Snapshot, put_back, take
 from rite_diffusion.types import Backbone, ConfigError, OptimizerError, RunError
 
 NOISE, TIMESTEPS, DROPOUT = 1, 2, 3  # streams of random numbers; 0 is the samples' order
@@ -96,11 +96,14 @@ def train_steps(
     data: LatentSet,
     config: TrainConfig,
     listen: Callable[[StepReport], None],
+    save: Callable[[Snapshot], None] = lambda snapshot: None,
     stop: Callable[[], bool] = lambda: False,
+    resume: Snapshot | None = None,
 ) -> int:
-    """Run all steps, calling `listen` after each, until `stop` says so; returns the steps done.
+    """Run all steps, or those after `resume`, until `stop` says so; returns the steps done.
 
-    A step whose loss is no number changes nothing; RunError after five in a row.
+    `listen` hears of every step; `save` gets a snapshot at every checkpoint and at the end. A step
+    whose loss is no number changes nothing; RunError after five in a row.
     """
     AcceleratorState._reset_state()  # a process may train twice, at two precisions
     accelerator = Accelerator(
@@ -108,12 +111,17 @@ def train_steps(
         mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
     )
     optimizer = build_optimizer(method, config)
-    schedule = LambdaLR(optimizer, rate_factor(config.optim, config.steps))
-    optimizer = accelerator.prepare(optimizer)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    factor = rate_factor(config.optim, config.steps)
+    if resume is not None:
+        put_back(resume, optimizer)
+    stepper = accelerator.prepare(optimizer)
     parameters = method.parameters()
     bad = 0
-    for step in range(config.steps):
+    for step in range(resume.step if resume else 0, config.steps):
         start = time.perf_counter()
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["lr"] = peak * factor(step)
         with accelerator.autocast():
             loss = step_loss(backbone, method, data, config, step)
         accelerator.backward(loss)
@@ -121,17 +129,18 @@ def train_steps(
         bad = 0 if value == value and abs(value) != float("inf") else bad + 1
         if not bad:
             accelerator.clip_grad_norm_(parameters, config.optim.clip_norm)
-            optimizer.step()
+            stepper.step()
         elif bad == BAD_STEPS:
             raise RunError(
                 f"the loss is {value} in {bad} steps up to {step + 1}: lower optim.lr "
                 f"(now {config.optim.lr:g}), or use another precision than {config.precision}."
             )
-        rate = optimizer.param_groups[0]["lr"]
-        optimizer.zero_grad()
-        schedule.step()
+        stepper.zero_grad()
         speed = config.batch / (time.perf_counter() - start)
-        listen(StepReport(step + 1, value, rate, speed))
-        if stop():
+        listen(StepReport(step + 1, value, optimizer.param_groups[0]["lr"], speed))
+        last = stop() or step + 1 == config.steps
+        if last or (step + 1) % config.checkpoints.every == 0:
+            save(take(step + 1, optimizer))
+        if last:
             return step + 1
     return config.steps

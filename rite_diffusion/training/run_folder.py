@@ -1,7 +1,7 @@
 """The run folder: the one registry that the CLI, a studio and a crashed machine share.
 
-config.toml  status.json  metrics.jsonl  log.txt  lock
-previews/step-000100-0.png  checkpoints/step-000100/adapter.safetensors  adapter.safetensors
+config.toml  inputs.json  status.json  metrics.jsonl  log.txt  lock  adapter.safetensors
+previews/step-000100-0.png  checkpoints/step-000100/{adapter,training}.safetensors
 """
 
 import json
@@ -11,7 +11,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
 from rite_diffusion.adapters.file import Adapter, save_adapter, write_atomically
+from rite_diffusion.training.snapshot import Snapshot
 from rite_diffusion.types import RunError
 
 
@@ -23,6 +27,22 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; a line that a crash has cut counts as the last."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")
+
+
+def read_state(path: Path) -> str | None:
+    """The state that a run folder's status file tells, None where there is none."""
+    try:
+        return json.loads((path / "status.json").read_text(encoding="utf-8"))["state"]
+    except (OSError, json.JSONDecodeError, KeyError):
+        return None
 
 
 class RunFolder:
@@ -53,27 +73,43 @@ class RunFolder:
         (self.path / "lock").unlink(missing_ok=True)
 
     def _refuse_finished(self) -> None:
-        if self.adapter_path.exists():
+        if self.adapter_path.exists() and self.state() not in ("stopped", "running", "failed"):
             raise RunError(
                 f"{self.path} already holds an adapter. Choose another --out, or delete the folder."
             )
+
+    def state(self) -> str | None:
+        """The state that was last written: preparing, running, stopped, failed or finished."""
+        return read_state(self.path)
+
+    def in_use(self) -> int | None:
+        """The process that holds the lock, if it lives."""
+        lock = self.path / "lock"
+        owner = lock.read_text(encoding="utf-8").strip() if lock.exists() else ""
+        return int(owner) if owner.isdigit() and _alive(int(owner)) else None
 
     def _lock(self) -> None:
         lock = self.path / "lock"
         try:
             descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
-            owner = lock.read_text(encoding="utf-8").strip()
-            if owner.isdigit() and _alive(int(owner)):
+            owner = self.in_use()
+            if owner is not None:
                 raise RunError(f"{self.path} is in use by process {owner}.") from None
-            lock.unlink()
+            lock.unlink(missing_ok=True)
             return self._lock()
         with os.fdopen(descriptor, "w") as stream:
             stream.write(str(os.getpid()))
 
-    def write_config(self, text: str) -> None:
-        """Keep the resolved configuration."""
-        write_atomically(self.path / "config.toml", text.encode())
+    def write_settings(self, config: str, inputs: dict[str, str]) -> None:
+        """Keep the resolved configuration, and what was trained on."""
+        write_atomically(self.path / "config.toml", config.encode())
+        write_atomically(self.path / "inputs.json", json.dumps(inputs, indent=1).encode())
+
+    def read_settings(self) -> tuple[str, dict[str, str]]:
+        """What `write_settings` kept."""
+        config = (self.path / "config.toml").read_text(encoding="utf-8")
+        return config, json.loads((self.path / "inputs.json").read_text(encoding="utf-8"))
 
     def write_status(self, state: str, step: int, total: int) -> None:
         """Tell whoever looks how far the run is."""
@@ -91,23 +127,44 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(figures) + "\n")
 
+    def keep_metrics(self, steps: int) -> None:
+        """Drop the lines of steps after the first `steps`."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= steps]
+        write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+
     def log(self, line: str) -> None:
         """Append a line to the log."""
         with (self.path / "log.txt").open("a", encoding="utf-8") as stream:
             stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
-    def save_checkpoint(self, adapter: Adapter, step: int, keep: int) -> Path:
-        """Write the adapter at a step and drop checkpoints beyond the newest `keep`."""
-        final = self.path / "checkpoints" / f"step-{step:06d}"
+    def save_checkpoint(self, adapter: Adapter, snapshot: Snapshot, keep: int) -> Path:
+        """Write adapter and snapshot of a step; drop checkpoints beyond the newest `keep`."""
+        final = self.path / "checkpoints" / f"step-{snapshot.step:06d}"
         partial = final.with_name(final.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         save_adapter(partial / "adapter.safetensors", adapter)
+        write_atomically(
+            partial / "training.safetensors", save(snapshot.tensors, {"step": str(snapshot.step)})
+        )
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in self.checkpoints()[:-keep]:
             shutil.rmtree(old)
         return final
+
+    def newest_snapshot(self) -> Snapshot | None:
+        """The newest snapshot that can be read; the log names those that cannot."""
+        for folder in reversed(self.checkpoints()):
+            try:
+                tensors = load((folder / "training.safetensors").read_bytes())
+            except (OSError, SafetensorError, ValueError) as error:
+                self.log(f"{folder.name} cannot be read ({error}): going back to the one before")
+                continue
+            return Snapshot(int(folder.name.removeprefix("step-")), tensors)
+        return None
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""

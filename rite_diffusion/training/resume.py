@@ -1,0 +1,56 @@
+"""Going on with a run that was stopped or killed, and refusing to where something has changed."""
+
+from collections.abc import Sequence
+from hashlib import sha256
+
+import rite_diffusion
+from rite_diffusion.config import TrainConfig, flatten, from_toml, to_toml
+from rite_diffusion.training.run_folder import RunFolder
+from rite_diffusion.training.snapshot import Snapshot
+from rite_diffusion.types import Photo, RunError
+
+FREE = {"photos", "previews", "checkpoints"}  # settings that may change: they teach nothing
+
+
+def inputs_of(photos: Sequence[Photo], base_fingerprint: str) -> dict[str, str]:
+    """What a run learns from and with: a digest of each photo with its caption, base, version."""
+    digests = {
+        f"photo {photo.path.name}": sha256(photo.image.tobytes() + photo.caption.encode())
+        for photo in photos
+    }
+    found = {name: digest.hexdigest()[:16] for name, digest in digests.items()}
+    return {"version": rite_diffusion.__version__, "base": base_fingerprint} | found
+
+
+def changes(run: RunFolder, config: TrainConfig, inputs: dict[str, str]) -> list[str]:
+    """Each difference from what a run folder was begun with, as "optim.lr: 0.001 -> 0.002"."""
+    old_config, old_inputs = run.read_settings()
+    before, now = (
+        flatten(each.model_dump(exclude=FREE)) | own
+        for each, own in ((from_toml(old_config), old_inputs), (config, inputs))
+    )
+    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return [f"{key}: {before.get(key, 'none')} -> {now.get(key, 'none')}" for key in keys]
+
+
+def begin_or_continue(
+    run: RunFolder, config: TrainConfig, inputs: dict[str, str], override: bool
+) -> Snapshot | None:
+    """Where an interrupted run goes on, None for a fresh one; what is trained on is written down.
+
+    Raises RunError naming what has changed since, unless `override` accepts it.
+    """
+    snapshot = run.newest_snapshot()
+    if snapshot is not None:
+        found = changes(run, config, inputs)
+        if found and not override:
+            raise RunError(
+                f"{run.path} was begun differently ({'; '.join(found)}). Choose another --out, or "
+                "pass --override to go on with the new settings."
+            )
+        for change in found:
+            run.log(f"overridden: {change}")
+        run.log(f"goes on after step {snapshot.step}")
+    run.keep_metrics(snapshot.step if snapshot else 0)
+    run.write_settings(to_toml(config), inputs)
+    return snapshot

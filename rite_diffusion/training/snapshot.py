@@ -1,0 +1,70 @@
+"""All that a continued run needs, as named tensors: the trained weights and the optimizer's state.
+
+Nothing else is needed: order, noise, timesteps and rates are functions of the seed and the step.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from rite_diffusion.types import RunError
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state after `step` steps; keys are `weights/<name>` and `optimizer/<name>/<key>`."""
+
+    step: int
+    tensors: dict[str, Tensor]
+
+
+def _named_state(optimizer: Optimizer) -> list[tuple[str, int, Tensor]]:
+    """(name, index in the optimizer's state, parameter) of every parameter."""
+    indices = [i for group in optimizer.state_dict()["param_groups"] for i in group["params"]]
+    named = [
+        (name, parameter)
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+    ]
+    return [(name, i, parameter) for i, (name, parameter) in zip(indices, named, strict=True)]
+
+
+def packed(tensor: Tensor) -> Tensor:
+    """A contiguous copy in main memory."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def take(step: int, optimizer: Optimizer) -> Snapshot:
+    """A copy of everything the optimizer moves and remembers."""
+    state = optimizer.state_dict()["state"]
+    tensors = {}
+    for name, index, parameter in _named_state(optimizer):
+        tensors[f"weights/{name}"] = packed(parameter)
+        for key, value in state.get(index, {}).items():
+            if value is not None:
+                tensors[f"optimizer/{name}/{key}"] = packed(value)
+    return Snapshot(step, tensors)
+
+
+@torch.no_grad()
+def put_back(snapshot: Snapshot, optimizer: Optimizer) -> None:
+    """Restore a snapshot bit for bit; RunError where it belongs to another model or method."""
+    named = _named_state(optimizer)
+    wanted = {f"weights/{name}": tuple(parameter.shape) for name, _, parameter in named}
+    found = {k: tuple(v.shape) for k, v in snapshot.tensors.items() if k.startswith("weights/")}
+    if wanted != found:
+        odd = sorted(set(wanted.items()) ^ set(found.items()))[0][0].removeprefix("weights/")
+        raise RunError(
+            f"the checkpoint holds {len(found)} weights, this run trains {len(wanted)}; first "
+            f"difference: {odd}. Choose another --out to start afresh."
+        )
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, index, parameter in named:
+        parameter.copy_(snapshot.tensors[f"weights/{name}"])
+        prefix = f"optimizer/{name}/"
+        own = {k: v for k, v in snapshot.tensors.items() if k.startswith(prefix)}
+        if own:
+            state[index] = {key.removeprefix(prefix): value for key, value in own.items()}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
