@@ -52,8 +52,20 @@ class OptimSection(Section):
 class ObjectiveSection(Section):
     """What the loss weighs."""
 
-    min_snr_gamma: float | None = Field(
-        default=5.0, gt=0, description="Hang et al. 2023; none: plain MSE"
+    loss: Literal["mse", "huber"] = "mse"
+    huber_delta: float = Field(default=0.1, gt=0, description="errors above it count linearly")
+    weighting: Literal["none", "min_snr", "debiased"] = Field(
+        default="none", description="of timesteps: Hang et al. 2023, Yu et al. 2023"
+    )
+    min_snr_gamma: float = Field(default=5.0, gt=0)
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    timestep_mean: float = Field(default=0.0, description="of logit_normal")
+    timestep_deviation: float = Field(default=1.0, gt=0, description="of logit_normal")
+    noise_offset: float = Field(
+        default=0.0, ge=0, le=1, description="share of noise that is one value per channel"
+    )
+    input_perturbation: float = Field(
+        default=0.0, ge=0, le=1, description="extra noise that the target ignores: Ning et al. 2023"
     )
     caption_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="share of steps without caption"
@@ -91,6 +103,10 @@ class TrainConfig(Section):
     method: Literal["lora"] = "lora"
     steps: int = Field(default=300, ge=1, le=1_000_000)
     batch: int = Field(default=4, ge=1, le=1024)
+    accumulate: int = Field(
+        default=1, ge=1, le=1024, description="batches whose gradients one step adds up"
+    )
+    gradient_checkpointing: bool = Field(default=False, description="less memory, more time")
     seed: int = Field(default=0, ge=0, lt=2**32)
     resolution: int | None = Field(
         default=None, ge=16, le=4096, description="pixels; default: the base's"

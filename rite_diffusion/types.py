@@ -120,6 +120,10 @@ class Backbone(Protocol):
         """The model's prediction (B, C, h, w)."""
         ...
 
+    def checkpoint_gradients(self, wanted: bool) -> None:
+        """Recompute activations in the backward pass instead of keeping them, or keep them."""
+        ...
+
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1]."""
         ...

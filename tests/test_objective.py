@@ -1,12 +1,17 @@
+import math
+
 import pytest
 import torch
 
 from rite_diffusion.training.objective import (
     add_noise,
-    diffusion_loss,
-    min_snr_weight,
+    huber_error,
+    offset_noise,
+    perturb,
+    squared_error,
     stratified_timesteps,
     target_of,
+    timestep_weight,
 )
 
 SIGNAL = torch.tensor([0.9, 0.5, 0.01])
@@ -28,26 +33,48 @@ def test_velocity_and_noise_recover_the_latents():
     )
 
 
-def test_loss_equals_a_literal_sum():
+def test_errors_equal_literal_sums():
     latents, noise = _draws()
-    expected = 0.0
-    for index, share in enumerate(SIGNAL.tolist()):
-        snr = share / (1 - share)
-        weight = min(snr, 5.0) / (snr + 1)
-        expected += weight * sum((latents - noise)[index].flatten().square().tolist()) / 32 / 3
-    loss = diffusion_loss(latents, noise, "v_prediction", SIGNAL, 5.0)
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-    plain = diffusion_loss(latents, noise, "epsilon", SIGNAL, None)
-    assert plain.item() == pytest.approx((latents - noise).square().mean().item(), rel=1e-6)
+    for index in range(3):
+        errors = (latents - noise)[index].flatten().tolist()
+        square = sum(e * e for e in errors) / 32
+        huber = sum(0.2 * (math.sqrt(e * e + 0.01) - 0.1) for e in errors) / 32
+        assert squared_error(latents, noise)[index].item() == pytest.approx(square, rel=1e-5)
+        assert huber_error(latents, noise, 0.1)[index].item() == pytest.approx(huber, rel=1e-5)
 
 
-def test_min_snr_weights_of_both_predictions_agree_in_latent_space():
-    noise_weight = min_snr_weight("epsilon", SIGNAL, 5.0)
-    velocity_weight = min_snr_weight("v_prediction", SIGNAL, 5.0)
+@pytest.mark.parametrize("weighting", ["min_snr", "debiased"])
+def test_weights_equal_the_papers_in_latent_space(weighting):
     snr = SIGNAL / (1 - SIGNAL)
-    torch.testing.assert_close(noise_weight * snr, velocity_weight * (snr + 1))
+    expected = snr.clamp(max=5.0) if weighting == "min_snr" else snr.sqrt()
+    noise_weight = timestep_weight("epsilon", SIGNAL, weighting, 5.0)
+    velocity_weight = timestep_weight("v_prediction", SIGNAL, weighting, 5.0)
+    torch.testing.assert_close(noise_weight * snr, expected)
+    torch.testing.assert_close(velocity_weight * (snr + 1), expected)
+
+
+def test_no_weighting_weighs_all_alike():
+    assert timestep_weight("epsilon", SIGNAL, "none", 5.0).tolist() == [1, 1, 1]
+
+
+def test_offset_shifts_whole_channels_and_perturbation_every_value():
+    noise = _draws()[1]
+    shift = offset_noise(noise, 0.5, torch.Generator().manual_seed(1)) - noise
+    torch.testing.assert_close(shift, shift[..., :1, :1].expand_as(shift), atol=1e-6, rtol=0)
+    assert shift.std() > 0.1
+    many = torch.zeros(64, 4, 16, 16)
+    extra = perturb(many, 0.1, torch.Generator().manual_seed(1))
+    assert extra.std().item() == pytest.approx(0.1, rel=0.02)
 
 
 def test_timesteps_fill_every_stratum_once():
-    timesteps = stratified_timesteps(10, 1000, torch.Generator().manual_seed(0))
+    timesteps = stratified_timesteps(10, 1000, torch.Generator().manual_seed(0), None)
     assert sorted((timesteps // 100).tolist()) == list(range(10))
+
+
+def test_logit_normal_timesteps_have_that_density():
+    clock = torch.Generator().manual_seed(0)
+    timesteps = stratified_timesteps(4000, 100_000, clock, (0.5, 1.2)).double() / 100_000
+    logits = torch.logit(timesteps.clamp(1e-6, 1 - 1e-6))
+    assert logits.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert logits.std().item() == pytest.approx(1.2, abs=0.02)

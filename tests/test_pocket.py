@@ -3,10 +3,19 @@
 import torch
 from diffusers import StableDiffusionPipeline
 
+import rite_diffusion as rite
+from rite_diffusion.adapters import attach, load_adapter
 from rite_diffusion.backbones.source import POCKET
+from rite_diffusion.demo import example_photos
 from rite_diffusion.evaluation.judge import load_judge
 from rite_diffusion.generation.sampler import sample
+from rite_diffusion.photos.folder import read_folder
+from rite_diffusion.types import Concept
 
+NOUNS = (
+    "cat dog tiger pig frog bear octopus crab butterfly ladybug "
+    "sunflower rose mushroom carrot watermelon apple pizza car guitar tree"
+).split()
 COLOURS = "red blue green yellow white purple black pink orange gray".split()
 
 
@@ -35,8 +44,29 @@ def test_our_sampler_draws_what_diffusers_draws(pocket):
     assert (to_tensor(ours) / 2 + 0.5 - theirs).abs().max() < 2 / 255
 
 
-def test_draws_the_background_that_it_is_asked_for(pocket):
-    prompts = [f"a cat on {'an' if c[0] in 'aeiou' else 'a'} {c} background" for c in COLOURS] * 2
+def test_draws_the_object_and_the_background_that_it_is_asked_for(pocket):
+    grounds = COLOURS * 2
+    article = lambda word: "an" if word[0] in "aeiou" else "a"  # noqa: E731
+    pairs = zip(NOUNS, grounds, strict=True)
+    prompts = [f"{article(n)} {n} on {article(c)} {c} background" for n, c in pairs]
     images = sample(pocket, prompts, list(range(20)))
-    found = load_judge().colours(images)
-    assert sum(a == b for a, b in zip(found, COLOURS * 2, strict=True)) >= 17
+    judge = load_judge()
+    nouns, colours = judge.nouns(images), judge.colours(images)
+    assert sum(a == b for a, b in zip(nouns, NOUNS, strict=True)) >= 15, nouns
+    assert sum(a == b for a, b in zip(colours, grounds, strict=True)) >= 17, colours
+
+
+def test_learns_a_concept_that_it_has_never_seen(pocket, tmp_path):
+    photos = example_photos("robot")
+    judge = load_judge()
+    shown = [photo.image for photo in read_folder(photos, Concept("<r>", "robot"), ["a"]).photos]
+    prompts = [f"a <robot> on a {colour} background" for colour in ("blue", "green", "white")] * 2
+    before = sample(pocket, prompts, list(range(6)))
+    path = rite.train(
+        photos, trigger="<robot>", class_noun="robot", out=tmp_path / "run", previews={"every": 0}
+    )
+    attach(pocket, load_adapter(path), "robot")
+    after = sample(pocket, prompts, list(range(6)))
+    assert sum(judge.recognised(shown, before)) <= 1
+    assert sum(judge.recognised(shown, after)) >= 4
+    assert judge.identity(shown, after) > judge.identity(shown, before) + 0.2

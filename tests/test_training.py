@@ -1,4 +1,5 @@
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -17,7 +18,13 @@ from rite_diffusion.photos.dataset import encode_photos
 from rite_diffusion.photos.folder import read_folder
 from rite_diffusion.recipes import configure, plan_training
 from rite_diffusion.training import loop
-from rite_diffusion.training.loop import build_optimizer, rate_factor, step_loss, train_steps
+from rite_diffusion.training.loop import (
+    batch_loss,
+    build_optimizer,
+    draw_batch,
+    rate_factor,
+    train_steps,
+)
 from rite_diffusion.training.run_folder import RunFolder
 from rite_diffusion.types import Concept, ConfigError, RunError
 
@@ -68,6 +75,10 @@ def test_the_same_seed_gives_the_same_adapter_and_another_does_not(photos, tmp_p
     for one, two, three in zip(first.pairs, again.pairs, other.pairs, strict=True):
         assert torch.equal(one.down, two.down) and torch.equal(one.up, two.up)
         assert not torch.equal(one.down, three.down)
+
+
+def step_loss(backbone, method, data, config, step):
+    return batch_loss(backbone, method, draw_batch(backbone, data, config, step), config)
 
 
 @torch.no_grad()
@@ -142,12 +153,48 @@ def test_every_optimizer_trains(photos, pocket, name):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(photos, tmp_path, monkeypatch):
-    broken = lambda prediction, *_: prediction.float().mean() * float("nan")  # noqa: E731
-    monkeypatch.setattr(loop, "diffusion_loss", broken)
-    with pytest.raises(RunError, match="lower optim.lr"):
+    broken = lambda prediction, _: prediction.flatten(1).mean(1) * float("nan")  # noqa: E731
+    monkeypatch.setattr(loop, "squared_error", broken)
+    with pytest.raises(RunError, match=r"with .*\.png: lower optim.lr"):
         _train(photos, tmp_path / "run", steps=20)
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
     assert not (tmp_path / "run/adapter.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"loss": "huber"},
+        {"weighting": "min_snr"},
+        {"weighting": "debiased"},
+        {"timesteps": "logit_normal"},
+        {"noise_offset": 0.3},
+        {"input_perturbation": 0.3},
+        {"caption_dropout": 0.9},
+    ],
+    ids=str,
+)
+def test_every_objective_setting_acts(photos, pocket, setting):
+    found = read_folder(photos, Concept("<thing>", "toy"), ["a {trigger}"]).photos
+    data = encode_photos(pocket, found, 64, flip=False)
+    plain, changed = _config(photos), _config(photos, objective=setting)
+    method = PlainLora(pocket, plain)
+    losses = [step_loss(pocket, method, data, each, 3).item() for each in (plain, changed)]
+    assert losses[0] != losses[1] and all(map(math.isfinite, losses))
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"batch": 2, "accumulate": 2}, {"batch": 4, "gradient_checkpointing": True}],
+    ids=str,
+)
+def test_less_memory_gives_the_same_weights(photos, tmp_path, setting):
+    settings = {"precision": "fp32", "previews": {"every": 0}, "optim": {"name": "sgd"}}
+    whole = rite.inspect(_train(photos, tmp_path / "whole", batch=4, **settings))
+    parts = rite.inspect(_train(photos, tmp_path / "parts", **setting, **settings))
+    assert any(pair.up.abs().max() > 0 for pair in whole.pairs)
+    for one, two in zip(whole.pairs, parts.pairs, strict=True):
+        torch.testing.assert_close(one.up, two.up, rtol=1e-3, atol=1e-6)
 
 
 def test_a_single_bad_step_changes_nothing(photos, pocket, monkeypatch):
@@ -156,8 +203,8 @@ def test_a_single_bad_step_changes_nothing(photos, pocket, monkeypatch):
     data = encode_photos(pocket, found, 64, flip=False)
     method = PlainLora(pocket, config)
     before = [pair.down.clone() for pair in method.pairs()]
-    broken = lambda prediction, *_: prediction.float().mean() * float("nan")  # noqa: E731
-    monkeypatch.setattr(loop, "diffusion_loss", broken)
+    broken = lambda prediction, _: prediction.flatten(1).mean(1) * float("nan")  # noqa: E731
+    monkeypatch.setattr(loop, "squared_error", broken)
     train_steps(pocket, method, data, config, lambda report: None)
     for pair, value in zip(method.pairs(), before, strict=True):
         assert torch.equal(pair.down, value) and pair.up.abs().max() == 0

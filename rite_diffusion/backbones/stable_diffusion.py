@@ -77,6 +77,13 @@ class StableDiffusion:
         return self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
 
     @torch.no_grad()
+    def checkpoint_gradients(self, wanted: bool) -> None:
+        """Recompute the UNet's activations in the backward pass instead of keeping them."""
+        if wanted:
+            self.unet.enable_gradient_checkpointing()
+        else:
+            self.unet.disable_gradient_checkpointing()
+
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of latents (B, C, h, w)."""
         latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor

@@ -17,6 +17,7 @@ class LatentSet:
 
     latents: Tensor  # (N, C, h, w) fp32
     captions: list[str]
+    names: list[str]  # of the photos' files
 
 
 @torch.no_grad()
@@ -24,13 +25,14 @@ def encode_photos(
     backbone: Backbone, photos: Sequence[Photo], resolution: int, flip: bool
 ) -> LatentSet:
     """Latents of the photos' square centres at `resolution` pixels, encoded once."""
-    latents, captions = [], []
+    latents, captions, names = [], [], []
     for photo in photos:
         pixels = to_tensor(fit(photo.image, resolution, resolution))
         views = [pixels, pixels.flip(-1)] if flip else [pixels]
         latents.append(backbone.encode_images(torch.stack(views)).float())
         captions += [photo.caption] * len(views)
-    return LatentSet(torch.cat(latents), captions)
+        names += [photo.path.name] * len(views)
+    return LatentSet(torch.cat(latents), captions, names)
 
 
 def generator(*keys: int) -> torch.Generator:

@@ -1,5 +1,6 @@
 """The training loop: straight-line, and every random choice a function of (seed, step)."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,14 +16,19 @@ from rite_diffusion.optim import OPTIMIZERS
 from rite_diffusion.photos.dataset import LatentSet, batch_indices, generator
 from rite_diffusion.training.objective import (
     add_noise,
-    diffusion_loss,
+    huber_error,
+    offset_noise,
+    perturb,
+    squared_error,
     stratified_timesteps,
     target_of,
+    timestep_weight,
 )
 from rite_diffusion.training.snapshot import Snapshot, put_back, take
 from rite_diffusion.types import Backbone, ConfigError, OptimizerError, RunError
 
-NOISE, TIMESTEPS, DROPOUT = 1, 2, 3  # streams of random numbers; 0 is the samples' order
+# Streams of random numbers; 0 is the samples' order.
+NOISE, TIMESTEPS, DROPOUT, OFFSET, PERTURBATION = 1, 2, 3, 4, 5
 BAD_STEPS = 5  # losses in a row that are no number before the run stops
 
 
@@ -69,25 +75,66 @@ def drop_captions(captions: list[str], share: float, seed: int, step: int) -> li
     return ["" if draw < share else text for draw, text in zip(draws, captions, strict=True)]
 
 
-def step_loss(
-    backbone: Backbone, method: Method, data: LatentSet, config: TrainConfig, step: int
-) -> Tensor:
-    """The loss of one step's batch (Ho et al. 2020, Alg. 1, on latents)."""
-    chosen = batch_indices(len(data.captions), config.batch, config.seed, step)
-    latents = data.latents[chosen].to(backbone.device)  # (B, C, h, w)
-    captions = [data.captions[index] for index in chosen]
-    captions = drop_captions(captions, config.objective.caption_dropout, config.seed, step)
-    clock = generator(config.seed, step, TIMESTEPS)
-    timesteps = stratified_timesteps(config.batch, len(backbone.alphas_cumprod), clock)
-    timesteps = timesteps.to(backbone.device)  # (B,)
-    noise = torch.randn(latents.shape, generator=generator(config.seed, step, NOISE))
-    noise = noise.to(backbone.device)
-    signal = backbone.alphas_cumprod[timesteps]  # (B,)
-    noisy = add_noise(latents, noise, signal)
-    prediction = backbone.denoise(noisy, timesteps, method.conditioning(captions))
-    kind = backbone.prediction_type
-    target = target_of(kind, latents, noise, signal)
-    return diffusion_loss(prediction, target, kind, signal, config.objective.min_snr_gamma)
+@dataclass(frozen=True)
+class Batch:
+    """What one optimizer step learns from; all random choices are made."""
+
+    indices: list[int]  # of the samples in the data
+    captions: list[str]
+    latents: Tensor  # (B, C, h, w)
+    noise: Tensor  # of the same shape
+    seen: Tensor  # the noise that the model sees; differs with input perturbation
+    timesteps: Tensor  # (B,)
+
+    def parts(self, count: int) -> list["Batch"]:
+        """The batch in so many equal parts."""
+        size = len(self.indices) // count
+        return [
+            Batch(*(value[start : start + size] for value in vars(self).values()))
+            for start in range(0, size * count, size)
+        ]
+
+
+def draw_batch(backbone: Backbone, data: LatentSet, config: TrainConfig, step: int) -> Batch:
+    """A step's batch: a function of the seed and the step alone."""
+    goal, count = config.objective, config.batch * config.accumulate
+
+    def stream(number: int) -> torch.Generator:
+        return generator(config.seed, step, number)
+
+    indices = batch_indices(len(data.captions), count, config.seed, step)
+    latents = data.latents[indices]
+    captions = [data.captions[index] for index in indices]
+    captions = drop_captions(captions, goal.caption_dropout, config.seed, step)
+    density = (goal.timestep_mean, goal.timestep_deviation)
+    timesteps = stratified_timesteps(
+        count,
+        len(backbone.alphas_cumprod),
+        stream(TIMESTEPS),
+        density if goal.timesteps == "logit_normal" else None,
+    )
+    noise = torch.randn(latents.shape, generator=stream(NOISE))
+    if goal.noise_offset:
+        noise = offset_noise(noise, goal.noise_offset, stream(OFFSET))
+    seen = noise
+    if goal.input_perturbation:
+        seen = perturb(noise, goal.input_perturbation, stream(PERTURBATION))
+    tensors = (each.to(backbone.device) for each in (latents, noise, seen, timesteps))
+    return Batch(indices, captions, *tensors)
+
+
+def batch_loss(backbone: Backbone, method: Method, batch: Batch, config: TrainConfig) -> Tensor:
+    """The mean loss of a batch (Ho et al. 2020, Alg. 1, on latents)."""
+    goal, kind = config.objective, backbone.prediction_type
+    signal = backbone.alphas_cumprod[batch.timesteps]  # (B,)
+    noisy = add_noise(batch.latents, batch.seen, signal)
+    prediction = backbone.denoise(noisy, batch.timesteps, method.conditioning(batch.captions))
+    target = target_of(kind, batch.latents, batch.noise, signal)
+    if goal.loss == "huber":
+        error = huber_error(prediction, target, goal.huber_delta)
+    else:
+        error = squared_error(prediction, target)
+    return (error * timestep_weight(kind, signal, goal.weighting, goal.min_snr_gamma)).mean()
 
 
 def train_steps(
@@ -115,6 +162,7 @@ def train_steps(
     factor = rate_factor(config.optim, config.steps)
     if resume is not None:
         put_back(resume, optimizer)
+    backbone.checkpoint_gradients(config.gradient_checkpointing)
     stepper = accelerator.prepare(optimizer)
     parameters = method.parameters()
     bad = 0
@@ -122,21 +170,26 @@ def train_steps(
         start = time.perf_counter()
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor(step)
-        with accelerator.autocast():
-            loss = step_loss(backbone, method, data, config, step)
-        accelerator.backward(loss)
-        value = loss.item()
-        bad = 0 if value == value and abs(value) != float("inf") else bad + 1
+        batch = draw_batch(backbone, data, config, step)
+        value = 0.0
+        for part in batch.parts(config.accumulate):
+            with accelerator.autocast():
+                loss = batch_loss(backbone, method, part, config) / config.accumulate
+            accelerator.backward(loss)
+            value += loss.item()
+        bad = 0 if math.isfinite(value) else bad + 1
         if not bad:
             accelerator.clip_grad_norm_(parameters, config.optim.clip_norm)
             stepper.step()
         elif bad == BAD_STEPS:
             raise RunError(
-                f"the loss is {value} in {bad} steps up to {step + 1}: lower optim.lr "
-                f"(now {config.optim.lr:g}), or use another precision than {config.precision}."
+                f"the loss is {value} in {bad} steps up to {step + 1}, at last with "
+                f"{', '.join(sorted({data.names[index] for index in batch.indices}))}: lower "
+                f"optim.lr (now {config.optim.lr:g}), or use another precision than "
+                f"{config.precision}."
             )
         stepper.zero_grad()
-        speed = config.batch / (time.perf_counter() - start)
+        speed = len(batch.indices) / (time.perf_counter() - start)
         listen(StepReport(step + 1, value, optimizer.param_groups[0]["lr"], speed))
         last = stop() or step + 1 == config.steps
         if last or (step + 1) % config.checkpoints.every == 0:

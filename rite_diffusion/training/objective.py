@@ -27,28 +27,59 @@ def target_of(kind: PredictionType, latents: Tensor, noise: Tensor, signal: Tens
     return signal.sqrt() * noise - (1 - signal).sqrt() * latents
 
 
-def min_snr_weight(kind: PredictionType, signal: Tensor, gamma: float) -> Tensor:
-    """Weights (B,) of the prediction's squared error (Hang et al. 2023, Sec. 3.4).
+def offset_noise(noise: Tensor, offset: float, generator: torch.Generator) -> Tensor:
+    """Noise (B, C, h, w) with a random value per channel added, for darker and lighter pictures.
 
-    min(SNR, gamma) / SNR for noise, min(SNR, gamma) / (SNR + 1) for velocity.
+    Guttenberg 2023, "Diffusion with offset noise".
     """
+    shift = torch.randn(noise.shape[0], noise.shape[1], 1, 1, generator=generator)
+    return noise + offset * shift.to(noise)
+
+
+def perturb(noise: Tensor, amount: float, generator: torch.Generator) -> Tensor:
+    """Noise for the input alone (Ning et al. 2023, Alg. 1); the target keeps the original."""
+    return noise + amount * torch.randn(noise.shape, generator=generator).to(noise)
+
+
+def timestep_weight(kind: PredictionType, signal: Tensor, weighting: str, gamma: float) -> Tensor:
+    """Weights (B,) of the prediction's squared error.
+
+    On the clean latents' error the weight is min(SNR, gamma) (`min_snr`, Hang et al. 2023,
+    Sec. 3.4) or sqrt(SNR) (`debiased`, Yu et al. 2023); the error of predicted noise is SNR times
+    the clean latents', that of a predicted velocity SNR + 1 times.
+    """
+    if weighting == "none":
+        return torch.ones_like(signal)
     snr = signal / (1 - signal).clamp(min=1e-8)
+    wanted = snr.clamp(max=gamma) if weighting == "min_snr" else snr.sqrt()
     divisor = snr if kind == "epsilon" else snr + 1
-    return torch.clamp(snr, max=gamma) / divisor.clamp(min=1e-8)
+    return wanted / divisor.clamp(min=1e-8)
 
 
-def stratified_timesteps(count: int, length: int, generator: torch.Generator) -> Tensor:
-    """Timesteps (count,) in [0, length), one from each of `count` equal parts, in random order."""
+def stratified_timesteps(
+    count: int, length: int, generator: torch.Generator, logit_normal: tuple[float, float] | None
+) -> Tensor:
+    """Timesteps (count,) in [0, length), one from each of `count` equal parts, in random order.
+
+    Uniform, or with mean and deviation the logit-normal density of Esser et al. 2024, Sec. 3.1.
+    """
     parts = torch.randperm(count, generator=generator)
-    places = (parts + torch.rand(count, generator=generator)) / count
+    places = (parts + torch.rand(count, generator=generator)) / count  # uniform in [0, 1)
+    if logit_normal is not None:
+        mean, deviation = logit_normal
+        places = torch.sigmoid(mean + deviation * torch.special.ndtri(places.clamp(min=1e-6)))
     return (places * length).long().clamp(max=length - 1)
 
 
-def diffusion_loss(
-    prediction: Tensor, target: Tensor, kind: PredictionType, signal: Tensor, gamma: float | None
-) -> Tensor:
-    """Mean squared error, per picture weighted by min-SNR where `gamma` is set."""
-    error = (prediction.float() - target.float()).square().flatten(1).mean(1)
-    if gamma is not None:
-        error = error * min_snr_weight(kind, signal, gamma)
-    return error.mean()
+def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error of each picture (B,)."""
+    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+def huber_error(prediction: Tensor, target: Tensor, delta: float) -> Tensor:
+    """Pseudo-Huber error of each picture (B,) (Charbonnier et al. 1997).
+
+    2 delta (sqrt(e^2 + delta^2) - delta): e^2 for small errors, linear for large ones.
+    """
+    error = (prediction.float() - target.float()).square()
+    return (2 * delta * ((error + delta**2).sqrt() - delta)).flatten(1).mean(1)
