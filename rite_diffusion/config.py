@@ -67,6 +67,9 @@ class ObjectiveSection(Section):
     input_perturbation: float = Field(
         default=0.0, ge=0, le=1, description="extra noise that the target ignores: Ning et al. 2023"
     )
+    mask_floor: float = Field(
+        default=0.1, ge=0, le=1, description="weight of what a mask leaves out; 1: no masks"
+    )
     caption_dropout: float = Field(
         default=0.0, ge=0, lt=1, description="share of steps without caption"
     )

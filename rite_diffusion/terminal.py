@@ -28,12 +28,20 @@ def describe_plan(plan: Plan) -> None:
     templated = len(photos) - folder.captioned
     _line("captions", f"{folder.captioned} from files, {templated} from templates")
     _line("", f'e.g. "{photos[0].caption}"')
+    masked = sum(photo.mask is not None for photo in photos)
+    if masked:
+        _line("masks", f"{masked} of {len(photos)} photos")
     for path, reason in folder.skipped:
         _line("skipped", f"{path.name}: {reason}")
     for caption in plan.captions_without_trigger():
         _line("no trigger", f'"{caption}" does not contain {config.trigger}')
     for caption in plan.cut_captions():
         _line("cut", f'"{caption}" is longer than {backbone.token_budget} tokens')
+    for one, other in folder.near_duplicates():
+        _line("alike", f"{one} and {other}")
+    small = folder.smaller_than(config.resolution or backbone.resolution)
+    if small:
+        _line("scaled up", f"{', '.join(small)}: smaller than {config.resolution} pixels")
     _line("concept", f"{config.trigger}, class {config.class_noun}")
     where = f"{backbone.device}, {config.resolution} pixels, {config.precision}"
     _line("base", f"{config.base} on {where}")

@@ -55,6 +55,8 @@ class Photo:
     path: Path
     image: Image
     caption: str
+    mask: Image | None = None  # of the picture's size, mode L: white is learned
+    repeats: int = 1  # how often an epoch shows it
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import torch
 from rite_diffusion.training.objective import (
     add_noise,
     huber_error,
+    masked_mean,
     offset_noise,
     perturb,
     squared_error,
@@ -39,8 +40,18 @@ def test_errors_equal_literal_sums():
         errors = (latents - noise)[index].flatten().tolist()
         square = sum(e * e for e in errors) / 32
         huber = sum(0.2 * (math.sqrt(e * e + 0.01) - 0.1) for e in errors) / 32
-        assert squared_error(latents, noise)[index].item() == pytest.approx(square, rel=1e-5)
-        assert huber_error(latents, noise, 0.1)[index].item() == pytest.approx(huber, rel=1e-5)
+        found = masked_mean(squared_error(latents, noise), None)[index]
+        assert found.item() == pytest.approx(square, rel=1e-5)
+        found = masked_mean(huber_error(latents, noise, 0.1), None)[index]
+        assert found.item() == pytest.approx(huber, rel=1e-5)
+
+
+def test_a_mask_weighs_cells_and_is_normalised_per_picture():
+    error = torch.arange(32.0).reshape(2, 1, 4, 4)
+    masks = torch.zeros(2, 1, 4, 4)
+    masks[0, 0, 0, 0] = 1
+    masks[1, 0, 1, :2] = 0.5
+    assert masked_mean(error.expand(2, 3, 4, 4), masks).tolist() == [0.0, 20.5]
 
 
 @pytest.mark.parametrize("weighting", ["min_snr", "debiased"])

@@ -1,4 +1,5 @@
 import io
+import json
 
 import numpy as np
 import pytest
@@ -66,6 +67,74 @@ def test_a_caption_in_another_encoding_is_named(photos):
     (photos / "2.txt").write_bytes("caf\xe9".encode("latin-1"))
     with pytest.raises(PhotoFolderError, match="2.txt is not UTF-8"):
         read_folder(photos, CONCEPT, TEMPLATES)
+
+
+def test_kohyas_folders_repeat_their_pictures(photos, pocket):
+    inner = photos / "3_thing toy"
+    inner.mkdir()
+    Image.new("RGB", (64, 64), "gray").save(inner / "inner.png")
+    found = read_folder(photos, CONCEPT, TEMPLATES).photos
+    assert [(p.path.name, p.repeats) for p in found][-1] == ("inner.png", 3)
+    data = encode_photos(pocket, found, 64, flip=True)
+    assert data.latents.shape == (8, 8, 16, 16)
+    assert data.names.count("inner.png") == 6 and data.samples[-6:] == [6, 7] * 3
+
+
+def test_captions_of_metadata_jsonl(photos):
+    rows = [{"file_name": "2.png", "text": "the {trigger}"}, {"file_name": "gone.png"}]
+    (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = read_folder(photos, CONCEPT, TEMPLATES)
+    assert found.photos[2].caption == "the <thing>" and found.captioned == 3
+    assert found.skipped == [(photos / "gone.png", "named in metadata.jsonl, but not there")]
+    (photos / "metadata.jsonl").write_text("[1]\n")
+    with pytest.raises(PhotoFolderError, match="metadata.jsonl, line 1"):
+        read_folder(photos, CONCEPT, TEMPLATES)
+
+
+def test_masks_come_from_files_or_from_transparency(photos, pocket):
+    half = Image.new("L", (80, 70), 0)
+    half.paste(255, (0, 0, 40, 70))
+    half.save(photos / "0-masklabel.png")
+    (photos / "masks").mkdir()
+    Image.new("L", (45, 35), 255).save(photos / "masks/1.png")
+    clear = Image.new("RGBA", (64, 64), (200, 30, 30, 255))
+    clear.putpixel((0, 0), (0, 0, 0, 0))
+    clear.save(photos / "3.png")
+    found = read_folder(photos, CONCEPT, TEMPLATES).photos
+    assert [photo.path.name for photo in found] == ["0.png", "1.png", "2.png", "3.png"]
+    assert [photo.mask and photo.mask.size for photo in found] == [
+        (80, 70), (90, 70), None, (64, 64),
+    ]  # fmt: skip
+    data = encode_photos(pocket, found, 64, flip=False)
+    assert data.masks.shape == (4, 1, 16, 16)
+    assert data.masks[0, 0, 8, 0] == 1 and data.masks[0, 0, 8, 15] == 0
+    assert data.masks[2].min() == 1
+
+
+def test_strips_specks_and_links_to_elsewhere_are_skipped(photos, tmp_path):
+    Image.new("RGB", (3000, 20)).save(photos / "strip.png")
+    Image.new("RGB", (9, 9)).save(photos / "speck.png")
+    Image.new("RGB", (64, 64)).save(tmp_path / "outside.png")
+    (photos / "link.png").symlink_to(tmp_path / "outside.png")
+    (photos / "loop.png").symlink_to(photos / "loop.png")
+    (photos / "10_loop").symlink_to(photos)
+    found = read_folder(photos, CONCEPT, TEMPLATES)
+    reasons = {path.name: reason for path, reason in found.skipped}
+    assert len(found.photos) == 3
+    assert "strip" in reasons["strip.png"] and "too small" in reasons["speck.png"]
+    assert reasons["link.png"] == "a link to outside the folder"
+
+
+def test_near_duplicates_and_small_pictures_are_named(tmp_path):
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8))
+    other = Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8))
+    coarse.resize((90, 90)).save(tmp_path / "a.png")
+    coarse.resize((70, 72)).save(tmp_path / "b.jpg")
+    other.resize((90, 90)).save(tmp_path / "c.png")
+    found = read_folder(tmp_path, CONCEPT, TEMPLATES)
+    assert found.near_duplicates() == [("a.png", "b.jpg")]
+    assert found.smaller_than(80) == ["b.jpg"]
 
 
 def _saved(tmp_path, image, name, **options):

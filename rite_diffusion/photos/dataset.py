@@ -5,19 +5,25 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from rite_diffusion.photos.images import fit, to_tensor
+from rite_diffusion.photos.images import fit, mask_tensor, to_tensor
 from rite_diffusion.types import Backbone, Photo
 
 
 @dataclass(frozen=True)
 class LatentSet:
-    """Every photo's latents and caption; with `flip`, each photo's mirror image follows it."""
+    """An epoch's samples: rows of the photos' latents, which are kept once.
+
+    With `flip`, each photo's mirror image follows it.
+    """
 
     latents: Tensor  # (N, C, h, w) fp32
-    captions: list[str]
-    names: list[str]  # of the photos' files
+    masks: Tensor | None  # (N, 1, h, w) in [0, 1]; None where no photo has one
+    samples: list[int]  # row of each sample; repeated photos come several times
+    captions: list[str]  # of the samples
+    names: list[str]  # of the samples' files
 
 
 @torch.no_grad()
@@ -25,14 +31,22 @@ def encode_photos(
     backbone: Backbone, photos: Sequence[Photo], resolution: int, flip: bool
 ) -> LatentSet:
     """Latents of the photos' square centres at `resolution` pixels, encoded once."""
-    latents, captions, names = [], [], []
+    latents, masks, samples, captions, names = [], [], [], [], []
+    masked = any(photo.mask is not None for photo in photos)
     for photo in photos:
         pixels = to_tensor(fit(photo.image, resolution, resolution))
         views = [pixels, pixels.flip(-1)] if flip else [pixels]
-        latents.append(backbone.encode_images(torch.stack(views)).float())
-        captions += [photo.caption] * len(views)
-        names += [photo.path.name] * len(views)
-    return LatentSet(torch.cat(latents), captions, names)
+        rows = list(range(len(latents), len(latents) + len(views)))
+        latents += backbone.encode_images(torch.stack(views)).float()
+        if masked:
+            mask = photo.mask or Image.new("L", photo.image.size, 255)
+            whole = mask_tensor(mask, resolution, latents[-1].shape[1:])
+            masks += [whole, whole.flip(-1)] if flip else [whole]
+        samples += rows * photo.repeats
+        captions += [photo.caption] * len(rows) * photo.repeats
+        names += [photo.path.name] * len(rows) * photo.repeats
+    stacked = torch.stack(masks) if masked else None
+    return LatentSet(torch.stack(latents), stacked, samples, captions, names)
 
 
 def generator(*keys: int) -> torch.Generator:

@@ -1,10 +1,33 @@
-"""A folder of photos as the trainer finds it: what is used, what is skipped and why."""
+"""A folder of photos as the trainer finds it: what is used, what is skipped and why.
 
+Pictures lie in the folder itself, or in subfolders `10_name` as kohya's tools have them, whose
+number says how often an epoch shows each. A caption is a `.txt` or `.caption` beside the picture,
+or a line of `metadata.jsonl`. A mask is `name-masklabel.png`, `masks/name.png`, or the picture's
+own transparency.
+"""
+
+import json
+import re
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
-from rite_diffusion.photos.images import SUFFIXES, UnreadableImage, open_image
+from rite_diffusion.photos.images import (
+    SUFFIXES,
+    UnreadableImage,
+    open_image,
+    open_mask,
+    perceptual_hash,
+    transparency_mask,
+)
 from rite_diffusion.types import Concept, Photo, PhotoFolderError
+
+MASK_ENDING = "-masklabel"
+COMPANIONS = {".txt", ".caption", ".jsonl"}  # files beside pictures that are no pictures
+LEAST_SIDE = 16  # pixels
+LONGEST_SHAPE = 6  # long side over short side
+ALIKE = 5  # bits of 64 in which near-duplicates may differ
+_REPEATED = re.compile(r"(\d{1,4})_.+")
 
 
 @dataclass(frozen=True)
@@ -21,6 +44,16 @@ class PhotoFolder:
         names = [f"{width}x{height}" for width, height in found]
         return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
+    def near_duplicates(self) -> list[tuple[str, str]]:
+        """Names of pictures that look alike."""
+        hashes = [(photo.path.name, perceptual_hash(photo.image)) for photo in self.photos]
+        pairs = combinations(hashes, 2)
+        return [(a[0], b[0]) for a, b in pairs if (a[1] ^ b[1]).bit_count() <= ALIKE]
+
+    def smaller_than(self, side: int) -> list[str]:
+        """Names of pictures that have to be scaled up."""
+        return [photo.path.name for photo in self.photos if min(photo.image.size) < side]
+
 
 def caption_file(image: Path) -> Path | None:
     """The text file that captions a picture: same stem, `.txt` or `.caption`."""
@@ -28,46 +61,107 @@ def caption_file(image: Path) -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
-def _read_caption(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise PhotoFolderError(f"{path} is not UTF-8 text. Save it as UTF-8.") from None
-    return " ".join(text.split())
+
+
+def _listed_captions(folder: Path) -> dict[str, str]:
+    """File name -> caption of `metadata.jsonl`, as datasets' image folders have it."""
+    path = folder / "metadata.jsonl"
+    captions = {}
+    for number, line in enumerate(_read_text(path).splitlines() if path.is_file() else [], 1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+            name, text = row.get("file_name"), row.get("text", row.get("caption", ""))
+        except (json.JSONDecodeError, AttributeError):
+            raise PhotoFolderError(
+                f'{path}, line {number}: expected {{"file_name": "a.jpg", "text": "…"}}'
+            ) from None
+        if name:
+            captions[str(name)] = str(text)
+    return captions
+
+
+def _folders(folder: Path) -> list[tuple[Path, int]]:
+    """The folder itself and its subfolders `10_name`, with how often each picture is shown."""
+    below = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+    repeated = [(path, int(m[1])) for path in below if (m := _REPEATED.fullmatch(path.name))]
+    return [(folder, 1), *repeated]
+
+
+def _mask_file(image: Path) -> Path | None:
+    candidates = (
+        image.with_name(f"{image.stem}{MASK_ENDING}.png"),
+        image.parent / "masks" / f"{image.stem}.png",
+    )
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _reason_against(path: Path, root: Path) -> str | None:
+    """Why a file is not even opened."""
+    if not path.resolve().is_relative_to(root.resolve()):
+        return "a link to outside the folder"
+    return None if path.suffix.lower() in SUFFIXES else "not a picture file"
+
+
+def _open_photo(path: Path, caption: str, repeats: int) -> Photo:
+    """The photo with its mask; UnreadableImage says why there is none."""
+    image = open_image(path)
+    short, long = sorted(image.size)
+    if short < LEAST_SIDE or long > LONGEST_SHAPE * short:
+        raise UnreadableImage(f"{image.width}x{image.height} is too small or too long a strip")
+    mask_path = _mask_file(path)
+    mask = open_mask(mask_path, image.size) if mask_path else transparency_mask(path)
+    return Photo(path, image, caption, mask, repeats)
 
 
 def read_folder(folder: Path, concept: Concept, templates: list[str]) -> PhotoFolder:
     """The folder's photos in the order of their names, captioned.
 
-    A photo's caption is its caption file's text or else one of `templates` in turn; `{trigger}`
-    and `{class_noun}` in either are filled in. Raises PhotoFolderError where no photo is usable.
+    A photo without a caption of its own gets one of `templates` in turn; `{trigger}` and
+    `{class_noun}` are filled in everywhere. Raises PhotoFolderError where no photo is usable.
     """
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise PhotoFolderError(f"{folder} {what}. Pass the folder that directly holds the photos.")
-    files = sorted(path for path in folder.iterdir() if path.is_file())
     photos, skipped, captioned = [], [], 0
-    for path in files:
-        if path.suffix.lower() not in SUFFIXES:
-            if path.suffix.lower() not in (".txt", ".caption") and not path.name.startswith("."):
-                skipped.append((path, "not a picture file"))
-            continue
-        try:
-            image = open_image(path)
-        except UnreadableImage as reason:
-            skipped.append((path, str(reason)))
-            continue
-        source = caption_file(path)
-        text = _read_caption(source) if source else ""
-        captioned += bool(text)
-        text = text or templates[len(photos) % len(templates)]
-        text = text.replace("{trigger}", concept.trigger).replace(
-            "{class_noun}", concept.class_noun
-        )
-        photos.append(Photo(path, image, text))
+    for place, repeats in _folders(folder):
+        listed = _listed_captions(place)
+        for path in _pictures(place):
+            reason = _reason_against(path, folder)
+            source = caption_file(path)
+            text = " ".join((_read_text(source) if source else listed.get(path.name, "")).split())
+            own = text or templates[len(photos) % len(templates)]
+            own = own.replace("{trigger}", concept.trigger)
+            own = own.replace("{class_noun}", concept.class_noun)
+            try:
+                if reason:
+                    raise UnreadableImage(reason)
+                photos.append(_open_photo(path, own, repeats))
+            except UnreadableImage as fault:
+                skipped.append((path, str(fault)))
+            else:
+                captioned += bool(text)
+        missing = sorted(set(listed) - {path.name for path in _pictures(place)})
+        skipped += [(place / name, "named in metadata.jsonl, but not there") for name in missing]
     if not photos:
         raise PhotoFolderError(_nothing_usable(folder, skipped))
     return PhotoFolder(photos, skipped, captioned)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """Files that should be pictures, in the order of their names."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return [
+        path
+        for path in files
+        if path.suffix.lower() not in COMPANIONS
+        and not path.name.startswith(".")
+        and not path.stem.endswith(MASK_ENDING)
+    ]
 
 
 def _nothing_usable(folder: Path, skipped: list[tuple[Path, str]]) -> str:

@@ -35,6 +35,25 @@ def open_image(path: Path) -> Image.Image:
 
     Raises UnreadableImage for what is no picture, is cut off, or has over 100 megapixels.
     """
+    return _flatten(_open(path))
+
+
+def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
+    """A mask file as greys of a size; raises UnreadableImage as `open_image` does."""
+    mask = _flatten(_open(path)).convert("L")
+    return mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)
+
+
+def transparency_mask(path: Path) -> Image.Image | None:
+    """The picture's opacity as a mask, None where all of it is opaque."""
+    image = _open(path)
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    return None if alpha.getextrema()[0] == 255 else alpha
+
+
+def _open(path: Path) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -43,7 +62,7 @@ def open_image(path: Path) -> Image.Image:
                 if width * height > MAX_PIXELS:
                     raise UnreadableImage(f"too large: {width}x{height} pixels")
                 image.load()
-                return _flatten(ImageOps.exif_transpose(image))
+                return ImageOps.exif_transpose(image)
     except UnidentifiedImageError:
         raise UnreadableImage("not a picture") from None
     except Image.DecompressionBombError:
@@ -55,6 +74,19 @@ def open_image(path: Path) -> Image.Image:
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
     """The picture's centre in the wanted size: scaled to cover it, then cropped."""
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def mask_tensor(mask: Image.Image, size: int, cells: tuple[int, int]) -> Tensor:
+    """The mask (1, h, w) in [0, 1] of latent cells, cut as `fit` cuts its picture to a square."""
+    small = fit(mask, size, size).resize((cells[1], cells[0]), Image.Resampling.BOX)
+    return torch.from_numpy(np.asarray(small, np.float32) / 255)[None]
+
+
+def perceptual_hash(image: Image.Image) -> int:
+    """64 bits that near-duplicates share but for a few: is each of 8x8 spots darker than the next"""
+    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
+    bits = (grey[:, 1:] > grey[:, :-1]).flatten()
+    return int("".join("1" if bit else "0" for bit in bits), 2)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -17,6 +17,7 @@ from rite_diffusion.photos.dataset import LatentSet, batch_indices, generator
 from rite_diffusion.training.objective import (
     add_noise,
     huber_error,
+    masked_mean,
     offset_noise,
     perturb,
     squared_error,
@@ -85,12 +86,13 @@ class Batch:
     noise: Tensor  # of the same shape
     seen: Tensor  # the noise that the model sees; differs with input perturbation
     timesteps: Tensor  # (B,)
+    masks: Tensor | None  # (B, 1, h, w) weights of the latent cells' errors
 
     def parts(self, count: int) -> list["Batch"]:
         """The batch in so many equal parts."""
         size = len(self.indices) // count
         return [
-            Batch(*(value[start : start + size] for value in vars(self).values()))
+            Batch(*(v if v is None else v[start : start + size] for v in vars(self).values()))
             for start in range(0, size * count, size)
         ]
 
@@ -103,7 +105,9 @@ def draw_batch(backbone: Backbone, data: LatentSet, config: TrainConfig, step: i
         return generator(config.seed, step, number)
 
     indices = batch_indices(len(data.captions), count, config.seed, step)
-    latents = data.latents[indices]
+    rows = [data.samples[index] for index in indices]
+    latents = data.latents[rows]
+    masks = data.masks[rows].clamp(min=goal.mask_floor) if data.masks is not None else None
     captions = [data.captions[index] for index in indices]
     captions = drop_captions(captions, goal.caption_dropout, config.seed, step)
     density = (goal.timestep_mean, goal.timestep_deviation)
@@ -119,8 +123,11 @@ def draw_batch(backbone: Backbone, data: LatentSet, config: TrainConfig, step: i
     seen = noise
     if goal.input_perturbation:
         seen = perturb(noise, goal.input_perturbation, stream(PERTURBATION))
-    tensors = (each.to(backbone.device) for each in (latents, noise, seen, timesteps))
-    return Batch(indices, captions, *tensors)
+    latents, noise, seen, timesteps = (
+        each.to(backbone.device) for each in (latents, noise, seen, timesteps)
+    )
+    masks = masks.to(backbone.device) if masks is not None else None
+    return Batch(indices, captions, latents, noise, seen, timesteps, masks)
 
 
 def batch_loss(backbone: Backbone, method: Method, batch: Batch, config: TrainConfig) -> Tensor:
@@ -134,7 +141,8 @@ def batch_loss(backbone: Backbone, method: Method, batch: Batch, config: TrainCo
         error = huber_error(prediction, target, goal.huber_delta)
     else:
         error = squared_error(prediction, target)
-    return (error * timestep_weight(kind, signal, goal.weighting, goal.min_snr_gamma)).mean()
+    weight = timestep_weight(kind, signal, goal.weighting, goal.min_snr_gamma)
+    return (masked_mean(error, batch.masks) * weight).mean()
 
 
 def train_steps(

@@ -72,14 +72,25 @@ def stratified_timesteps(
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
-    """Mean squared error of each picture (B,)."""
-    return (prediction.float() - target.float()).square().flatten(1).mean(1)
+    """Squared error of each value (B, C, h, w)."""
+    return (prediction.float() - target.float()).square()
 
 
 def huber_error(prediction: Tensor, target: Tensor, delta: float) -> Tensor:
-    """Pseudo-Huber error of each picture (B,) (Charbonnier et al. 1997).
+    """Pseudo-Huber error of each value (B, C, h, w) (Charbonnier et al. 1997).
 
     2 delta (sqrt(e^2 + delta^2) - delta): e^2 for small errors, linear for large ones.
     """
     error = (prediction.float() - target.float()).square()
-    return (2 * delta * ((error + delta**2).sqrt() - delta)).flatten(1).mean(1)
+    return 2 * delta * ((error + delta**2).sqrt() - delta)
+
+
+def masked_mean(error: Tensor, masks: Tensor | None) -> Tensor:
+    """Mean error of each picture (B,), weighted by its mask (B, 1, h, w) where there are masks.
+
+    Normalised per picture, so that a small subject counts as much as a large one.
+    """
+    if masks is None:
+        return error.flatten(1).mean(1)
+    total = masks.flatten(1).sum(1).clamp(min=1e-6) * error.shape[1]
+    return (error * masks).flatten(1).sum(1) / total

@@ -14,12 +14,14 @@ FREE = {"photos", "previews", "checkpoints"}  # settings that may change: they t
 
 def inputs_of(photos: Sequence[Photo], base_fingerprint: str) -> dict[str, str]:
     """What a run learns from and with: a digest of each photo with its caption, base, version."""
-    digests = {
-        f"photo {photo.path.name}": sha256(photo.image.tobytes() + photo.caption.encode())
-        for photo in photos
-    }
-    found = {name: digest.hexdigest()[:16] for name, digest in digests.items()}
+    found = {f"photo {photo.path.name}": _digest(photo) for photo in photos}
     return {"version": rite_diffusion.__version__, "base": base_fingerprint} | found
+
+
+def _digest(photo: Photo) -> str:
+    mask = photo.mask.tobytes() if photo.mask else b""
+    caption = f"{photo.repeats} {photo.caption}".encode()
+    return sha256(photo.image.tobytes() + mask + caption).hexdigest()[:16]
 
 
 def changes(run: RunFolder, config: TrainConfig, inputs: dict[str, str]) -> list[str]:
