@@ -83,7 +83,7 @@ def mask_tensor(mask: Image.Image, size: int, cells: tuple[int, int]) -> Tensor:
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """64 bits that near-duplicates share but for a few: is each of 8x8 spots darker than the next"""
+    """64 bits that near-duplicates share but for a few: each of 8x8 spots against the next."""
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
     bits = (grey[:, 1:] > grey[:, :-1]).flatten()
     return int("".join("1" if bit else "0" for bit in bits), 2)
