@@ -98,8 +98,12 @@ def train(
     settings = _settings(given, set_ or [])
     from rite_diffusion import recipes
     from rite_diffusion.terminal import describe_plan, describe_result, training_progress
+    from rite_diffusion.training.processes import is_main_process
 
     plan = recipes.plan_training(recipes.configure(settings, preset))
+    if not is_main_process():  # another process of this run writes and prints
+        recipes.run_training(plan, out or recipes.default_run(plan))
+        return
     describe_plan(plan)
     if dry_run:
         return

@@ -109,6 +109,9 @@ class TrainConfig(Section):
     accumulate: int = Field(
         default=1, ge=1, le=1024, description="batches whose gradients one step adds up"
     )
+    ema: float = Field(
+        default=0.0, ge=0, lt=1, description="decay of averaged weights, which are saved; 0: none"
+    )
     gradient_checkpointing: bool = Field(default=False, description="less memory, more time")
     seed: int = Field(default=0, ge=0, lt=2**32)
     resolution: int | None = Field(

@@ -1,6 +1,7 @@
 """The whole flow on one screen: a photo folder becomes an adapter, a prompt becomes pictures."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from rite_diffusion.config import (
 from rite_diffusion.generation.metadata import Parameters, save_png
 from rite_diffusion.generation.output import next_file, output_target
 from rite_diffusion.generation.sampler import sample
-from rite_diffusion.photos.dataset import encode_photos
+from rite_diffusion.photos.dataset import LatentSet, encode_photos
 from rite_diffusion.photos.folder import PhotoFolder, read_folder
 from rite_diffusion.training.interrupt import stop_on_signal
 from rite_diffusion.training.loop import StepReport, optimizer_spec, train_steps
+from rite_diffusion.training.processes import is_main_process, process_count
 from rite_diffusion.training.resume import begin_or_continue, changes, inputs_of
 from rite_diffusion.training.run_folder import RunFolder
 from rite_diffusion.training.snapshot import Snapshot
@@ -154,13 +156,15 @@ def run_training(
     interrupted; RunError tells what has changed since, unless `override` accepts it. Raises Stopped
     after Ctrl-C or SIGTERM, once the adapter of the last step is written.
     """
+    if not is_main_process():
+        return _follow(plan, RunFolder(out))
     total = plan.config.steps
     with RunFolder(out) as run, stop_on_signal() as request:
         resume = begin_or_continue(run, plan.config, plan.inputs(), override)
         run.log(f"rite_diffusion {rite_diffusion.__version__}, {len(plan.folder.photos)} photos")
         run.write_status("preparing", resume.step if resume else 0, total)
         try:
-            done = _learn(plan, run, listen, lambda: request.signal is not None, resume)
+            done = _learn(plan, run, listen, request.is_set, resume)
         except BaseException as error:
             run.write_status("failed", 0, total)
             run.log(f"failed: {type(error).__name__}: {error}")
@@ -180,10 +184,7 @@ def _learn(
     resume: Snapshot | None,
 ) -> int:
     """Train in an open run folder, write the adapter, and return the steps done."""
-    config, backbone = plan.config, plan.backbone
-    side = config.resolution or backbone.resolution
-    data = encode_photos(backbone, plan.folder.photos, side, config.flip)
-    method = METHODS[config.method](backbone, config)
+    config = plan.config
 
     def after(report: StepReport) -> None:
         step = report.step
@@ -192,17 +193,39 @@ def _learn(
             _write_previews(plan, run, step)
         listen(report)
 
-    def save(snapshot: Snapshot) -> None:
+    def save(snapshot: Snapshot, last: bool) -> None:
         adapter = _adapter(plan, method, snapshot.step)
         run.save_checkpoint(adapter, snapshot, config.checkpoints.keep)
         run.write_status("running", snapshot.step, config.steps)
+        if last:
+            save_adapter(run.adapter_path, adapter)
 
+    with _method(plan) as (method, data):
+        return train_steps(plan.backbone, method, data, config, after, save, stop, resume)
+
+
+def _follow(plan: Plan, run: RunFolder) -> Path:
+    """Train beside the main process, which alone writes."""
+    resume = run.newest_snapshot()
+    with stop_on_signal() as request, _method(plan) as (method, data):
+        train_steps(
+            plan.backbone, method, data, plan.config, lambda _: None,
+            stop=request.is_set, resume=resume,
+        )  # fmt: skip
+    return run.adapter_path
+
+
+@contextmanager
+def _method(plan: Plan) -> Iterator[tuple[Method, LatentSet]]:
+    """The method in place in the backbone, and the encoded photos."""
+    config, backbone = plan.config, plan.backbone
+    side = config.resolution or backbone.resolution
+    data = encode_photos(backbone, plan.folder.photos, side, config.flip)
+    method = METHODS[config.method](backbone, config)
     try:
-        done = train_steps(backbone, method, data, config, after, save, stop, resume)
-        save_adapter(run.adapter_path, _adapter(plan, method, done))
+        yield method, data
     finally:
         method.remove()
-    return done
 
 
 def train(
@@ -232,6 +255,8 @@ def default_run(plan: Plan) -> Path:
 
     Names are runs/name, runs/name-2, … after the photo folder.
     """
+    if process_count() > 1:
+        raise ConfigError("several processes need one run folder: pass --out")
     name = Path(plan.config.photos).expanduser().resolve().name or "run"
     candidates = [Path("runs") / name, *(Path("runs") / f"{name}-{i}" for i in range(2, 10_000))]
     return next(path for path in candidates if not path.exists() or _goes_on(plan, path))

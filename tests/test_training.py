@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -298,6 +299,40 @@ def test_an_interrupted_run_is_the_uninterrupted_one(photos, tmp_path, name):
     _same_run(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_crash_before_the_last_write_costs_no_step(photos, tmp_path):
+    path = _train(photos, tmp_path / "run")
+    before = load_file(path)
+    path.unlink()
+    status = json.loads((tmp_path / "run/status.json").read_text()) | {"state": "running"}
+    (tmp_path / "run/status.json").write_text(json.dumps(status))
+    again = load_file(_train(photos, tmp_path / "run", listen=_crash_at(1)))
+    assert all(torch.equal(again[key], value) for key, value in before.items())
+
+
+def test_averaged_weights_are_saved_and_go_on_exactly(photos, tmp_path, pocket):
+    settings = {"steps": 5, "checkpoints": {"every": 2}, "previews": {"every": 0}, "ema": 0.8}
+    _train(photos, tmp_path / "whole", **settings)
+    with pytest.raises(_Stop):
+        _train(photos, tmp_path / "parts", listen=_crash_at(3), **settings)
+    _train(photos, tmp_path / "parts", **settings)
+    _same_run(tmp_path / "whole", tmp_path / "parts")
+    config = _config(photos, **settings)
+    found = read_folder(photos, Concept("<thing>", "toy"), config.templates).photos
+    method = PlainLora(pocket, config)
+    live = []
+    train_steps(
+        pocket, method, encode_photos(pocket, found, 64, flip=False),
+        config.model_copy(update={"ema": 0.0}),
+        lambda report: live.append({pair.name: pair.up.clone() for pair in method.pairs()}),
+    )  # fmt: skip
+    expected = {name: torch.zeros_like(up) for name, up in live[0].items()}
+    for step, ups in enumerate(live):
+        decay = min(0.8, (1 + step) / (10 + step))
+        expected = {n: decay * value + (1 - decay) * ups[n] for n, value in expected.items()}
+    for pair in rite.inspect(tmp_path / "whole/adapter.safetensors").pairs:
+        torch.testing.assert_close(pair.up, expected[pair.name])
+
+
 def test_a_killed_process_loses_nothing(photos, tmp_path):
     settings = ["--set", "checkpoints.every=3", "--set", "previews.every=0", "--steps", "40"]
     line = ["train", str(photos), "--trigger", "<t>", "--class", "toy", *settings]
@@ -348,3 +383,26 @@ def test_the_same_command_goes_on_and_a_new_one_takes_a_new_folder(photos, tmp_p
     assert _train(photos, None, seed=5) == Path("runs/photos-2/adapter.safetensors")
     assert _train(photos, None) == Path("runs/photos/adapter.safetensors")
     assert _train(photos, None) == Path("runs/photos-3/adapter.safetensors")
+
+
+def test_two_processes_equal_one_with_twice_the_batch(photos, tmp_path, unused_port):
+    script = Path(__file__).parents[1] / "train/concept.py"
+    line = [str(photos), "--trigger", "<t>", "--class", "toy", "--steps", "3"]
+    line += ["--set", "previews.every=0", "--set", "optim.name=sgd"]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={unused_port}"]
+    for name, start, batch in (("two", launch, 2), ("one", [], 4)):
+        command = [sys.executable, *start, str(script), *line, "--set", f"batch={batch}"]
+        command += ["--out", str(tmp_path / name)]
+        done = subprocess.run(command, capture_output=True, text=True, env=_one_thread())
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("adapter.safetensors") >= 1
+    one, two = (rite.inspect(tmp_path / name / "adapter.safetensors") for name in ("one", "two"))
+    assert any(pair.up.abs().max() > 0 for pair in one.pairs)
+    for first, second in zip(one.pairs, two.pairs, strict=True):
+        torch.testing.assert_close(first.up, second.up, rtol=1e-3, atol=1e-6)
+    losses = [[loss for _, loss, _ in _metrics(tmp_path / name)] for name in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def _one_thread():
+    return os.environ | {"OMP_NUM_THREADS": "1"}

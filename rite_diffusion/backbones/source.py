@@ -1,5 +1,6 @@
 """From what a user calls a base model to an open backbone: pocket, folder, file or hub id."""
 
+import os
 import warnings
 from pathlib import Path
 
@@ -18,7 +19,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def default_device() -> torch.device:
     """CUDA, then Apple's GPU, then the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 

@@ -13,6 +13,10 @@ class StopRequest:
 
     signal: int | None = None
 
+    def is_set(self) -> bool:
+        """Whether a signal has come."""
+        return self.signal is not None
+
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:

@@ -14,6 +14,7 @@ from rite_diffusion.concepts import Method
 from rite_diffusion.config import OptimSection, TrainConfig
 from rite_diffusion.optim import OPTIMIZERS
 from rite_diffusion.photos.dataset import LatentSet, batch_indices, generator
+from rite_diffusion.training.average import WeightAverage
 from rite_diffusion.training.objective import (
     add_noise,
     huber_error,
@@ -25,6 +26,7 @@ from rite_diffusion.training.objective import (
     target_of,
     timestep_weight,
 )
+from rite_diffusion.training.processes import average_gradients, mean_over_processes
 from rite_diffusion.training.snapshot import Snapshot, put_back, take
 from rite_diffusion.types import Backbone, ConfigError, OptimizerError, RunError
 
@@ -97,9 +99,11 @@ class Batch:
         ]
 
 
-def draw_batch(backbone: Backbone, data: LatentSet, config: TrainConfig, step: int) -> Batch:
-    """A step's batch: a function of the seed and the step alone."""
-    goal, count = config.objective, config.batch * config.accumulate
+def draw_batch(
+    backbone: Backbone, data: LatentSet, config: TrainConfig, step: int, processes: int = 1
+) -> Batch:
+    """A step's batch for all processes: a function of the seed and the step alone."""
+    goal, count = config.objective, config.batch * config.accumulate * processes
 
     def stream(number: int) -> torch.Generator:
         return generator(config.seed, step, number)
@@ -145,19 +149,35 @@ def batch_loss(backbone: Backbone, method: Method, batch: Batch, config: TrainCo
     return (masked_mean(error, batch.masks) * weight).mean()
 
 
+def accumulate_gradients(
+    accelerator: Accelerator, backbone: Backbone, method: Method, batch: Batch, config: TrainConfig
+) -> float:
+    """Gradients of the batch's mean loss, this process's share of it; returns that loss."""
+    processes = accelerator.num_processes
+    value = 0.0
+    for part in batch.parts(config.accumulate * processes)[accelerator.process_index :: processes]:
+        with accelerator.autocast():
+            loss = batch_loss(backbone, method, part, config) / config.accumulate
+        accelerator.backward(loss)
+        value += loss.item()
+    average_gradients(accelerator, method.parameters())
+    return mean_over_processes(accelerator, value)
+
+
 def train_steps(
     backbone: Backbone,
     method: Method,
     data: LatentSet,
     config: TrainConfig,
     listen: Callable[[StepReport], None],
-    save: Callable[[Snapshot], None] = lambda snapshot: None,
+    save: Callable[[Snapshot, bool], None] = lambda snapshot, last: None,
     stop: Callable[[], bool] = lambda: False,
     resume: Snapshot | None = None,
 ) -> int:
     """Run all steps, or those after `resume`, until `stop` says so; returns the steps done.
 
-    `listen` hears of every step; `save` gets a snapshot at every checkpoint and at the end. A step
+    `listen` hears of every step; `save` gets a snapshot, and whether it is the last, at every
+    checkpoint and at the end; while they run, averaged weights (`config.ema`) are in place. A step
     whose loss is no number changes nothing; RunError after five in a row.
     """
     AcceleratorState._reset_state()  # a process may train twice, at two precisions
@@ -168,8 +188,13 @@ def train_steps(
     optimizer = build_optimizer(method, config)
     peaks = [group["lr"] for group in optimizer.param_groups]
     factor = rate_factor(config.optim, config.steps)
+    average = WeightAverage([n for group in method.groups() for n in group["params"]], config.ema)
     if resume is not None:
-        put_back(resume, optimizer)
+        put_back(resume, optimizer, average)
+        if resume.step >= config.steps:  # all steps were done, but the adapter was not written
+            with average.swapped_in():
+                save(resume, True)
+            return resume.step
     backbone.checkpoint_gradients(config.gradient_checkpointing)
     stepper = accelerator.prepare(optimizer)
     parameters = method.parameters()
@@ -178,17 +203,13 @@ def train_steps(
         start = time.perf_counter()
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
             group["lr"] = peak * factor(step)
-        batch = draw_batch(backbone, data, config, step)
-        value = 0.0
-        for part in batch.parts(config.accumulate):
-            with accelerator.autocast():
-                loss = batch_loss(backbone, method, part, config) / config.accumulate
-            accelerator.backward(loss)
-            value += loss.item()
+        batch = draw_batch(backbone, data, config, step, accelerator.num_processes)
+        value = accumulate_gradients(accelerator, backbone, method, batch, config)
         bad = 0 if math.isfinite(value) else bad + 1
         if not bad:
             accelerator.clip_grad_norm_(parameters, config.optim.clip_norm)
             stepper.step()
+            average.update(step)
         elif bad == BAD_STEPS:
             raise RunError(
                 f"the loss is {value} in {bad} steps up to {step + 1}, at last with "
@@ -198,10 +219,14 @@ def train_steps(
             )
         stepper.zero_grad()
         speed = len(batch.indices) / (time.perf_counter() - start)
-        listen(StepReport(step + 1, value, optimizer.param_groups[0]["lr"], speed))
-        last = stop() or step + 1 == config.steps
-        if last or (step + 1) % config.checkpoints.every == 0:
-            save(take(step + 1, optimizer))
+        stopped = mean_over_processes(accelerator, float(stop())) > 0
+        last = stopped or step + 1 == config.steps
+        wanted = last or (step + 1) % config.checkpoints.every == 0
+        snapshot = take(step + 1, optimizer, average) if wanted else None
+        with average.swapped_in():
+            listen(StepReport(step + 1, value, optimizer.param_groups[0]["lr"], speed))
+            if snapshot is not None:
+                save(snapshot, last)
         if last:
             return step + 1
     return config.steps

@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from rite_diffusion.training.average import WeightAverage
 from rite_diffusion.types import RunError
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state after `step` steps; keys are `weights/<name>` and `optimizer/<name>/<key>`."""
+    """The state after `step` steps.
+
+    Keys are `weights/<name>`, `average/<name>` and `optimizer/<name>/<key>`.
+    """
 
     step: int
     tensors: dict[str, Tensor]
@@ -36,10 +40,10 @@ def packed(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
-def take(step: int, optimizer: Optimizer) -> Snapshot:
-    """A copy of everything the optimizer moves and remembers."""
+def take(step: int, optimizer: Optimizer, average: WeightAverage) -> Snapshot:
+    """A copy of everything the optimizer moves and remembers, and of the averages."""
     state = optimizer.state_dict()["state"]
-    tensors = {}
+    tensors = {f"average/{name}": packed(value) for name, value in average.state().items()}
     for name, index, parameter in _named_state(optimizer):
         tensors[f"weights/{name}"] = packed(parameter)
         for key, value in state.get(index, {}).items():
@@ -49,7 +53,7 @@ def take(step: int, optimizer: Optimizer) -> Snapshot:
 
 
 @torch.no_grad()
-def put_back(snapshot: Snapshot, optimizer: Optimizer) -> None:
+def put_back(snapshot: Snapshot, optimizer: Optimizer, average: WeightAverage) -> None:
     """Restore a snapshot bit for bit; RunError where it belongs to another model or method."""
     named = _named_state(optimizer)
     wanted = {f"weights/{name}": tuple(parameter.shape) for name, _, parameter in named}
@@ -68,3 +72,5 @@ def put_back(snapshot: Snapshot, optimizer: Optimizer) -> None:
         if own:
             state[index] = {key.removeprefix(prefix): value for key, value in own.items()}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    averages = {k: v for k, v in snapshot.tensors.items() if k.startswith("average/")}
+    average.load({key.removeprefix("average/"): value for key, value in averages.items()})

@@ -1,0 +1,41 @@
+"""Several processes that train as one: each takes its share of every batch.
+
+The adapter's gradients are small, so they are averaged in one message per step; the model itself is
+not wrapped. `torchrun` and `accelerate launch` set the environment that tells the processes apart.
+"""
+
+import os
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+
+def process_count() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that writes and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@torch.no_grad()
+def average_gradients(accelerator: Accelerator, parameters: list[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over the processes."""
+    if accelerator.num_processes == 1:
+        return
+    gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
+    flat = torch.cat([gradient.flatten() for gradient in gradients])
+    parts = accelerator.reduce(flat, "mean").split([gradient.numel() for gradient in gradients])  # pyright: ignore[reportAttributeAccessIssue]
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter).clone()
+
+
+def mean_over_processes(accelerator: Accelerator, value: float) -> float:
+    """The mean of a number over the processes."""
+    if accelerator.num_processes == 1:
+        return value
+    tensor = torch.tensor(value, device=accelerator.device, dtype=torch.float32)
+    return accelerator.reduce(tensor, "mean").item()  # pyright: ignore[reportAttributeAccessIssue]
