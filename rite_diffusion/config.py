@@ -122,6 +122,9 @@ class TrainConfig(Section):
         min_length=1,
         description="captions of pictures that have none, in turn",
     )
+    buckets: bool = Field(
+        default=False, description="keep the pictures' shapes; else they are cut to squares"
+    )
     flip: bool = Field(default=False, description="mirror half of the pictures")
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     lora: LoraSection = LoraSection()

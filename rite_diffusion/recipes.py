@@ -23,7 +23,7 @@ from rite_diffusion.config import (
 from rite_diffusion.generation.metadata import Parameters, save_png
 from rite_diffusion.generation.output import next_file, output_target
 from rite_diffusion.generation.sampler import sample
-from rite_diffusion.photos.dataset import LatentSet, encode_photos
+from rite_diffusion.photos.dataset import LatentSet, encode_photos, target_sizes
 from rite_diffusion.photos.folder import PhotoFolder, read_folder
 from rite_diffusion.training.interrupt import stop_on_signal
 from rite_diffusion.training.loop import StepReport, optimizer_spec, train_steps
@@ -61,6 +61,17 @@ class Plan:
     def inputs(self) -> dict[str, str]:
         """What the run learns from and with, for a continued run to compare."""
         return inputs_of(self.folder.photos, self.backbone.fingerprint)
+
+    def buckets(self) -> dict[tuple[int, int], list[str]]:
+        """Size (width, height) that is trained on -> names of the photos cut to it."""
+        photos, config = self.folder.photos, self.config
+        side = config.resolution or self.backbone.resolution
+        table: dict[tuple[int, int], list[str]] = {}
+        for photo, size in zip(
+            photos, target_sizes(photos, side, self.backbone.multiple, config.buckets), strict=True
+        ):
+            table.setdefault(size, []).append(photo.path.name)
+        return dict(sorted(table.items()))
 
     def captions_without_trigger(self) -> list[str]:
         """Captions that never teach the trigger."""
@@ -220,7 +231,7 @@ def _method(plan: Plan) -> Iterator[tuple[Method, LatentSet]]:
     """The method in place in the backbone, and the encoded photos."""
     config, backbone = plan.config, plan.backbone
     side = config.resolution or backbone.resolution
-    data = encode_photos(backbone, plan.folder.photos, side, config.flip)
+    data = encode_photos(backbone, plan.folder.photos, side, config.flip, config.buckets)
     method = METHODS[config.method](backbone, config)
     try:
         yield method, data

@@ -31,6 +31,8 @@ def describe_plan(plan: Plan) -> None:
     masked = sum(photo.mask is not None for photo in photos)
     if masked:
         _line("masks", f"{masked} of {len(photos)} photos")
+    for (width, height), names in plan.buckets().items() if config.buckets else ():
+        _line("bucket", f"{width}x{height}: {', '.join(names)}")
     for path, reason in folder.skipped:
         _line("skipped", f"{path.name}: {reason}")
     for caption in plan.captions_without_trigger():

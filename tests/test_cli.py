@@ -85,7 +85,10 @@ BAD = {
     "known trigger": (["train", "{photos}", "--trigger", "robot"], "'<robot>'"),
     "unknown base": (["train", "{photos}", "--base", "poket"], "no base model 'poket'"),
     "unwritable": (["train", "{photos}", "--out", "/proc/rite"], "cannot write to /proc/rite"),
-    "unknown optimizer": (["train", "{photos}", "--optimizer", "adam"], "choose one of adamw, sgd"),
+    "unknown optimizer": (
+        ["train", "{photos}", "--optimizer", "adam"],
+        "choose one of adamw, adamw_plus, rite,",
+    ),
     "unknown preset": (["train", "{photos}", "--preset", "x"], "no preset 'x'"),
     "negative steps": (["train", "{photos}", "--steps", "-3"], "'steps' = -3"),
     "no adapter": (["generate", "x", "--adapter", "nope.safetensors"], "no adapter file"),

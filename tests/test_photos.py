@@ -8,9 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from rite_diffusion.photos.dataset import batch_indices, encode_photos, generator
+from rite_diffusion.photos.buckets import (
+    batch_indices,
+    bucket_of,
+    bucket_of_step,
+    bucket_sizes,
+)
+from rite_diffusion.photos.dataset import encode_photos
 from rite_diffusion.photos.folder import read_folder
-from rite_diffusion.photos.images import UnreadableImage, open_image, to_image, to_tensor
+from rite_diffusion.photos.images import UnreadableImage, fit, open_image, to_image, to_tensor
+from rite_diffusion.photos.random import generator
 from rite_diffusion.types import Concept, PhotoFolderError
 
 CONCEPT = Concept("<thing>", "toy")
@@ -76,7 +83,7 @@ def test_kohyas_folders_repeat_their_pictures(photos, pocket):
     found = read_folder(photos, CONCEPT, TEMPLATES).photos
     assert [(p.path.name, p.repeats) for p in found][-1] == ("inner.png", 3)
     data = encode_photos(pocket, found, 64, flip=True)
-    assert data.latents.shape == (8, 8, 16, 16)
+    assert len(data.latents) == 8 and data.latents[0].shape == (8, 16, 16)
     assert data.names.count("inner.png") == 6 and data.samples[-6:] == [6, 7] * 3
 
 
@@ -106,8 +113,8 @@ def test_masks_come_from_files_or_from_transparency(photos, pocket):
         (80, 70), (90, 70), None, (64, 64),
     ]  # fmt: skip
     data = encode_photos(pocket, found, 64, flip=False)
-    assert data.masks.shape == (4, 1, 16, 16)
-    assert data.masks[0, 0, 8, 0] == 1 and data.masks[0, 0, 8, 15] == 0
+    assert [mask.shape for mask in data.masks] == [(1, 16, 16)] * 4
+    assert data.masks[0][0, 8, 0] == 1 and data.masks[0][0, 8, 15] == 0
     assert data.masks[2].min() == 1
 
 
@@ -180,13 +187,15 @@ def test_pixels_round_trip():
     steps=st.integers(1, 9),
 )
 def test_order_visits_every_photo_once_an_epoch(count, batch, seed, steps):
-    order = [i for step in range(steps) for i in batch_indices(count, batch, seed, step)]
+    order = [
+        i for step in range(steps) for i in batch_indices([list(range(count))], batch, seed, step)
+    ]
     for start in range(0, len(order) - count + 1, count):
         assert sorted(order[start : start + count]) == list(range(count))
 
 
 def test_order_and_noise_depend_on_their_keys_alone():
-    assert batch_indices(5, 3, 1, 40) == batch_indices(5, 3, 1, 40)
+    assert batch_indices([[0, 1, 2, 3, 4]], 3, 1, 40) == batch_indices([[0, 1, 2, 3, 4]], 3, 1, 40)
     draw = lambda *keys: torch.randn(4, generator=generator(*keys))  # noqa: E731
     assert torch.equal(draw(1, 2, 3), draw(1, 2, 3))
     assert not torch.equal(draw(1, 2, 3), draw(1, 3, 2))
@@ -195,5 +204,53 @@ def test_order_and_noise_depend_on_their_keys_alone():
 def test_flipped_latents_are_those_of_the_mirrored_picture(pocket, photos):
     found = read_folder(photos, CONCEPT, TEMPLATES).photos
     data = encode_photos(pocket, found, 64, flip=True)
-    assert data.latents.shape == (6, 8, 16, 16) and len(data.captions) == 6
+    assert len(data.latents) == len(data.captions) == 6
     assert data.captions[0] == data.captions[1]
+    mirrored = to_tensor(fit(found[2].image, 64, 64)).flip(-1)
+    torch.testing.assert_close(data.latents[5], pocket.encode_images(mirrored[None])[0])
+
+
+@given(resolution=st.integers(2, 64).map(lambda n: 16 * n), multiple=st.sampled_from([8, 16, 64]))
+def test_buckets_fit_the_area_and_the_grid(resolution, multiple):
+    sizes = bucket_sizes(resolution, multiple)
+    assert all(w % multiple == 0 == h % multiple for w, h in sizes)
+    assert all(w * h <= resolution**2 and max(w, h) <= 2 * min(w, h) for w, h in sizes)
+    assert {(h, w) for w, h in sizes if (w + multiple) * h > resolution**2} <= set(sizes)
+    if resolution % multiple == 0:
+        assert (resolution, resolution) in sizes
+
+
+@given(width=st.integers(16, 4000), height=st.integers(16, 4000))
+def test_a_picture_goes_to_the_nearest_shape(width, height):
+    sizes = bucket_sizes(512, 64)
+    chosen = bucket_of((width, height), sizes)
+    distance = {s: abs(np.log(s[0] / s[1] * height / width)) for s in sizes}
+    assert distance[chosen] <= min(distance.values()) + 1e-5
+
+
+@given(
+    counts=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    batch=st.integers(1, 5),
+    seed=st.integers(0, 5),
+)
+def test_every_bucket_has_its_turns_and_every_sample_its_share(counts, batch, seed):
+    samples = iter(range(sum(counts)))
+    buckets = [[next(samples) for _ in range(count)] for count in counts]
+    total = sum(counts)
+    turns = [bucket_of_step(counts, seed, step) for step in range(3 * total)]
+    for bucket, count in enumerate(counts):
+        assert [turn for b, turn in turns if b == bucket] == list(range(3 * count))
+    shown = [i for step in range(total) for i in batch_indices(buckets, batch, seed, step)]
+    assert sorted(shown) == sorted(list(range(total)) * batch)
+    for step in range(total):
+        chosen = batch_indices(buckets, batch, seed, step)
+        assert any(set(chosen) <= set(members) for members in buckets)
+
+
+def test_photos_keep_their_shape_in_buckets(tmp_path, pocket):
+    for name, size in (("wide", (300, 160)), ("tall", (100, 190)), ("square", (90, 91))):
+        Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
+    found = read_folder(tmp_path, CONCEPT, TEMPLATES).photos
+    data = encode_photos(pocket, found, 64, flip=False, bucketed=True)
+    assert [latents.shape for latents in data.latents] == [(8, 16, 16), (8, 20, 12), (8, 12, 20)]
+    assert data.buckets() == [[0], [1], [2]]

@@ -1,6 +1,7 @@
 """Any picture file as upright RGB with the colours that its maker saw."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -76,9 +77,9 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
-def mask_tensor(mask: Image.Image, size: int, cells: tuple[int, int]) -> Tensor:
-    """The mask (1, h, w) in [0, 1] of latent cells, cut as `fit` cuts its picture to a square."""
-    small = fit(mask, size, size).resize((cells[1], cells[0]), Image.Resampling.BOX)
+def mask_tensor(mask: Image.Image, size: tuple[int, int], cells: Sequence[int]) -> Tensor:
+    """The mask (1, h, w) in [0, 1] of latent cells, cut as `fit` cuts its picture to a size."""
+    small = fit(mask, *size).resize((cells[1], cells[0]), Image.Resampling.BOX)
     return torch.from_numpy(np.asarray(small, np.float32) / 255)[None]
 
 

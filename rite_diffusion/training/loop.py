@@ -13,7 +13,9 @@ from torch import Tensor
 from rite_diffusion.concepts import Method
 from rite_diffusion.config import OptimSection, TrainConfig
 from rite_diffusion.optim import OPTIMIZERS
-from rite_diffusion.photos.dataset import LatentSet, batch_indices, generator
+from rite_diffusion.photos.buckets import batch_indices
+from rite_diffusion.photos.dataset import LatentSet
+from rite_diffusion.photos.random import generator
 from rite_diffusion.training.average import WeightAverage
 from rite_diffusion.training.objective import (
     add_noise,
@@ -108,10 +110,10 @@ def draw_batch(
     def stream(number: int) -> torch.Generator:
         return generator(config.seed, step, number)
 
-    indices = batch_indices(len(data.captions), count, config.seed, step)
+    indices = batch_indices(data.buckets(), count, config.seed, step)
     rows = [data.samples[index] for index in indices]
-    latents = data.latents[rows]
-    masks = data.masks[rows].clamp(min=goal.mask_floor) if data.masks is not None else None
+    latents = torch.stack([data.latents[row] for row in rows])
+    masks = torch.stack([data.masks[row] for row in rows]) if data.masks is not None else None
     captions = [data.captions[index] for index in indices]
     captions = drop_captions(captions, goal.caption_dropout, config.seed, step)
     density = (goal.timestep_mean, goal.timestep_deviation)
@@ -130,7 +132,8 @@ def draw_batch(
     latents, noise, seen, timesteps = (
         each.to(backbone.device) for each in (latents, noise, seen, timesteps)
     )
-    masks = masks.to(backbone.device) if masks is not None else None
+    if masks is not None:
+        masks = masks.clamp(min=goal.mask_floor).to(backbone.device)
     return Batch(indices, captions, latents, noise, seen, timesteps, masks)
 
 
