@@ -82,7 +82,7 @@ class Stack:
 
     def gather(self, part: int, gradients: bool) -> Tensor:
         """Values or gradients (n, rows, columns) of one part, convolutions flattened."""
-        tensors = [p.grad if gradients else p.detach() for p in self.parts[part]]
+        tensors = [gradient_of(p) if gradients else p.detach() for p in self.parts[part]]
         first = tensors[0]
         stacked = first.unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
         if self.is_pair:
@@ -106,6 +106,12 @@ class Stack:
             self.step,
             [{key: value[members] for key, value in state.items()} for state in self.state],
         )
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """The gradient of a parameter that has one."""
+    assert parameter.grad is not None
+    return parameter.grad
 
 
 def pair_up(names: list[str], parameters: list[Tensor]) -> dict[str, list[Tensor]]:

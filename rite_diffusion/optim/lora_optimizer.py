@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from rite_diffusion.optim.factors import Stack, module_of, stacks_of
+from rite_diffusion.optim.factors import Stack, gradient_of, module_of, stacks_of
 from rite_diffusion.types import OptimizerError
 
 FUSED = ("cpu", "cuda", "xpu", "mps")  # devices with torch's fused AdamW
@@ -190,7 +190,7 @@ def check_dense(stack: Stack) -> None:
     """Raise OptimizerError for sparse gradients."""
     for part in stack.parts:
         for name, parameter in zip(stack.names, part, strict=True):
-            if parameter.grad.is_sparse:
+            if gradient_of(parameter).is_sparse:
                 raise OptimizerError(
                     f"{module_of(name)}: its gradient is sparse; make the layer with sparse=False"
                 )

@@ -19,7 +19,7 @@ is this one momentum and three r x r matrices per factor, less than AdamW's two 
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -101,8 +101,8 @@ class Side:
     part: int  # 0: down, 1: up
     values: Tensor
     gradient: Tensor  # once `unmagnify` has run: in the basis of the partner
-    basis: Tensor | None = None  # this factor's own W (n, r, r): X W has orthonormal columns
-    outer: Tensor | None = None  # gradient^T gradient / m (n, r, r)
+    basis: Tensor = field(init=False)  # this factor's own W (n, r, r): X W is orthonormal
+    outer: Tensor = field(init=False)  # gradient^T gradient / m (n, r, r)
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -130,7 +130,6 @@ class Side:
     @property
     def square_norm(self) -> Tensor:
         """Squared norm of the unmagnified gradients of all pairs together."""
-        assert self.outer is not None
         return self.outer.diagonal(dim1=-2, dim2=-1).sum() * self.length
 
 
@@ -183,7 +182,6 @@ def unmagnify(batch: list[Side]) -> None:
     for side, root in zip(batch, split(roots, batch), strict=True):
         side.basis = root
     for side, partner in zip(batch, partners(batch), strict=True):
-        assert partner.basis is not None
         side.gradient = side.times(side.gradient, partner.basis)
         side.outer = side.products(side.gradient, side.gradient) / side.length
         skip_large(side)
@@ -216,7 +214,6 @@ def careful_inverse_root_of_gram(rows: Tensor) -> Tensor:
 def skip_large(side: Side) -> None:
     """Count unmagnified gradients of a root mean square above `skip_rms` as zero."""
     bound = side.stack.group["skip_rms"]
-    assert side.outer is not None
     if bound:
         keep = side.outer.diagonal(dim1=-2, dim2=-1).mean(-1) <= bound**2
         if not keep.all():

@@ -12,7 +12,7 @@ class WeightAverage:
 
     def __init__(self, named: list[tuple[str, nn.Parameter]], decay: float):
         self.decay = decay
-        self.parameters = [parameter for _, parameter in named] if decay else []
+        self.parameters: list[Tensor] = [parameter for _, parameter in named] if decay else []
         self.names = [name for name, _ in named] if decay else []
         self.values = [parameter.detach().clone() for parameter in self.parameters]
 

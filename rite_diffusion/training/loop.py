@@ -95,9 +95,18 @@ class Batch:
     def parts(self, count: int) -> list["Batch"]:
         """The batch in so many equal parts."""
         size = len(self.indices) // count
+        slices = [slice(start, start + size) for start in range(0, size * count, size)]
         return [
-            Batch(*(v if v is None else v[start : start + size] for v in vars(self).values()))
-            for start in range(0, size * count, size)
+            Batch(
+                self.indices[part],
+                self.captions[part],
+                self.latents[part],
+                self.noise[part],
+                self.seen[part],
+                self.timesteps[part],
+                self.masks[part] if self.masks is not None else None,
+            )
+            for part in slices
         ]
 
 
