@@ -15,7 +15,7 @@ from rite_diffusion.optim import OPTIMIZERS, LoraRite, ScaledAdamW, lora_param_g
 def test_a_language_model_learns_in_transformers_trainer():
     example = Path(__file__).parents[1] / "examples/language_model.py"
     losses = runpy.run_path(str(example))["main"](steps=60)
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
 
 
 def test_the_package_imports_torch_alone():

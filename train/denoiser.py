@@ -164,16 +164,38 @@ def stratified_timesteps(count: int, generator: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def update_average(average: nn.Module, module: nn.Module, step: int, decay: float = 0.9993) -> None:
+def update_average(average: nn.Module, module: nn.Module, step: int, decay: float) -> None:
     """Move an exponential moving average of weights on; its decay grows over the first steps."""
     decay = min(decay, (1 + step) / (10 + step))
     torch._foreach_lerp_(list(average.parameters()), list(module.parameters()), 1 - decay)
 
 
+def show_pairs(tokenizer: CLIPTokenizer, ids: Tensor) -> Tensor:
+    """Which captions (N,) name two objects."""
+    joining = torch.tensor(tokenizer("and beside").input_ids[1:3])
+    return torch.isin(ids, joining).any(1)
+
+
+def draw_scenes(are_pairs: Tensor, count: int, pairs: float, generator: torch.Generator) -> Tensor:
+    """Indices (count,) of scenes, a share `pairs` of them of two objects."""
+    kinds = torch.rand(count, generator=generator) < pairs
+    places = torch.rand(count, generator=generator)
+    two, one = are_pairs.nonzero().squeeze(-1), (~are_pairs).nonzero().squeeze(-1)
+    return torch.where(kinds, two[(places * len(two)).long()], one[(places * len(one)).long()])
+
+
 def train_denoiser(
-    work: Path, steps: int, batch: int = 64, rate: float = 6e-4, scenes: int = 32_000
+    work: Path,
+    steps: int,
+    batch: int = 64,
+    rate: float = 6e-4,
+    scenes: int = 32_000,
+    pairs: float = 0.3,
+    decay: float = 0.9993,
 ) -> None:
     """Train the UNet: v-prediction, a tenth of the scenes without their caption.
+
+    A share `pairs` of the scenes shows two objects; `decay` is that of the weights' average.
 
     The weight of the clean latents' error is min(SNR + 1, 6). Min-SNR's min(SNR, 5) all but drops
     the noisiest steps, which is where a caption decides what will be drawn: with it, 32 k images
@@ -202,7 +224,7 @@ def train_denoiser(
     for step in range(first, steps):
         set_rate(optimizer, rate, step, steps)
         generator = torch.Generator().manual_seed(step)
-        chosen = torch.randint(len(pool["latents"]), (batch,), generator=generator)
+        chosen = draw_scenes(show_pairs(tokenizer, pool["ids"]), batch, pairs, generator)
         latents, context = pool["latents"][chosen].float(), states[chosen].float()
         context[torch.rand(batch, generator=generator) < 0.1] = empty.float()
         timesteps = stratified_timesteps(batch, generator)
@@ -217,7 +239,7 @@ def train_denoiser(
         nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        update_average(unet_average, unet, step)
+        update_average(unet_average, unet, step, decay)
         losses.append(error.mean().item())
         if (step + 1) % 200 == 0 or step + 1 == steps:
             mean = sum(losses[-200:]) / len(losses[-200:])
