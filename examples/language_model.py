@@ -27,7 +27,7 @@ def main(steps: int = 60) -> list[float]:
     )
     config = LoraConfig(r=8, target_modules=["c_attn", "c_proj", "c_fc"], task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
-    optimizer = LoraRite(lora_param_groups(model), lr=2e-2)
+    optimizer = LoraRite(lora_param_groups(model), lr=1e-2)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,

@@ -1,5 +1,6 @@
 """The optimizers outside this toolkit: a language model, several processes, loss scaling."""
 
+import math
 import runpy
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from rite_diffusion.optim import OPTIMIZERS, LoraRite, ScaledAdamW, lora_param_g
 def test_a_language_model_learns_in_transformers_trainer():
     example = Path(__file__).parents[1] / "examples/language_model.py"
     losses = runpy.run_path(str(example))["main"](steps=60)
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.7 * math.log(32)  # a guess among 32 words costs log 32
 
 
 def test_the_package_imports_torch_alone():

@@ -253,4 +253,4 @@ def test_photos_keep_their_shape_in_buckets(tmp_path, pocket):
     found = read_folder(tmp_path, CONCEPT, TEMPLATES).photos
     data = encode_photos(pocket, found, 64, flip=False, bucketed=True)
     assert [latents.shape for latents in data.latents] == [(8, 16, 16), (8, 20, 12), (8, 12, 20)]
-    assert data.buckets() == [[0], [1], [2]]
+    assert data.buckets == [[0], [1], [2]]

@@ -29,6 +29,7 @@ from networks import (
     save_state,
     set_rate,
 )
+from rite_diffusion.training.objective import stratified_timesteps
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -120,7 +121,7 @@ def teach_text_encoder(
 def encode_pool(
     work: Path, vae: AutoencoderKL, tokenizer: CLIPTokenizer, count: int
 ) -> dict[str, Tensor]:
-    """Latents (N, 8, 16, 16) fp16 and token ids (N, 32) of scenes, made once and kept."""
+    """Latents (N, 8, 16, 16) fp16, token ids (N, 32) and which are pairs (N,), made once."""
     path = work / "latents.safetensors"
     if not path.exists():
         latents, captions = [], []
@@ -133,7 +134,8 @@ def encode_pool(
             {"latents": torch.cat(latents).contiguous(), "ids": token_ids(tokenizer, captions)},
             path,
         )
-    return load_file(path)
+    pool = load_file(path)
+    return pool | {"pairs": show_pairs(tokenizer, pool["ids"])}
 
 
 @torch.no_grad()
@@ -155,12 +157,6 @@ class FloatAttention(AttnProcessor2_0):
             if encoder_hidden_states is not None:
                 encoder_hidden_states = encoder_hidden_states.float()
             return super().__call__(attn, hidden_states.float(), encoder_hidden_states, **arguments)
-
-
-def stratified_timesteps(count: int, generator: torch.Generator) -> Tensor:
-    """Timesteps (count,), one from each of `count` equal parts of the schedule, in random order."""
-    parts = torch.randperm(count, generator=generator)
-    return ((parts + torch.rand(count, generator=generator)) * 1000 / count).long().clamp(max=999)
 
 
 @torch.no_grad()
@@ -224,10 +220,10 @@ def train_denoiser(
     for step in range(first, steps):
         set_rate(optimizer, rate, step, steps)
         generator = torch.Generator().manual_seed(step)
-        chosen = draw_scenes(show_pairs(tokenizer, pool["ids"]), batch, pairs, generator)
+        chosen = draw_scenes(pool["pairs"], batch, pairs, generator)
         latents, context = pool["latents"][chosen].float(), states[chosen].float()
         context[torch.rand(batch, generator=generator) < 0.1] = empty.float()
-        timesteps = stratified_timesteps(batch, generator)
+        timesteps = stratified_timesteps(batch, 1000, generator, None)
         noise = torch.randn(latents.shape, generator=generator)
         noisy = schedule.add_noise(latents, noise, timesteps)
         with torch.autocast("cpu", torch.bfloat16):

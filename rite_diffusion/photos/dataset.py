@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from PIL import Image
@@ -25,6 +26,7 @@ class LatentSet:
     captions: list[str]  # of the samples
     names: list[str]  # of the samples' files
 
+    @cached_property
     def buckets(self) -> list[list[int]]:
         """The samples of each shape."""
         shapes: dict[torch.Size, list[int]] = {}

@@ -119,7 +119,7 @@ def draw_batch(
     def stream(number: int) -> torch.Generator:
         return generator(config.seed, step, number)
 
-    indices = batch_indices(data.buckets(), count, config.seed, step)
+    indices = batch_indices(data.buckets, count, config.seed, step)
     rows = [data.samples[index] for index in indices]
     latents = torch.stack([data.latents[row] for row in rows])
     masks = torch.stack([data.masks[row] for row in rows]) if data.masks is not None else None
@@ -176,6 +176,24 @@ def accumulate_gradients(
     return mean_over_processes(accelerator, value)
 
 
+def bad_loss(value: float, step: int, names: set[str], config: TrainConfig) -> RunError:
+    """The error of a run whose loss is no number any more; it names the last batch's photos."""
+    return RunError(
+        f"the loss is {value} in {BAD_STEPS} steps up to {step + 1}, at last with "
+        f"{', '.join(sorted(names))}: lower optim.lr (now {config.optim.lr:g}), or use another "
+        f"precision than {config.precision}."
+    )
+
+
+def new_accelerator(backbone: Backbone, config: TrainConfig) -> Accelerator:
+    """The accelerator of a run; a process may train twice, at two precisions."""
+    AcceleratorState._reset_state()
+    return Accelerator(
+        cpu=backbone.device.type == "cpu",
+        mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
+    )
+
+
 def train_steps(
     backbone: Backbone,
     method: Method,
@@ -192,11 +210,7 @@ def train_steps(
     checkpoint and at the end; while they run, averaged weights (`config.ema`) are in place. A step
     whose loss is no number changes nothing; RunError after five in a row.
     """
-    AcceleratorState._reset_state()  # a process may train twice, at two precisions
-    accelerator = Accelerator(
-        cpu=backbone.device.type == "cpu",
-        mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
-    )
+    accelerator = new_accelerator(backbone, config)
     optimizer = build_optimizer(method, config)
     peaks = [group["lr"] for group in optimizer.param_groups]
     factor = rate_factor(config.optim, config.steps)
@@ -223,12 +237,7 @@ def train_steps(
             stepper.step()
             average.update(step)
         elif bad == BAD_STEPS:
-            raise RunError(
-                f"the loss is {value} in {bad} steps up to {step + 1}, at last with "
-                f"{', '.join(sorted({data.names[index] for index in batch.indices}))}: lower "
-                f"optim.lr (now {config.optim.lr:g}), or use another precision than "
-                f"{config.precision}."
-            )
+            raise bad_loss(value, step, {data.names[index] for index in batch.indices}, config)
         stepper.zero_grad()
         speed = len(batch.indices) / (time.perf_counter() - start)
         stopped = mean_over_processes(accelerator, float(stop())) > 0
