@@ -12,28 +12,19 @@ import time
 from pathlib import Path
 
 from machine import RESULTS, write_result
+from prompts import CONCEPTS, article
 
-from rite_diffusion import recipes
 from rite_diffusion.adapters import attach, detach, load_adapter
 from rite_diffusion.config import parse_assignments
 from rite_diffusion.demo import example_photos
 from rite_diffusion.evaluation.judge import load_judge
 from rite_diffusion.generation.grid import labelled_grid
 from rite_diffusion.generation.sampler import sample
+from rite_diffusion.plan import configure, plan_training
+from rite_diffusion.run import run_training
 from rite_diffusion.types import Backbone
 
-CONCEPTS = {  # folder -> class noun and the backgrounds that its photos do not show
-    "robot": ("robot", ["blue", "green", "white", "orange"]),
-    "unicorn": ("horse", ["blue", "green", "white", "purple"]),
-    "cupcake": ("cake", ["blue", "green", "white", "pink"]),
-    "tractor": ("truck", ["blue", "white", "black", "green"]),
-}
 SEEDS = [100, 101, 102, 103]
-
-
-def article(word: str) -> str:
-    """The word with its article."""
-    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 def new_prompts(trigger: str, colours: list[str]) -> list[tuple[str, str]]:
@@ -69,13 +60,13 @@ def measure(name: str, settings: dict, folder: Path) -> tuple[dict, list]:
     class_noun, colours = CONCEPTS[name]
     trigger = f"<{name}>"
     wanted = {"photos": str(example_photos(name)), "trigger": trigger, "class_noun": class_noun}
-    plan = recipes.plan_training(recipes.configure(wanted | settings))
+    plan = plan_training(configure(wanted | settings))
     prompts, grounds = zip(*new_prompts(trigger, colours), strict=True)
     photos = [photo.image for photo in plan.folder.photos]
     before = draw(plan.backbone, prompts, SEEDS)
     objects_before = object_accuracy(plan.backbone, SEEDS[:2])
     start = time.perf_counter()
-    path = recipes.run_training(plan, folder / name)
+    path = run_training(plan, folder / name)
     seconds = time.perf_counter() - start
     attach(plan.backbone, load_adapter(path), "concept")
     after = draw(plan.backbone, prompts, SEEDS)

@@ -18,8 +18,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from concepts import CONCEPTS, article
 from machine import RESULTS, write_result
+from prompts import CONCEPTS, article
 
 from rite_diffusion.concepts import METHODS
 from rite_diffusion.demo import example_photos
@@ -27,8 +27,8 @@ from rite_diffusion.evaluation.judge import load_judge
 from rite_diffusion.generation.sampler import sample
 from rite_diffusion.photos.dataset import encode_photos
 from rite_diffusion.photos.images import to_tensor
-from rite_diffusion.recipes import Plan, configure, plan_training
-from rite_diffusion.training.loop import train_steps
+from rite_diffusion.plan import Plan, configure, plan_training
+from rite_diffusion.training.loop import Job, train_steps
 
 CENTRES = {"sgd": 1.0, "adamw": 1e-3, "scaled_sgd": 1e-1, "scaled_adamw": 1e-3, "rite": 1e-2}
 DECADES = 4
@@ -86,7 +86,7 @@ def run(task: dict) -> dict:
     settings |= {"optim": optim, "seed": task["seed"], "steps": max(CHECKS), "batch": BATCH}
     config = configure(settings)
     before = other_pictures(plan)
-    data = encode_photos(plan.backbone, plan.folder.photos, plan.backbone.resolution, flip=False)
+    data = encode_photos(plan.backbone, plan.photos, plan.encoding)
     method = METHODS["lora"](plan.backbone, config)
     prompts, identity, recognised = prompts_of(task["concept"]), {}, {}
 
@@ -98,7 +98,7 @@ def run(task: dict) -> dict:
 
     start = time.perf_counter()
     try:
-        train_steps(plan.backbone, method, data, config, after)
+        train_steps(Job(plan.backbone, method, data, config), after)
         drift = (other_pictures(plan) - before).square().mean().sqrt().item()
         fault = None
     except Exception as error:  # noqa: BLE001 - a rate that breaks the run is a result

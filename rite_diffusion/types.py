@@ -57,6 +57,7 @@ class Photo:
     caption: str
     mask: Image | None = None  # of the picture's size, mode L: white is learned
     repeats: int = 1  # how often an epoch shows it
+    weight: float = 1.0  # of its loss
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,10 @@ class Backbone(Protocol):
     device: device
     dtype: dtype
 
+    def encoder_fingerprint(self) -> str:
+        """A name for what makes latents of pictures, the same for equal weights."""
+        ...
+
     @property
     def components(self) -> dict[str, nn.Module]:
         """The parts that adapters attach to, by name: `unet`, `text_encoder`, …."""
@@ -124,6 +129,10 @@ class Backbone(Protocol):
 
     def checkpoint_gradients(self, wanted: bool) -> None:
         """Recompute activations in the backward pass instead of keeping them, or keep them."""
+        ...
+
+    def compile_denoiser(self, wanted: bool) -> None:
+        """Run the denoiser through `torch.compile`, or as it is."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -16,6 +16,12 @@ from rite_diffusion.backbones import load_backbone  # noqa: E402
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """A cache of the test's own; the user's stays as it is."""
+    monkeypatch.setenv("RITE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def pocket():
     """The embedded base, fresh for each test."""

@@ -9,7 +9,6 @@ ComfyUI, A1111 and diffusers read these. Everything is checked before it touches
 
 import json
 import math
-import os
 import struct
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from rite_diffusion.files import write_atomically
 from rite_diffusion.types import AdapterError, LoraPair
 
 DOWN, UP, ALPHA = ".lora_down.weight", ".lora_up.weight", ".alpha"
@@ -82,19 +82,6 @@ def save_adapter(path: Path, adapter: Adapter) -> None:
         tensors[pair.name + UP] = pair.up.detach().float().cpu().contiguous()
         tensors[pair.name + ALPHA] = torch.tensor(pair.scale * pair.rank)
     write_atomically(path, save(tensors, _metadata(adapter)))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a temporary file beside `path`, flush it to the disk, and rename it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_adapter(path: Path) -> Adapter:

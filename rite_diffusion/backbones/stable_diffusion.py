@@ -64,6 +64,14 @@ class StableDiffusion:
             digest.update(layer.weight.detach().to("cpu", torch.float16).numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    def encoder_fingerprint(self) -> str:
+        """First 16 hex digits of a SHA-256 over the autoencoder's encoding half."""
+        digest = hashlib.sha256(str(self.vae.config.scaling_factor).encode())
+        for name, weight in self.vae.state_dict().items():
+            if not name.startswith(("decoder.", "post_quant_conv.")):
+                digest.update(weight.detach().cpu().float().numpy().tobytes())
+        return f"{digest.hexdigest()[:16]}-{self.vae.dtype}".replace("torch.", "")
+
     def lora_targets(self, component: str) -> list[str]:
         """Paths of the q, k, v and output projections of every attention of a component."""
         wanted = PROJECTIONS[component]
@@ -76,7 +84,6 @@ class StableDiffusion:
         pixels = pixels.to(self.device, self.vae.dtype)
         return self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
 
-    @torch.no_grad()
     def checkpoint_gradients(self, wanted: bool) -> None:
         """Recompute the UNet's activations in the backward pass instead of keeping them."""
         if wanted:
@@ -84,6 +91,14 @@ class StableDiffusion:
         else:
             self.unet.disable_gradient_checkpointing()
 
+    def compile_denoiser(self, wanted: bool) -> None:
+        """Run the UNet through `torch.compile`, or as it is."""
+        if wanted:
+            self.unet.compile()
+        else:
+            self.unet._compiled_call_impl = None  # torch has no public way back
+
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of latents (B, C, h, w)."""
         latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor

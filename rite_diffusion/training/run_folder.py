@@ -8,13 +8,16 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from rite_diffusion.adapters.file import Adapter, save_adapter, write_atomically
+from rite_diffusion.adapters.file import Adapter, save_adapter
+from rite_diffusion.files import write_atomically
 from rite_diffusion.training.snapshot import Snapshot
 from rite_diffusion.types import RunError
 
@@ -106,6 +109,10 @@ class RunFolder:
         write_atomically(self.path / "config.toml", config.encode())
         write_atomically(self.path / "inputs.json", json.dumps(inputs, indent=1).encode())
 
+    def has_settings(self) -> bool:
+        """Whether a run was begun here."""
+        return (self.path / "config.toml").exists() and (self.path / "inputs.json").exists()
+
     def read_settings(self) -> tuple[str, dict[str, str]]:
         """What `write_settings` kept."""
         config = (self.path / "config.toml").read_text(encoding="utf-8")
@@ -121,6 +128,12 @@ class RunFolder:
             "time": round(time.time(), 3),
         }
         write_atomically(self.path / "status.json", json.dumps(status).encode())
+
+    def close_as_failed(self, error: BaseException, total: int) -> None:
+        """Tell that the run ended by an error; a folder that cannot be written stays as it is."""
+        with suppress(OSError):
+            self.write_status("failed", 0, total)
+            self.log(f"failed: {type(error).__name__}: {error}")
 
     def write_metrics(self, **figures: Any) -> None:
         """Append a line of figures."""
@@ -139,8 +152,10 @@ class RunFolder:
         with (self.path / "log.txt").open("a", encoding="utf-8") as stream:
             stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
-    def save_checkpoint(self, adapter: Adapter, snapshot: Snapshot, keep: int) -> Path:
-        """Write adapter and snapshot of a step; drop checkpoints beyond the newest `keep`."""
+    def save_checkpoint(
+        self, adapter: Adapter, snapshot: Snapshot, keep: int, milestones: Sequence[int] = ()
+    ) -> Path:
+        """Write adapter and snapshot of a step; drop old ones beyond `keep` and `milestones`."""
         final = self.path / "checkpoints" / f"step-{snapshot.step:06d}"
         partial = final.with_name(final.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -151,7 +166,8 @@ class RunFolder:
         )
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        for old in self.checkpoints()[:-keep]:
+        always = {f"step-{step:06d}" for step in milestones}
+        for old in [folder for folder in self.checkpoints() if folder.name not in always][:-keep]:
             shutil.rmtree(old)
         return final
 
