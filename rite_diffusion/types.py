@@ -63,13 +63,16 @@ class Photo:
 class LoraPair:
     """The factors of one adapted layer: delta W = scale * up @ down.
 
-    `down` is (rank, in) or (rank, in, k, k), `up` is (out, rank) or (out, rank, 1, 1).
+    `down` is (rank, in) or (rank, in, k, k), `up` is (out, rank) or (out, rank, 1, 1). With a
+    `magnitude` m (out,) the layer is a DoRA (Liu et al. 2024, Eq. 5): its adapted weight is
+    m * (W + delta W) / |W + delta W|, norms taken over each output's weights.
     """
 
     name: str  # the module's name in adapter files: "lora_unet_mid_block_attentions_0_…_to_q"
     down: Tensor
     up: Tensor
     scale: float
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:

@@ -1,8 +1,14 @@
-"""Random-weight pipelines in the shape of Stable Diffusion 1.x."""
+"""Random-weight pipelines in the shapes of Stable Diffusion 1.x, 2.x and XL."""
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from rite_diffusion.backbones.clip_tokenizer import clip_tokenizer
 
@@ -77,8 +83,99 @@ def _stable_diffusion(
     )
 
 
-def _sd1_scheduler() -> DDIMScheduler:
+def tiny_stable_diffusion_2() -> StableDiffusionPipeline:
+    """SD2's shape: linear projections, a text encoder of odd depth, v-prediction; 64 pixels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 32, 64, 64),
+            down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
+            up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+            cross_attention_dim=64,
+            attention_head_dim=(1, 1, 2, 2),
+            use_linear_projection=True,
+            norm_num_groups=16,
+        )
+        clip = CLIPTextModel(_clip_config(layers=3))
+        vae = _tiny_vae()
+    for model in (unet, vae, clip):
+        _jitter_vectors(model.eval())
+    return StableDiffusionPipeline(
+        unet=unet,
+        vae=vae,
+        text_encoder=clip,
+        tokenizer=clip_tokenizer(),
+        scheduler=_sd1_scheduler(prediction_type="v_prediction"),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def tiny_stable_diffusion_xl() -> StableDiffusionXLPipeline:
+    """SDXL's shape: two text encoders, pooled embedding and sizes, deeper transformers."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(2)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(32, 64, 64),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 3),
+            cross_attention_dim=128,
+            attention_head_dim=(1, 2, 2),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=6 * 8 + 64,
+            norm_num_groups=16,
+        )
+        first = CLIPTextModel(_clip_config(layers=2))
+        second = CLIPTextModelWithProjection(_clip_config(layers=3, projection_dim=64))
+        vae = _tiny_vae(scaling_factor=0.13025)
+    for model in (unet, vae, first, second):
+        _jitter_vectors(model.eval())
+    return StableDiffusionXLPipeline(
+        unet=unet,
+        vae=vae,
+        text_encoder=first,
+        text_encoder_2=second,
+        tokenizer=clip_tokenizer(),
+        tokenizer_2=clip_tokenizer(pad_token="!"),
+        scheduler=_sd1_scheduler(),
+    )
+
+
+def _clip_config(layers: int, **options) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=49408,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        hidden_act="gelu",
+        bos_token_id=49406,
+        eos_token_id=49407,
+        **options,
+    )
+
+
+def _tiny_vae(**options) -> AutoencoderKL:
+    return AutoencoderKL(
+        sample_size=64,
+        block_out_channels=(32, 32, 32, 32),
+        layers_per_block=1,
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        latent_channels=4,
+        **options,
+    )
+
+
+def _sd1_scheduler(**options) -> DDIMScheduler:
     return DDIMScheduler(
+        **options,
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
