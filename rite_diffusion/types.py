@@ -82,10 +82,13 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser is told about a batch of prompts."""
+    """What the denoiser is told about a batch of prompts.
+
+    A backbone makes it and takes it; whoever stands between hands it on unread.
+    """
 
     states: Tensor  # (B, tokens, width)
-    extra: dict[str, Tensor] = field(default_factory=dict)  # pooled embeddings, size ids, …
+    extra: dict[str, Tensor] = field(default_factory=dict)  # (B, …) each: pooled embeddings, …
 
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]

@@ -93,9 +93,8 @@ def tiny_stable_diffusion_2() -> StableDiffusionPipeline:
             down_block_types=(*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"),
             up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
             cross_attention_dim=64,
-            attention_head_dim=(1, 1, 2, 2),
+            attention_head_dim=1,
             use_linear_projection=True,
-            norm_num_groups=16,
         )
         clip = CLIPTextModel(_clip_config(layers=3))
         vae = _tiny_vae()
@@ -124,14 +123,13 @@ def tiny_stable_diffusion_xl() -> StableDiffusionXLPipeline:
             up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
             transformer_layers_per_block=(1, 2, 3),
             cross_attention_dim=128,
-            attention_head_dim=(1, 2, 2),
+            attention_head_dim=1,
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=6 * 8 + 64,
-            norm_num_groups=16,
         )
-        first = CLIPTextModel(_clip_config(layers=2))
+        first = CLIPTextModel(_clip_config(layers=2, hidden_act="quick_gelu"))
         second = CLIPTextModelWithProjection(_clip_config(layers=3, projection_dim=64))
         vae = _tiny_vae(scaling_factor=0.13025)
     for model in (unet, vae, first, second):
@@ -147,17 +145,55 @@ def tiny_stable_diffusion_xl() -> StableDiffusionXLPipeline:
     )
 
 
-def _clip_config(layers: int, **options) -> CLIPTextConfig:
+def true_stable_diffusion_xl() -> StableDiffusionXLPipeline:
+    """Stable Diffusion XL's architecture: 3.5 billion weights, 14 GB in fp32."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=(1, 2, 10),
+            cross_attention_dim=2048,
+            attention_head_dim=(5, 10, 20),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+        first = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+        second = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20}
+        return StableDiffusionXLPipeline(
+            unet=unet.eval(),
+            vae=AutoencoderKL(
+                sample_size=1024,
+                block_out_channels=(128, 256, 512, 512),
+                layers_per_block=2,
+                down_block_types=["DownEncoderBlock2D"] * 4,
+                up_block_types=["UpDecoderBlock2D"] * 4,
+                latent_channels=4,
+                scaling_factor=0.13025,
+            ).eval(),
+            text_encoder=CLIPTextModel(_clip_config(12, "quick_gelu", **first)).eval(),
+            text_encoder_2=CLIPTextModelWithProjection(
+                _clip_config(32, projection_dim=1280, **second)
+            ).eval(),
+            tokenizer=clip_tokenizer(),
+            tokenizer_2=clip_tokenizer(pad_token="!"),
+            scheduler=_sd1_scheduler(),
+        )
+
+
+def _clip_config(layers: int, hidden_act: str = "gelu", **options) -> CLIPTextConfig:
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 1}
     return CLIPTextConfig(
         vocab_size=49408,
-        hidden_size=64,
-        intermediate_size=128,
         num_hidden_layers=layers,
-        num_attention_heads=2,
-        hidden_act="gelu",
+        hidden_act=hidden_act,
         bos_token_id=49406,
         eos_token_id=49407,
-        **options,
+        **small | options,
     )
 
 

@@ -3,6 +3,7 @@
 PEFT makes the layers. Several adapters live side by side, each with its own weight.
 """
 
+import re
 import warnings
 
 import torch
@@ -14,6 +15,8 @@ from rite_diffusion.adapters.adapter import Adapter
 from rite_diffusion.adapters.dialects.peft import config_of
 from rite_diffusion.adapters.names import PREFIXES, module_name, split_path
 from rite_diffusion.types import AdapterError, Backbone, LoraPair
+
+STRANGER = 8  # more of a fingerprint's 64 bits than rounding or fine-tuning change
 
 
 def _inner(component: nn.Module, path: str) -> nn.Module:
@@ -143,14 +146,24 @@ def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def check_base(backbone: Backbone, adapter: Adapter) -> None:
-    """AdapterError, with both names, where the adapter was trained on another base model."""
+    """AdapterError, with both names, where the adapter was trained on another base model.
+
+    A model that was fine-tuned from the adapter's base counts as that base.
+    """
     made_for = adapter.info.base_fingerprint
-    if made_for and made_for != backbone.fingerprint:
+    if made_for and _differing_bits(made_for, backbone.fingerprint) > STRANGER:
         raise AdapterError(
             f"the adapter was trained on '{adapter.info.base}' ({made_for}), this base is "
             f"'{backbone.name}' ({backbone.fingerprint}): pass the first as the base, or accept "
             "the second with --other-base."
         )
+
+
+def _differing_bits(one: str, other: str) -> int:
+    """In how many of 64 bits two fingerprints differ; all, where one is none."""
+    if not re.fullmatch(r"[0-9a-f]{16}", one):
+        return 64
+    return (int(one, 16) ^ int(other, 16)).bit_count()
 
 
 @torch.no_grad()
