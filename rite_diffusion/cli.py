@@ -193,6 +193,26 @@ def convert(
 
 
 @app.command()
+def card(file: Annotated[Path, typer.Argument(help="An adapter, .safetensors.")]) -> None:
+    """Write an adapter's model card, README.md, beside its file."""
+    from rite_diffusion.publishing import write_card
+
+    print(write_card(file))
+
+
+@app.command()
+def push(
+    file: Annotated[Path, typer.Argument(help="An adapter, .safetensors.")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see it.")] = False,
+) -> None:
+    """Upload an adapter and its card to a hub repository, private unless asked."""
+    from rite_diffusion.publishing import push as pushed
+
+    print(pushed(file, repository, private=not public))
+
+
+@app.command()
 def doctor() -> None:
     """Show versions, devices and what is missing, with how to get it."""
     from rite_diffusion.doctor import examine
