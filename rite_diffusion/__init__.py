@@ -12,9 +12,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["RiteError", "__version__", "generate", "inspect", "train"]
+__all__ = ["RiteError", "__version__", "convert", "generate", "inspect", "train"]
 
 _HOMES = {
+    "convert": "rite_diffusion.conversion",
     "train": "rite_diffusion.recipes",
     "generate": "rite_diffusion.recipes",
     "inspect": "rite_diffusion.recipes",
@@ -22,6 +23,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from rite_diffusion.conversion import convert
     from rite_diffusion.recipes import generate, inspect, train
     from rite_diffusion.types import RiteError
 

@@ -155,6 +155,9 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder for the pictures, or one .png.")] = Path(
         "outputs"
     ),
+    other_base: Annotated[
+        bool, typer.Option("--other-base", help="Use adapters on a base they were not made for.")
+    ] = False,
 ) -> None:
     """Make pictures of a prompt, with any number of adapters."""
     from rite_diffusion import recipes
@@ -171,6 +174,7 @@ def generate(
         width=width,
         height=height,
         out=out,
+        other_base=other_base,
     )
     for image in images:
         print(image.info["path"])
@@ -183,6 +187,50 @@ def inspect(file: Annotated[Path, typer.Argument(help="An adapter, .safetensors.
     from rite_diffusion.terminal import describe_adapter
 
     describe_adapter(file, recipes.inspect(file))
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="An adapter: .safetensors or a PEFT folder.")],
+    to: Annotated[str, typer.Option(help="kohya, diffusers, peft or comfyui.")],
+    out: Annotated[Path | None, typer.Option(help="Default: FILE-<to> beside FILE.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Its base model, to load the export in and draw with.")
+    ] = None,
+    published_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--published-pickle",
+            help="FILE is a .pth of Mix-of-Show, Custom Diffusion or A1111; nothing in it is run.",
+        ),
+    ] = False,
+) -> None:
+    """Write an adapter in another tool's dialect and prove it by loading it back."""
+    from rite_diffusion.conversion import convert as converted
+    from rite_diffusion.terminal import describe_export
+
+    export = converted(file, to, out, base=base, published_pickle=published_pickle)
+    describe_export(export)
+
+
+@app.command()
+def card(file: Annotated[Path, typer.Argument(help="An adapter, .safetensors.")]) -> None:
+    """Write an adapter's model card, README.md, beside its file."""
+    from rite_diffusion.publishing import write_card
+
+    print(write_card(file))
+
+
+@app.command()
+def push(
+    file: Annotated[Path, typer.Argument(help="An adapter, .safetensors.")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see it.")] = False,
+) -> None:
+    """Upload an adapter and its card to a hub repository, private unless asked."""
+    from rite_diffusion.publishing import push as pushed
+
+    print(pushed(file, repository, private=not public))
 
 
 @app.command()

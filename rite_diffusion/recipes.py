@@ -8,6 +8,7 @@ from PIL.Image import Image
 
 import rite_diffusion
 from rite_diffusion.adapters import Adapter, attach, load_adapter
+from rite_diffusion.adapters.attach import check_base
 from rite_diffusion.adapters.choice import Chosen, choose_adapters
 from rite_diffusion.backbones import StableDiffusion, load_backbone
 from rite_diffusion.generation.metadata import Parameters, save_png
@@ -41,14 +42,21 @@ def train(
     return run_training(plan, Path(out) if out else default_run(plan), listen, override)
 
 
-def open_with_adapters(base: str | None, adapters: list[Chosen]) -> StableDiffusion:
-    """The base model with the adapters attached; it defaults to the base they were made for."""
+def open_with_adapters(
+    base: str | None, adapters: list[Chosen], other_base: bool = False
+) -> StableDiffusion:
+    """The base model with the adapters attached; it defaults to the base they were made for.
+
+    AdapterError where they were trained on another base, unless `other_base` accepts it.
+    """
     recorded = [each.adapter.info.base for each in adapters if each.adapter.info.base]
     base = base or (recorded[0] if recorded else "pocket")
     if base in recorded and base != "pocket" and "/" not in base and not Path(base).exists():
         raise AdapterError(f"the adapter was made for '{base}': pass its path as --base.")
     backbone = load_backbone(base)
     for index, chosen in enumerate(adapters):
+        if not other_base:
+            check_base(backbone, chosen.adapter)
         attach(backbone, chosen.adapter, f"adapter_{index}", chosen.weight)
     return backbone
 
@@ -66,16 +74,17 @@ def generate(
     width: int | None = None,
     height: int | None = None,
     out: str | Path | None = None,
+    other_base: bool = False,
     listen: Callable[[int], None] = lambda done: None,
 ) -> list[Image]:
     """Pictures of a prompt, for the seeds `seed`, `seed + 1`, …; adapters are `FILE[:WEIGHT]`.
 
     Pictures are made one at a time, so each depends on its own parameters alone. With `out`, a
     folder or for one picture a `.png`, they are written as PNGs that carry their parameters;
-    `image.info["path"]` tells where.
+    `image.info["path"]` tells where. Adapters of another base are refused, unless `other_base`.
     """
     chosen = choose_adapters(adapters)
-    backbone = open_with_adapters(base, chosen)
+    backbone = open_with_adapters(base, chosen, other_base)
     width, height = width or backbone.resolution, height or backbone.resolution
     for side in (width, height):
         if side % backbone.multiple or not 0 < side <= 4096:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rite_diffusion.adapters import Adapter
+from rite_diffusion.conversion import Export
 from rite_diffusion.demo import DemoResult
 from rite_diffusion.doctor import Finding
 from rite_diffusion.plan import Plan
@@ -131,12 +132,35 @@ def describe_adapter(path: Path, adapter: Adapter) -> None:
     print(f"{'file':<17}{path} ({path.stat().st_size / 1e6:.2f} MB)")
     for key, value in facts.items():
         print(f"{key.replace('_', ' '):<17}{value or 'not stated'}")
-    print(f"{'rank':<17}{ranks}")
+    print(f"{'dialect':<17}{adapter.dialect}")
+    print(f"{'rank':<17}{ranks or 'no layers'}")
     modules = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     print(f"{'modules':<17}{len(adapter.pairs)} ({modules}), {parameters:,} parameters")
+    for word, rows in adapter.tokens.items():
+        layers, count, width = rows.shape
+        print(f"{'token':<17}{word} ({layers} layers of {count} x {width})")
+    for note in adapter.notes:
+        print(f"{'note':<17}{note}")
     if config:
         print("trained with")
         print("\n".join(f"    {line}" for line in config.strip().splitlines()))
+
+
+def describe_export(export: Export) -> None:
+    """Print what was written and what its checks showed."""
+    _line("read", f"{len(export.adapter.pairs)} modules in {export.adapter.dialect}'s names")
+    for note in export.adapter.notes:
+        _line("note", note)
+    _line("wrote", str(export.path))
+    for path in export.embeddings:
+        _line("embedding", str(path))
+    for word in export.lossy:
+        _line("lossy", f"the layers of {word} are averaged: no other tool keeps them apart")
+    for check in export.checks:
+        text = f"{check.modules} modules, largest relative difference {check.difference:.1e}"
+        _line("verified", f"{text}, by {check.reader}")
+    if export.pixels is not None:
+        _line("pictures", f"largest difference {export.pixels} of 255, original against export")
 
 
 def describe_findings(findings: list[Finding]) -> None:

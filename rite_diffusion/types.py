@@ -64,13 +64,16 @@ class Photo:
 class LoraPair:
     """The factors of one adapted layer: delta W = scale * up @ down.
 
-    `down` is (rank, in) or (rank, in, k, k), `up` is (out, rank) or (out, rank, 1, 1).
+    `down` is (rank, in) or (rank, in, k, k), `up` is (out, rank) or (out, rank, 1, 1). With a
+    `magnitude` m (out,) the layer is a DoRA (Liu et al. 2024, Eq. 5): its adapted weight is
+    m * (W + delta W) / |W + delta W|, norms taken over each output's weights.
     """
 
     name: str  # the module's name in adapter files: "lora_unet_mid_block_attentions_0_…_to_q"
     down: Tensor
     up: Tensor
     scale: float
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -80,10 +83,13 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser is told about a batch of prompts."""
+    """What the denoiser is told about a batch of prompts.
+
+    A backbone makes it and takes it; whoever stands between hands it on unread.
+    """
 
     states: Tensor  # (B, tokens, width)
-    extra: dict[str, Tensor] = field(default_factory=dict)  # pooled embeddings, size ids, …
+    extra: dict[str, Tensor] = field(default_factory=dict)  # (B, …) each: pooled embeddings, …
 
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]

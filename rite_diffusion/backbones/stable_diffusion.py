@@ -1,16 +1,22 @@
 """Stable Diffusion 1.x and 2.x, and the pocket base: one CLIP text encoder, UNet, autoencoder."""
 
 import hashlib
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
+from rite_diffusion.backbones.fingerprint import fingerprint
 from rite_diffusion.types import BackboneError, Conditioning, PredictionType
 
+Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
+
+_CLIP = ("q_proj", "k_proj", "v_proj", "out_proj")
 PROJECTIONS = {
     "unet": ("to_q", "to_k", "to_v", "to_out.0"),
-    "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "text_encoder": _CLIP,
+    "text_encoder_2": _CLIP,
 }
 
 
@@ -19,11 +25,11 @@ class StableDiffusion:
 
     multiple = 8
 
-    def __init__(
-        self, pipeline: StableDiffusionPipeline, name: str, device: torch.device, attention: str
-    ):
+    def __init__(self, pipeline: Pipeline, name: str, device: torch.device, attention: str):
         for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             model.requires_grad_(False).eval().to(device)
+        if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
+            pipeline.vae.float()  # SDXL's overflows in half precision
         self.name = name
         self.device = device
         self.attention = attention
@@ -39,7 +45,7 @@ class StableDiffusion:
             raise BackboneError(f"{name} predicts '{self.prediction_type}', which is not supported")
         self._scheduler_config = pipeline.scheduler.config
         self.resolution: int = self.unet.config.sample_size * self.pixels_per_latent
-        self.fingerprint = self._fingerprint()
+        self.fingerprint = fingerprint([self.unet.conv_in.weight, self.unet.conv_out.weight])
 
     @property
     def components(self) -> dict[str, nn.Module]:
@@ -55,14 +61,6 @@ class StableDiffusion:
     def token_budget(self) -> int:
         """Tokens that a prompt may have, begin and end marks excluded."""
         return self.tokenizer.model_max_length - 2
-
-    def _fingerprint(self) -> str:
-        """First 16 hex digits of a SHA-256 over the UNet's first and last weights, as fp16."""
-        digest = hashlib.sha256()
-        for layer in (self.unet.conv_in, self.unet.conv_out):
-            digest.update(str(tuple(layer.weight.shape)).encode())
-            digest.update(layer.weight.detach().to("cpu", torch.float16).numpy().tobytes())
-        return digest.hexdigest()[:16]
 
     def encoder_fingerprint(self) -> str:
         """First 16 hex digits of a SHA-256 over the autoencoder's encoding half."""
@@ -106,14 +104,8 @@ class StableDiffusion:
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """The text encoder's last hidden states (B, tokens, width); over-long prompts are cut."""
-        ids = self.tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        return Conditioning(self.text_encoder(ids.to(self.device)).last_hidden_state)
+        ids = token_ids(self.tokenizer, prompts).to(self.device)
+        return Conditioning(self.text_encoder(ids).last_hidden_state)
 
     def token_count(self, prompt: str) -> int:
         """Number of the prompt's tokens, begin and end marks excluded."""
@@ -133,3 +125,14 @@ class StableDiffusion:
         scheduler = DDIMScheduler.from_config(self._scheduler_config, clip_sample=False)
         assert isinstance(scheduler, DDIMScheduler)
         return scheduler
+
+
+def token_ids(tokenizer: Any, prompts: list[str]) -> Tensor:
+    """The prompts' tokens (B, length), padded or cut to the tokenizer's length."""
+    return tokenizer(
+        prompts,
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids

@@ -15,7 +15,7 @@ class PlainLora(Method):
 
     def __init__(self, backbone: Backbone, config: TrainConfig):
         super().__init__(backbone, config)
-        self.components = ["unet", "text_encoder"] if config.lora.text_encoder else ["unet"]
+        self.components = list(backbone.components) if config.lora.text_encoder else ["unet"]
         targets = {name: backbone.lora_targets(name) for name in self.components}
         rank, alpha = config.lora.rank, config.lora.alpha or config.lora.rank
         with torch.random.fork_rng(devices=[]):
@@ -23,9 +23,8 @@ class PlainLora(Method):
             inject(backbone, NAME, targets, rank, alpha)
 
     def groups(self) -> list[dict]:
-        """A group for the UNet's pairs and one for the text encoder's."""
+        """A group for the UNet's pairs and one for each text encoder's."""
         optim = self.config.optim
-        rates = {"unet": optim.lr_unet, "text_encoder": optim.lr_text_encoder}
         return [
             {
                 "name": component,
@@ -34,7 +33,7 @@ class PlainLora(Method):
                     for name, parameter in self.backbone.components[component].named_parameters()
                     if parameter.requires_grad
                 ],
-                "lr": rates[component],
+                "lr": optim.lr_unet if component == "unet" else optim.lr_text_encoder,
                 "weight_decay": optim.weight_decay,
             }
             for component in self.components
