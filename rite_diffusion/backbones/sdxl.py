@@ -14,7 +14,7 @@ class StableDiffusionXL(StableDiffusion):
         super().__init__(pipeline, name, device, attention)
         self.text_encoder_2 = pipeline.text_encoder_2.requires_grad_(False).eval().to(device)
         self.tokenizer_2 = pipeline.tokenizer_2
-        self._empty_is_zero: bool = pipeline.config.force_zeros_for_empty_prompt
+        self._empty_is_zero: bool = pipeline.config["force_zeros_for_empty_prompt"]
 
     @property
     def components(self) -> dict[str, nn.Module]:

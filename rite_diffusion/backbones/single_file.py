@@ -45,7 +45,12 @@ from rite_diffusion.backbones.checkpoint import (
 )
 from rite_diffusion.backbones.clip_tokenizer import clip_tokenizer
 from rite_diffusion.backbones.stable_diffusion import Pipeline
-from rite_diffusion.backbones.text_checkpoint import load_clip, load_open_clip, text_config
+from rite_diffusion.backbones.text_checkpoint import (
+    load_clip,
+    load_open_clip,
+    load_projected_clip,
+    text_config,
+)
 from rite_diffusion.types import BackboneError
 
 Config = dict[str, Any]
@@ -72,13 +77,13 @@ def load_single_file(path: Path, dtype: torch.dtype = torch.float32) -> Pipeline
     if layout is SDXL:
         return StableDiffusionXLPipeline(
             text_encoder=load_clip(checkpoint, texts[XL_CLIP], dtype, XL_CLIP),
-            text_encoder_2=load_open_clip(checkpoint, texts[XL_OPEN_CLIP], dtype, XL_OPEN_CLIP),
+            text_encoder_2=load_projected_clip(checkpoint, texts[XL_OPEN_CLIP], dtype),
             tokenizer=clip_tokenizer(),
             tokenizer_2=clip_tokenizer(pad_token="!"),
             **parts,
         )
     if layout is SD2:
-        parts["text_encoder"] = load_open_clip(checkpoint, texts[OPEN_CLIP], dtype, OPEN_CLIP)
+        parts["text_encoder"] = load_open_clip(checkpoint, texts[OPEN_CLIP], dtype)
         parts["tokenizer"] = clip_tokenizer(pad_token="!")
     else:
         parts["text_encoder"] = load_clip(checkpoint, texts[CLIP], dtype)

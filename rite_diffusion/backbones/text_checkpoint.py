@@ -81,28 +81,39 @@ def load_clip(
     return filled(model, part, flat, checkpoint.path)
 
 
-def load_open_clip(
-    checkpoint: Checkpoint, config: Config, dtype: torch.dtype, start: str
-) -> CLIPTextModel | CLIPTextModelWithProjection:
-    """OpenCLIP's text encoder; SDXL's has the projection of the pooled state."""
-    used = range(config["num_hidden_layers"])
-    part = {
-        name: tensor
-        for name, tensor in checkpoint.read(start, dtype).items()
-        if _layer(name) is None or _layer(name) in used
+def load_open_clip(checkpoint: Checkpoint, config: Config, dtype: torch.dtype) -> CLIPTextModel:
+    """SD2's text encoder."""
+    part, weights = _read_open_clip(checkpoint, config, dtype, OPEN_CLIP)
+    with init_empty_weights():
+        model = CLIPTextModel(CLIPTextConfig(**config))
+    return filled(model, part, weights, checkpoint.path)
+
+
+def load_projected_clip(
+    checkpoint: Checkpoint, config: Config, dtype: torch.dtype
+) -> CLIPTextModelWithProjection:
+    """SDXL's second text encoder, with the projection of the pooled state."""
+    part, weights = _read_open_clip(checkpoint, config, dtype, XL_OPEN_CLIP)
+    nested = {
+        name if name.startswith("text_projection") else f"text_model.{name}": tensor
+        for name, tensor in weights.items()
     }
+    with init_empty_weights():
+        model = CLIPTextModelWithProjection(CLIPTextConfig(**config))
+    return filled(model, part, nested, checkpoint.path)
+
+
+def _read_open_clip(
+    checkpoint: Checkpoint, config: Config, dtype: torch.dtype, start: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The used part of a file, and the same under transformers' names."""
+    used = (None, *range(config["num_hidden_layers"]))
+    read = checkpoint.read(start, dtype)
+    part = {name: tensor for name, tensor in read.items() if _layer(name) in used}
     weights: dict[str, Tensor] = {}
     for name, tensor in part.items():
         weights |= _open_clip_weights(name.removeprefix(start), tensor, checkpoint)
-    kind = CLIPTextModelWithProjection if start == XL_OPEN_CLIP else CLIPTextModel
-    if kind is CLIPTextModelWithProjection:
-        weights = {
-            name if name.startswith("text_projection") else f"text_model.{name}": tensor
-            for name, tensor in weights.items()
-        }
-    with init_empty_weights():
-        model = kind(CLIPTextConfig(**config))
-    return filled(model, part, weights, checkpoint.path)
+    return part, weights
 
 
 def _layer(name: str) -> int | None:
