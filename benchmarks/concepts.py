@@ -9,12 +9,14 @@ Writes results/concepts.json and concepts.png.
 import argparse
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 from machine import RESULTS, write_result
 from prompts import CONCEPTS, article
 
 from rite_diffusion.adapters import attach, detach, load_adapter
+from rite_diffusion.backbones import load_backbone
 from rite_diffusion.config import parse_assignments
 from rite_diffusion.demo import example_photos
 from rite_diffusion.evaluation.judge import load_judge
@@ -41,17 +43,28 @@ def draw(backbone: Backbone, prompts: list[str], seeds: list[int]) -> list:
 def object_accuracy(backbone: Backbone, seeds: list[int]) -> float:
     """Share of trigger-free prompts, over all nouns, whose object is right."""
     judge = load_judge()
-    grounds = judge.colour_names
-    right = 0
-    for index, noun in enumerate(judge.noun_names):
-        prompt = f"{article(noun)} on {article(grounds[index % len(grounds)])} background"
-        right += judge.nouns(draw(backbone, [prompt], seeds)).count(noun)
-    return right / len(judge.noun_names) / len(seeds)
+    nouns, grounds, flags = judge.noun_names, judge.colour_names, []
+    prompts = [
+        f"{article(noun)} on {article(grounds[index % len(grounds)])} background"
+        for index, noun in enumerate(nouns)
+    ]
+    for seed in seeds:
+        for first in range(0, len(nouns), 32):
+            part = slice(first, first + 32)
+            images = sample(backbone, prompts[part], [seed] * len(prompts[part]))
+            flags += [a == b for a, b in zip(judge.nouns(images), nouns[part], strict=True)]
+    return share(flags)
 
 
 def share(flags: list[bool]) -> float:
     """The share of true ones."""
     return sum(flags) / len(flags)
+
+
+@cache
+def objects_of_base() -> float:
+    """Object accuracy of the pocket base without an adapter."""
+    return object_accuracy(load_backbone("pocket"), SEEDS[:2])
 
 
 def measure(name: str, settings: dict, folder: Path) -> tuple[dict, list]:
@@ -64,7 +77,6 @@ def measure(name: str, settings: dict, folder: Path) -> tuple[dict, list]:
     prompts, grounds = zip(*new_prompts(trigger, colours), strict=True)
     photos = [photo.image for photo in plan.folder.photos]
     before = draw(plan.backbone, prompts, SEEDS)
-    objects_before = object_accuracy(plan.backbone, SEEDS[:2])
     start = time.perf_counter()
     path = run_training(plan, folder / name)
     seconds = time.perf_counter() - start
@@ -84,7 +96,7 @@ def measure(name: str, settings: dict, folder: Path) -> tuple[dict, list]:
         "background": share(
             [a == b for a, b in zip(judge.colours(after), wanted_grounds, strict=True)]
         ),
-        "objects_before": objects_before,
+        "objects_before": objects_of_base(),
         "objects": objects_after,
         "class_noun_kept": share([found == class_noun for found in class_after]),
         "training_seconds": seconds,

@@ -115,6 +115,7 @@ def plan_training(config: TrainConfig, listen: Callable[[str], None] = lambda li
     side = config.resolution or backbone.resolution
     if side % backbone.multiple:
         raise ConfigError(f"resolution {side} is not a multiple of {backbone.multiple} pixels")
+    _check_rank(backbone, config)
     config = config.model_copy(update={"resolution": side})
     groups, held_out = _hold_out(folders, config)
     photos = balanced(groups) if config.balance else [photo for group in groups for photo in group]
@@ -122,6 +123,21 @@ def plan_training(config: TrainConfig, listen: Callable[[str], None] = lambda li
     if class_photos:
         photos = balanced([photos, class_photos])
     return Plan(config, backbone, joined(folders), photos, class_photos, held_out)
+
+
+def _check_rank(backbone: StableDiffusion, config: TrainConfig) -> None:
+    """ConfigError for a rank that the narrowest adapted layer cannot have."""
+    parts = ["unet", "text_encoder"] if config.lora.text_encoder else ["unet"]
+    widths = [
+        min(backbone.components[part].get_submodule(path).weight.shape)
+        for part in parts
+        for path in backbone.lora_targets(part)
+    ]
+    if config.lora.rank > min(widths):
+        raise ConfigError(
+            f"lora.rank = {config.lora.rank} is more than the narrowest layer of {config.base} has "
+            f"({min(widths)}): choose a smaller rank."
+        )
 
 
 def _read(source: PhotoSource) -> PhotoFolder:

@@ -47,7 +47,7 @@ def two(tmp_path, monkeypatch):
             shade = (60 * index, 10 * count, 200)
             Image.new("RGB", (80, 80), shade).save(tmp_path / folder / f"{index}.png")
     (tmp_path / "two.toml").write_text(TWO)
-    return read_toml(tmp_path / "two.toml")
+    return read_toml(tmp_path / "two.toml") | {"prior": {"weight": 0}}
 
 
 def test_a_photo_folder_inherits_what_it_leaves_out(two):

@@ -16,7 +16,7 @@ import rite_diffusion as rite
 from rite_diffusion import run as run_module
 from rite_diffusion.training import loop
 from rite_diffusion.types import ConfigError, RunError
-from runs import same_run, train
+from runs import Stop, crash_at, same_run, train
 
 OUT_OF_MEMORY = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
 
@@ -91,8 +91,8 @@ def _train_with_little_room(photos, out, limit):
 
 def test_a_full_disk_leaves_the_checkpoint_before_it(photos, tmp_path, monkeypatch):
     whole, full = tmp_path / "whole", tmp_path / "full"
-    with pytest.raises(InterruptedError):
-        train(photos, full, **killable.SETTINGS, listen=_interrupt_after(5))
+    with pytest.raises(Stop):
+        train(photos, full, **killable.SETTINGS, listen=crash_at(5))
     before = load_file(full / "checkpoints/step-000004/adapter.safetensors")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     context = multiprocessing.get_context("forkserver")
@@ -107,14 +107,6 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(photos, tmp_path, monkeypat
     killable.run(photos, full)
     killable.run(photos, whole)
     same_run(whole, full)
-
-
-def _interrupt_after(step):
-    def listen(report):
-        if report.step == step:
-            raise InterruptedError
-
-    return listen
 
 
 def test_a_tracker_that_is_not_installed_is_named(photos, tmp_path, monkeypatch):

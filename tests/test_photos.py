@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from rite_diffusion.config import AugmentSection
 from rite_diffusion.photos.buckets import (
@@ -255,3 +256,33 @@ def test_photos_keep_their_shape_in_buckets(tmp_path, pocket):
     data = encode_photos(pocket, found, Encoding(64, bucketed=True))
     assert [latents.shape for latents in data.latents] == [(8, 16, 16), (8, 20, 12), (8, 12, 20)]
     assert data.buckets == [[0], [1], [2]]
+
+
+def test_more_broken_pictures_than_whole_ones_are_refused(photos):
+    for index in range(3):
+        (photos / f"broken{index}.jpg").write_text("x")
+    assert len(read_folder(photos, CONCEPT, TEMPLATES).skipped) == 3
+    (photos / "broken3.jpg").write_text("x")
+    with pytest.raises(PhotoFolderError, match="broken0.jpg: not a picture.*take the broken ones"):
+        read_folder(photos, CONCEPT, TEMPLATES)
+
+
+def test_a_text_bomb_in_a_png_is_skipped(photos):
+    info = PngInfo()
+    info.add_text("a", "x" * 80_000_000, zip=True)
+    Image.new("RGB", (64, 64)).save(photos / "bomb.png", pnginfo=info)
+    assert (photos / "bomb.png").stat().st_size < 200_000
+    found = read_folder(photos, CONCEPT, TEMPLATES)
+    assert [path.name for path, _ in found.skipped] == ["bomb.png"]
+
+
+def test_odd_names_are_kept_and_loops_of_links_end(photos):
+    odd = ["猫 é.png", "line\nbreak.png", "..dots..png", "0.PNG"]
+    for name in odd:
+        Image.new("RGB", (64, 64)).save(photos / name, "PNG")
+    (photos / "3_loop").symlink_to(photos)
+    (photos / "self.png").symlink_to(photos / "self.png")
+    found = read_folder(photos, CONCEPT, TEMPLATES)
+    names = {photo.path.name for photo in found.photos}
+    assert names == {"0.png", "1.png", "2.png", *odd} - {"..dots..png"}
+    assert all(photo.path.parent == photos for photo in found.photos)

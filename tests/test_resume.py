@@ -119,7 +119,7 @@ def test_changed_settings_or_photos_are_shown_and_need_an_override(photos, tmp_p
     run = tmp_path / "run"
     with pytest.raises(Stop):
         train(photos, run, listen=crash_at(2))
-    with pytest.raises(RunError, match="optim.lr: 0.002 -> 0.001") as fault:
+    with pytest.raises(RunError, match="optim.lr: 0.0005 -> 0.001") as fault:
         train(photos, run, optim={"lr": 1e-3})
     assert "--override" in str(fault.value)
     (photos / "0.txt").write_text("a <thing> on a purple background")
@@ -142,6 +142,7 @@ def test_the_same_command_goes_on_and_a_new_one_takes_a_new_folder(photos, tmp_p
 def test_a_signal_leaves_a_valid_adapter_and_says_so(photos, tmp_path, number):
     run = tmp_path / "run"
     line = ["train", str(photos), "--trigger", "<t>", "--class", "toy", "--steps", "5000"]
+    line += ["--set", "prior.weight=0"]
     code = "from rite_diffusion.cli import main; main()"
     command = [sys.executable, "-c", code, *line, "--out", str(run)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

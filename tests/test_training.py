@@ -44,7 +44,7 @@ def test_a_run_leaves_the_folder_that_the_design_names(photos, tmp_path):
     ]
     assert not (run / "lock").exists()
     config = from_toml((run / "config.toml").read_text())
-    assert (config.steps, config.resolution, config.optim.lr) == (3, 64, 2e-3)
+    assert (config.steps, config.resolution, config.optim.lr) == (3, 64, 5e-4)
     info = rite.inspect(adapter).info
     assert (info.trigger, info.class_noun, info.base, info.steps) == (
         "<thing>",
@@ -226,6 +226,15 @@ def test_a_probe_finds_the_rate_and_a_resumed_run_keeps_it(photos, tmp_path, mon
     assert rite.inspect(whole).info.steps == "4"
 
 
+def test_a_compiled_denoiser_is_asked_for_and_put_back(photos, pocket, monkeypatch):
+    calls = []
+    monkeypatch.setattr(pocket.unet, "compile", lambda: calls.append("compiled"))
+    pocket.compile_denoiser(True)
+    pocket.compile_denoiser(False)
+    assert calls == ["compiled"] and pocket.unet._compiled_call_impl is None
+
+
+@pytest.mark.full_size  # torch.compile takes minutes on a CPU
 def test_a_compiled_denoiser_trains_the_same(photos, tmp_path):
     settings = {"steps": 2, "previews": {"every": 0}, "optim": {"name": "sgd"}}
     plain = rite.inspect(train(photos, tmp_path / "plain", **settings))
@@ -258,7 +267,7 @@ def test_the_cost_of_a_plan_is_measured_and_leaves_nothing(photos):
 def test_two_processes_equal_one_with_twice_the_batch(photos, tmp_path, unused_port):
     script = Path(__file__).parents[1] / "train/concept.py"
     line = [str(photos), "--trigger", "<t>", "--class", "toy", "--steps", "3"]
-    line += ["--set", "previews.every=0", "--set", "optim.name=sgd"]
+    line += ["--set", "previews.every=0", "--set", "optim.name=sgd", "--set", "prior.weight=0"]
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={unused_port}"]
     for name, start, batch in (("two", launch, 2), ("one", [], 4)):
         command = [sys.executable, *start, str(script), *line, "--set", f"batch={batch}"]

@@ -60,7 +60,7 @@ class AugmentSection(Section):
     views: int = Field(
         default=1, ge=1, le=1000, description="differently drawn views of each picture"
     )
-    crop: float = Field(default=0.0, ge=0, le=0.5, description="most that is cut off each side")
+    crop: float = Field(default=0.0, ge=0, le=0.5, description="most that is cut off each length")
     colour: float = Field(
         default=0.0, ge=0, le=0.5, description="most that brightness, contrast, saturation change"
     )

@@ -56,14 +56,15 @@ def _uniform(low: float, high: float, draws: torch.Generator) -> float:
 
 
 def _cut(photo: Photo, size: tuple[int, int], most: float, draws: torch.Generator) -> View:
-    """The photo less up to a share `most` of each side."""
+    """A part of the photo, of its shape and anywhere in it, at least 1 - `most` of each side."""
     width, height = photo.image.size
-    left, top, right, bottom = (_uniform(0, most, draws) for _ in range(4))
+    kept = 1 - _uniform(0, most, draws)
+    left, top = (_uniform(0, 1 - kept, draws) for _ in range(2))
     box = (
         round(left * width),
         round(top * height),
-        width - round(right * width),
-        height - round(bottom * height),
+        round((left + kept) * width),
+        round((top + kept) * height),
     )
     mask = photo.mask and photo.mask.crop(box)
     return View(fit(photo.image.crop(box), *size), photo.caption, _fit_mask(mask, size), None)
@@ -84,9 +85,10 @@ def _scaled(view: View, draws: torch.Generator) -> View:
     """
     scale = _uniform(*SCALES, draws)
     inner = (round(view.image.width * scale), round(view.image.height * scale))
-    image, valid = _placed(view.image, inner, "gray"), Image.new("L", inner, 255)
+    image = _placed(view.image, inner, "gray")
     mask = view.mask and _placed(view.mask, inner, "black")
-    return View(image, _told(view.caption, scale, draws), mask, _placed(valid, inner, "black"))
+    valid = _placed(Image.new("L", view.image.size, 255), inner, "black")
+    return View(image, _told(view.caption, scale, draws), mask, valid)
 
 
 def _placed(image: Image.Image, inner: tuple[int, int], ground: str) -> Image.Image:

@@ -134,7 +134,8 @@ def read_folder(
     """The folder's photos in the order of their names, captioned, each `repeats` times an epoch.
 
     A photo without a caption of its own gets one of `templates` in turn; `{trigger}` and
-    `{class_noun}` are filled in everywhere. Raises PhotoFolderError where no photo is usable.
+    `{class_noun}` are filled in everywhere. Raises PhotoFolderError where no photo is usable, or
+    more pictures are broken than whole.
     """
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
@@ -159,7 +160,8 @@ def read_folder(
                 captioned += bool(text)
         missing = sorted(set(listed) - {path.name for path in _pictures(place)})
         skipped += [(place / name, "named in metadata.jsonl, but not there") for name in missing]
-    if not photos:
+    broken = [path for path, _ in skipped if path.suffix.lower() in SUFFIXES and path.exists()]
+    if not photos or len(broken) > len(photos):
         raise PhotoFolderError(_nothing_usable(folder, skipped))
     return PhotoFolder(photos, skipped, captioned)
 
@@ -179,7 +181,10 @@ def _pictures(folder: Path) -> list[Path]:
 def _nothing_usable(folder: Path, skipped: list[tuple[Path, str]]) -> str:
     if skipped:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped[:5])
-        return f"no usable image in {folder} ({reasons}). Add some .jpg, .png or .webp photos."
+        return (
+            f"no usable image in {folder}, or fewer than broken ones ({reasons}). Add whole .jpg, "
+            ".png or .webp photos, or take the broken ones out."
+        )
     below = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
     hint = f" It holds the folders {', '.join(below[:5])}: pass one of them." if below else ""
     return (
