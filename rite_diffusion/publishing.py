@@ -28,7 +28,7 @@ def push(file: str | Path, repository: str, *, private: bool = True) -> str:
     or `HF_TOKEN`.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     path = Path(file).expanduser()
     text = card(load_adapter(path), path.name)
@@ -40,7 +40,7 @@ def push(file: str | Path, repository: str, *, private: bool = True) -> str:
         api = HfApi()
         api.create_repo(repository, private=private, exist_ok=True)
         done = api.create_commit(repository, files, commit_message=f"Add {path.name}")
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise AdapterError(
             f"{path.name} did not reach '{repository}' ({reason}): check the name and the network, "

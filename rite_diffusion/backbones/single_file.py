@@ -186,12 +186,13 @@ def check_sizes(path: Path, unet: Config, vae: Config, texts: list[Config]) -> N
     tokens = min(clip["vocab_size"] for clip in texts)
     positions = min(clip["max_position_embeddings"] for clip in texts)
     odd = [c["hidden_size"] for c in texts if c["hidden_size"] % c["num_attention_heads"]]
+    odd_widths = " and ".join(map(str, odd))
     faults = [
         (channels == 9, "it is an inpainting model (9 input channels)"),
         (channels != latents, f"its UNet takes {channels} channels, its latents have {latents}"),
         (attended != states, f"its UNet reads text of width {attended}, its CLIP gives {states}"),
         (any(width % 32 for width in widths), f"widths {widths} are not all multiples of 32"),
-        (bool(odd), f"CLIP's width {odd} is no multiple of 64"),
+        (bool(odd), f"CLIP's width {odd_widths} is no multiple of 64"),
         (tokens < TOKENS, f"it knows {tokens} tokens, CLIP's tokenizer {TOKENS}"),
         (positions < POSITIONS, f"it reads {positions} tokens, CLIP's tokenizer gives {POSITIONS}"),
     ]
