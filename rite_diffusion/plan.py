@@ -171,10 +171,11 @@ def _class_photos(
     """Pictures of the concepts' classes: from the folders that are given, else the base's own."""
     photos: list[Photo] = []
     for source in {source.concept: source for source in config.sources()}.values():
-        prompt = config.prior.prompt.replace("{class_noun}", source.concept.class_noun)
+        noun = source.concept.class_noun
+        prompts = [prompt.replace("{class_noun}", noun) for prompt in config.prior.prompts]
         if source.class_photos:
             folder = Path(source.class_photos).expanduser()
         else:
-            folder = class_pictures(backbone, prompt, config.prior.count, listen)
-        photos += read_folder(folder, source.concept, [prompt]).photos
+            folder = class_pictures(backbone, prompts, config.prior.count, listen)
+        photos += read_folder(folder, source.concept, prompts).photos
     return [replace(photo, weight=config.prior.weight) for photo in photos]
