@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rite_diffusion.backbones import StableDiffusion, load_backbone
 from rite_diffusion.config import PhotoSource, TrainConfig, load_preset, merge, resolve
@@ -128,11 +129,12 @@ def plan_training(config: TrainConfig, listen: Callable[[str], None] = lambda li
 def _check_rank(backbone: StableDiffusion, config: TrainConfig) -> None:
     """ConfigError for a rank that the narrowest adapted layer cannot have."""
     parts = ["unet", "text_encoder"] if config.lora.text_encoder else ["unet"]
-    widths = [
-        min(backbone.components[part].get_submodule(path).weight.shape)
+    layers = [
+        backbone.components[part].get_submodule(path)
         for part in parts
         for path in backbone.lora_targets(part)
     ]
+    widths = [min(e.in_features, e.out_features) for e in layers if isinstance(e, nn.Linear)]
     if config.lora.rank > min(widths):
         raise ConfigError(
             f"lora.rank = {config.lora.rank} is more than the narrowest layer of {config.base} has "
