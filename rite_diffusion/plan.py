@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from rite_diffusion.backbones import StableDiffusion, load_backbone
 from rite_diffusion.config import PhotoSource, TrainConfig, load_preset, merge, resolve
@@ -128,11 +129,12 @@ def plan_training(config: TrainConfig, listen: Callable[[str], None] = lambda li
 def _check_rank(backbone: StableDiffusion, config: TrainConfig) -> None:
     """ConfigError for a rank that the narrowest adapted layer cannot have."""
     parts = ["unet", "text_encoder"] if config.lora.text_encoder else ["unet"]
-    widths = [
-        min(backbone.components[part].get_submodule(path).weight.shape)
+    layers = [
+        backbone.components[part].get_submodule(path)
         for part in parts
         for path in backbone.lora_targets(part)
     ]
+    widths = [min(e.in_features, e.out_features) for e in layers if isinstance(e, nn.Linear)]
     if config.lora.rank > min(widths):
         raise ConfigError(
             f"lora.rank = {config.lora.rank} is more than the narrowest layer of {config.base} has "
@@ -171,10 +173,11 @@ def _class_photos(
     """Pictures of the concepts' classes: from the folders that are given, else the base's own."""
     photos: list[Photo] = []
     for source in {source.concept: source for source in config.sources()}.values():
-        prompt = config.prior.prompt.replace("{class_noun}", source.concept.class_noun)
+        noun = source.concept.class_noun
+        prompts = [prompt.replace("{class_noun}", noun) for prompt in config.prior.prompts]
         if source.class_photos:
             folder = Path(source.class_photos).expanduser()
         else:
-            folder = class_pictures(backbone, prompt, config.prior.count, listen)
-        photos += read_folder(folder, source.concept, [prompt]).photos
+            folder = class_pictures(backbone, prompts, config.prior.count, listen)
+        photos += read_folder(folder, source.concept, prompts).photos
     return [replace(photo, weight=config.prior.weight) for photo in photos]

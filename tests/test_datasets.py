@@ -103,9 +103,9 @@ def test_several_concepts_become_one_adapter_with_previews_of_each(two, tmp_path
 
 def test_class_pictures_are_drawn_once_and_train_along_with_their_weight(photos, pocket):
     lines = []
-    prior = {"weight": 0.5, "count": 2}
+    prior = {"weight": 0.5, "count": 2, "prompts": ["a {class_noun}"]}
     plan = plan_training(config_of(photos, prior=prior), lines.append)
-    assert lines == ['drawing 2 pictures of "a toy"']
+    assert lines == ['drawing 2 pictures of "a toy" and the like']
     assert len(list(cache_folder().rglob("*.png"))) == 2
     again = plan_training(config_of(photos, prior=prior), lines.append)
     assert len(lines) == 1 and again.inputs() == plan.inputs()

@@ -119,8 +119,8 @@ def test_changed_settings_or_photos_are_shown_and_need_an_override(photos, tmp_p
     run = tmp_path / "run"
     with pytest.raises(Stop):
         train(photos, run, listen=crash_at(2))
-    with pytest.raises(RunError, match="optim.lr: 0.0005 -> 0.001") as fault:
-        train(photos, run, optim={"lr": 1e-3})
+    with pytest.raises(RunError, match="optim.lr: 0.001 -> 0.002") as fault:
+        train(photos, run, optim={"lr": 2e-3})
     assert "--override" in str(fault.value)
     (photos / "0.txt").write_text("a <thing> on a purple background")
     with pytest.raises(RunError, match=r"photo photos/0.png: \w+ -> \w+"):

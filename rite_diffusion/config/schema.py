@@ -81,7 +81,9 @@ class PriorSection(Section):
 
     weight: float = Field(default=0.0, ge=0, le=10, description="of their loss; 0: none")
     count: int = Field(default=24, ge=1, le=10_000, description="pictures that the base draws")
-    prompt: str = Field(default="a {class_noun}", description="what the base draws them from")
+    prompts: list[str] = Field(
+        default=["a {class_noun}"], min_length=1, description="what the base draws, in turn"
+    )
 
 
 class ObjectiveSection(Section):
