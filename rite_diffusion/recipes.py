@@ -6,17 +6,16 @@ from typing import Any
 
 from PIL.Image import Image
 
-import rite_diffusion
-from rite_diffusion.adapters import Adapter, attach, load_adapter
+from rite_diffusion.adapters import Adapter, AdapterInfo, attach, load_adapter
 from rite_diffusion.adapters.choice import Chosen, choose_adapters
 from rite_diffusion.backbones import StableDiffusion, load_backbone
-from rite_diffusion.generation.metadata import Parameters, save_png
+from rite_diffusion.generation.metadata import save_png
 from rite_diffusion.generation.output import next_file, output_target
-from rite_diffusion.generation.sampler import default_guidance, sample
+from rite_diffusion.generation.picture import complete, picture
 from rite_diffusion.plan import configure, plan_training
 from rite_diffusion.run import default_run, run_training
 from rite_diffusion.training.loop import StepReport
-from rite_diffusion.types import AdapterError, ConfigError
+from rite_diffusion.types import AdapterError
 
 
 def train(
@@ -41,13 +40,18 @@ def train(
     return run_training(plan, Path(out) if out else default_run(plan), listen, override)
 
 
-def open_with_adapters(base: str | None, adapters: list[Chosen]) -> StableDiffusion:
-    """The base model with the adapters attached; it defaults to the base they were made for."""
-    recorded = [each.adapter.info.base for each in adapters if each.adapter.info.base]
+def choose_base(base: str | None, infos: Sequence[AdapterInfo]) -> str:
+    """The base that is named, else the one that the adapters were made for, else `pocket`."""
+    recorded = [info.base for info in infos if info.base]
     base = base or (recorded[0] if recorded else "pocket")
     if base in recorded and base != "pocket" and "/" not in base and not Path(base).exists():
         raise AdapterError(f"the adapter was made for '{base}': pass its path as --base.")
-    backbone = load_backbone(base)
+    return base
+
+
+def open_with_adapters(base: str | None, adapters: list[Chosen]) -> StableDiffusion:
+    """The base model with the adapters attached; it defaults to the base they were made for."""
+    backbone = load_backbone(choose_base(base, [each.adapter.info for each in adapters]))
     for index, chosen in enumerate(adapters):
         attach(backbone, chosen.adapter, f"adapter_{index}", chosen.weight)
     return backbone
@@ -76,43 +80,24 @@ def generate(
     """
     chosen = choose_adapters(adapters)
     backbone = open_with_adapters(base, chosen)
-    width, height = width or backbone.resolution, height or backbone.resolution
-    for side in (width, height):
-        if side % backbone.multiple or not 0 < side <= 4096:
-            raise ConfigError(f"side {side} is not a multiple of {backbone.multiple} up to 4096")
-    guidance = default_guidance(backbone) if guidance is None else guidance
+    records = [each.record() for each in chosen]
+    wanted = [
+        complete(
+            backbone, records, prompt=prompt, negative=negative, seed=seed + index, steps=steps,
+            guidance=guidance, width=width, height=height,
+        )
+        for index in range(num)
+    ]  # fmt: skip
     target = None if out is None else output_target(Path(out), num)
     images = []
-    for index in range(num):
-        [image] = sample(
-            backbone,
-            [prompt],
-            [seed + index],
-            negative=negative,
-            steps=steps,
-            guidance=guidance,
-            width=width,
-            height=height,
-        )
-        facts = Parameters(
-            prompt=prompt,
-            negative=negative,
-            seed=seed + index,
-            steps=steps,
-            guidance=guidance,
-            width=width,
-            height=height,
-            base=backbone.name,
-            base_fingerprint=backbone.fingerprint,
-            adapters=[each.record() for each in chosen],
-            version=rite_diffusion.__version__,
-        )
+    for done, parameters in enumerate(wanted, 1):
+        image = picture(backbone, parameters)
         if target is not None:
             path = next_file(target) if target.is_dir() else target
-            save_png(image, path, facts)
+            save_png(image, path, parameters)
             image.info["path"] = str(path)
         images.append(image)
-        listen(index + 1)
+        listen(done)
     return images
 
 
