@@ -12,7 +12,14 @@ from rite_diffusion.ui.jobs import LIVE, read_order, state_of
 from rite_diffusion.ui.serve import Settings, launch
 
 # Settings of a training that is over in seconds, or never, as lines of the Train tab.
-SHORT = "steps = 4\nbatch = 1\npreviews.every = 2\npreviews.steps = 2\ncheckpoints.every = 2"
+SHORT = """
+prior.weight = 0
+steps = 4
+batch = 1
+previews.every = 2
+previews.steps = 2
+checkpoints.every = 2
+"""
 ENDLESS = SHORT.replace("steps = 4", "steps = 100000").replace(
     "previews.every = 2", "previews.every = 0"
 )

@@ -13,7 +13,7 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 from rite_diffusion.generation.metadata import read_parameters
 from rite_diffusion.ui.jobs import state_of
-from studio_server import end, step_of, studio, wait_for, wait_for_state
+from studio_server import ENDLESS, end, step_of, studio, wait_for, wait_for_state
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(
@@ -99,7 +99,8 @@ def start_training(page: Page, photos: Path, name: str, steps: int) -> None:
     page.locator("#advanced").get_by_text("Advanced settings").click()
     page.locator("#steps input").fill(str(steps))
     page.get_by_label("Other settings, one a line").fill(
-        "batch = 2\npreviews.every = 10\npreviews.steps = 4\ncheckpoints.every = 10"
+        "prior.weight = 0\nbatch = 2\n"
+        "previews.every = 10\npreviews.steps = 4\ncheckpoints.every = 10"
     )
     page.locator("#start").click()
 
@@ -288,7 +289,7 @@ def test_a_studio_that_ends_leaves_its_training_at_work(photos, tmp_path):
 
         files = [handle_file(str(path)) for path in sorted(photos.glob("*.png"))]
         run_name = Client(page.local_url, verbose=False).predict(
-            photos=files, trigger="<t>", class_noun="toy", settings="steps = 100000",
+            photos=files, trigger="<t>", class_noun="toy", settings=ENDLESS,
             api_name="/train",
         )  # fmt: skip
         run = tmp_path / "space/runs" / run_name

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from rite_diffusion.types import StudioError
-from rite_diffusion.ui.jobs import JobQueue, Order, read_order, reason_of, state_of, write_order
+from rite_diffusion.ui.jobs import JobQueue, Order, last_words, read_order, state_of, write_order
 from rite_diffusion.ui.presets import training_settings
 from rite_diffusion.ui.progress import POINTS, loss_curves, rate_curve, read_progress, thin
 from studio_server import ENDLESS, SHORT, end, output, pid_of, step_of, wait_for, wait_for_state
@@ -110,8 +110,8 @@ def test_a_run_that_cannot_start_says_why(tmp_path, runs, queue):
     queue.submit(runs / "toy", settings(tmp_path / "empty", SHORT))
     queue.turn()
     wait_for_state(runs / "toy", "failed")
-    assert reason_of(runs / "toy").startswith("no images in")
-    assert read_progress(runs / "toy").reason.endswith("the folder that directly holds the photos.")
+    assert last_words(runs / "toy").startswith("no images in")
+    assert read_progress(runs / "toy").words.endswith("the folder that directly holds the photos.")
 
 
 def test_a_killed_process_is_seen_and_its_number_is_not_enough(runs):

@@ -88,14 +88,14 @@ def _state_elsewhere(run: Path, told: dict[str, Any]) -> str:
     return state
 
 
-def reason_of(run: Path) -> str:
-    """Why a run failed, in its own last words."""
+def last_words(run: Path) -> str:
+    """What a run's process printed last, or wrote into its log."""
     for path in (run / "output.txt", run / "log.txt"):
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         words = text.strip().split("\n")[-1].strip()
         if words:
             return words.removeprefix("rite: ")
-    return "its process ended without a word: resume it to go on from its newest checkpoint"
+    return ""
 
 
 class JobQueue:

@@ -47,11 +47,8 @@ def in_words(handler: Callable) -> Callable:
 def _message(error: RiteError) -> gr.Error:
     """The error as Gradio shows it; it would take the text for HTML."""
     text = str(error)
-    return gr.Error(
-        escape(text[:1].upper() + text[1:], quote=False),
-        title="That did not work",
-        print_exception=False,
-    )
+    words = escape(text[:1].upper() + text[1:], quote=False)
+    return gr.Error(words, title="That did not work", print_exception=False)
 
 
 def tell(text: str) -> None:

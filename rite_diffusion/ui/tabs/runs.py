@@ -147,7 +147,7 @@ def _show(studio: Studio, space: Workspace, name: str | None, seen: str) -> list
         nothing = [gr.skip()] * 4 if seen == "none" else [gr.update(visible=False)] * 3 + [""]
         return [NO_RUNS, "", *nothing, *[gr.Button(visible=False)] * 4, "none"]
     run = read_progress(space.find("runs", name))
-    sign = f"{name} {run.state} {run.step} {len(run.previews)} {len(run.log)}"
+    sign = f"{name} {run.state} {run.step} {len(run.previews)} {len(run.log)} {run.words}"
     waiting = _waiting(studio, space)
     if sign == seen:
         return [gr.skip(), waiting, *[gr.skip()] * 8, seen]
@@ -175,12 +175,13 @@ def _status(run: Progress) -> str:
     """The state of a run in words and as a bar."""
     loss = "" if run.loss is None else f"loss {run.loss:.4f}"
     facts = [f"step {run.step} of {run.total}" if run.total else "", loss, run.left()]
-    trouble = f'<p class="trouble">{escape(run.reason)}</p>' if run.reason else ""
+    kind = "trouble" if run.state == "failed" else "note"
+    words = f'<p class="{kind}">{escape(run.words)}</p>' if run.words else ""
     line = f'<b>{escape(run.name)}</b><span class="state {run.state}">{run.state}</span>'
     return (
         f'<div class="run"><div class="line">{line}'
         f"<p>{escape(' · '.join(fact for fact in facts if fact))}</p></div>"
-        f"{progress_bar(run.step / run.total if run.total else 0)}{trouble}</div>"
+        f"{progress_bar(run.step / run.total if run.total else 0)}{words}</div>"
     )
 
 
