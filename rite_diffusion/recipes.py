@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL.Image import Image
 
-from rite_diffusion.adapters import Adapter, AdapterInfo, attach, load_adapter
+from rite_diffusion.adapters import Adapter, attach, load_adapter
 from rite_diffusion.adapters.choice import Chosen, choose_adapters
 from rite_diffusion.backbones import StableDiffusion, load_backbone
 from rite_diffusion.generation.metadata import save_png
@@ -40,18 +40,13 @@ def train(
     return run_training(plan, Path(out) if out else default_run(plan), listen, override)
 
 
-def choose_base(base: str | None, infos: Sequence[AdapterInfo]) -> str:
-    """The base that is named, else the one that the adapters were made for, else `pocket`."""
-    recorded = [info.base for info in infos if info.base]
+def open_with_adapters(base: str | None, adapters: list[Chosen]) -> StableDiffusion:
+    """The base model with the adapters attached; it defaults to the base they were made for."""
+    recorded = [each.adapter.info.base for each in adapters if each.adapter.info.base]
     base = base or (recorded[0] if recorded else "pocket")
     if base in recorded and base != "pocket" and "/" not in base and not Path(base).exists():
         raise AdapterError(f"the adapter was made for '{base}': pass its path as --base.")
-    return base
-
-
-def open_with_adapters(base: str | None, adapters: list[Chosen]) -> StableDiffusion:
-    """The base model with the adapters attached; it defaults to the base they were made for."""
-    backbone = load_backbone(choose_base(base, [each.adapter.info for each in adapters]))
+    backbone = load_backbone(base)
     for index, chosen in enumerate(adapters):
         attach(backbone, chosen.adapter, f"adapter_{index}", chosen.weight)
     return backbone

@@ -1,6 +1,8 @@
 """The studio through its API, with the page served by this process."""
 
 import json
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -53,6 +55,11 @@ def get(url: str, cookie: str = "") -> int:
             return answer.status
     except urllib.error.HTTPError as error:
         return error.code
+
+
+def test_the_page_is_laid_out_without_torch():
+    code = "import sys, rite_diffusion.ui.app; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_the_endpoints_have_stable_names_and_types(client):

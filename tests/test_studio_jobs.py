@@ -172,6 +172,8 @@ def test_progress_of_a_run_by_hand_and_of_a_file_that_is_being_written(runs):
     )
     told = read_progress(run)
     assert (told.state, told.step, told.total) == ("running", 1000, 2000)
+    with pytest.raises(StudioError, match="started in a terminal"):
+        new_queue(runs).stop(run)
     assert told.seconds_left == 1000 * 2.0 and told.left() == "about 0:33:20 left"
     assert 0.001 < told.loss < 0.01
     curves = loss_curves(told.metrics)

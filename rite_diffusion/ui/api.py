@@ -60,9 +60,7 @@ def _build_generation(studio: Studio) -> None:
             Wish(prompt, negative, seed + index, steps, guidance, width, height)
             for index in range(num)
         ]
-        frames = studio.engine.draw(
-            space, wishes, library.with_weights(space, chosen), space.base(base)
-        )
+        frames = studio.engine.draw(space, wishes, library.with_weights(space, chosen), base)
         return [file_data(frame.path) for frame in frames if frame.path is not None]
 
     gr.api(generate, api_name="generate", concurrency_id=DEVICE, concurrency_limit=1)

@@ -17,7 +17,6 @@ from rite_diffusion.generation.metadata import Parameters, save_png
 from rite_diffusion.generation.output import next_file
 from rite_diffusion.generation.picture import complete, estimates
 from rite_diffusion.generation.sampler import pictures
-from rite_diffusion.recipes import choose_base
 from rite_diffusion.ui.workspace import Workspace
 
 PAUSE = 0.3  # seconds between previews
@@ -89,9 +88,11 @@ class Engine:
         space: Workspace,
         wishes: Sequence[Wish],
         adapters: Sequence[str] = (),
-        base: str | None = None,
+        base: str = "",
     ) -> Iterator[Frame]:
         """Each step of each picture, with adapters `FILE:WEIGHT`; the last writes a PNG.
+
+        The base is what a user calls it, by default the one that the adapters were made for.
 
         Ends early where another drawing has begun: one works at a time, and a page that was closed
         may have left its own unfinished.
@@ -107,11 +108,12 @@ class Engine:
                 yield frame
 
     def _prepare(
-        self, space: Workspace, base: str | None, adapters: Sequence[str]
+        self, space: Workspace, base: str, adapters: Sequence[str]
     ) -> tuple[StableDiffusion, list[Chosen]]:
         chosen = choose_adapters(adapters)
-        name = space.base(choose_base(base, [each.adapter.info for each in chosen]))
-        backbone = self._open(name or "pocket")
+        recorded = [each.adapter.info.base for each in chosen if each.adapter.info.base]
+        named = space.base(base) or space.base(next(iter(recorded), ""))
+        backbone = self._open(named or "pocket")
         self._attach(backbone, chosen)
         return backbone, chosen
 

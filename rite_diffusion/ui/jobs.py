@@ -122,6 +122,8 @@ class JobQueue:
     def stop(self, run: Path) -> str:
         """Ask a run to end after its step; asked again after a while, kill it. Returns what was."""
         state, order = state_of(run), read_order(run)
+        if order is None and state in LIVE:
+            raise StudioError(f"'{run.name}' was started in a terminal: press Ctrl-C there.")
         process = order.process() if order else None
         if order is not None and state == "queued":
             write_order(run, replace(order, wish="stop", since=time.time()))

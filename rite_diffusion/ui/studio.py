@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 DEVICE = "device"  # concurrency_id of every event that uses the model: one at a time
 PAUSE = 1.0  # seconds between looks at the queue
+GRACE = 6.0  # seconds that the first page has before torch is imported beside it
 
 
 class Studio:
@@ -28,9 +29,11 @@ class Studio:
         self.queue = JobQueue(self.all_runs, _devices)
         self._engine: Engine | None = None
         self._lock = threading.Lock()
+        self._visited = threading.Event()
 
     def space(self, request: gr.Request | None) -> Workspace:
         """The workspace of who asks."""
+        self._visited.set()
         if not self.with_logins:
             return Workspace(self.root)
         user = request.username if request else None
@@ -64,6 +67,7 @@ class Studio:
         threading.Thread(target=self._work, daemon=True, name="studio").start()
 
     def _work(self) -> None:
+        self._visited.wait(GRACE)
         self.engine.warm_up()
         while True:
             try:

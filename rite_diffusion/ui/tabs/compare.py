@@ -98,7 +98,7 @@ def _axes(
     texts = [line.strip() for line in prompts.splitlines() if line.strip()]
     chosen = [(name, 1.0) for name in names if name != BASE_ALONE]
     files = library.with_weights(space, chosen)
-    if joined:
+    if joined and files:
         files = ["+".join(files)]
     adapters = [""] * (BASE_ALONE in names) + files
     axes = {

@@ -130,7 +130,7 @@ def _connect_drawing(
             space,
             wishes,
             library.with_weights(space, chosen_with_weights(adapters[0], adapters[1:])),
-            space.base(wanted["base"]),
+            wanted["base"],
         )
         done: list[Path] = []
         for frame in drawing:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 from PIL import Image
@@ -13,6 +13,9 @@ from rite_diffusion.ui.page import empty_state, in_words, tell, uploaded
 from rite_diffusion.ui.studio import Studio
 from rite_diffusion.ui.tabs import Refresh
 from rite_diffusion.ui.workspace import name_from
+
+if TYPE_CHECKING:
+    from rite_diffusion.ui.photo_sets import Shown
 
 THUMBNAIL = 224  # pixels of the longer side
 NO_PHOTOS = empty_state(
@@ -88,6 +91,14 @@ def build_photos(studio: Studio) -> tuple[PhotoPanel, Refresh]:
         remove_photo(studio.space(request).find("photos", name), photo)
         return [*_show(studio, request, name), ""]
 
+    @in_words
+    def keep_captions(name: str | None, rows: list[list[str]], request: gr.Request):
+        from rite_diffusion.ui.photo_sets import write_captions
+
+        if name:
+            write_captions(studio.space(request).find("photos", name), rows)
+
+    panel.captions.input(keep_captions, [panel.name, panel.captions], None, **quiet)
     panel.drop.upload(
         add, [panel.drop, panel.name], [*panel.shown(), panel.drop], api_visibility="private"
     )
@@ -145,12 +156,10 @@ def _lay_out() -> PhotoPanel:
 
 def _show(studio: Studio, request: gr.Request, name: str | None) -> list[Any]:
     """What shows a set, or that there is none."""
-    from rite_diffusion.ui.photo_sets import read_set
-
     space = studio.space(request)
     known = space.names("photos")
     name = name if name in known else None
-    photos = read_set(space.find("photos", name)) if name else []
+    photos = _photos(space.find("photos", name)) if name else []
     pictures, bad = [], []
     for photo in photos:
         small = thumbnail(photo.path, photo.path.stat().st_mtime_ns)
@@ -168,6 +177,12 @@ def _show(studio: Studio, request: gr.Request, name: str | None) -> list[Any]:
         gr.Dataframe(value=rows, visible=bool(photos)),
         gr.Button("Remove a photo: click it first", visible=bool(photos), interactive=False),
     ]
+
+
+def _photos(folder: Path) -> list["Shown"]:
+    from rite_diffusion.ui.photo_sets import read_set
+
+    return read_set(folder)
 
 
 @lru_cache(maxsize=500)
