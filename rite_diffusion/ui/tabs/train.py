@@ -15,7 +15,7 @@ from rite_diffusion.types import StudioError
 from rite_diffusion.ui.jobs import environment
 from rite_diffusion.ui.page import in_words, tell
 from rite_diffusion.ui.presets import PURPOSES, STANDARD, training_settings
-from rite_diffusion.ui.studio import DEVICE, Studio
+from rite_diffusion.ui.studio import Studio
 from rite_diffusion.ui.tabs import Refresh
 from rite_diffusion.ui.tabs.photos import PhotoPanel, build_photos
 from rite_diffusion.ui.tabs.runs import RunPanel, build_runs
@@ -122,7 +122,7 @@ def _connect(
         folder = space.new("runs", name_from(wanted["run_name"] or wanted["class_noun"], "run"))
         studio.queue.submit(folder, tree)
         tell(f"'{folder.name}' is in the queue. It goes on when you close this page.")
-        return gr.Dropdown(choices=space.names("runs"), value=folder.name)
+        return gr.Dropdown(choices=space.names("runs"), value=folder.name, visible=True)
 
     @in_words
     def dry_run(request: gr.Request, *values: Any):
@@ -137,7 +137,6 @@ def _connect(
     start.click(submit, inputs, runs.name, api_visibility="private")
     checking = check.click(
         dry_run, inputs, report, show_progress="minimal", api_visibility="private",
-        concurrency_id=DEVICE, concurrency_limit=1,
     )  # fmt: skip
     start.click(None, None, None, cancels=[checking], api_visibility="private")
 
