@@ -6,18 +6,17 @@ from typing import Any
 
 from PIL.Image import Image
 
-import rite_diffusion
 from rite_diffusion.adapters import Adapter, attach, load_adapter
 from rite_diffusion.adapters.attach import check_base
 from rite_diffusion.adapters.choice import Chosen, choose_adapters
 from rite_diffusion.backbones import StableDiffusion, load_backbone
-from rite_diffusion.generation.metadata import Parameters, save_png
+from rite_diffusion.generation.metadata import save_png
 from rite_diffusion.generation.output import next_file, output_target
-from rite_diffusion.generation.sampler import default_guidance, sample
+from rite_diffusion.generation.picture import complete, picture
 from rite_diffusion.plan import configure, plan_training
 from rite_diffusion.run import default_run, run_training
 from rite_diffusion.training.loop import StepReport
-from rite_diffusion.types import AdapterError, ConfigError
+from rite_diffusion.types import AdapterError
 
 
 def train(
@@ -85,43 +84,24 @@ def generate(
     """
     chosen = choose_adapters(adapters)
     backbone = open_with_adapters(base, chosen, other_base)
-    width, height = width or backbone.resolution, height or backbone.resolution
-    for side in (width, height):
-        if side % backbone.multiple or not 0 < side <= 4096:
-            raise ConfigError(f"side {side} is not a multiple of {backbone.multiple} up to 4096")
-    guidance = default_guidance(backbone) if guidance is None else guidance
+    records = [each.record() for each in chosen]
+    wanted = [
+        complete(
+            backbone, records, prompt=prompt, negative=negative, seed=seed + index, steps=steps,
+            guidance=guidance, width=width, height=height,
+        )
+        for index in range(num)
+    ]  # fmt: skip
     target = None if out is None else output_target(Path(out), num)
     images = []
-    for index in range(num):
-        [image] = sample(
-            backbone,
-            [prompt],
-            [seed + index],
-            negative=negative,
-            steps=steps,
-            guidance=guidance,
-            width=width,
-            height=height,
-        )
-        facts = Parameters(
-            prompt=prompt,
-            negative=negative,
-            seed=seed + index,
-            steps=steps,
-            guidance=guidance,
-            width=width,
-            height=height,
-            base=backbone.name,
-            base_fingerprint=backbone.fingerprint,
-            adapters=[each.record() for each in chosen],
-            version=rite_diffusion.__version__,
-        )
+    for done, parameters in enumerate(wanted, 1):
+        image = picture(backbone, parameters)
         if target is not None:
             path = next_file(target) if target.is_dir() else target
-            save_png(image, path, facts)
+            save_png(image, path, parameters)
             image.info["path"] = str(path)
         images.append(image)
-        listen(index + 1)
+        listen(done)
     return images
 
 

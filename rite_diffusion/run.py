@@ -147,7 +147,8 @@ def _learn(
         if report.skipped:
             run.log(f"step {step} left out, no number came of {', '.join(report.skipped)}")
         track(report)
-        if config.previews.every and step % config.previews.every == 0:
+        due = config.previews.every and step % config.previews.every == 0
+        if run.take_request("sample") or due:
             _write_previews(plan, run, step)
         listen(report)
 
@@ -160,7 +161,8 @@ def _learn(
             save_adapter(run.adapter_path, adapter)
 
     with _job(plan) as job, open_trackers(config.trackers, run.path, config) as track:
-        return train_steps(job, after, save, stop, resume)
+        run.write_status("running", resume.step if resume else 0, config.steps)
+        return train_steps(job, after, save, stop, resume, lambda: run.take_request("save"))
 
 
 def _follow(plan: Plan, run: RunFolder) -> Path:

@@ -40,6 +40,10 @@ class RunError(RiteError):
     """The run folder cannot be used."""
 
 
+class StudioError(RiteError):
+    """The studio was asked for something that it refuses."""
+
+
 @dataclass(frozen=True)
 class Concept:
     """What is learned: the word that calls it and the kind of thing it is."""

@@ -1,6 +1,6 @@
 """Pictures of prompts by classifier-free guidance, each a function of its own seed."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
 
 import torch
 from PIL.Image import Image
@@ -33,6 +33,35 @@ def guided_prediction(
 
 
 @torch.no_grad()
+def denoising(
+    backbone: Backbone,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    negative: str = "",
+    steps: int = 25,
+    guidance: float = 3.0,
+    width: int | None = None,
+    height: int | None = None,
+) -> Iterator[Tensor]:
+    """After each step, what the model takes the final latents (B, C, h, w) to be.
+
+    The last are the pictures' own. Sides are in pixels.
+    """
+    side = backbone.resolution
+    latents = initial_noise(backbone, seeds, width or side, height or side)
+    conditioning = backbone.encode_prompts([negative] * len(prompts) + prompts)
+    scheduler = backbone.new_scheduler()
+    scheduler.set_timesteps(steps, device=backbone.device)
+    latents = latents * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        model_input = scheduler.scale_model_input(latents, timestep)
+        prediction = guided_prediction(backbone, model_input, timestep, conditioning, guidance)
+        made = scheduler.step(prediction, timestep, latents)
+        latents = made.prev_sample
+        yield latents if timestep == scheduler.timesteps[-1] else made.pred_original_sample
+
+
 def sample(
     backbone: Backbone,
     prompts: list[str],
@@ -43,20 +72,18 @@ def sample(
     guidance: float = 3.0,
     width: int | None = None,
     height: int | None = None,
-    listen: Callable[[int], None] = lambda step: None,
 ) -> list[Image]:
     """One picture per prompt and seed, all in one batch; sides in pixels."""
-    side = backbone.resolution
-    latents = initial_noise(backbone, seeds, width or side, height or side)
-    conditioning = backbone.encode_prompts([negative] * len(prompts) + prompts)
-    scheduler = backbone.new_scheduler()
-    scheduler.set_timesteps(steps, device=backbone.device)
-    latents = latents * scheduler.init_noise_sigma
-    for done, timestep in enumerate(scheduler.timesteps, start=1):
-        model_input = scheduler.scale_model_input(latents, timestep)
-        prediction = guided_prediction(backbone, model_input, timestep, conditioning, guidance)
-        latents = scheduler.step(prediction, timestep, latents).prev_sample
-        listen(done)
+    estimates = denoising(
+        backbone, prompts, seeds, negative=negative, steps=steps, guidance=guidance,
+        width=width, height=height,
+    )  # fmt: skip
+    *_, latents = estimates
+    return pictures(backbone, latents)
+
+
+def pictures(backbone: Backbone, latents: Tensor) -> list[Image]:
+    """The pictures of latents (B, C, h, w)."""
     return [to_image(pixels) for pixels in backbone.decode(latents)]
 
 

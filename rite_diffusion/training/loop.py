@@ -155,12 +155,14 @@ def train_steps(
     save: Callable[[Snapshot, bool], None] = lambda snapshot, last: None,
     stop: Callable[[], bool] = lambda: False,
     resume: Snapshot | None = None,
+    save_now: Callable[[], bool] = lambda: False,
 ) -> int:
     """Run all steps, or those after `resume`, until `stop` says so; returns the steps done.
 
     `listen` hears of every step; `save` gets a snapshot, and whether it is the last, at every
-    checkpoint and at the end; while they run, averaged weights (`config.ema`) are in place. A step
-    whose loss or gradient is no number changes nothing; RunError after five in a row.
+    checkpoint, when `save_now` says so, and at the end; while they run, averaged weights
+    (`config.ema`) are in place. A step whose loss or gradient is no number changes nothing;
+    RunError after five in a row.
     """
     config, trainer = job.config, Trainer(job)
     if resume is not None:
@@ -191,7 +193,7 @@ def train_steps(
             skipped = [] if good else names
             validation = trainer.validation() if validated else None
             listen(StepReport(step + 1, loss, rate, speed, skipped, validation))
-        if last or is_checkpoint(step + 1, config):
+        if last or is_checkpoint(step + 1, config) or save_now():
             snapshot = take(step + 1, trainer.optimizer, trainer.average)
             with trainer.average.swapped_in():
                 save(snapshot, last)

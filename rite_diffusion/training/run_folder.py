@@ -2,6 +2,7 @@
 
 config.toml  inputs.json  status.json  metrics.jsonl  log.txt  lock  adapter.safetensors
 previews/step-000100-0.png  checkpoints/step-000100/{adapter,training}.safetensors
+requests/{save,sample}  empty files by which anyone asks a run for a checkpoint or previews now
 """
 
 import json
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from rite_diffusion.adapters.file import Adapter, save_adapter
-from rite_diffusion.files import write_atomically
+from rite_diffusion.files import read_json, write_atomically
 from rite_diffusion.training.snapshot import Snapshot
 from rite_diffusion.types import RunError
 
@@ -42,10 +43,7 @@ def _step_of(line: str) -> float:
 
 def read_state(path: Path) -> str | None:
     """The state that a run folder's status file tells, None where there is none."""
-    try:
-        return json.loads((path / "status.json").read_text(encoding="utf-8"))["state"]
-    except (OSError, json.JSONDecodeError, KeyError):
-        return None
+    return read_json(path / "status.json").get("state")
 
 
 class RunFolder:
@@ -103,6 +101,14 @@ class RunFolder:
             return self._lock()
         with os.fdopen(descriptor, "w") as stream:
             stream.write(str(os.getpid()))
+
+    def take_request(self, name: str) -> bool:
+        """Whether a file `requests/<name>` asks for something; it is taken away."""
+        try:
+            (self.path / "requests" / name).unlink()
+        except FileNotFoundError:
+            return False
+        return True
 
     def write_settings(self, config: str, inputs: dict[str, str]) -> None:
         """Keep the resolved configuration, and what was trained on."""
