@@ -79,7 +79,11 @@ def half_width_sd15(folder: Path) -> Path:
         text_encoder=CLIPTextModel(clip),
         tokenizer=clip_tokenizer(),
         scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            steps_offset=1,
         ),
         safety_checker=None,
         feature_extractor=None,
