@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -111,6 +112,42 @@ def test_a_step_is_a_function_of_seed_and_step(photos, pocket):
     method = PlainLora(pocket, config)
     losses = [step_loss(pocket, method, data, config, step).item() for step in (5, 6, 5)]
     assert losses[0] == losses[2] != losses[1]
+
+
+def test_equal_captions_are_encoded_once_with_the_gradients_of_each(photos, pocket):
+    captions = ["a <thing>", "a photo of a <thing>", "a <thing>", "a <thing>"]
+    method = PlainLora(pocket, config_of(photos))
+    for pair in method.pairs():
+        torch.nn.init.normal_(pair.up, std=0.02)
+    weighing = torch.randn(4, 1, 1)
+
+    def states_and_gradients(encode):
+        states = encode(captions).states
+        (states * weighing).square().sum().backward()
+        texts = [p for n, p in pocket.text_encoder.named_parameters() if p.requires_grad]
+        gradients = [p.grad.clone() for p in texts]
+        for parameter in texts:
+            parameter.grad = None
+        return [states, *gradients]
+
+    with patch.object(pocket, "encode_prompts", wraps=pocket.encode_prompts) as encode:
+        found = states_and_gradients(method.conditioning)
+    encode.assert_called_once_with(captions[:2])
+    torch.testing.assert_close(found, states_and_gradients(pocket.encode_prompts))
+
+
+def test_a_text_encoder_that_does_not_train_encodes_a_caption_once(photos, pocket):
+    method = PlainLora(pocket, config_of(photos, lora={"text_encoder": False}))
+    with patch.object(pocket, "encode_prompts", wraps=pocket.encode_prompts) as encode:
+        first = method.conditioning(["a <thing>", "a photo of a <thing>", "a <thing>"]).states
+        again = method.conditioning(["a photo of a <thing>"]).states
+    assert [call.args[0] for call in encode.call_args_list] == [
+        ["a <thing>"],
+        ["a photo of a <thing>"],
+    ]
+    assert torch.equal(again[0], first[1]) and torch.equal(first[0], first[2])
+    expected = pocket.encode_prompts(["a <thing>", "a photo of a <thing>"]).states
+    torch.testing.assert_close(first[:2], expected)
 
 
 def test_rates_warm_up_and_decay():

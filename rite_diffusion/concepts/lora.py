@@ -1,5 +1,7 @@
 """Plain LoRA (Hu et al. 2021) on the attention of UNet and text encoder."""
 
+from functools import lru_cache
+
 import torch
 
 from rite_diffusion.adapters import detach, inject, read_pairs
@@ -8,6 +10,7 @@ from rite_diffusion.config import TrainConfig
 from rite_diffusion.types import Backbone, Conditioning, LoraPair
 
 NAME = "concept"
+CAPTIONS_KEPT = 256  # states that stay in memory where the text encoder does not train
 
 
 class PlainLora(Method):
@@ -21,6 +24,8 @@ class PlainLora(Method):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             inject(backbone, NAME, targets, rank, alpha)
+        # Alone, so that a caption's states do not depend on which others came with it.
+        self._frozen_states = lru_cache(CAPTIONS_KEPT)(lambda text: backbone.encode_prompts([text]))
 
     def groups(self) -> list[dict]:
         """A group for the UNet's pairs and one for each text encoder's."""
@@ -40,8 +45,16 @@ class PlainLora(Method):
         ]
 
     def conditioning(self, captions: list[str]) -> Conditioning:
-        """The text encoder's states of the captions."""
-        return self.backbone.encode_prompts(captions)
+        """The text encoder's states of the captions, of equal ones encoded once.
+
+        Where the text encoder does not train, the states of past captions are kept.
+        """
+        distinct = list(dict.fromkeys(captions))
+        if "text_encoder" in self.components:
+            encoded = self.backbone.encode_prompts(distinct)
+        else:
+            encoded = _joined([self._frozen_states(text) for text in distinct])
+        return encoded.rows([distinct.index(text) for text in captions])
 
     def pairs(self) -> list[LoraPair]:
         """The pairs in training."""
@@ -50,3 +63,9 @@ class PlainLora(Method):
     def remove(self) -> None:
         """Take the LoRA layers out."""
         detach(self.backbone, NAME)
+
+
+def _joined(parts: list[Conditioning]) -> Conditioning:
+    """The conditioning of all the parts' prompts, in order."""
+    extra = {name: torch.cat([part.extra[name] for part in parts]) for name in parts[0].extra}
+    return Conditioning(torch.cat([part.states for part in parts]), extra)
