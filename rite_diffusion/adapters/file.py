@@ -39,6 +39,7 @@ class AdapterInfo:
     steps: str = ""
     images: str = ""
     config: str = ""  # the resolved configuration as TOML
+    concepts: str = ""  # of a fused adapter: JSON, a list of what went into it
     licence: str = ""
     version: str = ""
 
