@@ -20,9 +20,12 @@ from rite_diffusion.config import (
     resolve,
     to_toml,
 )
-from rite_diffusion.generation.metadata import Parameters, save_png
+from rite_diffusion.fusion.members import triggers_of
+from rite_diffusion.generation.metadata import parameters_of, save_png
 from rite_diffusion.generation.output import next_file, output_target
-from rite_diffusion.generation.sampler import sample
+from rite_diffusion.generation.regional import Attached, sample_regions
+from rite_diffusion.generation.regions import adapter_weights, parse_region
+from rite_diffusion.generation.sampler import Sampling, checked_size, sample
 from rite_diffusion.photos.dataset import LatentSet, encode_photos, target_sizes
 from rite_diffusion.photos.folder import PhotoFolder, read_folder
 from rite_diffusion.training.interrupt import stop_on_signal
@@ -31,9 +34,10 @@ from rite_diffusion.training.processes import is_main_process, process_count
 from rite_diffusion.training.resume import begin_or_continue, changes, inputs_of
 from rite_diffusion.training.run_folder import RunFolder
 from rite_diffusion.training.snapshot import Snapshot
-from rite_diffusion.types import AdapterError, Concept, ConfigError, RiteError
+from rite_diffusion.types import AdapterError, Backbone, Concept, ConfigError, RiteError
 
 LICENCE = "unspecified"
+ATTACHED = "adapter_{}"  # names of attached adapters
 
 
 class Stopped(RiteError):
@@ -281,15 +285,20 @@ def _goes_on(plan: Plan, path: Path) -> bool:
     return not changes(run, plan.config, plan.inputs())
 
 
-def open_with_adapters(base: str | None, adapters: list[Chosen]) -> StableDiffusion:
-    """The base model with the adapters attached; it defaults to the base they were made for."""
-    recorded = [each.adapter.info.base for each in adapters if each.adapter.info.base]
+def open_base(base: str | None, infos: Sequence[AdapterInfo]) -> StableDiffusion:
+    """The base model; it defaults to the one that the adapters were made for, else to `pocket`."""
+    recorded = [info.base for info in infos if info.base]
     base = base or (recorded[0] if recorded else "pocket")
     if base in recorded and base != "pocket" and "/" not in base and not Path(base).exists():
         raise AdapterError(f"the adapter was made for '{base}': pass its path as --base.")
-    backbone = load_backbone(base)
+    return load_backbone(base)
+
+
+def open_with_adapters(base: str | None, adapters: list[Chosen]) -> StableDiffusion:
+    """The base model with the adapters attached."""
+    backbone = open_base(base, [each.adapter.info for each in adapters])
     for index, chosen in enumerate(adapters):
-        attach(backbone, chosen.adapter, f"adapter_{index}", chosen.weight)
+        attach(backbone, chosen.adapter, ATTACHED.format(index), chosen.weight)
     return backbone
 
 
@@ -297,6 +306,7 @@ def generate(
     prompt: str,
     *,
     adapters: Sequence[str | Path] = (),
+    regions: Sequence[str] = (),
     base: str | None = None,
     seed: int = 0,
     num: int = 1,
@@ -310,45 +320,31 @@ def generate(
 ) -> list[Image]:
     """Pictures of a prompt, for the seeds `seed`, `seed + 1`, …; adapters are `FILE[:WEIGHT]`.
 
-    Pictures are made one at a time, so each depends on its own parameters alone. With `out`, a
-    folder or for one picture a `.png`, they are written as PNGs that carry their parameters;
-    `image.info["path"]` tells where.
+    `regions` are `x0,y0,x1,y1: prompt [:: negative [:: weights]]`, parts of the picture with
+    prompts of their own. Pictures are made one at a time, so each depends on its own parameters
+    alone. With `out`, a folder or for one picture a `.png`, they are written as PNGs that carry
+    their parameters; `image.info["path"]` tells where.
     """
     chosen = choose_adapters(adapters)
+    parts = [parse_region(text) for text in regions]
+    attached = [
+        Attached(ATTACHED.format(index), each.weight, triggers_of(each.adapter.info))
+        for index, each in enumerate(chosen)
+    ]
+    adapter_weights(parts, prompt, [each.triggers for each in attached])  # complains early
     backbone = open_with_adapters(base, chosen)
-    width, height = width or backbone.resolution, height or backbone.resolution
-    for side in (width, height):
-        if side % backbone.multiple or not 0 < side <= 4096:
-            raise ConfigError(f"side {side} is not a multiple of {backbone.multiple} up to 4096")
     guidance = default_guidance(backbone) if guidance is None else guidance
+    sampling = Sampling(negative, steps, guidance, *checked_size(backbone, width, height))
     target = None if out is None else output_target(Path(out), num)
     images = []
     for index in range(num):
-        [image] = sample(
-            backbone,
-            [prompt],
-            [seed + index],
-            negative=negative,
-            steps=steps,
-            guidance=guidance,
-            width=width,
-            height=height,
-        )
-        facts = Parameters(
-            prompt=prompt,
-            negative=negative,
-            seed=seed + index,
-            steps=steps,
-            guidance=guidance,
-            width=width,
-            height=height,
-            base=backbone.name,
-            base_fingerprint=backbone.fingerprint,
-            adapters=[each.record() for each in chosen],
-            version=rite_diffusion.__version__,
-        )
+        if parts:
+            [image] = sample_regions(backbone, prompt, parts, [seed + index], sampling, attached)
+        else:
+            [image] = sample(backbone, [prompt], [seed + index], **vars(sampling))
         if target is not None:
             path = next_file(target) if target.is_dir() else target
+            facts = parameters_of(backbone, prompt, seed + index, sampling, chosen, parts)
             save_png(image, path, facts)
             image.info["path"] = str(path)
         images.append(image)
@@ -356,7 +352,7 @@ def generate(
     return images
 
 
-def default_guidance(backbone: StableDiffusion) -> float:
+def default_guidance(backbone: Backbone) -> float:
     """Guidance scale that suits a base: 3 for the pocket base, 7.5 for Stable Diffusion."""
     return 3.0 if backbone.name == "pocket" else 7.5
 

@@ -1,9 +1,11 @@
 """Random adapters and layers for the tests of fusion."""
 
+from pathlib import Path
+
 import torch
 
 from rite_diffusion.adapters import Adapter, AdapterInfo
-from rite_diffusion.fusion.grams import Gram, from_matrix
+from rite_diffusion.fusion.grams import FullGram, Gram
 from rite_diffusion.fusion.layer import Layer, Part, flat
 from rite_diffusion.fusion.members import Member
 from rite_diffusion.fusion.sketch import Sketch, SketchFacts
@@ -41,7 +43,7 @@ def random_gram(width: int, seed: int, rows: int = 12) -> Gram:
     draws = torch.Generator().manual_seed(seed)
     inputs = torch.randn(rows, width, generator=draws, dtype=torch.float64)
     inputs = inputs * torch.logspace(0, -2, width, dtype=torch.float64)
-    return from_matrix(inputs.mT @ inputs / rows, rows)
+    return FullGram(inputs.mT @ inputs / rows, rows).spectral
 
 
 def width_of(name: str) -> int:
@@ -59,7 +61,7 @@ def random_sketch(seed: int) -> Sketch:
 def random_member(seed: int, weight: float = 1.0, **adapter) -> Member:
     """A member with statistics."""
     return Member(
-        random_adapter(seed, **adapter), weight, f"{seed}.safetensors", random_sketch(seed)
+        random_adapter(seed, **adapter), weight, Path(f"{seed}.safetensors"), random_sketch(seed)
     )
 
 

@@ -1,5 +1,6 @@
 import itertools
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,13 +14,13 @@ from fusion_layers import (
     random_member,
     random_sketch,
 )
-from rite_diffusion.adapters import load_adapter, save_adapter
+from rite_diffusion.adapters import Adapter, load_adapter, save_adapter
 from rite_diffusion.fusion import FUSIONS, FusionSettings
 from rite_diffusion.fusion.custom_diffusion import distinct_directions
 from rite_diffusion.fusion.dare import bernoulli
 from rite_diffusion.fusion.gradient import gradient
 from rite_diffusion.fusion.gram import gram, objective
-from rite_diffusion.fusion.grams import GramSum, output_energy, truncated
+from rite_diffusion.fusion.grams import FullGram, GramSum, mean, output_energy, truncated
 from rite_diffusion.fusion.layer import Factors, Layer, Part, stack
 from rite_diffusion.fusion.low_rank import (
     factorised,
@@ -45,7 +46,7 @@ def settings_for(method: str) -> FusionSettings:
 def test_one_adapter_at_weight_1_comes_back():
     adapter = random_adapter(0, rank=5, alpha=1.5)
     for method in FUSIONS:
-        fused = merge([Member(adapter, 1.0, "a")], method, PLAIN)
+        fused = merge([Member(adapter, 1.0, Path("a"))], method, PLAIN)
         for name, update in dense(fused).items():
             torch.testing.assert_close(update, dense(adapter)[name], rtol=0, atol=1e-6)
 
@@ -72,7 +73,7 @@ def test_weighted_stores_shared_directions_once():
     shared = [
         replace(pair, up=first.up) for pair, first in zip(other.pairs, one.pairs, strict=True)
     ]
-    members = [Member(one, 1.0, "a"), Member(replace(other, pairs=shared), 1.0, "b")]
+    members = [Member(one, 1.0, Path("a")), Member(replace(other, pairs=shared), 1.0, Path("b"))]
     assert merge(members, "concat", PLAIN).ranks() == [4]
     assert merge(members, "weighted", PLAIN).ranks() == [2]
 
@@ -153,20 +154,21 @@ def test_truncation_on_inputs_is_the_svd_of_the_weighted_update():
 def normal_equations(layer: Layer, settings: FusionSettings) -> torch.Tensor:
     """The dense minimiser of `gram`'s objective."""
 
-    def matrix(g):
-        return (g.basis.mT * g.values) @ g.basis + g.tail * torch.eye(g.width).double()
-
-    grams = [matrix(part.gram) for part in layer.parts]
-    total = sum(grams) + settings.preserve * matrix(layer.base)
+    grams = [part.gram.matrix() for part in layer.parts]
+    total = sum(grams) + settings.preserve * layer.base.matrix()
     ridge = settings.ridge * total.trace() / len(total)
     wanted = sum(p.factors.dense() @ g for p, g in zip(layer.parts, grams, strict=True))
     return torch.linalg.solve(total + ridge * torch.eye(len(total)).double(), wanted, left=False)
 
 
-@pytest.mark.parametrize("width", [20, 200])  # by Cholesky of inputs x inputs, and by Woodbury
+@pytest.mark.parametrize("width", [20, 400])  # by Cholesky of inputs x inputs, and by Woodbury
 @pytest.mark.parametrize("preserve", [0.0, 0.7])
-def test_gram_equals_a_dense_solve_of_the_normal_equations(width, preserve):
+@pytest.mark.parametrize("full", [False, True])
+def test_gram_equals_a_dense_solve_of_the_normal_equations(width, preserve, full):
     layer = random_layer(3, width=width)
+    if full:
+        parts = [replace(p, gram=FullGram(p.gram.matrix(), 1)) for p in layer.parts]
+        layer = replace(layer, parts=parts)
     settings = FusionSettings(preserve=preserve, ridge=1e-4)
     fused = gram(layer, settings)
     torch.testing.assert_close(
@@ -175,6 +177,15 @@ def test_gram_equals_a_dense_solve_of_the_normal_equations(width, preserve):
     assert fused.rank == layer.rank
     ups = torch.cat([part.factors.up for part in layer.parts], 1)
     assert torch.equal(fused.up, ups)
+
+
+def test_the_mean_of_grams_is_the_mean_of_their_matrices():
+    grams = [random_gram(30, seed) for seed in range(3)]
+    expected = torch.stack([gram.matrix() for gram in grams]).mean(0)
+    mixed = [FullGram(grams[0].matrix(), 12), *grams[1:]]
+    for each in (grams, mixed):
+        torch.testing.assert_close(mean(each).matrix(), expected)
+    assert mean([grams[0], truncated(grams[0], 40)]) is grams[0]
 
 
 def test_gram_is_no_worse_than_l_bfgs():
@@ -289,7 +300,7 @@ def test_a_fused_file_makes_the_round_trip(tmp_path):
     assert again.info.trigger == "<0>, <1>" and again.info.base_fingerprint == "f"
     for pair, other in zip(again.pairs, fused.pairs, strict=True):
         assert torch.equal(pair.up, other.up) and torch.equal(pair.down, other.down)
-    nested = merge([Member(again, 2.0, "f"), random_member(2)], "concat", PLAIN)
+    nested = merge([Member(again, 2.0, Path("f")), random_member(2)], "concat", PLAIN)
     assert nested.info.trigger == "<0>, <1>, <2>"
     assert '"<1>", "class_noun": "toy", "method": "", "ranks": [3], "weight": 1.0' in (
         nested.info.concepts
@@ -309,22 +320,18 @@ def same_trigger(adapter):
     return replace(adapter, info=replace(adapter.info, trigger="<0>"))
 
 
+def pair_of(first: Adapter, second: Adapter) -> list[Member]:
+    return [Member(first, 1.0, Path("a")), Member(second, 1.0, Path("b"))]
+
+
 BAD = {
     "no adapters": lambda: [],
-    "same adapter as a": lambda: [
-        Member(random_adapter(0), 1, "a"), Member(random_adapter(0), 1, "b")
-    ],
-    "weight 0: leave it out": lambda: [Member(random_adapter(0), 0.0, "a")],
-    "trained on tiny and a": lambda: [
-        Member(random_adapter(0), 1, "a"), Member(other_base(random_adapter(1)), 1, "b")
-    ],
-    "for different base models": lambda: [
-        Member(random_adapter(0), 1, "a"), Member(other_shape(random_adapter(1)), 1, "b")
-    ],
-    "both answer to '<0>'": lambda: [
-        Member(random_adapter(0), 1, "a"), Member(same_trigger(random_adapter(1)), 1, "b")
-    ],
-}  # fmt: skip
+    "same adapter as a": lambda: pair_of(random_adapter(0), random_adapter(0)),
+    "weight 0: leave it out": lambda: [Member(random_adapter(0), 0.0, Path("a"))],
+    "trained on tiny and a": lambda: pair_of(random_adapter(0), other_base(random_adapter(1))),
+    "different base models": lambda: pair_of(random_adapter(0), other_shape(random_adapter(1))),
+    "answer to '<0>'": lambda: pair_of(random_adapter(0), same_trigger(random_adapter(1))),
+}
 
 
 @pytest.mark.parametrize("words", BAD)
@@ -342,7 +349,7 @@ def test_methods_and_settings_are_checked():
     for bad in ({"rank": 0}, {"error": 0.0}, {"trim": 2.0}, {"ridge": 0.0}, {"preserve": -1.0}):
         with pytest.raises(FusionError, match=next(iter(bad))):
             FusionSettings(**bad)
-    bare = [Member(random_adapter(seed), 1.0, "a") for seed in range(2)]
+    bare = [Member(random_adapter(seed), 1.0, Path("a")) for seed in range(2)]
     with pytest.raises(FusionError, match="says nothing of"):
         merge(bare, "gram", PLAIN)
 

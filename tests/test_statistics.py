@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,17 +35,13 @@ def tiny(tiny_folder):
     return load_backbone(str(tiny_folder))
 
 
-def matrix(gram):
-    return (gram.basis.mT * gram.values) @ gram.basis + gram.tail * torch.eye(gram.width).double()
-
-
 def test_the_exact_sum_is_the_second_moment():
     inputs = torch.randn(50, 7)
     total = ExactSum(7, CPU)
     total.add(inputs[:20])
     total.add(inputs[20:])
     expected = inputs.double().mT @ inputs.double() / 50
-    torch.testing.assert_close(matrix(total.gram()), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(total.gram().matrix(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_sketch_is_exact_where_inputs_span_few_directions(monkeypatch):
@@ -54,7 +51,7 @@ def test_the_sketch_is_exact_where_inputs_span_few_directions(monkeypatch):
     for chunk in inputs.split(13):
         total.add(chunk)
     expected = inputs.double().mT @ inputs.double() / 90
-    torch.testing.assert_close(matrix(total.gram()), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(total.gram().matrix(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_sketch_keeps_the_trace_and_the_loud_directions(monkeypatch):
@@ -64,7 +61,7 @@ def test_the_sketch_keeps_the_trace_and_the_loud_directions(monkeypatch):
     total.add(inputs)
     gram, expected = total.gram(), inputs.double().mT @ inputs.double() / 300
     assert gram.trace == pytest.approx(expected.trace().item(), rel=1e-5)
-    assert (matrix(gram) - expected).norm() < 0.1 * expected.norm()
+    assert (gram.matrix() - expected).norm() < 0.1 * expected.norm()
 
 
 @pytest.mark.parametrize(
@@ -101,7 +98,7 @@ def test_grams_are_those_of_the_features_a_layer_sees(tiny):
         rows = torch.cat(seen[name]).double()
         rows = rows[-grams[name].rows :]  # without the step that looks for shared inputs
         torch.testing.assert_close(
-            matrix(grams[name]), rows.mT @ rows / len(rows), rtol=1e-3, atol=1e-5
+            grams[name].matrix(), rows.mT @ rows / len(rows), rtol=1e-3, atol=1e-5
         )
 
 
@@ -127,7 +124,7 @@ def test_statistics_leave_the_model_as_it_was(tiny):
     name = adapter.pairs[0].name
     attach(tiny, adapter, "again")
     again = collect(tiny, ["a <t>"], [name], FEW)[name]
-    torch.testing.assert_close(matrix(sketch.concept[name]), matrix(again))
+    torch.testing.assert_close(sketch.concept[name].matrix(), again.matrix())
 
 
 def test_a_sketch_file_makes_the_round_trip(tiny, tmp_path):
@@ -140,8 +137,8 @@ def test_a_sketch_file_makes_the_round_trip(tiny, tmp_path):
     assert again.facts == sketch.facts and again.facts.adapter == digest_of(adapter)
     for side, other in ((sketch.concept, again.concept), (sketch.base, again.base)):
         for name, gram in side.items():
-            expected = matrix(gram)
-            off = (matrix(other[name]) - expected).norm() / expected.norm()
+            expected = gram.matrix()
+            off = (other[name].matrix() - expected).norm() / expected.norm()
             assert off < 5e-3 and other[name].rows == gram.rows
     save_sketch(tmp_path / "small", sketch, keep=8)
     assert (tmp_path / "small").stat().st_size < 0.4 * path.stat().st_size
@@ -165,9 +162,9 @@ def test_files_that_are_no_sketch_are_refused(tmp_path):
 
 def test_an_adapter_without_trigger_needs_prompts(tiny):
     adapter = random_adapter(tiny)
-    assert "a photo of a <t>" in concept_prompts(adapter.info, "f")
+    assert "a photo of a <t>" in concept_prompts(adapter.info, Path("f"))
     with pytest.raises(FusionError, match="rite sketch f --prompt"):
-        concept_prompts(replace(adapter.info, trigger=""), "f")
+        concept_prompts(replace(adapter.info, trigger=""), Path("f"))
 
 
 def test_pairs_outside_the_attentions_are_sketched_too(tiny):

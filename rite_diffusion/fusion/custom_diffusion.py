@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rite_diffusion.fusion.gram import with_statistics
-from rite_diffusion.fusion.grams import Gram
+from rite_diffusion.fusion.grams import AnyGram, Gram
 from rite_diffusion.fusion.layer import Factors, Layer
 from rite_diffusion.fusion.settings import FusionSettings
 from rite_diffusion.types import FusionError
@@ -28,7 +28,7 @@ def custom_diffusion(layer: Layer, settings: FusionSettings) -> Factors:
     """
     if layer.base is None:
         raise FusionError(f"no sketch says what the base feeds {layer.name}: make them anew.")
-    base, ridge = layer.base, settings.ridge * layer.base.trace / layer.base.width
+    base, ridge = layer.base.spectral, settings.ridge * layer.base.trace / layer.base.width
     parts = with_statistics(layer)
     count = min(settings.constraints, max(1, base.width // (2 * len(parts))))
     white = [
@@ -45,7 +45,7 @@ def custom_diffusion(layer: Layer, settings: FusionSettings) -> Factors:
     return Factors(torch.cat([part.factors.up for part in parts], 1), down)
 
 
-def distinct_directions(gram: Gram, base: Gram, ridge: float, count: int) -> Tensor:
+def distinct_directions(gram: AnyGram, base: Gram, ridge: float, count: int) -> Tensor:
     """Leading directions (s, inputs) of a concept's whitened inputs, orthonormal."""
-    whitened = base.power(gram.root(), -0.5, ridge)
+    whitened = base.power(gram.spectral.root(), -0.5, ridge)
     return torch.linalg.svd(whitened, full_matrices=False).Vh[:count]

@@ -35,7 +35,8 @@ def gradient(layer: Layer, settings: FusionSettings) -> Factors:
 def minimise(parts: list[Part], steps: int) -> Tensor:
     """The dense update (out, inputs) with the least loss in `steps` iterations."""
     update = torch.zeros_like(parts[0].factors.dense(), requires_grad=True)
-    wanted = [(part.factors.dense(), part.gram) for part in parts]
+    wanted = [(part.factors.dense(), part.gram.spectral) for part in parts if part.gram is not None]
+    roots = [gram.root().mT for _, gram in wanted]
     optimizer = torch.optim.LBFGS(
         [update], lr=1, max_iter=steps, history_size=25, line_search_fn="strong_wolfe",
         tolerance_grad=1e-16, tolerance_change=1e-16,
@@ -46,10 +47,9 @@ def minimise(parts: list[Part], steps: int) -> Tensor:
         nonlocal best
         optimizer.zero_grad()
         loss = torch.zeros((), dtype=update.dtype)
-        for target, gram in wanted:
-            assert gram is not None  # with_statistics
+        for (target, gram), root in zip(wanted, roots, strict=True):
             off = update - target
-            loss = loss + (off @ gram.root().mT).square().sum() + gram.tail * off.square().sum()
+            loss = loss + (off @ root).square().sum() + gram.tail * off.square().sum()
         loss.backward()
         if loss.item() < best[0]:
             best = loss.item(), update.detach().clone()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from torch import Tensor
 from rite_diffusion.fusion.layer import Factors
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Gram:
     """G = basis^T diag(values) basis + tail I; exact where `basis` has all directions."""
 
@@ -23,6 +24,11 @@ class Gram:
     values: Tensor  # (k,) descending: what each direction has beyond the tail
     tail: float
     rows: int  # how many inputs were seen
+
+    @property
+    def spectral(self) -> Gram:
+        """Itself."""
+        return self
 
     @property
     def width(self) -> int:
@@ -38,6 +44,12 @@ class Gram:
         """R (k, inputs) with G = R^T R + tail I."""
         return self.values.sqrt()[:, None] * self.basis
 
+    def matrix(self) -> Tensor:
+        """G (inputs, inputs)."""
+        matrix = self.root().mT @ self.root()
+        matrix.diagonal().add_(self.tail)
+        return matrix
+
     def times(self, rows: Tensor) -> Tensor:
         """Rows (n, inputs) times G."""
         return (rows @ self.basis.mT * self.values) @ self.basis + self.tail * rows
@@ -49,10 +61,39 @@ class Gram:
         return (rows @ self.basis.mT * change) @ self.basis + low**exponent * rows
 
 
-def from_matrix(matrix: Tensor, rows: int) -> Gram:
-    """The Gram that is a symmetric matrix (inputs, inputs)."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return from_eigen(vectors.mT.flip(0), values.flip(0).clamp(min=0), 0.0, rows)
+@dataclass(frozen=True, eq=False)
+class FullGram:
+    """G itself; its eigenvectors, which take longest, are found when first asked for."""
+
+    moments: Tensor  # (inputs, inputs)
+    rows: int
+
+    @cached_property
+    def spectral(self) -> Gram:
+        """The same by its eigenvectors."""
+        values, vectors = torch.linalg.eigh(self.moments)
+        return from_eigen(vectors.mT.flip(0), values.flip(0).clamp(min=0), 0.0, self.rows)
+
+    @property
+    def width(self) -> int:
+        """Length of an input."""
+        return len(self.moments)
+
+    @property
+    def trace(self) -> float:
+        """E|x|^2."""
+        return self.moments.trace().item()
+
+    def matrix(self) -> Tensor:
+        """G (inputs, inputs)."""
+        return self.moments
+
+    def times(self, rows: Tensor) -> Tensor:
+        """Rows (n, inputs) times G."""
+        return rows @ self.moments
+
+
+AnyGram = Gram | FullGram
 
 
 def from_eigen(
@@ -72,54 +113,74 @@ def from_eigen(
     return Gram(basis[:count], values[:count] - tail, tail, rows)
 
 
-def truncated(gram: Gram, keep: int) -> Gram:
+def truncated(gram: AnyGram, keep: int) -> Gram:
     """The same Gram with at most `keep` directions; the rest goes into the tail."""
-    outside = gram.width - len(gram.values)
-    return from_eigen(gram.basis, gram.values + gram.tail, outside * gram.tail, gram.rows, keep)
+    whole = gram.spectral
+    outside = whole.width - len(whole.values)
+    rest = outside * whole.tail
+    return from_eigen(whole.basis, whole.values + whole.tail, rest, whole.rows, keep)
 
 
-def mean(grams: Sequence[Gram]) -> Gram:
-    """The mean of Grams; equal ones, as of one base, are not summed again."""
-    if all(torch.equal(gram.basis, grams[0].basis) for gram in grams[1:]):
-        return grams[0]
-    roots = torch.cat([gram.root() for gram in grams]) / len(grams) ** 0.5
+def mean(grams: Sequence[AnyGram]) -> AnyGram:
+    """The mean of Grams; one that many share, as of one base, is not summed again."""
+    first, rows = grams[0], sum(gram.rows for gram in grams)
+    if all(_same(gram, first) for gram in grams[1:]):
+        return first
+    if any(isinstance(gram, FullGram) for gram in grams):
+        return FullGram(torch.stack([gram.matrix() for gram in grams]).mean(0), rows)
+    roots = torch.cat([gram.spectral.root() for gram in grams]) / len(grams) ** 0.5
     _, singular, basis = torch.linalg.svd(roots, full_matrices=False)
-    tail = sum(gram.tail for gram in grams) / len(grams)
-    return Gram(basis, singular.square(), tail, sum(gram.rows for gram in grams))
+    tail = sum(gram.spectral.tail for gram in grams) / len(grams)
+    return Gram(basis, singular.square(), tail, rows)
+
+
+def _same(one: AnyGram, other: AnyGram) -> bool:
+    if one is other:
+        return True
+    both = isinstance(one, Gram) and isinstance(other, Gram)
+    return both and torch.equal(one.spectral.basis, other.spectral.basis)
 
 
 class GramSum:
-    """S = sum_i weight_i G_i + ridge * (mean eigenvalue of the sum) * I."""
+    """S = sum_i weight_i G_i + ridge * (mean eigenvalue of the sum) * I.
 
-    def __init__(self, grams: Sequence[Gram], weights: Sequence[float], ridge: float):
+    A matrix (inputs, inputs), or, where the Grams have few directions together, their roots R with
+    S = R^T R + tail I, so that no such matrix is made.
+    """
+
+    def __init__(self, grams: Sequence[AnyGram], weights: Sequence[float], ridge: float):
         pairs = list(zip(grams, weights, strict=True))
         width = grams[0].width
-        self.roots = torch.cat([weight**0.5 * gram.root() for gram, weight in pairs])
-        trace = sum(weight * gram.trace for gram, weight in pairs)
-        self.tail = sum(weight * gram.tail for gram, weight in pairs) + ridge * trace / width
+        floor = ridge * sum(weight * gram.trace for gram, weight in pairs) / width
+        few = [gram for gram in grams if isinstance(gram, Gram)]
+        self.low_rank = len(few) == len(grams) and sum(len(g.values) for g in few) < width // 2
+        if self.low_rank:
+            self.roots = torch.cat([weight**0.5 * gram.spectral.root() for gram, weight in pairs])
+            self.tail = floor + sum(weight * gram.spectral.tail for gram, weight in pairs)
+        else:
+            self.matrix = sum((weight * gram.matrix() for gram, weight in pairs), torch.zeros(()))
+            self.matrix.diagonal().add_(floor)
 
     def times(self, rows: Tensor) -> Tensor:
         """Rows (n, inputs) times S."""
-        return rows @ self.roots.mT @ self.roots + self.tail * rows
+        if self.low_rank:
+            return rows @ self.roots.mT @ self.roots + self.tail * rows
+        return rows @ self.matrix
 
     def solve(self, rows: Tensor) -> Tensor:
         """Rows (n, inputs) times S^-1, by Cholesky.
 
-        With fewer directions than inputs by the Woodbury identity
-        S^-1 = (I - R^T (tail I + R R^T)^-1 R) / tail, so that no inputs x inputs matrix is made.
+        Of roots by the Woodbury identity S^-1 = (I - R^T (tail I + R R^T)^-1 R) / tail.
         """
-        count, width = self.roots.shape
-        if count < width // 2:
-            inner = self.roots @ self.roots.mT
-            inner.diagonal().add_(self.tail)
-            projected = torch.cholesky_solve(self.roots @ rows.mT, torch.linalg.cholesky(inner))
-            return (rows - projected.mT @ self.roots) / self.tail
-        matrix = self.roots.mT @ self.roots
-        matrix.diagonal().add_(self.tail)
-        return torch.cholesky_solve(rows.mT, torch.linalg.cholesky(matrix)).mT
+        if not self.low_rank:
+            return torch.cholesky_solve(rows.mT, torch.linalg.cholesky(self.matrix)).mT
+        inner = self.roots @ self.roots.mT
+        inner.diagonal().add_(self.tail)
+        projected = torch.cholesky_solve(self.roots @ rows.mT, torch.linalg.cholesky(inner))
+        return (rows - projected.mT @ self.roots) / self.tail
 
 
-def output_energy(factors: Factors, gram: Gram) -> float:
+def output_energy(factors: Factors, gram: AnyGram) -> float:
     """E|D x|^2 of an update D = up @ down over the inputs of a Gram: tr(D G D^T)."""
     inner = gram.times(factors.down) @ factors.down.mT  # (r, r)
     return ((factors.up.mT @ factors.up) * inner).sum().clamp(min=0).item()

@@ -1,4 +1,4 @@
-"""KnOTS: align the updates in one basis, then merge there (Stoica et al. 2024, arXiv 2410.19735)."""
+"""KnOTS: align updates in one basis, merge there (Stoica et al. 2024, arXiv 2410.19735)."""
 
 import torch
 from torch import Tensor

@@ -15,7 +15,7 @@ from torch import Tensor
 from rite_diffusion.types import LoraPair
 
 if TYPE_CHECKING:
-    from rite_diffusion.fusion.grams import Gram
+    from rite_diffusion.fusion.grams import AnyGram
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Part:
 
     concept: str  # hash of the adapter's tensors
     factors: Factors  # of rank 0 where the adapter leaves the layer alone
-    gram: Gram | None  # None: no statistics
+    gram: AnyGram | None  # None: no statistics
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Layer:
 
     name: str
     parts: list[Part]
-    base: Gram | None  # what flows in where the base model draws ordinary things
+    base: AnyGram | None  # what flows in where the base model draws ordinary things
 
     @property
     def rank(self) -> int:

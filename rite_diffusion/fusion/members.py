@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import torch
 
@@ -21,7 +22,7 @@ class Member:
 
     adapter: Adapter
     weight: float
-    file: str  # its name, for messages and the fused file's header
+    file: Path
     sketch: Sketch | None = None
 
     @cached_property
@@ -37,7 +38,7 @@ class Member:
     @property
     def label(self) -> str:
         """The trigger, or the file's name where there is none."""
-        return self.adapter.info.trigger or self.file
+        return self.adapter.info.trigger or self.file.name
 
 
 def digest_of(adapter: Adapter) -> str:
@@ -73,8 +74,8 @@ def checked(members: Sequence[Member]) -> list[Member]:
 
 
 def _refuse_repetition(members: Sequence[Member]) -> None:
-    known: dict[str, str] = {}
-    triggers: dict[str, str] = {}
+    known: dict[str, Path] = {}
+    triggers: dict[str, Path] = {}
     for member in members:
         if member.digest in known:
             raise FusionError(
@@ -104,7 +105,7 @@ def _refuse_other_bases(members: Sequence[Member]) -> None:
 
 
 def _refuse_other_shapes(members: Sequence[Member]) -> None:
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {}
+    shapes: dict[str, tuple[tuple[int, ...], Path]] = {}
     for member in members:
         for pair in member.adapter.pairs:
             shape = (pair.up.shape[0], *pair.down.shape[1:])

@@ -76,7 +76,7 @@ def provenance(member: Member) -> list[dict]:
             "method": info.method,
             "ranks": member.adapter.ranks(),
             "weight": member.weight,
-            "file": member.file,
+            "file": member.file.name,
             "tensors": member.digest,
             "licence": info.licence,
         }

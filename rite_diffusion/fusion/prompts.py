@@ -1,5 +1,7 @@
 """What is drawn for statistics."""
 
+from pathlib import Path
+
 from rite_diffusion.adapters import AdapterInfo
 from rite_diffusion.fusion.members import triggers_of
 from rite_diffusion.types import FusionError
@@ -23,7 +25,7 @@ ORDINARY = (
 )
 
 
-def concept_prompts(info: AdapterInfo, file: str) -> list[str]:
+def concept_prompts(info: AdapterInfo, file: Path) -> list[str]:
     """Prompts that call an adapter's concepts; FusionError where its file names none."""
     triggers = triggers_of(info)
     if not triggers:

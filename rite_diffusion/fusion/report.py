@@ -18,7 +18,7 @@ from statistics import median
 
 from rite_diffusion.adapters import Adapter
 from rite_diffusion.fusion.gram import with_statistics
-from rite_diffusion.fusion.grams import Gram, output_energy
+from rite_diffusion.fusion.grams import AnyGram, output_energy
 from rite_diffusion.fusion.layer import Factors, Layer, Part, flat, stack
 from rite_diffusion.fusion.members import Member, checked, layers
 
@@ -105,7 +105,7 @@ def layer_conflict(layer: Layer, fused: Factors) -> LayerConflict:
     )
 
 
-def _loudness(factors: Factors, gram: Gram | None) -> float:
+def _loudness(factors: Factors, gram: AnyGram | None) -> float:
     """Root mean square output of an update; 0 where nothing is known of the inputs."""
     return output_energy(factors, gram) ** 0.5 if gram is not None else 0.0
 

@@ -18,13 +18,18 @@ class FusionSettings:
     constraints: int = 8  # custom_diffusion: directions per concept that come out exactly
 
     def __post_init__(self):
-        for name in ("rank", "constraints"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= 4096:
-                raise FusionError(f"{name} {value} is not between 1 and 4096")
-        for name in ("error", "trim", "keep", "ridge"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise FusionError(f"{name} {value} is not above 0 and at most 1")
-        if not 0 <= self.preserve <= 1000:
-            raise FusionError(f"preserve {self.preserve} is not between 0 and 1000")
+        for name, value in vars(self).items():
+            if value is None:
+                continue
+            if name in ("rank", "constraints"):
+                good, wanted = type(value) is int and 1 <= value <= 4096, "a whole number to 4096"
+            elif name == "preserve":
+                good, wanted = _is_number(value) and 0 <= value <= 1000, "from 0 to 1000"
+            else:
+                good, wanted = _is_number(value) and 0 < value <= 1, "above 0 and at most 1"
+            if not good:
+                raise FusionError(f"{name} = {value!r} is not {wanted}")
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float)

@@ -91,8 +91,8 @@ def load_sketch(path: Path) -> Sketch:
     try:
         layers = json.loads(header["layers"])
         homes = {home: rows for side in layers.values() for home, rows in side.values()}
-        grams = {home: _gram(tensors, home, rows) for home, rows in homes.items()}
-        sides = {
+        grams: Grams = {home: _gram(tensors, home, rows) for home, rows in homes.items()}
+        sides: dict[str, Grams] = {
             side: {name: grams[home] for name, (home, _) in layers[side].items()}
             for side in ("concept", "base")
         }

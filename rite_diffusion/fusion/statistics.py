@@ -10,11 +10,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rite_diffusion.adapters.attach import places
-from rite_diffusion.fusion.grams import Gram, from_eigen, from_matrix
+from rite_diffusion.fusion.grams import AnyGram, FullGram, Gram, from_eigen
 from rite_diffusion.types import Backbone
 
 EXACT_WIDTH = 2048  # inputs; a wider layer's Gram is sketched as it streams
@@ -22,7 +23,7 @@ SKETCH_WIDTH = 256  # directions of such a sketch
 ROUNDING = 1e-6  # of products in single precision, relative to the largest
 CHUNK = 8192  # rows in one product
 
-Grams = dict[str, Gram]  # layer name -> what flows into it
+Grams = dict[str, AnyGram]  # layer name -> what flows into it
 
 
 # --- running sums ------------------------------------------------------------------------------
@@ -41,9 +42,9 @@ class ExactSum:
             self.total += chunk.mT @ chunk
         self.rows += len(inputs)
 
-    def gram(self) -> Gram:
+    def gram(self) -> FullGram:
         """The mean of x x^T."""
-        return from_matrix(self.total.cpu().double() / self.rows, self.rows)
+        return FullGram(self.total.cpu().double() / self.rows, self.rows)
 
 
 class SketchSum:
@@ -132,7 +133,8 @@ def watched(backbone: Backbone, names: Sequence[str]) -> dict[str, Watched]:
     for name in names:
         component, path = homes[name]
         called = backbone.components[component].get_submodule(path)
-        found[name] = Watched(called, getattr(called, "base_layer", called))
+        layer = called.base_layer if isinstance(called, LoraLayer) else called
+        found[name] = Watched(called, layer)
     return found
 
 
@@ -160,6 +162,9 @@ class Drawing:
     steps: int = 20
     pictures: int = 1  # per prompt
     seed: int = 0
+
+
+USUAL = Drawing()
 
 
 def _draw(backbone: Backbone, prompt: str, seed: int, steps: int) -> None:
