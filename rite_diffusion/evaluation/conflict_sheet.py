@@ -12,7 +12,7 @@ BEFORE, AFTER = (196, 154, 108), (52, 101, 164)  # colours of the plain sum and 
 RULE = (222, 222, 218)
 QUIET, LOUD = (243, 243, 239), (178, 34, 52)
 WIDTH, MARGIN = 1120, 40  # pixels
-CELL, BAR, STRIP = 56, 16, 14
+CELL, BAR, STRIP = 64, 16, 14
 PICTURE = 112
 
 
@@ -82,9 +82,9 @@ class _Sheet:
 def conflict_sheet(report: ConflictReport, pictures: list[ConceptPictures]) -> Image.Image:
     """The sheet of a report; `pictures`, one entry per concept, may be empty."""
     count = len(report.concepts)
-    top = 78 + max(count * CELL + 70, count * (2 * BAR + 20) + 150) + 40
+    top = 92 + max(count * CELL, count * (2 * BAR + 20) + 48) + 40
     strips = 78 + 2 * count * (STRIP + 3) + 50
-    worst = 60 + 24 * len(report.worst_layers())
+    worst = 92 + 24 * len(report.worst_layers())
     drawn = 110 + count * (PICTURE + 12) if pictures else 0
     sheet = _Sheet(MARGIN + 70 + top + strips + worst + drawn + MARGIN)
     _title(sheet, report)
