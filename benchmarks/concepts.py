@@ -9,31 +9,24 @@ Writes results/concepts.json and concepts.png.
 import argparse
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
 from machine import RESULTS, write_result
+from prompts import CONCEPTS, article
 
-from rite_diffusion import recipes
 from rite_diffusion.adapters import attach, detach, load_adapter
+from rite_diffusion.backbones import load_backbone
 from rite_diffusion.config import parse_assignments
 from rite_diffusion.demo import example_photos
 from rite_diffusion.evaluation.judge import load_judge
 from rite_diffusion.generation.grid import labelled_grid
 from rite_diffusion.generation.sampler import sample
+from rite_diffusion.plan import configure, plan_training
+from rite_diffusion.run import run_training
 from rite_diffusion.types import Backbone
 
-CONCEPTS = {  # folder -> class noun and the backgrounds that its photos do not show
-    "robot": ("robot", ["blue", "green", "white", "orange"]),
-    "unicorn": ("horse", ["blue", "green", "white", "purple"]),
-    "cupcake": ("cake", ["blue", "green", "white", "pink"]),
-    "tractor": ("truck", ["blue", "white", "black", "green"]),
-}
 SEEDS = [100, 101, 102, 103]
-
-
-def article(word: str) -> str:
-    """The word with its article."""
-    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
 
 
 def new_prompts(trigger: str, colours: list[str]) -> list[tuple[str, str]]:
@@ -50,17 +43,28 @@ def draw(backbone: Backbone, prompts: list[str], seeds: list[int]) -> list:
 def object_accuracy(backbone: Backbone, seeds: list[int]) -> float:
     """Share of trigger-free prompts, over all nouns, whose object is right."""
     judge = load_judge()
-    grounds = judge.colour_names
-    right = 0
-    for index, noun in enumerate(judge.noun_names):
-        prompt = f"{article(noun)} on {article(grounds[index % len(grounds)])} background"
-        right += judge.nouns(draw(backbone, [prompt], seeds)).count(noun)
-    return right / len(judge.noun_names) / len(seeds)
+    nouns, grounds, flags = judge.noun_names, judge.colour_names, []
+    prompts = [
+        f"{article(noun)} on {article(grounds[index % len(grounds)])} background"
+        for index, noun in enumerate(nouns)
+    ]
+    for seed in seeds:
+        for first in range(0, len(nouns), 32):
+            part = slice(first, first + 32)
+            images = sample(backbone, prompts[part], [seed] * len(prompts[part]))
+            flags += [a == b for a, b in zip(judge.nouns(images), nouns[part], strict=True)]
+    return share(flags)
 
 
 def share(flags: list[bool]) -> float:
     """The share of true ones."""
     return sum(flags) / len(flags)
+
+
+@cache
+def objects_of_base() -> float:
+    """Object accuracy of the pocket base without an adapter."""
+    return object_accuracy(load_backbone("pocket"), SEEDS[:2])
 
 
 def measure(name: str, settings: dict, folder: Path) -> tuple[dict, list]:
@@ -69,13 +73,12 @@ def measure(name: str, settings: dict, folder: Path) -> tuple[dict, list]:
     class_noun, colours = CONCEPTS[name]
     trigger = f"<{name}>"
     wanted = {"photos": str(example_photos(name)), "trigger": trigger, "class_noun": class_noun}
-    plan = recipes.plan_training(recipes.configure(wanted | settings))
+    plan = plan_training(configure(wanted | settings))
     prompts, grounds = zip(*new_prompts(trigger, colours), strict=True)
     photos = [photo.image for photo in plan.folder.photos]
     before = draw(plan.backbone, prompts, SEEDS)
-    objects_before = object_accuracy(plan.backbone, SEEDS[:2])
     start = time.perf_counter()
-    path = recipes.run_training(plan, folder / name)
+    path = run_training(plan, folder / name)
     seconds = time.perf_counter() - start
     attach(plan.backbone, load_adapter(path), "concept")
     after = draw(plan.backbone, prompts, SEEDS)
@@ -93,7 +96,7 @@ def measure(name: str, settings: dict, folder: Path) -> tuple[dict, list]:
         "background": share(
             [a == b for a, b in zip(judge.colours(after), wanted_grounds, strict=True)]
         ),
-        "objects_before": objects_before,
+        "objects_before": objects_of_base(),
         "objects": objects_after,
         "class_noun_kept": share([found == class_noun for found in class_after]),
         "training_seconds": seconds,

@@ -18,8 +18,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from concepts import CONCEPTS, article
 from machine import RESULTS, write_result
+from prompts import CONCEPTS, article
 
 from rite_diffusion.concepts import METHODS
 from rite_diffusion.demo import example_photos
@@ -27,10 +27,11 @@ from rite_diffusion.evaluation.judge import load_judge
 from rite_diffusion.generation.sampler import sample
 from rite_diffusion.photos.dataset import encode_photos
 from rite_diffusion.photos.images import to_tensor
-from rite_diffusion.recipes import Plan, configure, plan_training
-from rite_diffusion.training.loop import train_steps
+from rite_diffusion.plan import Plan, configure, plan_training
+from rite_diffusion.training.loop import Job, train_steps
 
-CENTRES = {"sgd": 1.0, "adamw": 1e-3, "scaled_sgd": 1e-1, "scaled_adamw": 1e-3, "rite": 1e-2}
+# The lowest rate of each, as a power of ten; the sweep covers four decades from there.
+LOWEST = {"sgd": -3, "adamw": -5, "scaled_sgd": -4, "scaled_adamw": -5, "rite": -4}
 DECADES = 4
 CHECKS = (25, 50, 100, 150)  # steps at which the pictures are judged
 BATCH = 4
@@ -40,10 +41,9 @@ LOG = RESULTS / "optimizer_quality.jsonl"
 
 
 def rates(optimizer: str, per_decade: int = 2) -> list[float]:
-    """Rates over four decades around the optimizer's centre."""
-    half = DECADES * per_decade // 2
-    powers = [step / per_decade for step in range(-half, half + 1)]
-    return [float(f"{CENTRES[optimizer] * 10**power:.3g}") for power in powers]
+    """Rates over four decades."""
+    powers = [LOWEST[optimizer] + step / per_decade for step in range(DECADES * per_decade + 1)]
+    return [float(f"{10**power:.3g}") for power in powers]
 
 
 def runs(concepts: list[str], seeds: tuple[int, ...]) -> list[dict]:
@@ -52,7 +52,7 @@ def runs(concepts: list[str], seeds: tuple[int, ...]) -> list[dict]:
         {"concept": concept, "optimizer": optimizer, "rate": rate, "seed": seed}
         for seed in seeds
         for concept in concepts
-        for optimizer in CENTRES
+        for optimizer in LOWEST
         for rate in rates(optimizer)
     ]
 
@@ -61,6 +61,7 @@ def runs(concepts: list[str], seeds: tuple[int, ...]) -> list[dict]:
 def plan_of(concept: str) -> Plan:
     """The concept's photos and the base."""
     wanted = {"photos": str(example_photos(concept)), "trigger": f"<{concept}>"}
+    wanted |= {"prior": {"weight": 0}}  # nothing but the optimizer holds the base's own pictures
     return plan_training(configure(wanted | {"class_noun": CONCEPTS[concept][0]}))
 
 
@@ -86,7 +87,7 @@ def run(task: dict) -> dict:
     settings |= {"optim": optim, "seed": task["seed"], "steps": max(CHECKS), "batch": BATCH}
     config = configure(settings)
     before = other_pictures(plan)
-    data = encode_photos(plan.backbone, plan.folder.photos, plan.backbone.resolution, flip=False)
+    data = encode_photos(plan.backbone, plan.photos, plan.encoding)
     method = METHODS["lora"](plan.backbone, config)
     prompts, identity, recognised = prompts_of(task["concept"]), {}, {}
 
@@ -98,7 +99,7 @@ def run(task: dict) -> dict:
 
     start = time.perf_counter()
     try:
-        train_steps(plan.backbone, method, data, config, after)
+        train_steps(Job(plan.backbone, method, data, config), after)
         drift = (other_pictures(plan) - before).square().mean().sqrt().item()
         fault = None
     except Exception as error:  # noqa: BLE001 - a rate that breaks the run is a result
@@ -148,7 +149,7 @@ def report(rows: list[dict]) -> dict:
     )
     figures: dict[str, dict] = {"untrained identity": {"value": base}}
     goal = max(by_rate(rows, "adamw", last).values())
-    for optimizer in CENTRES:
+    for optimizer in LOWEST:
         curve = by_rate(rows, optimizer, last)
         if not curve:
             continue
@@ -182,7 +183,7 @@ def plot(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), layout="constrained")
-    for optimizer in CENTRES:
+    for optimizer in LOWEST:
         curve = by_rate(rows, optimizer, max(CHECKS))
         if not curve:
             continue

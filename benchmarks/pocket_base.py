@@ -6,23 +6,19 @@ results/pocket_base.png.
 """
 
 import argparse
-import json
-import os
-import platform
-import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
+from machine import RESULTS, write_result
 from PIL import Image, ImageDraw, ImageFont
+from prompts import article
 
 from rite_diffusion.evaluation.judge import SIZE, Judge, load_judge
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks/results"
 STYLES = {"flat": "", "3d": "3d style, "}  # how a prompt begins
 STEPS, GUIDANCE, BATCH = 25, 3.0, 32
 
@@ -43,11 +39,6 @@ class Request:
             words[0] if len(words) == 1 else "{} on the left and {} on the right".format(*words)
         )
         return f"{STYLES[self.style]}{things} on {article(self.colour)} background"
-
-
-def article(noun: str) -> str:
-    """The noun with its article: "a cat", "an owl"."""
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def requests(judge: Judge, seeds: int) -> list[Request]:
@@ -147,19 +138,6 @@ def sheet(judge: Judge, wanted: list[Request], pictures: list[Image.Image]) -> I
     return paper
 
 
-def machine() -> dict[str, str | int]:
-    """What the figures were made with."""
-    cpus = Path("/proc/cpuinfo")
-    lines = cpus.read_text().splitlines() if cpus.exists() else []
-    models = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count() or 1,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-
-
 def main() -> None:
     """Draw, judge, and write the results."""
     parser = argparse.ArgumentParser(description="Judge the pocket base.")
@@ -167,7 +145,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=weights, help="a diffusers folder")
     parser.add_argument("--seeds", type=int, default=4, help="pictures per noun, style and kind")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the results go")
+    parser.add_argument("--name", default="pocket_base", help="of the files in results/")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     judge = load_judge()
@@ -178,13 +156,9 @@ def main() -> None:
         "judge_accuracy": judge.accuracy,
         "sampling": {"scheduler": "DDIM", "steps": STEPS, "guidance_scale": GUIDANCE},
         "seconds_drawing": round(time.time() - start),
-        "machine": machine(),
-        "command": shlex.join(["python", *sys.argv]),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "pocket_base.json").write_text(json.dumps(report, indent=2) + "\n")
-    sheet(judge, wanted, pictures).save(options.out / "pocket_base.png")
-    print(json.dumps(report, indent=2))
+    print(write_result(options.name, report).read_text())
+    sheet(judge, wanted, pictures).save(RESULTS / f"{options.name}.png")
 
 
 if __name__ == "__main__":

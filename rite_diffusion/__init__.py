@@ -12,9 +12,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["RiteError", "__version__", "fuse", "generate", "grid", "inspect", "sketch", "train"]
+__all__ = [
+    "RiteError",
+    "__version__",
+    "convert",
+    "fuse",
+    "generate",
+    "grid",
+    "inspect",
+    "sketch",
+    "train",
+]
 
 _HOMES = {
+    "convert": "rite_diffusion.conversion",
     "train": "rite_diffusion.recipes",
     "generate": "rite_diffusion.recipes",
     "inspect": "rite_diffusion.recipes",
@@ -25,6 +36,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from rite_diffusion.conversion import convert
     from rite_diffusion.merging import fuse, sketch
     from rite_diffusion.recipes import generate, inspect, train
     from rite_diffusion.sheets import grid

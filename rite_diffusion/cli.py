@@ -60,19 +60,23 @@ def _settings(given: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
 
 @app.command()
 def train(
-    photos: Annotated[Path, typer.Argument(help="Folder that holds the photos.")],
-    trigger: Annotated[str, typer.Option(help='New word for the concept, such as "<robot>".')],
-    class_noun: Annotated[str, typer.Option("--class", help="What it is: robot, dog, cake.")],
+    photos: Annotated[Path, typer.Argument(help="Folder that holds the photos, or a .toml file.")],
+    trigger: Annotated[
+        str | None, typer.Option(help='New word for the concept, such as "<robot>".')
+    ] = None,
+    class_noun: Annotated[
+        str | None, typer.Option("--class", help="What it is: robot, dog, cake.")
+    ] = None,
     base: Annotated[
-        str, typer.Option(help="pocket, a diffusers folder, a .safetensors file or a hub id.")
-    ] = "pocket",
+        str | None, typer.Option(help="pocket, a diffusers folder, a .safetensors or a hub id.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="Preset name or .toml file.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the LoRA pairs.")] = None,
     optimizer: Annotated[
         str | None, typer.Option(help="adamw, adamw_plus, rite, scaled_adamw, scaled_sgd or sgd.")
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    lr: Annotated[str | None, typer.Option(help="Learning rate, or auto to try some out.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/<photos>.")] = None,
     set_: Annotated[
@@ -81,36 +85,53 @@ def train(
     override: Annotated[
         bool, typer.Option("--override", help="Go on with a stopped run though settings differ.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report, try a step, stop.")] = False,
 ) -> None:
     """Train a concept adapter from a folder of photos."""
+    from rite_diffusion.config import merge, read_toml
+
     given = {
-        "photos": str(photos),
         "trigger": trigger,
         "class_noun": class_noun,
         "base": base,
         "steps": steps,
         "lora.rank": rank,
         "optim.name": optimizer,
-        "optim.lr": lr,
+        "optim.lr": _number_or_word(lr),
         "seed": seed,
     }
-    settings = _settings(given, set_ or [])
-    from rite_diffusion import recipes
-    from rite_diffusion.terminal import describe_plan, describe_result, training_progress
+    written = read_toml(photos) if photos.suffix == ".toml" else {"photos": str(photos)}
+    settings = merge(written, _settings(given, set_ or []))
+    from rite_diffusion import plan as planning
+    from rite_diffusion import run
+    from rite_diffusion.terminal import (
+        describe_cost,
+        describe_plan,
+        describe_result,
+        training_progress,
+    )
     from rite_diffusion.training.processes import is_main_process
 
-    plan = recipes.plan_training(recipes.configure(settings, preset))
+    plan = planning.plan_training(planning.configure(settings, preset), print)
     if not is_main_process():  # another process of this run writes and prints
-        recipes.run_training(plan, out or recipes.default_run(plan))
+        run.run_training(plan, out or run.default_run(plan))
         return
     describe_plan(plan)
     if dry_run:
+        describe_cost(plan, run.measure(plan))
         return
-    folder = out or recipes.default_run(plan)
+    folder = out or run.default_run(plan)
     with training_progress(plan.config.steps) as listen:
-        adapter = recipes.run_training(plan, folder, listen, override)
+        adapter = run.run_training(plan, folder, listen, override)
     describe_result(plan, adapter)
+
+
+def _number_or_word(text: str | None) -> float | str | None:
+    """The number that an option's text says, else the text, which the settings will judge."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
 
 
 @app.command()
@@ -138,6 +159,9 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder for the pictures, or one .png.")] = Path(
         "outputs"
     ),
+    other_base: Annotated[
+        bool, typer.Option("--other-base", help="Use adapters on a base they were not made for.")
+    ] = False,
 ) -> None:
     """Make pictures of a prompt, with any number of adapters."""
     from rite_diffusion import recipes
@@ -155,6 +179,7 @@ def generate(
         width=width,
         height=height,
         out=out,
+        other_base=other_base,
     )
     for image in images:
         print(image.info["path"])
@@ -281,12 +306,86 @@ def inspect(file: Annotated[Path, typer.Argument(help="An adapter, .safetensors.
 
 
 @app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="An adapter: .safetensors or a PEFT folder.")],
+    to: Annotated[str, typer.Option(help="kohya, diffusers, peft or comfyui.")],
+    out: Annotated[Path | None, typer.Option(help="Default: FILE-<to> beside FILE.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Its base model, to load the export in and draw with.")
+    ] = None,
+    published_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--published-pickle",
+            help="FILE is a .pth of Mix-of-Show, Custom Diffusion or A1111; nothing in it is run.",
+        ),
+    ] = False,
+) -> None:
+    """Write an adapter in another tool's dialect and prove it by loading it back."""
+    from rite_diffusion.conversion import convert as converted
+    from rite_diffusion.terminal import describe_export
+
+    export = converted(file, to, out, base=base, published_pickle=published_pickle)
+    describe_export(export)
+
+
+@app.command()
+def card(file: Annotated[Path, typer.Argument(help="An adapter, .safetensors.")]) -> None:
+    """Write an adapter's model card, README.md, beside its file."""
+    from rite_diffusion.publishing import write_card
+
+    print(write_card(file))
+
+
+@app.command()
+def push(
+    file: Annotated[Path, typer.Argument(help="An adapter, .safetensors.")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see it.")] = False,
+) -> None:
+    """Upload an adapter and its card to a hub repository, private unless asked."""
+    from rite_diffusion.publishing import push as pushed
+
+    print(pushed(file, repository, private=not public))
+
+
+@app.command()
 def doctor() -> None:
     """Show versions, devices and what is missing, with how to get it."""
     from rite_diffusion.doctor import examine
     from rite_diffusion.terminal import describe_findings
 
     describe_findings(examine())
+
+
+@app.command()
+def studio(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 7860,
+    auth: Annotated[
+        list[str] | None,
+        typer.Option(envvar="RITE_AUTH", help="user:password; several times for several users."),
+    ] = None,
+    workspace: Annotated[
+        Path, typer.Option(help="Folder for photos, runs, adapters and pictures.")
+    ] = Path("studio"),
+    share: Annotated[
+        bool, typer.Option("--share", help="A public link through gradio.live; needs --auth.")
+    ] = False,
+    mcp: Annotated[
+        bool, typer.Option("--mcp", help="Also serve as tools for assistants (MCP).")
+    ] = False,
+) -> None:
+    """Open the web page: train, generate, look after adapters."""
+    from rite_diffusion.ui.serve import Settings, launch
+
+    page = launch(Settings(workspace, host, port, tuple(auth or ()), share, mcp))
+    print(f"studio      {page.local_url}")
+    if page.share_url:
+        print(f"public      {page.share_url}")
+    print(f"workspace   {workspace.absolute()}")
+    print("Ctrl-C ends the studio; trainings go on and are found again.", flush=True)
+    page.block_thread()
 
 
 @app.command()

@@ -10,7 +10,8 @@ from rite_diffusion.adapters import attach, load_adapter
 from rite_diffusion.evaluation.judge import load_judge
 from rite_diffusion.generation.grid import labelled_grid
 from rite_diffusion.generation.sampler import sample
-from rite_diffusion.recipes import Plan, configure, plan_training, run_training
+from rite_diffusion.plan import Plan, configure, plan_training
+from rite_diffusion.run import run_training
 from rite_diffusion.training.loop import StepReport
 from rite_diffusion.types import RunError
 

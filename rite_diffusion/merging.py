@@ -15,7 +15,7 @@ from rite_diffusion.adapters import Adapter, attach, detach, load_adapter, save_
 from rite_diffusion.adapters.choice import choose_adapters
 from rite_diffusion.evaluation.conflict_sheet import ConceptPictures, conflict_sheet
 from rite_diffusion.fusion.measure import measure
-from rite_diffusion.fusion.members import Member, checked, triggers_of
+from rite_diffusion.fusion.members import Member, checked
 from rite_diffusion.fusion.merge import merge, method_named
 from rite_diffusion.fusion.prompts import concept_prompts
 from rite_diffusion.fusion.report import ConflictReport, report_on
@@ -23,8 +23,8 @@ from rite_diffusion.fusion.settings import FusionSettings
 from rite_diffusion.fusion.sketch import load_sketch, save_sketch, sketch_path
 from rite_diffusion.fusion.statistics import USUAL, Drawing
 from rite_diffusion.generation.output import output_target
-from rite_diffusion.generation.sampler import sample
-from rite_diffusion.recipes import default_guidance, open_base
+from rite_diffusion.generation.sampler import default_guidance, sample
+from rite_diffusion.recipes import open_base
 from rite_diffusion.types import Backbone, FusionError
 
 SHOWN = 2  # pictures of each concept in a report
@@ -213,7 +213,7 @@ def draw_concepts(
 
 
 def _shown_prompt(member: Member) -> str:
-    triggers = triggers_of(member.adapter.info)
+    triggers = member.adapter.info.triggers()
     if not triggers:
         assert member.sketch is not None  # made with prompts of its own
         return member.sketch.facts.prompts.splitlines()[0]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import PngImagePlugin
 from PIL.Image import Image
@@ -19,11 +20,11 @@ from rite_diffusion.fusion.merge import merge, method_named
 from rite_diffusion.fusion.settings import FusionSettings
 from rite_diffusion.fusion.statistics import USUAL
 from rite_diffusion.generation.grid import labelled_grid
-from rite_diffusion.generation.metadata import KEY, parameters_of
+from rite_diffusion.generation.metadata import KEY
 from rite_diffusion.generation.output import output_target
-from rite_diffusion.generation.sampler import Sampling, checked_size, sample
+from rite_diffusion.generation.picture import complete, picture
 from rite_diffusion.merging import with_sketches
-from rite_diffusion.recipes import default_guidance, open_base
+from rite_diffusion.recipes import open_base
 from rite_diffusion.types import Backbone, ConfigError
 
 AXES = ("prompt", "adapter", "weight", "method", "seed")
@@ -146,9 +147,10 @@ def grid(
         raise ConfigError(f"{out} is no .png file: name one as --out.")
     target = None if out is None else output_target(Path(out).expanduser(), 1)
     backbone = open_base(base, infos)
-    size = checked_size(backbone, width, height)
-    guidance = default_guidance(backbone) if guidance is None else guidance
-    pictures = _draw(backbone, sheet, Sampling(negative, steps, guidance, *size), listen)
+    settings = {
+        "negative": negative, "steps": steps, "guidance": guidance, "width": width, "height": height
+    }  # fmt: skip
+    pictures = _draw(backbone, sheet, settings, listen)
     rows = [[pictures[each][0] for each in row] for row in sheet.rows]
     image = labelled_grid(rows, sheet.row_labels(), sheet.column_labels(), cell)
     if target is not None:
@@ -170,7 +172,7 @@ def _text(sheet: Sheet, facts: list[list[dict]]) -> PngImagePlugin.PngInfo:
 def _draw(
     backbone: Backbone,
     sheet: Sheet,
-    sampling: Sampling,
+    settings: dict[str, Any],
     listen: Callable[[int, int], None],
 ) -> dict[Cell, tuple[Image, dict]]:
     """Each cell's picture and parameters; cells with the same adapters are drawn in one go."""
@@ -178,11 +180,11 @@ def _draw(
     drawn: dict[Cell, tuple[Image, dict]] = {}
     for first, cells in sheet.setups().items():
         chosen = first.chosen()
+        records = [each.record() for each in chosen]
         with _attached(backbone, chosen, first.method):
             for cell in cells:
-                [image] = sample(backbone, [cell.prompt], [cell.seed], **vars(sampling))
-                facts = parameters_of(backbone, cell.prompt, cell.seed, sampling, chosen)
-                drawn[cell] = image, asdict(facts)
+                facts = complete(backbone, records, prompt=cell.prompt, seed=cell.seed, **settings)
+                drawn[cell] = picture(backbone, facts), asdict(facts)
                 listen(len(drawn), total)
     return drawn
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from shlex import quote
 
@@ -11,10 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rite_diffusion.adapters import Adapter, load_adapter
+from rite_diffusion.conversion import Export
 from rite_diffusion.demo import DemoResult
 from rite_diffusion.doctor import Finding
 from rite_diffusion.merging import Outcome
-from rite_diffusion.recipes import Plan
+from rite_diffusion.plan import Plan
+from rite_diffusion.run import Cost
 from rite_diffusion.training.loop import StepReport
 
 
@@ -23,37 +26,62 @@ def _line(label: str, text: str) -> None:
 
 
 def describe_plan(plan: Plan) -> None:
-    """Print what was found in the photo folder and what will be done with it."""
-    config, folder, backbone = plan.config, plan.folder, plan.backbone
+    """Print what was found in the photo folders and what will be done with it."""
+    _describe_photos(plan)
+    _describe_doubts(plan)
+    config, backbone, optim = plan.config, plan.backbone, plan.config.optim
+    for concept in config.concepts():
+        _line("concept", f"{concept.trigger}, class {concept.class_noun}")
+    where = f"{backbone.device}, {config.resolution} pixels, {config.precision}"
+    _line("base", f"{config.base} on {where}")
+    _line("adapter", f"{config.method}, rank {config.lora.rank}")
+    rates = f"{optim.name}, rate auto: tried out before the first step"
+    if optim.lr_unet is not None:
+        text = f", text encoder {optim.lr_text_encoder:g}" if config.lora.text_encoder else ""
+        rates = f"{optim.name}, rate {optim.lr_unet:g}{text}"
+    _line("training", f"{config.steps} steps of {config.batch}, {rates}, seed {config.seed}")
+
+
+def _describe_photos(plan: Plan) -> None:
+    config, folder = plan.config, plan.folder
     photos = folder.photos
-    _line("photos", f"{len(photos)} in {config.photos}, {folder.sizes()} pixels")
+    where = ", ".join(source.photos for source in config.sources())
+    _line("photos", f"{len(photos)} in {where}, {folder.sizes()} pixels")
     templated = len(photos) - folder.captioned
     _line("captions", f"{folder.captioned} from files, {templated} from templates")
     _line("", f'e.g. "{photos[0].caption}"')
     masked = sum(photo.mask is not None for photo in photos)
     if masked:
         _line("masks", f"{masked} of {len(photos)} photos")
+    if plan.held_out:
+        _line("held out", ", ".join(photo.path.name for photo in plan.held_out))
+    if plan.class_photos:
+        _line("class", f"{len(plan.class_photos)} pictures, weight {config.prior.weight:g}")
     for (width, height), names in plan.buckets().items() if config.buckets else ():
         _line("bucket", f"{width}x{height}: {', '.join(names)}")
+
+
+def _describe_doubts(plan: Plan) -> None:
+    """Print what the user may not have meant."""
+    folder = plan.folder
     for path, reason in folder.skipped:
         _line("skipped", f"{path.name}: {reason}")
     for caption in plan.captions_without_trigger():
-        _line("no trigger", f'"{caption}" does not contain {config.trigger}')
+        _line("no trigger", f'"{caption}" does not contain the trigger')
     for caption in plan.cut_captions():
-        _line("cut", f'"{caption}" is longer than {backbone.token_budget} tokens')
+        _line("cut", f'"{caption}" is longer than {plan.backbone.token_budget} tokens')
     for one, other in folder.near_duplicates():
         _line("alike", f"{one} and {other}")
-    small = folder.smaller_than(config.resolution or backbone.resolution)
+    small = folder.smaller_than(plan.encoding.resolution)
     if small:
-        _line("scaled up", f"{', '.join(small)}: smaller than {config.resolution} pixels")
-    _line("concept", f"{config.trigger}, class {config.class_noun}")
-    where = f"{backbone.device}, {config.resolution} pixels, {config.precision}"
-    _line("base", f"{config.base} on {where}")
-    _line("adapter", f"{config.method}, rank {config.lora.rank}")
-    optim = config.optim
-    text = f", text encoder {optim.lr_text_encoder:g}" if config.lora.text_encoder else ""
-    rates = f"{optim.name}, rate {optim.lr_unet:g}{text}"
-    _line("training", f"{config.steps} steps of {config.batch}, {rates}, seed {config.seed}")
+        _line("scaled up", f"{', '.join(small)}: smaller than {plan.encoding.resolution} pixels")
+
+
+def describe_cost(plan: Plan, cost: Cost) -> None:
+    """Print what a run will take."""
+    duration = timedelta(seconds=round(cost.seconds_per_step * plan.config.steps))
+    each = f"{cost.seconds_per_step:.2f} s a step"
+    _line("cost", f"about {duration} ({each}), {cost.peak_bytes / 1e9:.1f} GB of memory")
 
 
 @contextmanager
@@ -84,9 +112,10 @@ def training_progress(steps: int) -> Iterator[Callable[[StepReport], None]]:
 def describe_result(plan: Plan, adapter: Path) -> None:
     """Print where the adapter is and what to try next."""
     size = adapter.stat().st_size / 1e6
-    prompt = f"a {plan.config.trigger} on a blue background"
+    trigger = plan.config.concepts()[0].trigger
+    prompt = f"a {trigger} on a blue background"
     if plan.config.base != "pocket":
-        prompt = f"a photo of a {plan.config.trigger} on a blue background"
+        prompt = f"a photo of a {trigger} on a blue background"
     base = "" if plan.config.base == "pocket" else f" --base {quote(plan.config.base)}"
     _line("adapter", f"{adapter} ({size:.1f} MB)")
     _line("try", f"rite generate {quote(prompt)} --adapter {quote(str(adapter))}{base}")
@@ -108,9 +137,15 @@ def describe_adapter(path: Path, adapter: Adapter) -> None:
     for entry in json.loads(concepts or "[]"):
         source = f"{entry['file']} at weight {entry['weight']:g}"
         print(f"{'concept':<17}{entry['trigger']}, {entry['class_noun']}, from {source}")
-    print(f"{'rank':<17}{ranks}")
+    print(f"{'dialect':<17}{adapter.dialect}")
+    print(f"{'rank':<17}{ranks or 'no layers'}")
     modules = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     print(f"{'modules':<17}{len(adapter.pairs)} ({modules}), {parameters:,} parameters")
+    for word, rows in adapter.tokens.items():
+        layers, count, width = rows.shape
+        print(f"{'token':<17}{word} ({layers} layers of {count} x {width})")
+    for note in adapter.notes:
+        print(f"{'note':<17}{note}")
     if config:
         print("trained with")
         print("\n".join(f"    {line}" for line in config.strip().splitlines()))
@@ -157,6 +192,23 @@ def describe_conflicts(outcome: Outcome) -> None:
         _line("worst", f"{layer.worst:.2f} {layer.name}")
     describe_fused(outcome.adapter)
     _line("report", f"{outcome.sheet}, {outcome.json}")
+
+
+def describe_export(export: Export) -> None:
+    """Print what was written and what its checks showed."""
+    _line("read", f"{len(export.adapter.pairs)} modules in {export.adapter.dialect}'s names")
+    for note in export.adapter.notes:
+        _line("note", note)
+    _line("wrote", str(export.path))
+    for path in export.embeddings:
+        _line("embedding", str(path))
+    for word in export.lossy:
+        _line("lossy", f"the layers of {word} are averaged: no other tool keeps them apart")
+    for check in export.checks:
+        text = f"{check.modules} modules, largest relative difference {check.difference:.1e}"
+        _line("verified", f"{text}, by {check.reader}")
+    if export.pixels is not None:
+        _line("pictures", f"largest difference {export.pixels} of 255, original against export")
 
 
 def describe_findings(findings: list[Finding]) -> None:

@@ -44,6 +44,10 @@ class RunError(RiteError):
     """The run folder cannot be used."""
 
 
+class StudioError(RiteError):
+    """The studio was asked for something that it refuses."""
+
+
 @dataclass(frozen=True)
 class Concept:
     """What is learned: the word that calls it and the kind of thing it is."""
@@ -61,19 +65,23 @@ class Photo:
     caption: str
     mask: Image | None = None  # of the picture's size, mode L: white is learned
     repeats: int = 1  # how often an epoch shows it
+    weight: float = 1.0  # of its loss
 
 
 @dataclass(frozen=True)
 class LoraPair:
     """The factors of one adapted layer: delta W = scale * up @ down.
 
-    `down` is (rank, in) or (rank, in, k, k), `up` is (out, rank) or (out, rank, 1, 1).
+    `down` is (rank, in) or (rank, in, k, k), `up` is (out, rank) or (out, rank, 1, 1). With a
+    `magnitude` m (out,) the layer is a DoRA (Liu et al. 2024, Eq. 5): its adapted weight is
+    m * (W + delta W) / |W + delta W|, norms taken over each output's weights.
     """
 
     name: str  # the module's name in adapter files: "lora_unet_mid_block_attentions_0_…_to_q"
     down: Tensor
     up: Tensor
     scale: float
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -83,10 +91,18 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser is told about a batch of prompts."""
+    """What the denoiser is told about a batch of prompts.
+
+    A backbone makes it and takes it; whoever stands between hands it on unread.
+    """
 
     states: Tensor  # (B, tokens, width)
-    extra: dict[str, Tensor] = field(default_factory=dict)  # pooled embeddings, size ids, …
+    extra: dict[str, Tensor] = field(default_factory=dict)  # (B, …) each: pooled embeddings, …
+
+    def rows(self, places: list[int]) -> Conditioning:
+        """That of the prompts at these places, which may repeat."""
+        extra = {name: values[places] for name, values in self.extra.items()}
+        return Conditioning(self.states[places], extra)
 
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
@@ -104,6 +120,10 @@ class Backbone(Protocol):
     alphas_cumprod: Tensor  # (T,) signal share of the noise schedule
     device: device
     dtype: dtype
+
+    def encoder_fingerprint(self) -> str:
+        """A name for what makes latents of pictures, the same for equal weights."""
+        ...
 
     @property
     def components(self) -> dict[str, nn.Module]:
@@ -128,6 +148,10 @@ class Backbone(Protocol):
 
     def checkpoint_gradients(self, wanted: bool) -> None:
         """Recompute activations in the backward pass instead of keeping them, or keep them."""
+        ...
+
+    def compile_denoiser(self, wanted: bool) -> None:
+        """Run the denoiser through `torch.compile`, or as it is."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -11,12 +11,22 @@ from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
 
-from models import tiny_stable_diffusion  # noqa: E402
+from models import (  # noqa: E402
+    tiny_stable_diffusion,
+    tiny_stable_diffusion_2,
+    tiny_stable_diffusion_xl,
+)
 from rite_diffusion.adapters import save_adapter  # noqa: E402
 from rite_diffusion.backbones import load_backbone  # noqa: E402
 from test_adapters import random_adapter  # noqa: E402
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    """A cache of the test's own; the user's stays as it is."""
+    monkeypatch.setenv("RITE_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture
@@ -30,6 +40,22 @@ def tiny_folder(tmp_path_factory) -> Path:
     """A diffusers folder in Stable Diffusion 1.x's shape, with small random weights."""
     folder = tmp_path_factory.mktemp("tiny") / "tiny-sd"
     tiny_stable_diffusion().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder_2(tmp_path_factory) -> Path:
+    """The same in Stable Diffusion 2.x's shape."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-sd2"
+    tiny_stable_diffusion_2().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_folder_xl(tmp_path_factory) -> Path:
+    """The same in Stable Diffusion XL's shape."""
+    folder = tmp_path_factory.mktemp("tiny") / "tiny-sdxl"
+    tiny_stable_diffusion_xl().save_pretrained(folder)
     return folder
 
 

@@ -4,14 +4,16 @@ import pytest
 
 from rite_diffusion import config
 from rite_diffusion.config import from_toml, load_preset, parse_assignments, resolve, to_toml
-from rite_diffusion.recipes import configure
+from rite_diffusion.plan import configure
 from rite_diffusion.types import ConfigError
 
 NEEDED = {"photos": "p", "trigger": "<t>", "class_noun": "dog"}
 
 
 def test_toml_round_trip_is_exact():
-    chosen = resolve(NEEDED | {"optim": {"lr": 1e-4, "name": "sgd"}, "flip": True, "seed": 7})
+    chosen = resolve(
+        NEEDED | {"optim": {"lr": 1e-4, "name": "sgd"}, "augment": {"flip": True}, "seed": 7}
+    )
     assert from_toml(to_toml(chosen)) == chosen
 
 
@@ -39,14 +41,14 @@ def test_bad_settings_name_the_key_and_what_to_do(settings, words):
 
 
 def test_assignments_read_toml_values_and_bare_words():
-    tree = parse_assignments(["optim.lr=1e-4", "optim.name=sgd", "flip=true", "base=a/b"])
-    assert tree == {"optim": {"lr": 1e-4, "name": "sgd"}, "flip": True, "base": "a/b"}
+    tree = parse_assignments(["optim.lr=1e-4", "optim.name=sgd", "augment.flip=true", "base=a/b"])
+    assert tree == {"optim": {"lr": 1e-4, "name": "sgd"}, "augment": {"flip": True}, "base": "a/b"}
     with pytest.raises(ConfigError, match="key=value"):
         parse_assignments(["optim.lr"])
 
 
 def test_unknown_preset_names_the_known_ones():
-    with pytest.raises(ConfigError, match="pocket, sd15"):
+    with pytest.raises(ConfigError, match="pocket, sd15, sdxl"):
         load_preset("nope")
 
 

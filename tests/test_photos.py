@@ -7,14 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from rite_diffusion.config import AugmentSection
 from rite_diffusion.photos.buckets import (
     batch_indices,
     bucket_of,
     bucket_of_step,
     bucket_sizes,
 )
-from rite_diffusion.photos.dataset import encode_photos
+from rite_diffusion.photos.dataset import Encoding, encode_photos
 from rite_diffusion.photos.folder import read_folder
 from rite_diffusion.photos.images import UnreadableImage, fit, open_image, to_image, to_tensor
 from rite_diffusion.photos.random import generator
@@ -82,7 +84,7 @@ def test_kohyas_folders_repeat_their_pictures(photos, pocket):
     Image.new("RGB", (64, 64), "gray").save(inner / "inner.png")
     found = read_folder(photos, CONCEPT, TEMPLATES).photos
     assert [(p.path.name, p.repeats) for p in found][-1] == ("inner.png", 3)
-    data = encode_photos(pocket, found, 64, flip=True)
+    data = encode_photos(pocket, found, Encoding(64, augment=AugmentSection(flip=True)))
     assert len(data.latents) == 8 and data.latents[0].shape == (8, 16, 16)
     assert data.names.count("inner.png") == 6 and data.samples[-6:] == [6, 7] * 3
 
@@ -112,7 +114,7 @@ def test_masks_come_from_files_or_from_transparency(photos, pocket):
     assert [photo.mask and photo.mask.size for photo in found] == [
         (80, 70), (90, 70), None, (64, 64),
     ]  # fmt: skip
-    data = encode_photos(pocket, found, 64, flip=False)
+    data = encode_photos(pocket, found, Encoding(64))
     assert [mask.shape for mask in data.masks] == [(1, 16, 16)] * 4
     assert data.masks[0][0, 8, 0] == 1 and data.masks[0][0, 8, 15] == 0
     assert data.masks[2].min() == 1
@@ -203,7 +205,7 @@ def test_order_and_noise_depend_on_their_keys_alone():
 
 def test_flipped_latents_are_those_of_the_mirrored_picture(pocket, photos):
     found = read_folder(photos, CONCEPT, TEMPLATES).photos
-    data = encode_photos(pocket, found, 64, flip=True)
+    data = encode_photos(pocket, found, Encoding(64, augment=AugmentSection(flip=True)))
     assert len(data.latents) == len(data.captions) == 6
     assert data.captions[0] == data.captions[1]
     mirrored = to_tensor(fit(found[2].image, 64, 64)).flip(-1)
@@ -251,6 +253,36 @@ def test_photos_keep_their_shape_in_buckets(tmp_path, pocket):
     for name, size in (("wide", (300, 160)), ("tall", (100, 190)), ("square", (90, 91))):
         Image.new("RGB", size, "red").save(tmp_path / f"{name}.png")
     found = read_folder(tmp_path, CONCEPT, TEMPLATES).photos
-    data = encode_photos(pocket, found, 64, flip=False, bucketed=True)
+    data = encode_photos(pocket, found, Encoding(64, bucketed=True))
     assert [latents.shape for latents in data.latents] == [(8, 16, 16), (8, 20, 12), (8, 12, 20)]
     assert data.buckets == [[0], [1], [2]]
+
+
+def test_more_broken_pictures_than_whole_ones_are_refused(photos):
+    for index in range(3):
+        (photos / f"broken{index}.jpg").write_text("x")
+    assert len(read_folder(photos, CONCEPT, TEMPLATES).skipped) == 3
+    (photos / "broken3.jpg").write_text("x")
+    with pytest.raises(PhotoFolderError, match="broken0.jpg: not a picture.*take the broken ones"):
+        read_folder(photos, CONCEPT, TEMPLATES)
+
+
+def test_a_text_bomb_in_a_png_is_skipped(photos):
+    info = PngInfo()
+    info.add_text("a", "x" * 80_000_000, zip=True)
+    Image.new("RGB", (64, 64)).save(photos / "bomb.png", pnginfo=info)
+    assert (photos / "bomb.png").stat().st_size < 200_000
+    found = read_folder(photos, CONCEPT, TEMPLATES)
+    assert [path.name for path, _ in found.skipped] == ["bomb.png"]
+
+
+def test_odd_names_are_kept_and_loops_of_links_end(photos):
+    odd = ["猫 é.png", "line\nbreak.png", "..dots..png", "0.PNG"]
+    for name in odd:
+        Image.new("RGB", (64, 64)).save(photos / name, "PNG")
+    (photos / "3_loop").symlink_to(photos)
+    (photos / "self.png").symlink_to(photos / "self.png")
+    found = read_folder(photos, CONCEPT, TEMPLATES)
+    names = {photo.path.name for photo in found.photos}
+    assert names == {"0.png", "1.png", "2.png", *odd} - {"..dots..png"}
+    assert all(photo.path.parent == photos for photo in found.photos)

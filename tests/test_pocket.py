@@ -56,6 +56,14 @@ def test_draws_the_object_and_the_background_that_it_is_asked_for(pocket):
     assert sum(a == b for a, b in zip(colours, grounds, strict=True)) >= 17, colours
 
 
+def test_draws_both_objects_of_a_pair(pocket):
+    pairs = list(zip(NOUNS[::2], NOUNS[1::2], strict=True))
+    prompts = [f"a {a} on the left and a {b} on the right on a blue background" for a, b in pairs]
+    images = sample(pocket, [prompt.replace("a o", "an o") for prompt in prompts], list(range(10)))
+    found = load_judge().pairs(images)
+    assert sum(a == b for a, b in zip(found, pairs, strict=True)) >= 6, found
+
+
 def test_learns_a_concept_that_it_has_never_seen(pocket, tmp_path):
     photos = example_photos("robot")
     judge = load_judge()

@@ -4,13 +4,13 @@ import torch
 
 from rite_diffusion.adapters import attach
 from rite_diffusion.backbones import load_backbone
+from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.regional import (
-    Attached,
     Plan,
     RegionalAttention,
     encode_parts,
     regional,
-    sample_regions,
+    regionally_guided,
 )
 from rite_diffusion.generation.regions import (
     Region,
@@ -18,11 +18,10 @@ from rite_diffusion.generation.regions import (
     parse_region,
     region_shares,
 )
-from rite_diffusion.generation.sampler import Sampling, sample
+from rite_diffusion.generation.sampler import denoising, pictures, sample
 from rite_diffusion.types import Conditioning, ConfigError
 from test_adapters import random_adapter
 
-SHORT = Sampling(negative="dark", steps=3, guidance=3.0)
 WHOLE = Region(0, 0, 1, 1, "a red cat")
 LEFT, RIGHT = Region(0, 0, 0.5, 1, "a red cat"), Region(0.5, 0, 1, 1, "a blue dog")
 
@@ -30,6 +29,17 @@ LEFT, RIGHT = Region(0, 0, 0.5, 1, "a red cat"), Region(0.5, 0, 1, 1, "a blue do
 @pytest.fixture
 def tiny(tiny_folder):
     return load_backbone(str(tiny_folder))
+
+
+def drawn(backbone, prompt, regions, seeds, adapters=()):
+    """Pictures with regions, in three steps and away from the dark."""
+    side = backbone.resolution
+    predict = regionally_guided(
+        backbone, prompt, regions, negative="dark", guidance=3.0, width=side, height=side,
+        count=len(seeds), adapters=adapters,
+    )  # fmt: skip
+    *_, latents = denoising(backbone, predict, seeds, steps=3)
+    return pictures(backbone, latents)
 
 
 # --- how they are written ----------------------------------------------------------------------
@@ -97,7 +107,7 @@ def test_one_region_over_everything_is_the_plain_picture_bit_for_bit(tiny, seeds
     attach(tiny, random_adapter(tiny), "a", 0.8)
     adapters = [Attached("a", 0.8, ["cat"])]
     plain = sample(tiny, [WHOLE.prompt] * len(seeds), seeds, negative="dark", steps=3)
-    ours = sample_regions(tiny, "something else", [WHOLE], seeds, SHORT, adapters)
+    ours = drawn(tiny, "something else", [WHOLE], seeds, adapters)
     for one, other in zip(plain, ours, strict=True):
         assert np.array_equal(np.asarray(one), np.asarray(other))
 
@@ -105,7 +115,7 @@ def test_one_region_over_everything_is_the_plain_picture_bit_for_bit(tiny, seeds
 def test_the_model_is_left_as_it_was(tiny):
     attach(tiny, random_adapter(tiny), "a", 0.8)
     before = sample(tiny, ["a cat"], [1], steps=2)
-    sample_regions(tiny, "a park", [LEFT, RIGHT], [1], SHORT, [Attached("a", 0.8, ["cat"])])
+    drawn(tiny, "a park", [LEFT, RIGHT], [1], [Attached("a", 0.8, ["cat"])])
     assert np.array_equal(
         np.asarray(before[0]), np.asarray(sample(tiny, ["a cat"], [1], steps=2)[0])
     )
@@ -159,15 +169,15 @@ def test_an_adapters_residual_stays_in_its_region(tiny):
 
 def test_permuting_regions_changes_nothing_to_see(tiny):
     boxes = [Region(0, 0, 0.6, 1, "a red cat"), Region(0.4, 0, 1, 1, "a blue dog")]
-    one = sample_regions(tiny, "a park", boxes, [3], SHORT)
-    other = sample_regions(tiny, "a park", boxes[::-1], [3], SHORT)
+    one = drawn(tiny, "a park", boxes, [3])
+    other = drawn(tiny, "a park", boxes[::-1], [3])
     assert np.abs(np.asarray(one[0], int) - np.asarray(other[0], int)).max() <= 2
 
 
 def test_each_region_has_its_own_negative_prompt(tiny):
-    plain = sample_regions(tiny, "a park", [LEFT], [3], SHORT)
+    plain = drawn(tiny, "a park", [LEFT], [3])
     own = [Region(0, 0, 0.5, 1, "a red cat", negative="a green house")]
-    other = sample_regions(tiny, "a park", own, [3], SHORT)
+    other = drawn(tiny, "a park", own, [3])
     assert not np.array_equal(np.asarray(plain[0]), np.asarray(other[0]))
 
 

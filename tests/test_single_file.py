@@ -6,17 +6,22 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models import tiny_stable_diffusion, true_stable_diffusion_15
+from models import (
+    tiny_stable_diffusion,
+    tiny_stable_diffusion_2,
+    tiny_stable_diffusion_xl,
+    true_stable_diffusion_15,
+)
 from reference.ldm_layout import ldm_state_dict
 from rite_diffusion.backbones.checkpoint import CLIP, UNET, VAE, Checkpoint
 from rite_diffusion.backbones.clip_tokenizer import clip_tokenizer
 from rite_diffusion.backbones.single_file import (
-    clip_config,
     load_single_file,
     noise_schedule,
     unet_config,
     vae_config,
 )
+from rite_diffusion.backbones.text_checkpoint import clip_config
 from rite_diffusion.types import BackboneError
 
 TOKENS = f"{CLIP}text_model.embeddings.token_embedding.weight"
@@ -88,6 +93,35 @@ def test_every_weight_and_output_is_the_original(layers_per_block, tmp_path, off
     found = load_single_file(written(tmp_path, ldm_state_dict(original)))
     assert_same_weights(found, original)
     assert_same_outputs(found, original, latent_side=8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build", [tiny_stable_diffusion_2, tiny_stable_diffusion_xl])
+def test_sd2_and_sdxl_open_as_the_originals(build, tmp_path, offline):
+    original = build()
+    tensors = ldm_state_dict(original)
+    found = load_single_file(written(tmp_path, {k: v.contiguous() for k, v in tensors.items()}))
+    assert type(found) is type(original)
+    named = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    for name in (name for name in named if name in original.components):
+        mine, theirs = getattr(found, name), getattr(original, name)
+        if "tokenizer" in name:
+            assert mine("a cat", padding="max_length") == theirs("a cat", padding="max_length")
+            continue
+        weights = mine.state_dict()
+        assert weights.keys() == theirs.state_dict().keys()
+        assert all(torch.equal(weights[k], v) for k, v in theirs.state_dict().items())
+        if "text" in name:
+            ids = torch.tensor([[49406, 320, 2368, 49407] + [0] * 73])
+            torch.testing.assert_close(mine(ids)[0], theirs(ids)[0])
+    states = torch.randn(1, 5, original.unet.config.cross_attention_dim)
+    extra = {"text_embeds": torch.randn(1, 64), "time_ids": torch.ones(1, 6)}
+    given = torch.randn(1, 4, 8, 8), 7, states
+    mine, theirs = (p.unet(*given, added_cond_kwargs=extra).sample for p in (found, original))
+    assert torch.equal(mine, theirs)
+    assert found.vae.config.scaling_factor == original.vae.config.scaling_factor
+    kind = original.scheduler.config.prediction_type
+    assert found.scheduler.config.prediction_type == kind
 
 
 def test_the_pipeline_paints_what_the_original_paints(tiny, tensors, tmp_path, offline):
@@ -203,8 +237,9 @@ def test_true_sizes_are_read_off_the_shapes_of_sd15():
 
 
 WRONG_TENSORS = {
-    "SDXL": ({"conditioner.embedders.0.x": (1,)}, "SDXL file; use its diffusers folder"),
-    "SD2": ({"cond_stage_model.model.ln_final.bias": (1,)}, "SD2.x file; use its diffusers folder"),
+    "SDXL": ({"conditioner.embedders.0.x": (1,)}, "no CLIP text encoder .* whole .* Diffusion XL"),
+    "SDXL's refiner": ({"conditioner.embedders.0.model.x": (1,)}, "SDXL's refiner"),
+    "SD2": ({"cond_stage_model.model.ln_final.bias": (1,)}, "unexpected .cond_stage_model.transf"),
     "LoRA": ({"lora_unet_mid_block.lora_up.weight": (1,)}, "LoRA adapter"),
     "inpainting": ({f"{UNET}input_blocks.0.0.weight": (32, 9, 3, 3)}, "inpainting model"),
     "channels": ({f"{UNET}input_blocks.0.0.weight": (32, 8, 3, 3)}, "8 channels, its latents .* 4"),

@@ -1,50 +1,38 @@
 import json
 import math
 import os
-import signal
+import re
 import subprocess
 import sys
-import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import rite_diffusion as rite
 from rite_diffusion.concepts import PlainLora
 from rite_diffusion.config import OptimSection, from_toml
 from rite_diffusion.optim import OPTIMIZERS
-from rite_diffusion.photos.dataset import encode_photos
+from rite_diffusion.photos.dataset import Encoding, encode_photos
 from rite_diffusion.photos.folder import read_folder
-from rite_diffusion.recipes import configure, plan_training
-from rite_diffusion.training import loop
+from rite_diffusion.plan import plan_training
+from rite_diffusion.run import measure
+from rite_diffusion.training import loss, probe
+from rite_diffusion.training.batch import draw_batch
 from rite_diffusion.training.loop import (
-    batch_loss,
+    Job,
     build_optimizer,
-    draw_batch,
     rate_factor,
     train_steps,
 )
-from rite_diffusion.training.run_folder import RunFolder
+from rite_diffusion.training.loss import batch_loss
 from rite_diffusion.types import Concept, ConfigError, RunError
-
-QUICK = {"steps": 3, "batch": 2, "previews": {"every": 2, "steps": 2}, "checkpoints": {"every": 1}}
-
-
-def _train(photos, out, **settings):
-    return rite.train(
-        photos, trigger="<thing>", class_noun="toy", preset="pocket", out=out, **QUICK | settings
-    )
-
-
-def _config(photos, **settings):
-    wanted = {"photos": str(photos), "trigger": "<thing>", "class_noun": "toy"}
-    return configure(wanted | QUICK | settings, "pocket")
+from runs import Stop, config_of, crash_at, metrics, same_run, train
 
 
 def test_a_run_leaves_the_folder_that_the_design_names(photos, tmp_path):
-    adapter = _train(photos, tmp_path / "run")
+    adapter = train(photos, tmp_path / "run")
     run = tmp_path / "run"
     assert adapter == run / "adapter.safetensors"
     assert json.loads((run / "status.json").read_text())["state"] == "finished"
@@ -57,7 +45,7 @@ def test_a_run_leaves_the_folder_that_the_design_names(photos, tmp_path):
     ]
     assert not (run / "lock").exists()
     config = from_toml((run / "config.toml").read_text())
-    assert (config.steps, config.resolution, config.optim.lr) == (3, 64, 2e-3)
+    assert (config.steps, config.resolution, config.optim.lr) == (3, 64, 1e-3)
     info = rite.inspect(adapter).info
     assert (info.trigger, info.class_noun, info.base, info.steps) == (
         "<thing>",
@@ -70,7 +58,7 @@ def test_a_run_leaves_the_folder_that_the_design_names(photos, tmp_path):
 
 def test_the_same_seed_gives_the_same_adapter_and_another_does_not(photos, tmp_path):
     first, again, other = (
-        rite.inspect(_train(photos, tmp_path / name, seed=seed))
+        rite.inspect(train(photos, tmp_path / name, seed=seed))
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
     )
     for one, two, three in zip(first.pairs, again.pairs, other.pairs, strict=True):
@@ -89,13 +77,13 @@ def _mean_loss(backbone, method, data, config) -> float:
 
 
 def test_training_lowers_the_loss_and_leaves_the_base_alone(photos, pocket):
-    config = _config(photos, steps=60, batch=4)
+    config = config_of(photos, steps=60, batch=4)
     found = read_folder(photos, Concept("<thing>", "toy"), config.templates).photos
-    data = encode_photos(pocket, found, 64, flip=False)
+    data = encode_photos(pocket, found, Encoding(64))
     before = {name: part.state_dict() for name, part in pocket.components.items()}
     method = PlainLora(pocket, config)
     before_training = _mean_loss(pocket, method, data, config)
-    train_steps(pocket, method, data, config, lambda report: None)
+    train_steps(Job(pocket, method, data, config), lambda report: None)
     assert _mean_loss(pocket, method, data, config) < 0.9 * before_training
     method.remove()
     for name, part in pocket.components.items():
@@ -104,11 +92,11 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(photos, pocket):
 
 def test_each_component_moves_by_its_own_rate(photos, pocket):
     optim = {"lr": 1e-3, "lr_text_encoder": 1e-9, "warmup": 0, "weight_decay": 0.0}
-    config = _config(photos, steps=4, optim=optim)
+    config = config_of(photos, steps=4, optim=optim)
     found = read_folder(photos, Concept("<thing>", "toy"), config.templates).photos
-    data = encode_photos(pocket, found, 64, flip=False)
+    data = encode_photos(pocket, found, Encoding(64))
     method = PlainLora(pocket, config)
-    train_steps(pocket, method, data, config, lambda report: None)
+    train_steps(Job(pocket, method, data, config), lambda report: None)
     largest = {"lora_te": 0.0, "lora_unet": 0.0}
     for pair in method.pairs():
         kind = "lora_te" if pair.name.startswith("lora_te") else "lora_unet"
@@ -118,12 +106,48 @@ def test_each_component_moves_by_its_own_rate(photos, pocket):
 
 
 def test_a_step_is_a_function_of_seed_and_step(photos, pocket):
-    config = _config(photos)
+    config = config_of(photos)
     found = read_folder(photos, Concept("<thing>", "toy"), config.templates).photos
-    data = encode_photos(pocket, found, 64, flip=False)
+    data = encode_photos(pocket, found, Encoding(64))
     method = PlainLora(pocket, config)
     losses = [step_loss(pocket, method, data, config, step).item() for step in (5, 6, 5)]
     assert losses[0] == losses[2] != losses[1]
+
+
+def test_equal_captions_are_encoded_once_with_the_gradients_of_each(photos, pocket):
+    captions = ["a <thing>", "a photo of a <thing>", "a <thing>", "a <thing>"]
+    method = PlainLora(pocket, config_of(photos))
+    for pair in method.pairs():
+        torch.nn.init.normal_(pair.up, std=0.02)
+    weighing = torch.randn(4, 1, 1)
+
+    def states_and_gradients(encode):
+        states = encode(captions).states
+        (states * weighing).square().sum().backward()
+        texts = [p for n, p in pocket.text_encoder.named_parameters() if p.requires_grad]
+        gradients = [p.grad.clone() for p in texts]
+        for parameter in texts:
+            parameter.grad = None
+        return [states, *gradients]
+
+    with patch.object(pocket, "encode_prompts", wraps=pocket.encode_prompts) as encode:
+        found = states_and_gradients(method.conditioning)
+    encode.assert_called_once_with(captions[:2])
+    torch.testing.assert_close(found, states_and_gradients(pocket.encode_prompts))
+
+
+def test_a_text_encoder_that_does_not_train_encodes_a_caption_once(photos, pocket):
+    method = PlainLora(pocket, config_of(photos, lora={"text_encoder": False}))
+    with patch.object(pocket, "encode_prompts", wraps=pocket.encode_prompts) as encode:
+        first = method.conditioning(["a <thing>", "a photo of a <thing>", "a <thing>"]).states
+        again = method.conditioning(["a photo of a <thing>"]).states
+    assert [call.args[0] for call in encode.call_args_list] == [
+        ["a <thing>"],
+        ["a photo of a <thing>"],
+    ]
+    assert torch.equal(again[0], first[1]) and torch.equal(first[0], first[2])
+    expected = pocket.encode_prompts(["a <thing>", "a photo of a <thing>"]).states
+    torch.testing.assert_close(first[:2], expected)
 
 
 def test_rates_warm_up_and_decay():
@@ -137,8 +161,8 @@ def test_rates_warm_up_and_decay():
 
 
 def test_half_precision_trains_pairs_in_single_precision(photos, tmp_path):
-    adapter = rite.inspect(_train(photos, tmp_path / "half", steps=3, precision="bf16"))
-    reference = rite.inspect(_train(photos, tmp_path / "single", steps=3))
+    adapter = rite.inspect(train(photos, tmp_path / "half", steps=3, precision="bf16"))
+    reference = rite.inspect(train(photos, tmp_path / "single", steps=3))
     for pair, exact in zip(adapter.pairs, reference.pairs, strict=True):
         assert torch.isfinite(pair.up).all() and pair.up.dtype == torch.float32
         torch.testing.assert_close(pair.down, exact.down, rtol=0.1, atol=0.02)
@@ -146,7 +170,7 @@ def test_half_precision_trains_pairs_in_single_precision(photos, tmp_path):
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "adamw_plus"])
 def test_every_optimizer_trains(photos, pocket, name):
-    config = _config(photos, optim={"name": name})
+    config = config_of(photos, optim={"name": name})
     method = PlainLora(pocket, config)
     rates = [group["lr"] for group in build_optimizer(method, config).param_groups]
     assert rates == [config.optim.lr, config.optim.lr / 2]
@@ -155,9 +179,9 @@ def test_every_optimizer_trains(photos, pocket, name):
 
 def test_a_loss_that_is_no_number_stops_the_run(photos, tmp_path, monkeypatch):
     broken = lambda prediction, _: prediction * float("nan")  # noqa: E731
-    monkeypatch.setattr(loop, "squared_error", broken)
+    monkeypatch.setattr(loss, "squared_error", broken)
     with pytest.raises(RunError, match=r"with .*\.png: lower optim.lr"):
-        _train(photos, tmp_path / "run", steps=20)
+        train(photos, tmp_path / "run", steps=20)
     assert json.loads((tmp_path / "run/status.json").read_text())["state"] == "failed"
     assert not (tmp_path / "run/adapter.safetensors").exists()
 
@@ -165,20 +189,23 @@ def test_a_loss_that_is_no_number_stops_the_run(photos, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "setting",
     [
-        {"loss": "huber"},
-        {"weighting": "min_snr"},
-        {"weighting": "debiased"},
-        {"timesteps": "logit_normal"},
-        {"noise_offset": 0.3},
-        {"input_perturbation": 0.3},
-        {"caption_dropout": 0.9},
+        {"objective": {"loss": "huber"}},
+        {"objective": {"weighting": "min_snr"}},
+        {"objective": {"weighting": "debiased"}},
+        {"objective": {"timesteps": "logit_normal"}},
+        {"objective": {"noise_offset": 0.3}},
+        {"objective": {"input_perturbation": 0.3}},
+        {"captions": {"dropout": 0.9}},
+        {"captions": {"shuffle": True, "keep": 0}},
     ],
     ids=str,
 )
-def test_every_objective_setting_acts(photos, pocket, setting):
+def test_every_setting_of_the_loss_acts(photos, pocket, setting):
+    for photo in photos.glob("*.png"):
+        photo.with_suffix(".txt").write_text("a <thing>, on the left, on a red background")
     found = read_folder(photos, Concept("<thing>", "toy"), ["a {trigger}"]).photos
-    data = encode_photos(pocket, found, 64, flip=False)
-    plain, changed = _config(photos), _config(photos, objective=setting)
+    data = encode_photos(pocket, found, Encoding(64))
+    plain, changed = config_of(photos), config_of(photos, **setting)
     method = PlainLora(pocket, plain)
     losses = [step_loss(pocket, method, data, each, 3).item() for each in (plain, changed)]
     assert losses[0] != losses[1] and all(map(math.isfinite, losses))
@@ -191,204 +218,93 @@ def test_every_objective_setting_acts(photos, pocket, setting):
 )
 def test_less_memory_gives_the_same_weights(photos, tmp_path, setting):
     settings = {"precision": "fp32", "previews": {"every": 0}, "optim": {"name": "sgd"}}
-    whole = rite.inspect(_train(photos, tmp_path / "whole", batch=4, **settings))
-    parts = rite.inspect(_train(photos, tmp_path / "parts", **setting, **settings))
+    whole = rite.inspect(train(photos, tmp_path / "whole", batch=4, **settings))
+    parts = rite.inspect(train(photos, tmp_path / "parts", **setting, **settings))
     assert any(pair.up.abs().max() > 0 for pair in whole.pairs)
     for one, two in zip(whole.pairs, parts.pairs, strict=True):
         torch.testing.assert_close(one.up, two.up, rtol=1e-3, atol=1e-6)
 
 
 def test_a_single_bad_step_changes_nothing(photos, pocket, monkeypatch):
-    config = _config(photos, steps=1)
+    config = config_of(photos, steps=1)
     found = read_folder(photos, Concept("<thing>", "toy"), config.templates).photos
-    data = encode_photos(pocket, found, 64, flip=False)
+    data = encode_photos(pocket, found, Encoding(64))
     method = PlainLora(pocket, config)
     before = [pair.down.clone() for pair in method.pairs()]
     broken = lambda prediction, _: prediction * float("nan")  # noqa: E731
-    monkeypatch.setattr(loop, "squared_error", broken)
-    train_steps(pocket, method, data, config, lambda report: None)
+    monkeypatch.setattr(loss, "squared_error", broken)
+    train_steps(Job(pocket, method, data, config), lambda report: None)
     for pair, value in zip(method.pairs(), before, strict=True):
         assert torch.equal(pair.down, value) and pair.up.abs().max() == 0
-
-
-def test_a_finished_or_busy_run_folder_is_refused(photos, tmp_path):
-    _train(photos, tmp_path / "run", steps=1)
-    with pytest.raises(RunError, match="already holds an adapter"):
-        _train(photos, tmp_path / "run", steps=1)
-    with RunFolder(tmp_path / "busy"), pytest.raises(RunError, match="in use by process"):
-        RunFolder(tmp_path / "busy").__enter__()
-
-
-def test_a_lock_of_a_dead_process_is_taken_over(tmp_path):
-    (tmp_path / "run").mkdir()
-    child = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
-    )
-    (tmp_path / "run/lock").write_bytes(child.stdout)
-    with RunFolder(tmp_path / "run") as run:
-        assert (run.path / "lock").exists()
 
 
 @pytest.mark.parametrize("trigger", ["robot", "Dog"])
 def test_a_trigger_that_the_base_knows_is_refused(photos, trigger):
     with pytest.raises(ConfigError, match=f"use a new word such as '<{trigger}>'"):
-        plan_training(_config(photos, trigger=trigger))
+        plan_training(config_of(photos, trigger=trigger))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_a_valid_adapter_and_says_so(photos, tmp_path, number):
-    run = tmp_path / "run"
-    line = ["train", str(photos), "--trigger", "<t>", "--class", "toy", "--steps", "5000"]
-    code = "from rite_diffusion.cli import main; main()"
-    command = [sys.executable, "-c", code, *line, "--out", str(run)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    _wait_for(run / "metrics.jsonl")
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert "stopped at step" in errors and "Traceback" not in errors
-    assert len(rite.inspect(run / "adapter.safetensors").pairs) == 64
-    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+def test_a_probe_finds_the_rate_and_a_resumed_run_keeps_it(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(probe, "STEPS", 2)
+    settings = {"optim": {"lr": "auto"}, "steps": 4, "previews": {"every": 0}}
+    whole = train(photos, tmp_path / "whole", **settings)
+    [line] = [x for x in (tmp_path / "whole/log.txt").read_text().splitlines() if "probe:" in x]
+    tried = re.findall(r"rate (\S+): loss (\S+?)(?:,|$)", line)
+    best = min(tried, key=lambda rate_and_loss: float(rate_and_loss[1]))
+    chosen = from_toml((tmp_path / "whole/config.toml").read_text()).optim
+    assert len(tried) == 5 and chosen.lr == "auto"
+    assert chosen.lr_unet == pytest.approx(float(best[0]), rel=1e-4)
+    assert chosen.lr_text_encoder == chosen.lr_unet / 2
+    with pytest.raises(Stop):
+        train(photos, tmp_path / "parts", listen=crash_at(2), **settings)
+    train(photos, tmp_path / "parts", **settings)
+    assert (tmp_path / "parts/log.txt").read_text().count("probe:") == 1
+    same_run(tmp_path / "whole", tmp_path / "parts")
+    assert rite.inspect(whole).info.steps == "4"
 
 
-def _wait_for(path: Path, seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < end, f"no {path}"
-        time.sleep(0.1)
+def test_a_compiled_denoiser_is_asked_for_and_put_back(photos, pocket, monkeypatch):
+    calls = []
+    monkeypatch.setattr(pocket.unet, "compile", lambda: calls.append("compiled"))
+    pocket.compile_denoiser(True)
+    pocket.compile_denoiser(False)
+    assert calls == ["compiled"] and pocket.unet._compiled_call_impl is None
 
 
-def _metrics(run):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"], line["rate"]) for line in lines]
+@pytest.mark.full_size  # torch.compile takes minutes on a CPU
+def test_a_compiled_denoiser_trains_the_same(photos, tmp_path):
+    settings = {"steps": 2, "previews": {"every": 0}, "optim": {"name": "sgd"}}
+    plain = rite.inspect(train(photos, tmp_path / "plain", **settings))
+    fast = rite.inspect(train(photos, tmp_path / "fast", compile=True, **settings))
+    for one, two in zip(plain.pairs, fast.pairs, strict=True):
+        torch.testing.assert_close(one.up, two.up, rtol=1e-2, atol=1e-5)
 
 
-def _same_run(one, other):
-    """Whether two run folders hold the same training, bit for bit."""
-    assert _metrics(one) == _metrics(other)
-    for name in ("adapter", "training"):
-        newest = [sorted((run / "checkpoints").iterdir())[-1] for run in (one, other)]
-        first, second = (load_file(folder / f"{name}.safetensors") for folder in newest)
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[key], second[key]) for key in first)
+def test_metrics_go_to_tensorboard(photos, tmp_path):
+    train(photos, tmp_path / "run", trackers=["tensorboard"], validation={"photos": 1})
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    [folder] = {path.parent for path in (tmp_path / "run/trackers").rglob("*.tfevents.*")
+                if "loss" in EventAccumulator(str(path)).Reload().Tags()["scalars"]}  # fmt: skip
+    events = EventAccumulator(str(folder)).Reload()
+    logged = [event.value for event in events.Scalars("loss")]
+    assert logged == pytest.approx([loss for _, loss, _ in metrics(tmp_path / "run")])
+    assert len(events.Scalars("validation")) == 1
 
 
-class _Stop(Exception):
-    """Stands in for a crash."""
-
-
-def _crash_at(step):
-    def listen(report):
-        if report.step == step:
-            raise _Stop
-
-    return listen
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_interrupted_run_is_the_uninterrupted_one(photos, tmp_path, name):
-    settings = {
-        "steps": 7, "checkpoints": {"every": 2}, "previews": {"every": 0},
-        "optim": {"name": name, "warmup": 3},
-    }  # fmt: skip
-    _train(photos, tmp_path / "whole", **settings)
-    for crash in (1, 3, 6):  # before any checkpoint, just after one, and before the last step
-        with pytest.raises(_Stop):
-            _train(photos, tmp_path / "parts", listen=_crash_at(crash), **settings)
-    _train(photos, tmp_path / "parts", **settings)
-    _same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-def test_a_crash_before_the_last_write_costs_no_step(photos, tmp_path):
-    path = _train(photos, tmp_path / "run")
-    before = load_file(path)
-    path.unlink()
-    status = json.loads((tmp_path / "run/status.json").read_text()) | {"state": "running"}
-    (tmp_path / "run/status.json").write_text(json.dumps(status))
-    again = load_file(_train(photos, tmp_path / "run", listen=_crash_at(1)))
-    assert all(torch.equal(again[key], value) for key, value in before.items())
-
-
-def test_averaged_weights_are_saved_and_go_on_exactly(photos, tmp_path, pocket):
-    settings = {"steps": 5, "checkpoints": {"every": 2}, "previews": {"every": 0}, "ema": 0.8}
-    _train(photos, tmp_path / "whole", **settings)
-    with pytest.raises(_Stop):
-        _train(photos, tmp_path / "parts", listen=_crash_at(3), **settings)
-    _train(photos, tmp_path / "parts", **settings)
-    _same_run(tmp_path / "whole", tmp_path / "parts")
-    config = _config(photos, **settings)
-    found = read_folder(photos, Concept("<thing>", "toy"), config.templates).photos
-    method = PlainLora(pocket, config)
-    live = []
-    train_steps(
-        pocket, method, encode_photos(pocket, found, 64, flip=False),
-        config.model_copy(update={"ema": 0.0}),
-        lambda report: live.append({pair.name: pair.up.clone() for pair in method.pairs()}),
-    )  # fmt: skip
-    expected = {name: torch.zeros_like(up) for name, up in live[0].items()}
-    for step, ups in enumerate(live):
-        decay = min(0.8, (1 + step) / (10 + step))
-        expected = {n: decay * value + (1 - decay) * ups[n] for n, value in expected.items()}
-    for pair in rite.inspect(tmp_path / "whole/adapter.safetensors").pairs:
-        torch.testing.assert_close(pair.up, expected[pair.name])
-
-
-def test_a_killed_process_loses_nothing(photos, tmp_path):
-    settings = ["--set", "checkpoints.every=3", "--set", "previews.every=0", "--steps", "40"]
-    line = ["train", str(photos), "--trigger", "<t>", "--class", "toy", *settings]
-    command = [sys.executable, "-c", "from rite_diffusion.cli import main; main()", *line]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    subprocess.run([*command, "--out", str(whole)], check=True, capture_output=True)
-    for wait in (0.0, 0.4):
-        process = subprocess.Popen([*command, "--out", str(parts)], stdout=subprocess.DEVNULL)
-        _wait_for(parts / "checkpoints/step-000003")
-        time.sleep(wait)
-        process.kill()
-        process.wait()
-    subprocess.run([*command, "--out", str(parts)], check=True, capture_output=True)
-    _same_run(whole, parts)
-
-
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(photos, tmp_path):
-    settings = {"steps": 6, "checkpoints": {"every": 2}, "previews": {"every": 0}}
-    _train(photos, tmp_path / "whole", **settings)
-    with pytest.raises(_Stop):
-        _train(photos, tmp_path / "run", listen=_crash_at(5), **settings)
-    damaged = tmp_path / "run/checkpoints/step-000004/training.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:1000])
-    (tmp_path / "run/checkpoints/step-000006.partial").mkdir()
-    _train(photos, tmp_path / "run", **settings)
-    assert "step-000004 cannot be read" in (tmp_path / "run/log.txt").read_text()
-    _same_run(tmp_path / "whole", tmp_path / "run")
-
-
-def test_changed_settings_or_photos_are_shown_and_need_an_override(photos, tmp_path):
-    run = tmp_path / "run"
-    with pytest.raises(_Stop):
-        _train(photos, run, listen=_crash_at(2))
-    with pytest.raises(RunError, match="optim.lr: 0.002 -> 0.001") as fault:
-        _train(photos, run, optim={"lr": 1e-3})
-    assert "--override" in str(fault.value)
-    (photos / "0.txt").write_text("a <thing> on a purple background")
-    with pytest.raises(RunError, match=r"photo 0.png: \w+ -> \w+"):
-        _train(photos, run)
-    _train(photos, run, override=True)
-    assert "overridden: photo 0.png" in (run / "log.txt").read_text()
-
-
-def test_the_same_command_goes_on_and_a_new_one_takes_a_new_folder(photos, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(_Stop):
-        _train(photos, None, listen=_crash_at(2))
-    assert _train(photos, None, seed=5) == Path("runs/photos-2/adapter.safetensors")
-    assert _train(photos, None) == Path("runs/photos/adapter.safetensors")
-    assert _train(photos, None) == Path("runs/photos-3/adapter.safetensors")
+def test_the_cost_of_a_plan_is_measured_and_leaves_nothing(photos):
+    plan = plan_training(config_of(photos))
+    before = {name: part.state_dict() for name, part in plan.backbone.components.items()}
+    cost = measure(plan)
+    assert 0 < cost.seconds_per_step < 60 and 1e8 < cost.peak_bytes < 1e11
+    for name, part in plan.backbone.components.items():
+        assert part.state_dict().keys() == before[name].keys()
 
 
 def test_two_processes_equal_one_with_twice_the_batch(photos, tmp_path, unused_port):
     script = Path(__file__).parents[1] / "train/concept.py"
     line = [str(photos), "--trigger", "<t>", "--class", "toy", "--steps", "3"]
-    line += ["--set", "previews.every=0", "--set", "optim.name=sgd"]
+    line += ["--set", "previews.every=0", "--set", "optim.name=sgd", "--set", "prior.weight=0"]
     launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={unused_port}"]
     for name, start, batch in (("two", launch, 2), ("one", [], 4)):
         command = [sys.executable, *start, str(script), *line, "--set", f"batch={batch}"]
@@ -400,7 +316,7 @@ def test_two_processes_equal_one_with_twice_the_batch(photos, tmp_path, unused_p
     assert any(pair.up.abs().max() > 0 for pair in one.pairs)
     for first, second in zip(one.pairs, two.pairs, strict=True):
         torch.testing.assert_close(first.up, second.up, rtol=1e-3, atol=1e-6)
-    losses = [[loss for _, loss, _ in _metrics(tmp_path / name)] for name in ("one", "two")]
+    losses = [[loss for _, loss, _ in metrics(tmp_path / name)] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 

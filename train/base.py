@@ -1,7 +1,7 @@
 """Make the pocket base model: `python train/base.py --work DIR` runs what is missing, in order.
 
 Stages: `vae` (autoencoder), `decoder` (refine it with the latents fixed), `tokenizer`, `latents`
-(a pool of encoded scenes), `denoiser` (text encoder and UNet together), `export` (a folder that
+(a pool of encoded scenes), `denoiser` (text encoder, then UNet), `export` (a folder that
 `diffusers.StableDiffusionPipeline.from_pretrained` opens). Each stage writes its state into DIR
 and continues from there when started again.
 """
@@ -48,7 +48,8 @@ def main() -> None:
     )
     parser.add_argument("--vae-steps", type=int, default=4000)
     parser.add_argument("--decoder-steps", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=7000, help="steps of the denoiser")
+    parser.add_argument("--steps", type=int, default=4750, help="steps of the denoiser")
+    parser.add_argument("--pair-steps", type=int, default=2500, help="more, most with two objects")
     parser.add_argument("--batch", type=int, default=64)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
@@ -58,6 +59,8 @@ def main() -> None:
     if not (options.work / "tokenizer").exists():
         make_tokenizer(options.work / "tokenizer")
     train_denoiser(options.work, options.steps, options.batch)
+    steps = options.steps + options.pair_steps
+    train_denoiser(options.work, steps, options.batch, rate=7e-4, pairs=0.6, decay=0.998)
     export(options.work, options.out)
 
 

@@ -1,7 +1,8 @@
 """The adapter file and its place in a base model."""
 
+from rite_diffusion.adapters.adapter import Adapter, AdapterInfo
 from rite_diffusion.adapters.attach import attach, detach, inject, read_pairs
-from rite_diffusion.adapters.file import Adapter, AdapterInfo, load_adapter, save_adapter
+from rite_diffusion.adapters.file import load_adapter, save_adapter
 
 __all__ = [
     "Adapter",

@@ -3,6 +3,7 @@
 PEFT makes the layers. Several adapters live side by side, each with its own weight.
 """
 
+import re
 import warnings
 
 import torch
@@ -10,20 +11,12 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from rite_diffusion.adapters.file import Adapter
+from rite_diffusion.adapters.adapter import Adapter
+from rite_diffusion.adapters.dialects.peft import config_of
+from rite_diffusion.adapters.names import PREFIXES, module_name, split_path
 from rite_diffusion.types import AdapterError, Backbone, LoraPair
 
-PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
-
-
-def module_name(component: str, path: str) -> str:
-    """A module's name in adapter files, as kohya's tools write it.
-
-    transformers >= 5.6 dropped the level `text_model` from CLIP; files keep it.
-    """
-    if component == "text_encoder" and not path.startswith("text_model."):
-        path = f"text_model.{path}"
-    return PREFIXES[component] + path.replace(".", "_")
+STRANGER = 8  # more of a fingerprint's 64 bits than rounding or fine-tuning change
 
 
 def _inner(component: nn.Module, path: str) -> nn.Module:
@@ -45,6 +38,19 @@ def places(backbone: Backbone) -> dict[str, tuple[str, str]]:
         for component, module in backbone.components.items()
         for path, layer in _layers(module)
         if isinstance(layer, nn.Linear | nn.Conv2d)
+    }
+
+
+def base_layers(backbone: Backbone) -> list[tuple[str, str]]:
+    """Component and path of every adaptable layer, CLIP's paths with their `text_model` level."""
+    return [split_path(name) for name in places(backbone)]
+
+
+def base_weights(backbone: Backbone) -> dict[str, Tensor]:
+    """Module name in files -> the base's own weight, of every layer that LoRA can adapt."""
+    return {
+        name: _weight(_inner(backbone.components[component], path)).detach()
+        for name, (component, path) in places(backbone).items()
     }
 
 
@@ -100,9 +106,16 @@ def read_pairs(backbone: Backbone, name: str) -> list[LoraPair]:
             _weight(layer.lora_A[name]),
             _weight(layer.lora_B[name]),
             layer.lora_alpha[name] / layer.r[name],
+            _magnitude(layer, name),
         )
         for module, layer in lora_layers(backbone, name).items()
     ]
+
+
+def _magnitude(layer: LoraLayer, name: str) -> Tensor | None:
+    """A DoRA layer's norms (out,)."""
+    vectors = layer.lora_magnitude_vector
+    return _weight(vectors[name]).detach().flatten() if name in vectors else None
 
 
 def check_fit(backbone: Backbone, adapter: Adapter) -> dict[str, tuple[str, str]]:
@@ -119,12 +132,38 @@ def check_fit(backbone: Backbone, adapter: Adapter) -> dict[str, tuple[str, str]
         component, path = known[pair.name]
         weight = _weight(_inner(backbone.components[component], path))
         shape = (pair.up.shape[0], *pair.down.shape[1:])
-        if shape != tuple(weight.shape):
+        if _without_ones(shape) != _without_ones(tuple(weight.shape)):
             raise AdapterError(
                 f"{pair.name} is for weights {shape}, {backbone.name} has {tuple(weight.shape)}: "
                 f"the adapter was made for another base model ({adapter.info.base or 'unnamed'})."
             )
     return {pair.name: known[pair.name] for pair in adapter.pairs}
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A weight's shape; a matrix and a 1x1 convolution have the same."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
+
+
+def check_base(backbone: Backbone, adapter: Adapter) -> None:
+    """AdapterError, with both names, where the adapter was trained on another base model.
+
+    A model that was fine-tuned from the adapter's base counts as that base.
+    """
+    made_for = adapter.info.base_fingerprint
+    if made_for and _differing_bits(made_for, backbone.fingerprint) > STRANGER:
+        raise AdapterError(
+            f"the adapter was trained on '{adapter.info.base}' ({made_for}), this base is "
+            f"'{backbone.name}' ({backbone.fingerprint}): pass the first as the base, or accept "
+            "the second with --other-base."
+        )
+
+
+def _differing_bits(one: str, other: str) -> int:
+    """In how many of 64 bits two fingerprints differ; all, where one is none."""
+    if not re.fullmatch(r"[0-9a-f]{16}", one):
+        return 64
+    return (int(one, 16) ^ int(other, 16)).bit_count()
 
 
 @torch.no_grad()
@@ -139,20 +178,19 @@ def attach(backbone: Backbone, adapter: Adapter, name: str, weight: float = 1.0)
         raise AdapterError(f"an adapter named '{name}' is attached already")
     homes = check_fit(backbone, adapter)
     for component in PREFIXES:
-        pairs = {path: p for p in adapter.pairs for c, path in [homes[p.name]] if c == component}
-        if not pairs:
-            continue
-        config = LoraConfig(
-            target_modules=list(pairs),
-            rank_pattern={path: pair.rank for path, pair in pairs.items()},
-            alpha_pattern={path: pair.scale * pair.rank for path, pair in pairs.items()},
-        )
-        _inject(config, backbone.components[component], name)
+        here = [pair for pair in adapter.pairs if homes[pair.name][0] == component]
+        plain = [pair for pair in here if pair.magnitude is None]
+        for pairs in (plain, [pair for pair in here if pair.magnitude is not None]):
+            if pairs:
+                config = config_of(pairs, [homes[pair.name][1] for pair in pairs])
+                _inject(LoraConfig(**config), backbone.components[component], name)
     layers = lora_layers(backbone, name)
     for pair in adapter.pairs:
         layer = layers[pair.name]
         _copy(_weight(layer.lora_A[name]), pair.down)
         _copy(_weight(layer.lora_B[name]), pair.up)
+        if pair.magnitude is not None:
+            _copy(_weight(layer.lora_magnitude_vector[name]), pair.magnitude)
     set_weight(backbone, name, weight)
     _activate(backbone)
 

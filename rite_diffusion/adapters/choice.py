@@ -19,8 +19,15 @@ class Chosen:
 
     def record(self) -> dict[str, str | float]:
         """File name, weight and the first 16 hex digits of the file's SHA-256."""
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
-        return {"file": self.path.name, "weight": self.weight, "sha256": digest}
+        digest = hashlib.sha256()
+        files = self.path.rglob("*.safetensors") if self.path.is_dir() else [self.path]
+        for file in sorted(files):  # a PEFT folder has several
+            digest.update(file.read_bytes())
+        return {
+            "file": self.path.name,
+            "weight": self.weight,
+            "sha256": digest.hexdigest()[:16],
+        }
 
 
 def choose_adapters(wanted: Sequence[str | Path]) -> list[Chosen]:

@@ -5,28 +5,56 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from rite_diffusion.types import BackboneError
+
+Model = TypeVar("Model", bound=nn.Module)
 
 UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 CLIP = "cond_stage_model.transformer."
-PARTS = {UNET: "UNet", VAE: "autoencoder", CLIP: "CLIP text encoder"}
+OPEN_CLIP = "cond_stage_model.model."
+XL_CLIP, XL_OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."
 
-# Names that begin so belong to something other than SD1: what it is and what to do.
+
+@dataclass(frozen=True)
+class Layout:
+    """What a family's checkpoints hold beside UNet and autoencoder, and what no tensor tells."""
+
+    title: str
+    encoders: dict[str, str]  # start of the tensors' names -> what it is
+    pixels: int  # side of the pictures that it was trained on
+    latent_scale: float
+
+    def parts(self) -> dict[str, str]:
+        """Start of the tensors' names -> what it is, of every part."""
+        return {UNET: "UNet", VAE: "autoencoder"} | self.encoders
+
+
+SD1 = Layout("Stable Diffusion 1.x", {CLIP: "CLIP text encoder"}, 512, 0.18215)
+SD2 = Layout("Stable Diffusion 2.x", {OPEN_CLIP: "OpenCLIP text encoder"}, 768, 0.18215)
+SDXL = Layout(
+    "Stable Diffusion XL",
+    {XL_CLIP: "CLIP text encoder", XL_OPEN_CLIP: "OpenCLIP text encoder"},
+    1024,
+    0.13025,
+)
+
+# Names that begin so belong to something else: what it is and what to do.
+_REMEDY = "pass a Stable Diffusion checkpoint"
 FOREIGN = {
-    "conditioner.embedders.": "an SDXL file; use its diffusers folder",
-    "cond_stage_model.model.": "an SD2.x file; use its diffusers folder",
-    "control_model.": "a ControlNet; pass a Stable Diffusion 1.x checkpoint",
+    "control_model.": f"a ControlNet; {_REMEDY}",
+    "conditioner.embedders.0.model.": f"SDXL's refiner; {_REMEDY}",
     "lora_": "a LoRA adapter; pass it as an adapter and its base model as the base",
     "down_blocks.": "a diffusers UNet alone; pass the folder that holds model_index.json",
-    "double_blocks.": "a Flux file; pass a Stable Diffusion 1.x checkpoint",
-    f"{UNET}double_blocks.": "a Flux file; pass a Stable Diffusion 1.x checkpoint",
-    f"{UNET}joint_blocks.": "an SD3 file; pass a Stable Diffusion 1.x checkpoint",
+    "double_blocks.": f"a Flux file; {_REMEDY}",
+    f"{UNET}double_blocks.": f"a Flux file; {_REMEDY}",
+    f"{UNET}joint_blocks.": f"an SD3 file; {_REMEDY}",
 }
 
 # Tensors that a pipeline does without.
@@ -36,6 +64,8 @@ IDLE = re.compile(
     r"|(betas|logvar|scale_factor|posterior_\w+|\w*alphas_cumprod\w*)$"  # SD1's noise schedule
     r"|(v_pred|ztsnr)$"  # empty marks of another objective and schedule
     r"|cond_stage_model\.(.+\.)?(position_ids|logit_scale|text_projection(\.weight)?)$"
+    r"|conditioner\.embedders\.\d\.(.+\.)?(position_ids|logit_scale)$"
+    r"|conditioner\.embedders\.0\.(.+\.)?text_projection(\.weight)?$"
 )
 
 
@@ -48,10 +78,10 @@ class Checkpoint:
     metadata: dict[str, str]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a matrix or convolution of SD1; raises BackboneError where the file has none."""
+        """Shape of a matrix or convolution; raises BackboneError where the file has none."""
         if len(self.shapes.get(name, ())) < 2:
             raise BackboneError(
-                f"{self.path} lacks the weight '{name}': it is not a whole Stable Diffusion 1.x "
+                f"{self.path} lacks the weight '{name}': it is not a whole Stable Diffusion "
                 "checkpoint. Download it again, or pass another."
             )
         return self.shapes[name]
@@ -104,19 +134,29 @@ def _diagnosis(path: Path, error: SafetensorError) -> str:
     return f"its {size:,} bytes are damaged or cut short ({error}). Download it again."
 
 
-def check_parts(checkpoint: Checkpoint) -> None:
-    """Raises BackboneError unless the file holds the three parts of SD1 and nothing else."""
+def layout_of(checkpoint: Checkpoint) -> Layout:
+    """The family of a checkpoint, told by its text encoders' names."""
+    if checkpoint.has("conditioner.embedders."):
+        return SDXL
+    return SD2 if checkpoint.has(OPEN_CLIP) else SD1
+
+
+def check_parts(checkpoint: Checkpoint) -> Layout:
+    """The checkpoint's family; raises BackboneError unless it holds that one's parts alone."""
     for start, kind in FOREIGN.items():
         if checkpoint.has(start):
             raise BackboneError(f"{checkpoint.path}: this is {kind} (found '{start}…')")
-    absent = [f"{part} ({start}…)" for start, part in PARTS.items() if not checkpoint.has(start)]
+    layout = layout_of(checkpoint)
+    parts = layout.parts()
+    absent = [f"{part} ({start}…)" for start, part in parts.items() if not checkpoint.has(start)]
     if absent:
         raise BackboneError(
-            f"{checkpoint.path} has no {' and no '.join(absent)}: it is not a whole Stable "
-            "Diffusion 1.x checkpoint. Pass one with UNet, autoencoder and text encoder."
+            f"{checkpoint.path} has no {' and no '.join(absent)}: it is not a whole "
+            f"{layout.title} checkpoint. Pass one with UNet, autoencoder and text encoder."
         )
-    names = (name for name in checkpoint.shapes if not name.startswith(tuple(PARTS)))
+    names = (name for name in checkpoint.shapes if not name.startswith(tuple(parts)))
     check_names(checkpoint.path, {"unexpected": [name for name in names if not IDLE.match(name)]})
+    return layout
 
 
 def check_names(path: Path, faults: Mapping[str, Collection[str]]) -> None:
@@ -128,6 +168,22 @@ def check_names(path: Path, faults: Mapping[str, Collection[str]]) -> None:
     ]
     if found:
         raise BackboneError(
-            f"the tensors of {path} are not those of Stable Diffusion 1.x: {'; '.join(found)}. "
-            "Pass an unmodified SD1.x checkpoint, or the model's diffusers folder."
+            f"the tensors of {path} are not those of Stable Diffusion: {'; '.join(found)}. "
+            "Pass an unmodified checkpoint, or the model's diffusers folder."
         )
+
+
+def filled(model: Model, part: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> Model:
+    """The model with `weights`, the file's `part` under the model's own names, in eval mode."""
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    kept = {tensor.data_ptr() for tensor in weights.values()}  # converters drop unknown names
+    dropped = {name for name, tensor in part.items() if tensor.data_ptr() not in kept}
+    both = wanted.keys() & weights.keys()
+    faults = {
+        "missing": wanted.keys() - weights.keys(),
+        "unexpected": (weights.keys() - wanted.keys()) | dropped,
+        "of another shape": {name for name in both if weights[name].shape != wanted[name]},
+    }
+    check_names(path, faults)
+    model.load_state_dict(weights, assign=True)
+    return model.eval()

@@ -1,17 +1,25 @@
 """From what a user calls a base model to an open backbone: pocket, folder, file or hub id."""
 
+import json
 import os
 import warnings
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from rite_diffusion.backbones.stable_diffusion import StableDiffusion
+from rite_diffusion.backbones.sdxl import StableDiffusionXL
+from rite_diffusion.backbones.stable_diffusion import Pipeline, StableDiffusion
 from rite_diffusion.types import BackboneError
 
 POCKET = Path(__file__).parent / "pocket" / "weights"
 PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
+
+PIPELINES = {
+    "StableDiffusionPipeline": StableDiffusionPipeline,
+    "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
+}
+LIBRARIES = {"diffusers", "transformers", "stable_diffusion", None}  # that a model's parts are of
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -34,10 +42,12 @@ def load_backbone(
     device = device or default_device()
     precision = precision or ("fp16" if device.type == "cuda" else "fp32")
     pipeline = open_pipeline(base, DTYPES[precision])
-    return StableDiffusion(pipeline, base, device, choose_attention(pipeline))
+    xl = isinstance(pipeline, StableDiffusionXLPipeline)
+    kind = StableDiffusionXL if xl else StableDiffusion
+    return kind(pipeline, base, device, choose_attention(pipeline))
 
 
-def choose_attention(pipeline: StableDiffusionPipeline) -> str:
+def choose_attention(pipeline: Pipeline) -> str:
     """The attention backend now in use: xformers where it is installed and CUDA is there."""
     if not torch.cuda.is_available():
         return "sdpa"
@@ -48,7 +58,7 @@ def choose_attention(pipeline: StableDiffusionPipeline) -> str:
     return "xformers"
 
 
-def open_pipeline(base: str, dtype: torch.dtype) -> StableDiffusionPipeline:
+def open_pipeline(base: str, dtype: torch.dtype) -> Pipeline:
     """The diffusers pipeline of a base model."""
     if base == "pocket":
         return _from_folder(POCKET, dtype)
@@ -67,20 +77,39 @@ def open_pipeline(base: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     return _from_hub(base, dtype)
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
+def _from_folder(folder: Path, dtype: torch.dtype) -> Pipeline:
     index = folder / "model_index.json"
     if not index.is_file():
         raise BackboneError(
             f"{folder} has no model_index.json: it is not a diffusers model. "
             "Pass a folder written by save_pretrained, or a .safetensors file."
         )
+    kind = _pipeline_class(str(folder), index)
     try:
-        return _pretrained(str(folder), dtype, local_files_only=True)
+        return _pretrained(kind, str(folder), dtype, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BackboneError(f"{folder} does not open as Stable Diffusion: {error}") from None
 
 
-def _from_hub(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
+def _pipeline_class(base: str, index: Path) -> type[Pipeline]:
+    """The pipeline that a model_index.json calls for; BackboneError for foreign classes or code."""
+    try:
+        parts = json.loads(index.read_text(encoding="utf-8"))
+        name = parts["_class_name"]
+        libraries = {value[0] for value in parts.values() if isinstance(value, list)}
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise BackboneError(f"{index} cannot be read ({error}): get the model again") from None
+    if not isinstance(name, str) or name not in PIPELINES:
+        known = ", ".join(PIPELINES)
+        raise BackboneError(f"{base} is a {name}, this toolkit opens {known}")
+    if not libraries <= LIBRARIES:
+        foreign = ", ".join(sorted(str(each) for each in libraries - LIBRARIES))
+        raise BackboneError(f"{base} wants code from {foreign}, which is never run")
+    return PIPELINES[name]
+
+
+def _from_hub(name: str, dtype: torch.dtype) -> Pipeline:
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -92,7 +121,8 @@ def _from_hub(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
     if "/" not in name:
         raise BackboneError(f"no base model '{name}'. {remedy}")
     try:
-        return _pretrained(name, dtype)
+        kind = _pipeline_class(name, Path(hf_hub_download(name, "model_index.json")))
+        return _pretrained(kind, name, dtype)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BackboneError(
@@ -100,16 +130,15 @@ def _from_hub(name: str, dtype: torch.dtype) -> StableDiffusionPipeline:
         ) from None
 
 
-def _pretrained(source: str, dtype: torch.dtype, **options) -> StableDiffusionPipeline:
+def _pretrained(kind: type[Pipeline], source: str, dtype: torch.dtype, **options) -> Pipeline:
+    if kind is StableDiffusionPipeline:  # SDXL's has no safety checker to leave out
+        options |= {
+            "safety_checker": None,
+            "feature_extractor": None,
+            "requires_safety_checker": False,
+        }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return StableDiffusionPipeline.from_pretrained(
-            source,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-            low_cpu_mem_usage=True,
-            **options,
+        return kind.from_pretrained(
+            source, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=True, **options
         )

@@ -1,16 +1,22 @@
 """Stable Diffusion 1.x and 2.x, and the pocket base: one CLIP text encoder, UNet, autoencoder."""
 
 import hashlib
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
+from rite_diffusion.backbones.fingerprint import fingerprint
 from rite_diffusion.types import BackboneError, Conditioning, PredictionType
 
+Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
+
+_CLIP = ("q_proj", "k_proj", "v_proj", "out_proj")
 PROJECTIONS = {
     "unet": ("to_q", "to_k", "to_v", "to_out.0"),
-    "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    "text_encoder": _CLIP,
+    "text_encoder_2": _CLIP,
 }
 
 
@@ -19,11 +25,11 @@ class StableDiffusion:
 
     multiple = 8
 
-    def __init__(
-        self, pipeline: StableDiffusionPipeline, name: str, device: torch.device, attention: str
-    ):
+    def __init__(self, pipeline: Pipeline, name: str, device: torch.device, attention: str):
         for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             model.requires_grad_(False).eval().to(device)
+        if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
+            pipeline.vae.float()  # SDXL's overflows in half precision
         self.name = name
         self.device = device
         self.attention = attention
@@ -39,7 +45,7 @@ class StableDiffusion:
             raise BackboneError(f"{name} predicts '{self.prediction_type}', which is not supported")
         self._scheduler_config = pipeline.scheduler.config
         self.resolution: int = self.unet.config.sample_size * self.pixels_per_latent
-        self.fingerprint = self._fingerprint()
+        self.fingerprint = fingerprint([self.unet.conv_in.weight, self.unet.conv_out.weight])
 
     @property
     def components(self) -> dict[str, nn.Module]:
@@ -56,13 +62,13 @@ class StableDiffusion:
         """Tokens that a prompt may have, begin and end marks excluded."""
         return self.tokenizer.model_max_length - 2
 
-    def _fingerprint(self) -> str:
-        """First 16 hex digits of a SHA-256 over the UNet's first and last weights, as fp16."""
-        digest = hashlib.sha256()
-        for layer in (self.unet.conv_in, self.unet.conv_out):
-            digest.update(str(tuple(layer.weight.shape)).encode())
-            digest.update(layer.weight.detach().to("cpu", torch.float16).numpy().tobytes())
-        return digest.hexdigest()[:16]
+    def encoder_fingerprint(self) -> str:
+        """First 16 hex digits of a SHA-256 over the autoencoder's encoding half."""
+        digest = hashlib.sha256(str(self.vae.config.scaling_factor).encode())
+        for name, weight in self.vae.state_dict().items():
+            if not name.startswith(("decoder.", "post_quant_conv.")):
+                digest.update(weight.detach().cpu().float().numpy().tobytes())
+        return f"{digest.hexdigest()[:16]}-{self.vae.dtype}".replace("torch.", "")
 
     def lora_targets(self, component: str) -> list[str]:
         """Paths of the q, k, v and output projections of every attention of a component."""
@@ -76,7 +82,6 @@ class StableDiffusion:
         pixels = pixels.to(self.device, self.vae.dtype)
         return self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
 
-    @torch.no_grad()
     def checkpoint_gradients(self, wanted: bool) -> None:
         """Recompute the UNet's activations in the backward pass instead of keeping them."""
         if wanted:
@@ -84,6 +89,14 @@ class StableDiffusion:
         else:
             self.unet.disable_gradient_checkpointing()
 
+    def compile_denoiser(self, wanted: bool) -> None:
+        """Run the UNet through `torch.compile`, or as it is."""
+        if wanted:
+            self.unet.compile()
+        else:
+            self.unet._compiled_call_impl = None  # torch has no public way back
+
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of latents (B, C, h, w)."""
         latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
@@ -91,14 +104,8 @@ class StableDiffusion:
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """The text encoder's last hidden states (B, tokens, width); over-long prompts are cut."""
-        ids = self.tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        return Conditioning(self.text_encoder(ids.to(self.device)).last_hidden_state)
+        ids = token_ids(self.tokenizer, prompts).to(self.device)
+        return Conditioning(self.text_encoder(ids).last_hidden_state)
 
     def token_count(self, prompt: str) -> int:
         """Number of the prompt's tokens, begin and end marks excluded."""
@@ -118,3 +125,14 @@ class StableDiffusion:
         scheduler = DDIMScheduler.from_config(self._scheduler_config, clip_sample=False)
         assert isinstance(scheduler, DDIMScheduler)
         return scheduler
+
+
+def token_ids(tokenizer: Any, prompts: list[str]) -> Tensor:
+    """The prompts' tokens (B, length), padded or cut to the tokenizer's length."""
+    return tokenizer(
+        prompts,
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids

@@ -1,5 +1,7 @@
 """Plain LoRA (Hu et al. 2021) on the attention of UNet and text encoder."""
 
+from functools import lru_cache
+
 import torch
 
 from rite_diffusion.adapters import detach, inject, read_pairs
@@ -8,6 +10,7 @@ from rite_diffusion.config import TrainConfig
 from rite_diffusion.types import Backbone, Conditioning, LoraPair
 
 NAME = "concept"
+CAPTIONS_KEPT = 256  # states that stay in memory where the text encoder does not train
 
 
 class PlainLora(Method):
@@ -15,17 +18,18 @@ class PlainLora(Method):
 
     def __init__(self, backbone: Backbone, config: TrainConfig):
         super().__init__(backbone, config)
-        self.components = ["unet", "text_encoder"] if config.lora.text_encoder else ["unet"]
+        self.components = list(backbone.components) if config.lora.text_encoder else ["unet"]
         targets = {name: backbone.lora_targets(name) for name in self.components}
         rank, alpha = config.lora.rank, config.lora.alpha or config.lora.rank
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             inject(backbone, NAME, targets, rank, alpha)
+        # Alone, so that a caption's states do not depend on which others came with it.
+        self._frozen_states = lru_cache(CAPTIONS_KEPT)(lambda text: backbone.encode_prompts([text]))
 
     def groups(self) -> list[dict]:
-        """A group for the UNet's pairs and one for the text encoder's."""
+        """A group for the UNet's pairs and one for each text encoder's."""
         optim = self.config.optim
-        rates = {"unet": optim.lr_unet, "text_encoder": optim.lr_text_encoder}
         return [
             {
                 "name": component,
@@ -34,15 +38,23 @@ class PlainLora(Method):
                     for name, parameter in self.backbone.components[component].named_parameters()
                     if parameter.requires_grad
                 ],
-                "lr": rates[component],
+                "lr": optim.lr_unet if component == "unet" else optim.lr_text_encoder,
                 "weight_decay": optim.weight_decay,
             }
             for component in self.components
         ]
 
     def conditioning(self, captions: list[str]) -> Conditioning:
-        """The text encoder's states of the captions."""
-        return self.backbone.encode_prompts(captions)
+        """The text encoder's states of the captions, of equal ones encoded once.
+
+        Where the text encoder does not train, the states of past captions are kept.
+        """
+        distinct = list(dict.fromkeys(captions))
+        if "text_encoder" in self.components:
+            encoded = self.backbone.encode_prompts(distinct)
+        else:
+            encoded = _joined([self._frozen_states(text) for text in distinct])
+        return encoded.rows([distinct.index(text) for text in captions])
 
     def pairs(self) -> list[LoraPair]:
         """The pairs in training."""
@@ -51,3 +63,9 @@ class PlainLora(Method):
     def remove(self) -> None:
         """Take the LoRA layers out."""
         detach(self.backbone, NAME)
+
+
+def _joined(parts: list[Conditioning]) -> Conditioning:
+    """The conditioning of all the parts' prompts, in order."""
+    extra = {name: torch.cat([part.extra[name] for part in parts]) for name in parts[0].extra}
+    return Conditioning(torch.cat([part.states for part in parts]), extra)

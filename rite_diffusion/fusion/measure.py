@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import rite_diffusion
 from rite_diffusion.adapters import Adapter, attach, detach
-from rite_diffusion.adapters.attach import module_name
+from rite_diffusion.adapters.names import module_name
 from rite_diffusion.fusion.members import digest_of
 from rite_diffusion.fusion.prompts import ordinary_prompts
 from rite_diffusion.fusion.sketch import Sketch, SketchFacts

@@ -1,7 +1,6 @@
 """The adapters of a fusion: which may be fused, in which order, and what is known of them."""
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from rite_diffusion.adapters import Adapter, AdapterInfo
+from rite_diffusion.adapters import Adapter
 from rite_diffusion.fusion.grams import mean
 from rite_diffusion.fusion.layer import Layer, Part, flat, nothing
 from rite_diffusion.fusion.sketch import Sketch
@@ -53,13 +52,6 @@ def digest_of(adapter: Adapter) -> str:
     return digest.hexdigest()[:16]
 
 
-def triggers_of(info: AdapterInfo) -> list[str]:
-    """The words that call an adapter's concepts."""
-    if info.concepts:
-        return [concept["trigger"] for concept in json.loads(info.concepts) if concept["trigger"]]
-    return [info.trigger] if info.trigger else []
-
-
 def checked(members: Sequence[Member]) -> list[Member]:
     """The members in an order that depends on their content alone; FusionError where they clash."""
     if not members:
@@ -83,7 +75,7 @@ def _refuse_repetition(members: Sequence[Member]) -> None:
                 f"pass it once, with a larger weight such as {member.file}:2."
             )
         known[member.digest] = member.file
-        for trigger in triggers_of(member.adapter.info):
+        for trigger in member.adapter.info.triggers():
             if trigger in triggers:
                 raise FusionError(
                     f"{member.file} and {triggers[trigger]} both answer to '{trigger}', and no "

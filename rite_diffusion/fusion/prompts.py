@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from rite_diffusion.adapters import AdapterInfo
-from rite_diffusion.fusion.members import triggers_of
 from rite_diffusion.types import FusionError
 
 # With the trigger alone and with the words that prompts put around it.
@@ -27,7 +26,7 @@ ORDINARY = (
 
 def concept_prompts(info: AdapterInfo, file: Path) -> list[str]:
     """Prompts that call an adapter's concepts; FusionError where its file names none."""
-    triggers = triggers_of(info)
+    triggers = info.triggers()
     if not triggers:
         raise FusionError(
             f"{file} does not say which word calls its concept: make its sketch first, with "

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rite_diffusion.adapters.file import write_atomically
+from rite_diffusion.files import write_atomically
 from rite_diffusion.fusion.grams import Gram, truncated
 from rite_diffusion.fusion.statistics import Grams
 from rite_diffusion.types import FusionError

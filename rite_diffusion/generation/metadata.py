@@ -1,17 +1,10 @@
 """Parameters inside PNG files: JSON for this toolkit, text for tools that read A1111's."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
-
-import rite_diffusion
-from rite_diffusion.adapters.choice import Chosen
-from rite_diffusion.generation.regions import Region
-from rite_diffusion.generation.sampler import Sampling
-from rite_diffusion.types import Backbone
 
 KEY = "rite"
 
@@ -43,32 +36,6 @@ class Parameters:
             f"Size: {self.width}x{self.height}, Model: {self.base}"
         )
         return "\n".join(lines)
-
-
-def parameters_of(
-    backbone: Backbone,
-    prompt: str,
-    seed: int,
-    sampling: Sampling,
-    adapters: Sequence[Chosen],
-    regions: Sequence[Region] = (),
-) -> Parameters:
-    """All that decides a picture."""
-    width, height = sampling.size(backbone)
-    return Parameters(
-        prompt=prompt,
-        negative=sampling.negative,
-        seed=seed,
-        steps=sampling.steps,
-        guidance=sampling.guidance,
-        width=width,
-        height=height,
-        base=backbone.name,
-        base_fingerprint=backbone.fingerprint,
-        adapters=[each.record() for each in adapters],
-        version=rite_diffusion.__version__,
-        regions=[str(region) for region in regions],
-    )
 
 
 def save_png(image: Image.Image, path: Path, parameters: Parameters) -> None:

@@ -8,26 +8,16 @@ adapter's residual is scaled cell by cell with its weight there.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 
 import torch
 from diffusers.models.attention_processor import Attention
-from PIL.Image import Image
 from torch import Tensor, nn
 
-from rite_diffusion.adapters.attach import lora_layers, set_weight
+from rite_diffusion.adapters.attach import lora_layers
+from rite_diffusion.generation.attached import Attached, turned
 from rite_diffusion.generation.regions import Region, adapter_weights, region_shares
-from rite_diffusion.generation.sampler import Sampling, draw
+from rite_diffusion.generation.sampler import Predict, guided_prediction
 from rite_diffusion.types import Backbone, Conditioning
-
-
-@dataclass(frozen=True)
-class Attached:
-    """An adapter in the backbone: its name there, its weight, and the words that call it."""
-
-    name: str
-    weight: float
-    triggers: Sequence[str]
 
 
 class Plan:
@@ -147,6 +137,7 @@ def _scaled(plan: Plan, adapter: int):
     return hook
 
 
+@torch.no_grad()
 def encode_parts(
     backbone: Backbone,
     texts: Sequence[tuple[str, str]],
@@ -156,40 +147,44 @@ def encode_parts(
 ) -> Conditioning:
     """Conditioning (2 count, parts * tokens, width) of (prompt, negative) per part.
 
-    Each part is encoded with its own adapter weights. Rows are [negatives; prompts].
+    Each part is encoded with its own adapter weights. Rows are [negatives; prompts]. What there is
+    but states, such as SDXL's pooled embeddings, is the whole picture's.
     """
-    states = []
-    try:
-        for (prompt, negative), row in zip(texts, factors, strict=True):
-            for adapter, factor in zip(adapters, row, strict=True):
-                set_weight(backbone, adapter.name, adapter.weight * factor)
-            part = backbone.encode_prompts([negative] * count + [prompt] * count)
-            states.append(part.states)
-    finally:
-        for adapter in adapters:
-            set_weight(backbone, adapter.name, adapter.weight)
-    return Conditioning(torch.cat(states, 1))
+    parts = []
+    for (prompt, negative), row in zip(texts, factors, strict=True):
+        with turned(backbone, adapters, row):
+            parts.append(backbone.encode_prompts([negative] * count + [prompt] * count))
+    return Conditioning(torch.cat([part.states for part in parts], 1), parts[0].extra)
 
 
-@torch.no_grad()
-def sample_regions(
+def regionally_guided(
     backbone: Backbone,
     prompt: str,
     regions: Sequence[Region],
-    seeds: Sequence[int],
-    sampling: Sampling,
+    *,
+    negative: str,
+    guidance: float,
+    width: int,
+    height: int,
+    count: int = 1,
     adapters: Sequence[Attached] = (),
-) -> list[Image]:
-    """One picture per seed, all in one batch: the prompt's, with the regions' prompts in them.
+) -> Predict:
+    """What predicts the prompt's picture with the regions' prompts in it, `count` in a batch.
 
-    A region without a negative prompt takes the whole's.
+    A region without a negative prompt takes the whole's. Sides are in pixels. The model is changed
+    for the length of each prediction only.
     """
     factors = adapter_weights(regions, prompt, [adapter.triggers for adapter in adapters])
-    texts = [(prompt, sampling.negative)]
-    texts += [(region.prompt, region.negative or sampling.negative) for region in regions]
-    conditioning = encode_parts(backbone, texts, len(seeds), adapters, factors)
+    texts = [(prompt, negative)]
+    texts += [(region.prompt, region.negative or negative) for region in regions]
+    conditioning = encode_parts(backbone, texts, count, adapters, factors)
     scale = backbone.pixels_per_latent
-    width, height = sampling.size(backbone)
     plan = Plan(regions, height // scale, width // scale, factors)
-    with regional(backbone, plan, adapters):
-        return draw(backbone, conditioning, seeds, sampling)
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        with regional(backbone, plan, adapters):
+            return guided_prediction(
+                latents, timestep, backbone=backbone, conditioning=conditioning, guidance=guidance
+            )
+
+    return predict

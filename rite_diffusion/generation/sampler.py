@@ -1,17 +1,19 @@
 """Pictures of prompts by classifier-free guidance, each a function of its own seed."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from PIL.Image import Image
 from torch import Tensor
 
 from rite_diffusion.photos.images import to_image
-from rite_diffusion.types import Backbone, Conditioning, ConfigError
+from rite_diffusion.types import Backbone, Conditioning
+
+Predict = Callable[[Tensor, Tensor], Tensor]  # (latents (B, C, h, w), timestep) -> prediction
 
 
-def initial_noise(backbone: Backbone, seeds: list[int], width: int, height: int) -> Tensor:
+def initial_noise(backbone: Backbone, seeds: Sequence[int], width: int, height: int) -> Tensor:
     """Noise (B, C, h, w), each picture's drawn on the CPU from its own seed."""
     scale = backbone.pixels_per_latent
     shape = (backbone.latent_channels, height // scale, width // scale)
@@ -20,9 +22,10 @@ def initial_noise(backbone: Backbone, seeds: list[int], width: int, height: int)
 
 
 def guided_prediction(
-    backbone: Backbone,
     latents: Tensor,
     timestep: Tensor,
+    *,
+    backbone: Backbone,
     conditioning: Conditioning,
     guidance: float,
 ) -> Tensor:
@@ -33,52 +36,41 @@ def guided_prediction(
     return uncond + guidance * (cond - uncond)
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a picture is drawn; sides in pixels, None for the backbone's own."""
-
-    negative: str
-    steps: int
-    guidance: float
-    width: int | None = None
-    height: int | None = None
-
-    def size(self, backbone: Backbone) -> tuple[int, int]:
-        """Width and height in pixels."""
-        return self.width or backbone.resolution, self.height or backbone.resolution
-
-
-def checked_size(backbone: Backbone, width: int | None, height: int | None) -> tuple[int, int]:
-    """Width and height in pixels, the base's where None; ConfigError where it cannot draw them."""
-    width, height = width or backbone.resolution, height or backbone.resolution
-    for side in (width, height):
-        if side % backbone.multiple or not 0 < side <= 4096:
-            raise ConfigError(f"side {side} is not a multiple of {backbone.multiple} up to 4096")
-    return width, height
+def guided(backbone: Backbone, prompts: list[str], negative: str, guidance: float) -> Predict:
+    """What predicts with classifier-free guidance, for one prompt per picture."""
+    with torch.no_grad():
+        conditioning = backbone.encode_prompts([negative] * len(prompts) + prompts)
+    return partial(
+        guided_prediction, backbone=backbone, conditioning=conditioning, guidance=guidance
+    )
 
 
 @torch.no_grad()
-def draw(
+def denoising(
     backbone: Backbone,
-    conditioning: Conditioning,
+    predict: Predict,
     seeds: Sequence[int],
-    sampling: Sampling,
-    listen: Callable[[int], None] = lambda step: None,
-) -> list[Image]:
-    """One picture per seed, all in one batch; conditioning is [uncond; cond], (2B, …)."""
-    latents = initial_noise(backbone, list(seeds), *sampling.size(backbone))
+    *,
+    steps: int,
+    width: int | None = None,
+    height: int | None = None,
+) -> Iterator[Tensor]:
+    """After each step, what the model takes the final latents (B, C, h, w) to be.
+
+    The last are the pictures' own. Sides are in pixels.
+    """
+    side = backbone.resolution
+    latents = initial_noise(backbone, seeds, width or side, height or side)
     scheduler = backbone.new_scheduler()
-    scheduler.set_timesteps(sampling.steps, device=backbone.device)
+    scheduler.set_timesteps(steps, device=backbone.device)
     latents = latents * scheduler.init_noise_sigma
-    for done, timestep in enumerate(scheduler.timesteps, start=1):
-        noisy = scheduler.scale_model_input(latents, timestep)
-        prediction = guided_prediction(backbone, noisy, timestep, conditioning, sampling.guidance)
-        latents = scheduler.step(prediction, timestep, latents).prev_sample
-        listen(done)
-    return [to_image(pixels) for pixels in backbone.decode(latents)]
+    for timestep in scheduler.timesteps:
+        prediction = predict(scheduler.scale_model_input(latents, timestep), timestep)
+        made = scheduler.step(prediction, timestep, latents)
+        latents = made.prev_sample
+        yield latents if timestep == scheduler.timesteps[-1] else made.pred_original_sample
 
 
-@torch.no_grad()
 def sample(
     backbone: Backbone,
     prompts: list[str],
@@ -89,9 +81,18 @@ def sample(
     guidance: float = 3.0,
     width: int | None = None,
     height: int | None = None,
-    listen: Callable[[int], None] = lambda step: None,
 ) -> list[Image]:
     """One picture per prompt and seed, all in one batch; sides in pixels."""
-    conditioning = backbone.encode_prompts([negative] * len(prompts) + prompts)
-    sampling = Sampling(negative, steps, guidance, width, height)
-    return draw(backbone, conditioning, seeds, sampling, listen)
+    predict = guided(backbone, prompts, negative, guidance)
+    *_, latents = denoising(backbone, predict, seeds, steps=steps, width=width, height=height)
+    return pictures(backbone, latents)
+
+
+def pictures(backbone: Backbone, latents: Tensor) -> list[Image]:
+    """The pictures of latents (B, C, h, w)."""
+    return [to_image(pixels) for pixels in backbone.decode(latents)]
+
+
+def default_guidance(backbone: Backbone) -> float:
+    """Guidance scale that suits a base: 3 for the pocket base, 7.5 for Stable Diffusion."""
+    return 3.0 if backbone.name == "pocket" else 7.5

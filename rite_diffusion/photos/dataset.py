@@ -1,29 +1,30 @@
 """Photos as latents in memory."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from rite_diffusion.config import AugmentSection
+from rite_diffusion.photos.augment import View, views_of
 from rite_diffusion.photos.buckets import bucket_of, bucket_sizes
-from rite_diffusion.photos.images import fit, mask_tensor, to_tensor
+from rite_diffusion.photos.images import mask_tensor, to_tensor
+from rite_diffusion.photos.latent_cache import cached_latents
 from rite_diffusion.types import Backbone, Photo
 
 
 @dataclass(frozen=True)
 class LatentSet:
-    """An epoch's samples: rows of the photos' latents, which are kept once.
-
-    With `flip`, each photo's mirror image follows it.
-    """
+    """An epoch's samples: rows of the views' latents, which are kept once."""
 
     latents: list[Tensor]  # (C, h, w) fp32 each
-    masks: list[Tensor] | None  # (1, h, w) in [0, 1] each; None where no photo has one
+    masks: list[Tensor] | None  # (1, h, w) in [0, 1] each; None where no view has one
     samples: list[int]  # row of each sample; repeated photos come several times
     captions: list[str]  # of the samples
+    weights: list[float]  # of the samples' losses
     names: list[str]  # of the samples' files
 
     @cached_property
@@ -35,6 +36,18 @@ class LatentSet:
         return list(shapes.values())
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """How photos become latents."""
+
+    resolution: int  # pixels of a square of the pictures' area
+    bucketed: bool = False  # else all are cut to squares
+    augment: AugmentSection = AugmentSection()
+    mask_floor: float = 0.0  # weight of what a mask leaves out
+    seed: int = 0  # of the views
+    cache: Path | None = None  # folder of latents that were encoded before
+
+
 def target_sizes(
     photos: Sequence[Photo], resolution: int, multiple: int, bucketed: bool
 ) -> list[tuple[int, int]]:
@@ -43,24 +56,44 @@ def target_sizes(
     return [bucket_of(photo.image.size, sizes) for photo in photos]
 
 
+def balanced(groups: Sequence[Sequence[Photo]]) -> list[Photo]:
+    """All photos, those of smaller groups repeated so that an epoch shows each group as often.
+
+    Repeats are whole numbers, so it is as often to the nearest one.
+    """
+    counts = [sum(photo.repeats for photo in group) for group in groups]
+    factors = [round(max(counts) / count) for count in counts]
+    return [
+        replace(photo, repeats=photo.repeats * factor)
+        for group, factor in zip(groups, factors, strict=True)
+        for photo in group
+    ]
+
+
 @torch.no_grad()
-def encode_photos(
-    backbone: Backbone, photos: Sequence[Photo], resolution: int, flip: bool, bucketed: bool = False
-) -> LatentSet:
-    """Latents of the photos, scaled to cover their size and cut about the centre, encoded once."""
-    latents, masks, samples, captions, names = [], [], [], [], []
-    masked = any(photo.mask is not None for photo in photos)
-    targets = target_sizes(photos, resolution, backbone.multiple, bucketed)
-    for photo, size in zip(photos, targets, strict=True):
-        pixels = to_tensor(fit(photo.image, *size))
-        views = [pixels, pixels.flip(-1)] if flip else [pixels]
+def encode_photos(backbone: Backbone, photos: Sequence[Photo], how: Encoding) -> LatentSet:
+    """Latents of all views of the photos, each encoded once."""
+    latents, masks = list[Tensor](), list[Tensor]()
+    samples, captions, weights, names = list[int](), list[str](), list[float](), list[str]()
+    cache = how.cache and how.cache / backbone.encoder_fingerprint()
+    targets = target_sizes(photos, how.resolution, backbone.multiple, how.bucketed)
+    for index, (photo, size) in enumerate(zip(photos, targets, strict=True)):
+        views = views_of(photo, size, how.augment, how.seed, index)
+        pixels = torch.stack([to_tensor(view.image) for view in views])
         rows = list(range(len(latents), len(latents) + len(views)))
-        latents += backbone.encode_images(torch.stack(views)).float()
-        if masked:
-            mask = photo.mask or Image.new("L", photo.image.size, 255)
-            whole = mask_tensor(mask, size, latents[-1].shape[1:])
-            masks += [whole, whole.flip(-1)] if flip else [whole]
+        latents += cached_latents(backbone, pixels, cache)
+        masks += [_mask(view, latents[-1].shape[1:], how.mask_floor) for view in views]
         samples += rows * photo.repeats
-        captions += [photo.caption] * len(rows) * photo.repeats
-        names += [photo.path.name] * len(rows) * photo.repeats
-    return LatentSet(latents, masks if masked else None, samples, captions, names)
+        captions += [view.caption for view in views] * photo.repeats
+        weights += [photo.weight] * len(views) * photo.repeats
+        names += [photo.path.name] * len(views) * photo.repeats
+    masked = any(photo.mask is not None for photo in photos) or how.augment.scale_and_prefix
+    return LatentSet(latents, masks if masked else None, samples, captions, weights, names)
+
+
+def _mask(view: View, cells: torch.Size, floor: float) -> Tensor:
+    """Weights (1, h, w) of a view's latent cells: 0 where there is no photo, else >= `floor`."""
+    weights = torch.ones(1, *cells)
+    if view.mask is not None:
+        weights = mask_tensor(view.mask, cells).clamp(min=floor)
+    return weights if view.valid is None else weights * mask_tensor(view.valid, cells)

@@ -8,6 +8,7 @@ own transparency.
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -53,6 +54,15 @@ class PhotoFolder:
     def smaller_than(self, side: int) -> list[str]:
         """Names of pictures that have to be scaled up."""
         return [photo.path.name for photo in self.photos if min(photo.image.size) < side]
+
+
+def joined(folders: Sequence[PhotoFolder]) -> PhotoFolder:
+    """Several folders as one."""
+    return PhotoFolder(
+        [photo for folder in folders for photo in folder.photos],
+        [each for folder in folders for each in folder.skipped],
+        sum(folder.captioned for folder in folders),
+    )
 
 
 def caption_file(image: Path) -> Path | None:
@@ -118,17 +128,20 @@ def _open_photo(path: Path, caption: str, repeats: int) -> Photo:
     return Photo(path, image, caption, mask, repeats)
 
 
-def read_folder(folder: Path, concept: Concept, templates: list[str]) -> PhotoFolder:
-    """The folder's photos in the order of their names, captioned.
+def read_folder(
+    folder: Path, concept: Concept, templates: list[str], repeats: int = 1
+) -> PhotoFolder:
+    """The folder's photos in the order of their names, captioned, each `repeats` times an epoch.
 
     A photo without a caption of its own gets one of `templates` in turn; `{trigger}` and
-    `{class_noun}` are filled in everywhere. Raises PhotoFolderError where no photo is usable.
+    `{class_noun}` are filled in everywhere. Raises PhotoFolderError where no photo is usable, or
+    more pictures are broken than whole.
     """
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
         raise PhotoFolderError(f"{folder} {what}. Pass the folder that directly holds the photos.")
     photos, skipped, captioned = [], [], 0
-    for place, repeats in _folders(folder):
+    for place, own_repeats in _folders(folder):
         listed = _listed_captions(place)
         for path in _pictures(place):
             reason = _reason_against(path, folder)
@@ -140,14 +153,15 @@ def read_folder(folder: Path, concept: Concept, templates: list[str]) -> PhotoFo
             try:
                 if reason:
                     raise UnreadableImage(reason)
-                photos.append(_open_photo(path, own, repeats))
+                photos.append(_open_photo(path, own, repeats * own_repeats))
             except UnreadableImage as fault:
                 skipped.append((path, str(fault)))
             else:
                 captioned += bool(text)
         missing = sorted(set(listed) - {path.name for path in _pictures(place)})
         skipped += [(place / name, "named in metadata.jsonl, but not there") for name in missing]
-    if not photos:
+    broken = [path for path, _ in skipped if path.suffix.lower() in SUFFIXES and path.exists()]
+    if not photos or len(broken) > len(photos):
         raise PhotoFolderError(_nothing_usable(folder, skipped))
     return PhotoFolder(photos, skipped, captioned)
 
@@ -167,7 +181,10 @@ def _pictures(folder: Path) -> list[Path]:
 def _nothing_usable(folder: Path, skipped: list[tuple[Path, str]]) -> str:
     if skipped:
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped[:5])
-        return f"no usable image in {folder} ({reasons}). Add some .jpg, .png or .webp photos."
+        return (
+            f"no usable image in {folder}, or fewer than broken ones ({reasons}). Add whole .jpg, "
+            ".png or .webp photos, or take the broken ones out."
+        )
     below = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
     hint = f" It holds the folders {', '.join(below[:5])}: pass one of them." if below else ""
     return (

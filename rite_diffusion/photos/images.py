@@ -77,9 +77,9 @@ def fit(image: Image.Image, width: int, height: int) -> Image.Image:
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
-def mask_tensor(mask: Image.Image, size: tuple[int, int], cells: Sequence[int]) -> Tensor:
-    """The mask (1, h, w) in [0, 1] of latent cells, cut as `fit` cuts its picture to a size."""
-    small = fit(mask, *size).resize((cells[1], cells[0]), Image.Resampling.BOX)
+def mask_tensor(mask: Image.Image, cells: Sequence[int]) -> Tensor:
+    """The mask (1, h, w) in [0, 1] of latent cells, of a mask that is cut as its picture is."""
+    small = mask.resize((cells[1], cells[0]), Image.Resampling.BOX)
     return torch.from_numpy(np.asarray(small, np.float32) / 255)[None]
 
 

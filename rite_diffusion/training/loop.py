@@ -8,32 +8,20 @@ from dataclasses import dataclass
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from torch import Tensor
 
 from rite_diffusion.concepts import Method
 from rite_diffusion.config import OptimSection, TrainConfig
 from rite_diffusion.optim import OPTIMIZERS
-from rite_diffusion.photos.buckets import batch_indices
 from rite_diffusion.photos.dataset import LatentSet
-from rite_diffusion.photos.random import generator
 from rite_diffusion.training.average import WeightAverage
-from rite_diffusion.training.objective import (
-    add_noise,
-    huber_error,
-    masked_mean,
-    offset_noise,
-    perturb,
-    squared_error,
-    stratified_timesteps,
-    target_of,
-    timestep_weight,
-)
+from rite_diffusion.training.batch import Batch, draw_batch
+from rite_diffusion.training.loss import batch_loss
+from rite_diffusion.training.memory import is_out_of_memory, out_of_memory
 from rite_diffusion.training.processes import average_gradients, mean_over_processes
 from rite_diffusion.training.snapshot import Snapshot, put_back, take
+from rite_diffusion.training.validation import held_out_loss
 from rite_diffusion.types import Backbone, ConfigError, OptimizerError, RunError
 
-# Streams of random numbers; 0 is the samples' order.
-NOISE, TIMESTEPS, DROPOUT, OFFSET, PERTURBATION = 1, 2, 3, 4, 5
 BAD_STEPS = 5  # losses in a row that are no number before the run stops
 
 
@@ -45,6 +33,19 @@ class StepReport:
     loss: float
     rate: float  # learning rate of the first group
     images_per_second: float
+    skipped: list[str]  # names of the photos of a step that was left out; no number came of them
+    validation: float | None  # loss on the held-out photos, where it was measured
+
+
+@dataclass(frozen=True)
+class Job:
+    """What trains on what."""
+
+    backbone: Backbone
+    method: Method
+    data: LatentSet
+    config: TrainConfig
+    held_out: LatentSet | None = None  # for the validation loss
 
 
 def rate_factor(optim: OptimSection, steps: int) -> Callable[[int], float]:
@@ -74,117 +75,6 @@ def optimizer_spec(name: str):
     return OPTIMIZERS[name]
 
 
-def drop_captions(captions: list[str], share: float, seed: int, step: int) -> list[str]:
-    """The captions, a random share of them replaced by the empty one."""
-    draws = torch.rand(len(captions), generator=generator(seed, step, DROPOUT)).tolist()
-    return ["" if draw < share else text for draw, text in zip(draws, captions, strict=True)]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one optimizer step learns from; all random choices are made."""
-
-    indices: list[int]  # of the samples in the data
-    captions: list[str]
-    latents: Tensor  # (B, C, h, w)
-    noise: Tensor  # of the same shape
-    seen: Tensor  # the noise that the model sees; differs with input perturbation
-    timesteps: Tensor  # (B,)
-    masks: Tensor | None  # (B, 1, h, w) weights of the latent cells' errors
-
-    def parts(self, count: int) -> list["Batch"]:
-        """The batch in so many equal parts."""
-        size = len(self.indices) // count
-        slices = [slice(start, start + size) for start in range(0, size * count, size)]
-        return [
-            Batch(
-                self.indices[part],
-                self.captions[part],
-                self.latents[part],
-                self.noise[part],
-                self.seen[part],
-                self.timesteps[part],
-                self.masks[part] if self.masks is not None else None,
-            )
-            for part in slices
-        ]
-
-
-def draw_batch(
-    backbone: Backbone, data: LatentSet, config: TrainConfig, step: int, processes: int = 1
-) -> Batch:
-    """A step's batch for all processes: a function of the seed and the step alone."""
-    goal, count = config.objective, config.batch * config.accumulate * processes
-
-    def stream(number: int) -> torch.Generator:
-        return generator(config.seed, step, number)
-
-    indices = batch_indices(data.buckets, count, config.seed, step)
-    rows = [data.samples[index] for index in indices]
-    latents = torch.stack([data.latents[row] for row in rows])
-    masks = torch.stack([data.masks[row] for row in rows]) if data.masks is not None else None
-    captions = [data.captions[index] for index in indices]
-    captions = drop_captions(captions, goal.caption_dropout, config.seed, step)
-    density = (goal.timestep_mean, goal.timestep_deviation)
-    timesteps = stratified_timesteps(
-        count,
-        len(backbone.alphas_cumprod),
-        stream(TIMESTEPS),
-        density if goal.timesteps == "logit_normal" else None,
-    )
-    noise = torch.randn(latents.shape, generator=stream(NOISE))
-    if goal.noise_offset:
-        noise = offset_noise(noise, goal.noise_offset, stream(OFFSET))
-    seen = noise
-    if goal.input_perturbation:
-        seen = perturb(noise, goal.input_perturbation, stream(PERTURBATION))
-    latents, noise, seen, timesteps = (
-        each.to(backbone.device) for each in (latents, noise, seen, timesteps)
-    )
-    if masks is not None:
-        masks = masks.clamp(min=goal.mask_floor).to(backbone.device)
-    return Batch(indices, captions, latents, noise, seen, timesteps, masks)
-
-
-def batch_loss(backbone: Backbone, method: Method, batch: Batch, config: TrainConfig) -> Tensor:
-    """The mean loss of a batch (Ho et al. 2020, Alg. 1, on latents)."""
-    goal, kind = config.objective, backbone.prediction_type
-    signal = backbone.alphas_cumprod[batch.timesteps]  # (B,)
-    noisy = add_noise(batch.latents, batch.seen, signal)
-    prediction = backbone.denoise(noisy, batch.timesteps, method.conditioning(batch.captions))
-    target = target_of(kind, batch.latents, batch.noise, signal)
-    if goal.loss == "huber":
-        error = huber_error(prediction, target, goal.huber_delta)
-    else:
-        error = squared_error(prediction, target)
-    weight = timestep_weight(kind, signal, goal.weighting, goal.min_snr_gamma)
-    return (masked_mean(error, batch.masks) * weight).mean()
-
-
-def accumulate_gradients(
-    accelerator: Accelerator, backbone: Backbone, method: Method, batch: Batch, config: TrainConfig
-) -> float:
-    """Gradients of the batch's mean loss, this process's share of it; returns that loss."""
-    processes = accelerator.num_processes
-    value = 0.0
-    for part in batch.parts(config.accumulate * processes)[accelerator.process_index :: processes]:
-        with accelerator.autocast():
-            loss = batch_loss(backbone, method, part, config) / config.accumulate
-        accelerator.backward(loss)
-        value += loss.item()
-    average_gradients(accelerator, method.parameters())
-    return mean_over_processes(accelerator, value)
-
-
-def bad_loss(value: float, step: int, names: set[str], config: TrainConfig) -> RunError:
-    """The error of a run whose loss is no number any more; it names the last batch's photos."""
-    return RunError(
-        f"the loss is {value} in {BAD_STEPS} steps up to {step + 1}, at last with "
-        f"{', '.join(sorted(names))}: lower optim.lr (now {config.optim.lr:g}), or use another "
-        f"precision than {config.precision}."
-    )
-
-
 def new_accelerator(backbone: Backbone, config: TrainConfig) -> Accelerator:
     """The accelerator of a run; a process may train twice, at two precisions."""
     AcceleratorState._reset_state()
@@ -194,60 +84,124 @@ def new_accelerator(backbone: Backbone, config: TrainConfig) -> Accelerator:
     )
 
 
+class Trainer:
+    """A job with its optimizer, ready to take steps in any order of their numbers."""
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.accelerator = new_accelerator(job.backbone, job.config)
+        self.optimizer = build_optimizer(job.method, job.config)
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.factor = rate_factor(job.config.optim, job.config.steps)
+        named = [named for group in job.method.groups() for named in group["params"]]
+        self.average = WeightAverage(named, job.config.ema)
+        self.parameters = [parameter for _, parameter in named]
+        self._stepper = self.accelerator.prepare(self.optimizer)
+
+    def step(self, step: int) -> tuple[float, Batch, bool]:
+        """One optimizer step: its loss, its batch, and whether it changed the weights.
+
+        A loss or a gradient that is no number changes nothing.
+        """
+        job, accelerator = self.job, self.accelerator
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * self.factor(step)
+        batch = draw_batch(job.backbone, job.data, job.config, step, accelerator.num_processes)
+        loss = self._gradients(batch)
+        norm = accelerator.clip_grad_norm_(self.parameters, job.config.optim.clip_norm)
+        # In fp16 a gradient may overflow; the scaler then leaves the step out by itself.
+        usable = accelerator.scaler is not None or bool(torch.isfinite(torch.as_tensor(norm)))
+        good = math.isfinite(loss) and usable
+        if good:
+            self._stepper.step()
+            self.average.update(step)
+        self._stepper.zero_grad()
+        return loss, batch, good
+
+    def _gradients(self, batch: Batch) -> float:
+        """Gradients of the batch's mean loss, this process's share of it; returns that loss."""
+        job, accelerator = self.job, self.accelerator
+        processes, share = accelerator.num_processes, job.config.accumulate
+        value = 0.0
+        for part in batch.parts(share * processes)[accelerator.process_index :: processes]:
+            with accelerator.autocast():
+                loss = batch_loss(job.backbone, job.method, part, job.config) / share
+            accelerator.backward(loss)
+            value += loss.item()
+        average_gradients(accelerator, self.parameters)
+        return mean_over_processes(accelerator, value)
+
+    def validation(self) -> float | None:
+        """The loss on the held-out photos, None without any."""
+        job = self.job
+        if job.held_out is None:
+            return None
+        with self.accelerator.autocast():
+            return held_out_loss(job.backbone, job.method, job.held_out, job.config)
+
+
+def bad_loss(value: float, step: int, names: list[str], config: TrainConfig) -> RunError:
+    """The error of a run whose loss is no number any more; it names the last batch's photos."""
+    return RunError(
+        f"the loss or its gradient is no number in {BAD_STEPS} steps up to {step + 1} (loss "
+        f"{value}), at last with {', '.join(names)}: lower optim.lr (now {config.optim.lr}), or "
+        f"use another precision than {config.precision}."
+    )
+
+
 def train_steps(
-    backbone: Backbone,
-    method: Method,
-    data: LatentSet,
-    config: TrainConfig,
+    job: Job,
     listen: Callable[[StepReport], None],
     save: Callable[[Snapshot, bool], None] = lambda snapshot, last: None,
     stop: Callable[[], bool] = lambda: False,
     resume: Snapshot | None = None,
+    save_now: Callable[[], bool] = lambda: False,
 ) -> int:
     """Run all steps, or those after `resume`, until `stop` says so; returns the steps done.
 
     `listen` hears of every step; `save` gets a snapshot, and whether it is the last, at every
-    checkpoint and at the end; while they run, averaged weights (`config.ema`) are in place. A step
-    whose loss is no number changes nothing; RunError after five in a row.
+    checkpoint, when `save_now` says so, and at the end; while they run, averaged weights
+    (`config.ema`) are in place. A step whose loss or gradient is no number changes nothing;
+    RunError after five in a row.
     """
-    accelerator = new_accelerator(backbone, config)
-    optimizer = build_optimizer(method, config)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    factor = rate_factor(config.optim, config.steps)
-    average = WeightAverage([n for group in method.groups() for n in group["params"]], config.ema)
+    config, trainer = job.config, Trainer(job)
     if resume is not None:
-        put_back(resume, optimizer, average)
+        put_back(resume, trainer.optimizer, trainer.average)
         if resume.step >= config.steps:  # all steps were done, but the adapter was not written
-            with average.swapped_in():
+            with trainer.average.swapped_in():
                 save(resume, True)
             return resume.step
-    backbone.checkpoint_gradients(config.gradient_checkpointing)
-    stepper = accelerator.prepare(optimizer)
-    parameters = method.parameters()
+    job.backbone.checkpoint_gradients(config.gradient_checkpointing)
+    job.backbone.compile_denoiser(config.compile)
     bad = 0
     for step in range(resume.step if resume else 0, config.steps):
         start = time.perf_counter()
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * factor(step)
-        batch = draw_batch(backbone, data, config, step, accelerator.num_processes)
-        value = accumulate_gradients(accelerator, backbone, method, batch, config)
-        bad = 0 if math.isfinite(value) else bad + 1
-        if not bad:
-            accelerator.clip_grad_norm_(parameters, config.optim.clip_norm)
-            stepper.step()
-            average.update(step)
-        elif bad == BAD_STEPS:
-            raise bad_loss(value, step, {data.names[index] for index in batch.indices}, config)
-        stepper.zero_grad()
+        try:
+            loss, batch, good = trainer.step(step)
+        except RuntimeError as error:
+            raise (out_of_memory(config) if is_out_of_memory(error) else error) from None
         speed = len(batch.indices) / (time.perf_counter() - start)
-        stopped = mean_over_processes(accelerator, float(stop())) > 0
+        names = sorted({job.data.names[index] for index in batch.indices})
+        bad = 0 if good else bad + 1
+        if bad == BAD_STEPS:
+            raise bad_loss(loss, step, names, config)
+        stopped = mean_over_processes(trainer.accelerator, float(stop())) > 0
         last = stopped or step + 1 == config.steps
-        wanted = last or (step + 1) % config.checkpoints.every == 0
-        snapshot = take(step + 1, optimizer, average) if wanted else None
-        with average.swapped_in():
-            listen(StepReport(step + 1, value, optimizer.param_groups[0]["lr"], speed))
-            if snapshot is not None:
+        with trainer.average.swapped_in():
+            validated = last or (step + 1) % config.validation.every == 0
+            rate = trainer.optimizer.param_groups[0]["lr"]
+            skipped = [] if good else names
+            validation = trainer.validation() if validated else None
+            listen(StepReport(step + 1, loss, rate, speed, skipped, validation))
+        if last or is_checkpoint(step + 1, config) or save_now():
+            snapshot = take(step + 1, trainer.optimizer, trainer.average)
+            with trainer.average.swapped_in():
                 save(snapshot, last)
         if last:
             return step + 1
     return config.steps
+
+
+def is_checkpoint(step: int, config: TrainConfig) -> bool:
+    """Whether the run's state is kept after so many steps."""
+    return step % config.checkpoints.every == 0 or step in config.checkpoints.milestones

@@ -9,19 +9,37 @@ from rite_diffusion.training.run_folder import RunFolder
 from rite_diffusion.training.snapshot import Snapshot
 from rite_diffusion.types import Photo, RunError
 
-FREE = {"photos", "previews", "checkpoints"}  # settings that may change: they teach nothing
+# Settings that may change: they teach nothing. What lies in the folders is compared itself.
+FREE = {"photos", "class_photos", "previews", "checkpoints", "trackers", "cache", "compile"}
 
 
 def inputs_of(photos: Sequence[Photo], base_fingerprint: str) -> dict[str, str]:
     """What a run learns from and with: a digest of each photo with its caption, base, version."""
-    found = {f"photo {photo.path.name}": _digest(photo) for photo in photos}
+    found: dict[str, str] = {}
+    for photo in photos:
+        name = f"photo {photo.path.parent.name}/{photo.path.name}"
+        while name in found:
+            name += " again"
+        found[name] = _digest(photo)
     return {"version": rite_diffusion.__version__, "base": base_fingerprint} | found
 
 
 def _digest(photo: Photo) -> str:
     mask = photo.mask.tobytes() if photo.mask else b""
-    caption = f"{photo.repeats} {photo.caption}".encode()
+    caption = f"{photo.repeats} {photo.weight} {photo.caption}".encode()
     return sha256(photo.image.tobytes() + mask + caption).hexdigest()[:16]
+
+
+def with_earlier_rates(run: RunFolder, config: TrainConfig) -> TrainConfig:
+    """With `optim.lr = "auto"`, the rates that the folder's run was given by its probe."""
+    optim = config.optim
+    if optim.lr != "auto" or not run.has_settings():
+        return config
+    before = from_toml(run.read_settings()[0]).optim
+    if before.lr != "auto":
+        return config
+    rates = {"lr_unet": before.lr_unet, "lr_text_encoder": before.lr_text_encoder}
+    return config.model_copy(update={"optim": optim.model_copy(update=rates)})
 
 
 def changes(run: RunFolder, config: TrainConfig, inputs: dict[str, str]) -> list[str]:

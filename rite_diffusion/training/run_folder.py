@@ -2,19 +2,23 @@
 
 config.toml  inputs.json  status.json  metrics.jsonl  log.txt  lock  adapter.safetensors
 previews/step-000100-0.png  checkpoints/step-000100/{adapter,training}.safetensors
+requests/{save,sample}  empty files by which anyone asks a run for a checkpoint or previews now
 """
 
 import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from rite_diffusion.adapters.file import Adapter, save_adapter, write_atomically
+from rite_diffusion.adapters.file import Adapter, save_adapter
+from rite_diffusion.files import read_json, write_atomically
 from rite_diffusion.training.snapshot import Snapshot
 from rite_diffusion.types import RunError
 
@@ -39,10 +43,7 @@ def _step_of(line: str) -> float:
 
 def read_state(path: Path) -> str | None:
     """The state that a run folder's status file tells, None where there is none."""
-    try:
-        return json.loads((path / "status.json").read_text(encoding="utf-8"))["state"]
-    except (OSError, json.JSONDecodeError, KeyError):
-        return None
+    return read_json(path / "status.json").get("state")
 
 
 class RunFolder:
@@ -101,10 +102,22 @@ class RunFolder:
         with os.fdopen(descriptor, "w") as stream:
             stream.write(str(os.getpid()))
 
+    def take_request(self, name: str) -> bool:
+        """Whether a file `requests/<name>` asks for something; it is taken away."""
+        try:
+            (self.path / "requests" / name).unlink()
+        except FileNotFoundError:
+            return False
+        return True
+
     def write_settings(self, config: str, inputs: dict[str, str]) -> None:
         """Keep the resolved configuration, and what was trained on."""
         write_atomically(self.path / "config.toml", config.encode())
         write_atomically(self.path / "inputs.json", json.dumps(inputs, indent=1).encode())
+
+    def has_settings(self) -> bool:
+        """Whether a run was begun here."""
+        return (self.path / "config.toml").exists() and (self.path / "inputs.json").exists()
 
     def read_settings(self) -> tuple[str, dict[str, str]]:
         """What `write_settings` kept."""
@@ -121,6 +134,12 @@ class RunFolder:
             "time": round(time.time(), 3),
         }
         write_atomically(self.path / "status.json", json.dumps(status).encode())
+
+    def close_as_failed(self, error: BaseException, total: int) -> None:
+        """Tell that the run ended by an error; a folder that cannot be written stays as it is."""
+        with suppress(OSError):
+            self.write_status("failed", 0, total)
+            self.log(f"failed: {type(error).__name__}: {error}")
 
     def write_metrics(self, **figures: Any) -> None:
         """Append a line of figures."""
@@ -139,8 +158,10 @@ class RunFolder:
         with (self.path / "log.txt").open("a", encoding="utf-8") as stream:
             stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
-    def save_checkpoint(self, adapter: Adapter, snapshot: Snapshot, keep: int) -> Path:
-        """Write adapter and snapshot of a step; drop checkpoints beyond the newest `keep`."""
+    def save_checkpoint(
+        self, adapter: Adapter, snapshot: Snapshot, keep: int, milestones: Sequence[int] = ()
+    ) -> Path:
+        """Write adapter and snapshot of a step; drop old ones beyond `keep` and `milestones`."""
         final = self.path / "checkpoints" / f"step-{snapshot.step:06d}"
         partial = final.with_name(final.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -151,7 +172,8 @@ class RunFolder:
         )
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        for old in self.checkpoints()[:-keep]:
+        always = {f"step-{step:06d}" for step in milestones}
+        for old in [folder for folder in self.checkpoints() if folder.name not in always][:-keep]:
             shutil.rmtree(old)
         return final
 

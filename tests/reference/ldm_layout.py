@@ -1,7 +1,8 @@
-"""The original (CompVis) names of Stable Diffusion's weights, written by hand from that code.
+"""The original (CompVis, Stability) names of Stable Diffusion's weights, written from that code.
 
 `ldm.modules.diffusionmodules.openaimodel.UNetModel`, `.model.Encoder` and `.Decoder`, and
-`FrozenCLIPEmbedder`, inside `LatentDiffusion`. Independent of diffusers' converters.
+`FrozenCLIPEmbedder` or OpenCLIP's text tower, inside `LatentDiffusion` or SDXL's engine.
+Independent of diffusers' converters.
 """
 
 import re
@@ -13,6 +14,8 @@ from torch import Tensor
 UNET_STEMS = {
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
@@ -48,12 +51,57 @@ def ldm_state_dict(pipeline: StableDiffusionPipeline) -> dict[str, Tensor]:
         # Attention projections, the only matrices, were 1x1 convolutions.
         old = tensor[:, :, None, None].clone() if tensor.ndim == 2 else tensor
         state[f"first_stage_model.{vae_name(name, levels)}"] = old
-    for name, tensor in pipeline.text_encoder.state_dict().items():
-        state[f"cond_stage_model.transformer.text_model.{name}"] = tensor
-    positions = pipeline.text_encoder.config.max_position_embeddings
-    ids = torch.arange(positions)[None]
-    state["cond_stage_model.transformer.text_model.embeddings.position_ids"] = ids
+    return state | text_state_dict(pipeline)
+
+
+def text_state_dict(pipeline) -> dict[str, Tensor]:
+    """The text encoders' weights: SDXL has two, SD2 OpenCLIP's with a last layer that it skips."""
+    if "text_encoder_2" in pipeline.components:
+        second = open_clip_state_dict(pipeline.text_encoder_2, "conditioner.embedders.1.model.")
+        second["conditioner.embedders.1.model.logit_scale"] = torch.ones(())
+        return clip_state_dict(pipeline.text_encoder, "conditioner.embedders.0.") | second
+    if pipeline.text_encoder.config.hidden_act != "gelu":
+        return clip_state_dict(pipeline.text_encoder, "cond_stage_model.")
+    start = "cond_stage_model.model."
+    state = open_clip_state_dict(pipeline.text_encoder, start)
+    last = pipeline.text_encoder.config.num_hidden_layers
+    first_block = f"{start}transformer.resblocks.0."
+    for name in [name for name in state if name.startswith(first_block)]:
+        unused = f"{start}transformer.resblocks.{last}." + name.removeprefix(first_block)
+        state[unused] = torch.zeros_like(state[name])
+    state[f"{start}text_projection"] = torch.ones(2, 2)
     return state
+
+
+def clip_state_dict(encoder, start: str) -> dict[str, Tensor]:
+    """OpenAI's CLIP as transformers named it before 5.6."""
+    stem = f"{start}transformer.text_model."
+    state = {stem + name: tensor for name, tensor in encoder.state_dict().items()}
+    positions = encoder.config.max_position_embeddings
+    state[f"{stem}embeddings.position_ids"] = torch.arange(positions)[None]
+    return state
+
+
+def open_clip_state_dict(encoder, start: str) -> dict[str, Tensor]:
+    """OpenCLIP's `TextTransformer`, whose q, k and v are one matrix."""
+    own = {n.removeprefix("text_model."): t for n, t in encoder.state_dict().items()}
+    state = {
+        "token_embedding.weight": own["embeddings.token_embedding.weight"],
+        "positional_embedding": own["embeddings.position_embedding.weight"],
+    }
+    if "text_projection.weight" in own:
+        state["text_projection"] = own["text_projection.weight"].T
+    for kind in ("weight", "bias"):
+        state[f"ln_final.{kind}"] = own[f"final_layer_norm.{kind}"]
+        for i in range(encoder.config.num_hidden_layers):
+            layer, block = f"encoder.layers.{i}.", f"transformer.resblocks.{i}."
+            qkv = [own[f"{layer}self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            state[f"{block}attn.in_proj_{kind}"] = torch.cat(qkv)
+            state[f"{block}attn.out_proj.{kind}"] = own[f"{layer}self_attn.out_proj.{kind}"]
+            for theirs, ours in (("ln_1", "layer_norm1"), ("ln_2", "layer_norm2"),
+                                 ("mlp.c_fc", "mlp.fc1"), ("mlp.c_proj", "mlp.fc2")):  # fmt: skip
+                state[f"{block}{theirs}.{kind}"] = own[f"{layer}{ours}.{kind}"]
+    return {start + name: tensor for name, tensor in state.items()}
 
 
 def unet_name(name: str, layers: int, attending: list[int]) -> str:

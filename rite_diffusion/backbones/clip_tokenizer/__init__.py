@@ -8,8 +8,10 @@ from transformers import CLIPTokenizer
 _MERGES = Path(__file__).with_name("merges.txt.gz")  # one pair a line, the most frequent first
 
 
-def clip_tokenizer() -> CLIPTokenizer:
+def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     """A new tokenizer of 49408 tokens; prompts are cut at 77, begin and end marks included.
+
+    SD2 and SDXL's second text encoder pad with "!", OpenAI's CLIP with the end mark.
 
     Ids follow OpenAI's SimpleTokenizer: the 256 bytes, the same at a word's end, the merges, marks.
     """
@@ -28,6 +30,7 @@ def clip_tokenizer() -> CLIPTokenizer:
         vocab=vocab,
         merges=pairs,  # pyright: ignore[reportArgumentType] (annotated too narrowly there)
         model_max_length=77,
+        pad_token=pad_token,
     )
 
 

@@ -1,0 +1,80 @@
+"""An adapter in memory: LoRA pairs, learned tokens and the facts about them."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+
+from torch import Tensor
+
+from rite_diffusion.types import LoraPair
+
+HEADER_PREFIX = "rite_"
+
+# Facts that other tools' headers hold, by ours.
+_FOREIGN = {
+    "trigger": "modelspec.trigger_phrase",
+    "base": "ss_sd_model_name",
+    "optimizer": "ss_optimizer",
+    "steps": "ss_steps",
+    "licence": "modelspec.license",
+}
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    """What an adapter's header tells of it; empty where a foreign file does not say."""
+
+    trigger: str = ""
+    class_noun: str = ""
+    base: str = ""
+    base_fingerprint: str = ""
+    method: str = ""
+    optimizer: str = ""
+    steps: str = ""
+    images: str = ""
+    config: str = ""  # the resolved configuration as TOML
+    concepts: str = ""  # of a fused adapter: JSON, a list of what went into it
+    licence: str = ""
+    version: str = ""
+
+    def triggers(self) -> list[str]:
+        """The words that call its concepts."""
+        return [word for word in self.trigger.split(", ") if word]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """LoRA pairs, learned tokens, and the facts about them.
+
+    `tokens` holds embeddings (layers, rows, width) by the word that calls them: one layer, or one
+    for each cross-attention; a word's rows for a second text encoder are at `<word>@2`.
+    """
+
+    pairs: list[LoraPair]
+    info: AdapterInfo
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    dialect: str = "kohya"  # of the file that it was read from
+    notes: tuple[str, ...] = ()  # what had to be assumed or approximated in reading it
+
+    def ranks(self) -> list[int]:
+        """The distinct ranks, ascending."""
+        return sorted({pair.rank for pair in self.pairs})
+
+    def names(self) -> list[str]:
+        """The pairs' module names."""
+        return [pair.name for pair in self.pairs]
+
+
+def facts_of(adapter: Adapter) -> dict[str, str]:
+    """Our own facts as header entries."""
+    facts = asdict(adapter.info)
+    return {HEADER_PREFIX + key: value for key, value in facts.items() if value}
+
+
+def info_of(header: Mapping[str, str]) -> AdapterInfo:
+    """The facts that a header states, in our words or in other tools'."""
+    stated = {
+        item.name: header.get(HEADER_PREFIX + item.name)
+        or header.get(_FOREIGN.get(item.name, ""), "")
+        for item in fields(AdapterInfo)
+    }
+    return AdapterInfo(**{name: str(value) for name, value in stated.items()})

@@ -1,0 +1,34 @@
+"""What a pair does to its layer's weight, as plain tensor mathematics."""
+
+import torch
+from torch import Tensor
+
+from rite_diffusion.types import LoraPair
+
+
+def delta_weight(pair: LoraPair) -> Tensor:
+    """Delta W = scale * up @ down, (out, in) or (out, in, k, k); a DoRA's before its norm."""
+    product = pair.up.flatten(1) @ pair.down.flatten(1)  # (out, in * k * k)
+    return pair.scale * product.reshape(len(pair.up), *pair.down.shape[1:])
+
+
+def adapted_weight(pair: LoraPair, weight: Tensor) -> Tensor:
+    """The weight (out, in) or (out, in, k, k) with the whole pair applied.
+
+    W + delta W, or with a magnitude m (Liu et al. 2024, Eq. 5)
+    m * (W + delta W) / |W + delta W|, the norm of each output's weights.
+    """
+    moved = weight + delta_weight(pair).reshape(weight.shape)
+    if pair.magnitude is None:
+        return moved
+    by_output = (-1, *[1] * (weight.ndim - 1))
+    norm = torch.linalg.norm(moved.flatten(1), dim=1)
+    return moved * (pair.magnitude / norm).reshape(by_output)
+
+
+def relative_difference(found: Tensor, wanted: Tensor) -> float:
+    """|found - wanted| / |wanted| in Frobenius norms; 0 where both are zero."""
+    error, size = torch.linalg.norm(found - wanted), torch.linalg.norm(wanted)
+    if size == 0:
+        return float(error > 0)
+    return float(error / size)

@@ -1,0 +1,55 @@
+"""ComfyUI's own names: the UNet under `diffusion_model.` with SGM's dotted path, kohya's suffixes.
+
+ComfyUI takes alpha from the `.alpha` tensors alone and reads text encoders by kohya's names.
+"""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from rite_diffusion.adapters.adapter import Adapter
+from rite_diffusion.adapters.dialects import kohya
+from rite_diffusion.adapters.names import (
+    Family,
+    dotted,
+    family_of,
+    from_sgm,
+    module_name,
+    split_name,
+    to_sgm,
+)
+from rite_diffusion.adapters.storage import write_tensors
+
+_SGM, _LYCORIS = "diffusion_model.", "lycoris_"
+
+
+def module_of(stem: str) -> str | None:
+    """The toolkit's name of a module, None where the stem is not ComfyUI's."""
+    if stem.startswith(_SGM):
+        return module_name("unet", from_sgm(stem.removeprefix(_SGM).replace(".", "_")))
+    if stem.startswith(_LYCORIS):
+        return module_name("unet", stem.removeprefix(_LYCORIS))
+    return None
+
+
+def stem_of(name: str, family: Family) -> str:
+    """ComfyUI's name of a module."""
+    component, flat = split_name(name)
+    if component != "unet":
+        return kohya.stem_of(name, family)
+    return _SGM + dotted(to_sgm(flat, family))
+
+
+def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's pairs as a file's tensors."""
+    family = family_of(adapter.names())
+    return {
+        key: value
+        for pair in adapter.pairs
+        for key, value in kohya.pair_tensors(stem_of(pair.name, family), pair)
+    }
+
+
+def write(path: Path, adapter: Adapter) -> None:
+    """Write the pairs as one file."""
+    write_tensors(path, tensors_of(adapter), kohya.header_of(adapter))

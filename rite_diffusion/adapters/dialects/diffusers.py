@@ -1,0 +1,86 @@
+"""Diffusers' names: `<component>.<path>` with PEFT's suffixes, one file for all components.
+
+The factors alone mean scale 1. Where the header's `lora_adapter_metadata` (JSON, its keys prefixed
+by the component) states alpha, that counts; but other tools read no header. So what is written
+here has the scale multiplied into `lora_B`, and a header that says scale 1.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rite_diffusion.adapters.adapter import Adapter, facts_of
+from rite_diffusion.adapters.dialects import peft
+from rite_diffusion.adapters.names import PREFIXES, dotted, module_name, split_name
+from rite_diffusion.adapters.storage import write_tensors
+from rite_diffusion.types import AdapterError, LoraPair
+
+METADATA = "lora_adapter_metadata"
+_ROOTS = ("down_blocks.", "mid_block.", "up_blocks.")  # of files that hold a UNet's alone
+_OLD_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
+
+
+def module_of(stem: str) -> str | None:
+    """The toolkit's name of a module, None where the stem is not diffusers'."""
+    for component in PREFIXES:
+        if stem.startswith(f"{component}."):
+            return module_name(component, _path(component, stem.removeprefix(f"{component}.")))
+    return module_name("unet", _path("unet", stem)) if stem.startswith(_ROOTS) else None
+
+
+def _path(component: str, path: str) -> str:
+    """Today's path of a module; before 2023-09 the layers lay in an attention's processor."""
+    path = path.replace(".processor.", ".")
+    leaf = path.rpartition(".")[2]
+    if component == "unet":
+        return f"{path}.0" if leaf == "to_out" else path
+    return path.removesuffix(leaf) + _OLD_ATTENTION.get(leaf, leaf)
+
+
+def configs_of(header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """PEFT configurations by component of a file's header."""
+    if METADATA not in header:
+        return {}
+    try:
+        stated = json.loads(header[METADATA])
+    except json.JSONDecodeError as error:
+        raise AdapterError(f"its header's {METADATA} is no JSON ({error})") from None
+    if not isinstance(stated, dict):
+        raise AdapterError(f"its header's {METADATA} is no table")
+    configs: dict[str, dict[str, Any]] = {}
+    for key, value in stated.items():
+        component, _, setting = key.partition(".")
+        configs.setdefault(component, {})[setting] = value
+    return configs
+
+
+def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's pairs as a file's tensors, the scale in `lora_B`."""
+    tensors = {}
+    for pair in adapter.pairs:
+        component, flat = split_name(pair.name)
+        tensors |= peft.pair_tensors(f"{component}.{dotted(flat)}", _at_scale_one(pair))
+    return tensors
+
+
+def _at_scale_one(pair: LoraPair) -> LoraPair:
+    return LoraPair(pair.name, pair.down, pair.up * pair.scale, 1.0, pair.magnitude)
+
+
+def header_of(adapter: Adapter) -> dict[str, str]:
+    """Our facts, and a PEFT configuration that says scale 1 for each component."""
+    stated = {}
+    for component in PREFIXES:
+        pairs = [_at_scale_one(p) for p in adapter.pairs if split_name(p.name)[0] == component]
+        if pairs:
+            config = peft.config_of(pairs, [peft.path_of(pair.name) for pair in pairs])
+            stated |= {f"{component}.{key}": value for key, value in config.items()}
+    return facts_of(adapter) | {METADATA: json.dumps(stated)}
+
+
+def write(path: Path, adapter: Adapter) -> None:
+    """Write the pairs as one file."""
+    write_tensors(path, tensors_of(adapter), header_of(adapter))

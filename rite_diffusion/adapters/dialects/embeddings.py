@@ -1,0 +1,107 @@
+"""Learned tokens: our own `tokens.<word>`, A1111's and diffusers' embeddings, and bundles.
+
+    tokens.<word>                        (layers, rows, width), our own, all layers kept
+    emb_params                           (rows, width), A1111's file for SD1 and SD2
+    clip_l, clip_g                       (rows, width), A1111's and diffusers' for SDXL
+    bundle_emb.<word>.string_to_param.*  (rows, width), embeddings within a LoRA file (A1111)
+    bundle_emb.<word>.clip_l, .clip_g    the same for SDXL (OneTrainer)
+    <word>                               (width,) or (rows, width), diffusers' textual inversion
+
+A file of one embedding calls it by the file's name. No other tool reads one row of vectors per
+layer: for them the layers are averaged, which is lossy.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rite_diffusion.adapters.adapter import Adapter
+from rite_diffusion.adapters.storage import write_tensors
+from rite_diffusion.types import AdapterError
+
+OWN, BUNDLE, SECOND = "tokens.", "bundle_emb.", "@2"
+_SINGLE = {"emb_params": "", "clip_l": "", "clip_g": SECOND}
+_BUNDLED = {".string_to_param.*": "", ".clip_l": "", ".clip_g": SECOND}
+
+
+def split_tokens(
+    tensors: Mapping[str, Tensor], word: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The learned tokens of a file by their word, and the file's other tensors.
+
+    `word` is what the file is called: the word of an embedding that does not name itself.
+    """
+    tokens: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
+    for key, value in tensors.items():
+        name = _word(key, word)
+        if name is None:
+            others[key] = value
+        elif name in tokens:
+            raise AdapterError(f"the word '{name}' has two embeddings")
+        else:
+            tokens[name] = checked_token(name, value)
+    return tokens, others
+
+
+def _word(key: str, word: str) -> str | None:
+    """The word that a tensor embeds, None where it is no embedding."""
+    if key.startswith(OWN):
+        return key.removeprefix(OWN)
+    if key in _SINGLE:
+        return word + _SINGLE[key]
+    if key.startswith(BUNDLE):
+        for suffix, encoder in _BUNDLED.items():
+            if key.endswith(suffix):
+                return key.removeprefix(BUNDLE).removesuffix(suffix) + encoder
+    return key if re.fullmatch(r"<[^<>]+>", key) else None
+
+
+def checked_token(word: str, rows: Tensor) -> Tensor:
+    """An embedding as fp32 (layers, rows, width): AdapterError where it is none."""
+    plain = word.isprintable() and word.strip() == word and 0 < len(word) <= 80
+    if not plain or word.startswith(".") or re.search(r"[/\\:]|\.\.", word):
+        raise AdapterError(f"{word!r} is no word that can call an embedding")
+    if rows.ndim not in (1, 2, 3) or not rows.numel() or not rows.is_floating_point():
+        raise AdapterError(f"the embedding of '{word}' is a {rows.dtype} of {tuple(rows.shape)}")
+    rows = rows.float()
+    if not torch.isfinite(rows).all():
+        raise AdapterError(f"the embedding of '{word}' holds NaN or infinity")
+    return rows.reshape(*[1] * (3 - rows.ndim), *rows.shape)
+
+
+def own_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """The tokens as tensors of our own file."""
+    return {OWN + word: checked_token(word, rows.detach()) for word, rows in adapter.tokens.items()}
+
+
+def embedding_files(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
+    """A1111's file content for each word, by file name; layers are averaged."""
+    files = {}
+    for word, rows in adapter.tokens.items():
+        if word.endswith(SECOND):
+            continue
+        second = adapter.tokens.get(word + SECOND)
+        name = re.sub(r"[^\w\-]", "", word) or "token"
+        if second is None:
+            files[f"{name}.safetensors"] = {"emb_params": rows.mean(0)}
+        else:
+            files[f"{name}.safetensors"] = {"clip_l": rows.mean(0), "clip_g": second.mean(0)}
+    return files
+
+
+def write(folder: Path, adapter: Adapter) -> list[Path]:
+    """Write one embedding file per word into a folder; returns their paths."""
+    paths = []
+    for name, tensors in embedding_files(adapter).items():
+        write_tensors(folder / name, tensors, {})
+        paths.append(folder / name)
+    return paths
+
+
+def lossy_words(adapter: Adapter) -> list[str]:
+    """Words whose layers an embedding file cannot keep apart."""
+    return [word for word, rows in adapter.tokens.items() if len(rows) > 1]

@@ -1,0 +1,109 @@
+"""Kohya's names, which ComfyUI, A1111 and diffusers read; the toolkit's own file uses them.
+
+    lora_unet_<path>.lora_down.weight   (rank, in) or (rank, in, k, k)
+    lora_unet_<path>.lora_up.weight     (out, rank) or (out, rank, 1, 1)
+    lora_unet_<path>.alpha              scalar; delta W = alpha / rank * up @ down
+    lora_unet_<path>.dora_scale         (out, 1), only where the layer is a DoRA
+
+Text encoders are `lora_te_` (SD1, SD2) or `lora_te1_` and `lora_te2_` (SDXL). The UNet's paths are
+diffusers' for SD1 and SD2, SGM's for SDXL. rsLoRA needs nothing: its scale is in the alpha.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rite_diffusion.adapters.adapter import Adapter, facts_of
+from rite_diffusion.adapters.names import (
+    PREFIXES,
+    Family,
+    family_of,
+    from_sgm,
+    module_name,
+    split_name,
+    to_sgm,
+)
+from rite_diffusion.adapters.storage import write_tensors
+from rite_diffusion.types import LoraPair
+
+_COMPONENTS = {
+    "lora_unet_": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+}
+_VERSIONS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}  # by width of the text states
+_ARCHITECTURES = {768: "stable-diffusion-v1/lora", 2048: "stable-diffusion-xl-v1-base/lora"}
+
+
+def module_of(stem: str) -> str | None:
+    """The toolkit's name of a module, None where the stem is not kohya's."""
+    for prefix, component in _COMPONENTS.items():
+        if stem.startswith(prefix) and "." not in stem:
+            flat = stem.removeprefix(prefix)
+            return module_name(component, from_sgm(flat) if component == "unet" else flat)
+    return None
+
+
+def stem_of(name: str, family: Family) -> str:
+    """Kohya's name of a module."""
+    component, flat = split_name(name)
+    if family == "sd":
+        return name
+    if component == "unet":
+        return PREFIXES["unet"] + to_sgm(flat, family)
+    return name.replace(PREFIXES["text_encoder"], "lora_te1_")
+
+
+def pair_tensors(stem: str, pair: LoraPair) -> Iterator[tuple[str, Tensor]]:
+    """A pair's tensors under kohya's suffixes."""
+    yield f"{stem}.lora_down.weight", pair.down
+    yield f"{stem}.lora_up.weight", pair.up
+    yield f"{stem}.alpha", torch.tensor(pair.scale * pair.rank)
+    if pair.magnitude is not None:
+        yield f"{stem}.dora_scale", pair.magnitude.reshape(-1, *[1] * (pair.down.ndim - 1))
+
+
+def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's pairs as a file's tensors."""
+    family = family_of(adapter.names())
+    return {
+        key: value
+        for pair in adapter.pairs
+        for key, value in pair_tensors(stem_of(pair.name, family), pair)
+    }
+
+
+def header_of(adapter: Adapter) -> dict[str, str]:
+    """Our facts, and the few of kohya's and of Stability's ModelSpec that other tools look for."""
+    info = adapter.info
+    alphas = {f"{pair.scale * pair.rank:g}" for pair in adapter.pairs}
+    ranks = [str(rank) for rank in adapter.ranks()]
+    widths = [
+        p.down.shape[1] for p in adapter.pairs if p.name.endswith(("attn2_to_k", "attn2_to_v"))
+    ]
+    width = widths[0] if widths else 0
+    known = {
+        "ss_base_model_version": _VERSIONS.get(width, ""),
+        "ss_v2": str(width == 1024) if width in _VERSIONS else "",
+        "ss_output_name": info.trigger,
+        "modelspec.architecture": _ARCHITECTURES.get(width, ""),
+        "modelspec.title": info.trigger,
+        "modelspec.trigger_phrase": info.trigger,
+        "modelspec.license": info.licence,
+    }
+    return facts_of(adapter) | {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": ranks[0] if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",
+        "ss_network_args": "{}",
+        "modelspec.sai_model_spec": "1.0.0",
+        **{key: value for key, value in known.items() if value},
+    }
+
+
+def write(path: Path, adapter: Adapter) -> None:
+    """Write the pairs as one file."""
+    write_tensors(path, tensors_of(adapter), header_of(adapter))

@@ -1,0 +1,188 @@
+"""PEFT's folders: `adapter_model.safetensors` with an `adapter_config.json`, one per component.
+
+    base_model.model.<path>.lora_A.weight            (rank, in) or (rank, in, k, k)
+    base_model.model.<path>.lora_B.weight            (out, rank) or (out, rank, 1, 1)
+    base_model.model.<path>.lora_magnitude_vector    (out,) or (1, out, 1, 1), for DoRA
+
+Alpha, rank and their exceptions by module stand in the configuration; so does `use_rslora`, with
+which scale = alpha / sqrt(rank).
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rite_diffusion.adapters.adapter import Adapter
+from rite_diffusion.adapters.assemble import Scale
+from rite_diffusion.adapters.names import PREFIXES, dotted, module_name, split_name
+from rite_diffusion.adapters.storage import read_tensors, write_tensors
+from rite_diffusion.files import write_atomically
+from rite_diffusion.types import AdapterError, LoraPair
+
+MODEL, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+PREFIX = "base_model.model."
+_UNET_ROOTS = (
+    "down_blocks.",
+    "mid_block.",
+    "up_blocks.",
+    "conv_in",
+    "conv_out",
+    "time_embedding.",
+    "add_embedding.",
+)
+
+_PLAIN = re.compile(r"\^?(\w|\\?\.)+")
+
+Config = Mapping[str, Any]
+
+
+def component_of(path: str) -> str:
+    """The component that a dotted path without its component's name belongs to."""
+    return "unet" if path.startswith(_UNET_ROOTS) else "text_encoder"
+
+
+def module_of(stem: str) -> str | None:
+    """The toolkit's name of a module, None where the stem is not PEFT's."""
+    if not stem.startswith(PREFIX):
+        return None
+    path = stem.removeprefix(PREFIX)
+    for component in PREFIXES:
+        if path.startswith(f"{component}."):
+            return module_name(component, path.removeprefix(f"{component}."))
+    return module_name(component_of(path), path)
+
+
+def stated_scale(configs: Mapping[str, Config]) -> Scale:
+    """Each module's scale by its component's configuration; AdapterError for a broken one."""
+
+    def scale(name: str, rank: int) -> float | None:
+        component, flat = split_name(name)
+        config = configs.get(component)
+        if config is None or "lora_alpha" not in config:
+            return None
+        alpha = _exception(config.get("alpha_pattern") or {}, dotted(flat), config["lora_alpha"])
+        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+            raise AdapterError(f"the configuration's alpha of {name} is {alpha!r}")
+        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+    return scale
+
+
+def _exception(patterns: Config, path: str, default: Any) -> Any:
+    """The value of the first pattern that is a path's end; other regular expressions are refused.
+
+    (PEFT would run any expression; a stranger's could run for ever.)
+    """
+    for pattern, value in patterns.items():
+        if not _PLAIN.fullmatch(pattern):
+            raise AdapterError(f"the configuration's pattern '{pattern}' is no module's name")
+        plain = pattern.removeprefix("^").replace("\\.", ".")
+        if path == plain or path.endswith(f".{plain}"):
+            return value
+    return default
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Config]]:
+    """Tensors of a folder, named by component too, header, configurations by component.
+
+    The folder holds one adapter, or one in each of its folders `unet`, `text_encoder`, ….
+    """
+    if (folder / CONFIG).is_file():
+        tensors, header = read_tensors(folder / MODEL)
+        component = component_of(next(iter(tensors), "").removeprefix(PREFIX))
+        return _below(component, tensors), header, {component: read_config(folder)}
+    parts = [name for name in PREFIXES if (folder / name / CONFIG).is_file()]
+    if not parts:
+        raise AdapterError(
+            f"{folder} holds no {CONFIG}: pass a PEFT folder, or the path of a .safetensors file."
+        )
+    tensors, header, configs = {}, {}, {}
+    for component in parts:
+        found, header = read_tensors(folder / component / MODEL)
+        tensors |= _below(component, found)
+        configs[component] = read_config(folder / component)
+    return tensors, header, configs
+
+
+def _below(component: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        f"{PREFIX}{component}.{key.removeprefix(PREFIX)}": value for key, value in tensors.items()
+    }
+
+
+def read_config(folder: Path) -> Config:
+    """A folder's configuration."""
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise AdapterError(f"{folder / CONFIG} cannot be read: {error}") from None
+    if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
+        raise AdapterError(f"{folder / CONFIG} is not of a LoRA")
+    return config
+
+
+def config_of(pairs: list[LoraPair], paths: list[str]) -> dict[str, Any]:
+    """PEFT's configuration of a component's pairs at paths; AdapterError where it has no words."""
+    dora = [pair.magnitude is not None for pair in pairs]
+    if any(dora) and not all(dora):
+        raise AdapterError(
+            f"{sum(dora)} of {len(dora)} modules are DoRA: PEFT and diffusers want all or none"
+        )
+    ranks = {path: pair.rank for path, pair in zip(paths, pairs, strict=True)}
+    alphas = {path: pair.scale * pair.rank for path, pair in zip(paths, pairs, strict=True)}
+    rank, alpha = _most_common(list(ranks.values())), _most_common(list(alphas.values()))
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
+        "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
+        "target_modules": paths,
+        "use_dora": all(dora),
+    }
+
+
+def _most_common(values: list) -> Any:
+    return max(set(values), key=values.count)
+
+
+def path_of(name: str) -> str:
+    """The module's path in a component as transformers >= 5.6 and diffusers build it."""
+    component, flat = split_name(name)
+    path = dotted(flat)
+    return path.removeprefix("text_model.") if component == "text_encoder" else path
+
+
+def pair_tensors(stem: str, pair: LoraPair) -> dict[str, Tensor]:
+    """A pair's factors and norms under PEFT's suffixes; the scale is not among them."""
+    tensors = {f"{stem}.lora_A.weight": pair.down, f"{stem}.lora_B.weight": pair.up}
+    if pair.magnitude is not None:
+        shape = (1, -1, 1, 1) if pair.down.ndim == 4 else (-1,)
+        tensors[f"{stem}.lora_magnitude_vector"] = pair.magnitude.reshape(shape)
+    return tensors
+
+
+def write(path: Path, adapter: Adapter) -> None:
+    """Write a folder with a PEFT folder for each component."""
+    for component in PREFIXES:
+        pairs = [pair for pair in adapter.pairs if split_name(pair.name)[0] == component]
+        if not pairs:
+            continue
+        paths = [path_of(pair.name) for pair in pairs]
+        config = config_of(pairs, paths) | {
+            "peft_type": "LORA",
+            "base_model_name_or_path": adapter.info.base or None,
+            "bias": "none",
+            "inference_mode": True,
+        }
+        tensors = {}
+        for pair, inner in zip(pairs, paths, strict=True):
+            tensors |= pair_tensors(PREFIX + inner, pair)
+        folder = path / component
+        folder.mkdir(parents=True, exist_ok=True)
+        write_tensors(folder / MODEL, tensors, {})
+        write_atomically(folder / CONFIG, json.dumps(config, indent=2).encode())

@@ -1,0 +1,134 @@
+"""Weights that papers published as pickles: Mix-of-Show, Custom Diffusion, A1111's old embeddings.
+
+They are opened only on request, by PyTorch's restricted unpickler, which rebuilds tensors and
+plain containers and refuses everything that would run code.
+
+    Mix-of-Show       {"params": {"new_concept_embedding": {word: (layers, width)},
+                      "unet" and "text_encoder": {<path>.lora_down.weight: …}}}; scale 1, as that
+                      method's strength is chosen when merging and no alpha is stored
+    Custom Diffusion  {<path>.attn2.processor.to_k_custom_diffusion.weight: (out, in)} (diffusers)
+                      or {"state_dict": {model.diffusion_model.<SGM path>.weight: (out, in)},
+                      "embed": (rows, width)}: whole weights, so the base is needed
+    A1111             {"string_to_param": {"*": (rows, width)}, "name": word}
+"""
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rite_diffusion.adapters.adapter import Adapter, AdapterInfo
+from rite_diffusion.adapters.dialects import interpret, locate
+from rite_diffusion.types import AdapterError
+
+_SGM = "model.diffusion_model."
+_CUSTOM = re.compile(r"\.processor\.(to_[qkv]|to_out)_custom_diffusion(\.0)?\.weight$")
+
+
+def load_published(path: Path, base_weights: Mapping[str, Tensor] | None) -> Adapter:
+    """The adapter in a published pickle.
+
+    `base_weights` are the base's by module name; files of whole weights need them. AdapterError
+    where the pickle holds anything but tensors and containers, or none of the known layouts.
+    """
+    content = _restricted(path)
+    try:
+        if isinstance(content.get("params"), dict):
+            return _mix_of_show(content["params"], path.stem)
+        if isinstance(content.get("string_to_param"), dict):
+            return _a1111(content, path.stem)
+        return _custom_diffusion(content, path.stem, base_weights)
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}.") from None
+
+
+def _restricted(path: Path) -> dict[str, Any]:
+    """The pickle's content; nothing in it is executed."""
+    if not path.is_file():
+        raise AdapterError(f"no adapter file {path}. Pass the path of a published .pth or .bin.")
+    try:
+        with path.open("rb") as stream:
+            content = torch.load(stream, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "cut off"
+        raise AdapterError(
+            f"{path} holds more than tensors, or is damaged: refused ({reason})."
+        ) from None
+    if not isinstance(content, dict):
+        raise AdapterError(f"{path} holds a {type(content).__name__}, no weights by name.")
+    return content
+
+
+def _tensors(table: Any) -> dict[str, Tensor]:
+    """The table's items: AdapterError where one is no tensor."""
+    if not isinstance(table, Mapping):
+        raise AdapterError(f"it holds a {type(table).__name__} where weights by name should be")
+    odd = [key for key, value in table.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise AdapterError(f"{len(odd)} of its {len(table)} entries are no tensors ({odd[0]!r})")
+    return {str(key): value.detach() for key, value in table.items()}
+
+
+def _mix_of_show(params: Mapping[str, Any], word: str) -> Adapter:
+    tensors = {
+        f"{component}.{key}": value
+        for component in ("unet", "text_encoder")
+        for key, value in _tensors(params.get(component, {})).items()
+    }
+    for name, rows in _tensors(params.get("new_concept_embedding", {})).items():
+        tensors[f"tokens.{name}"] = rows.unsqueeze(1)  # (layers, 1, width)
+    return _named(interpret(tensors, {}, word, {}), "Mix-of-Show")
+
+
+def _a1111(content: Mapping[str, Any], word: str) -> Adapter:
+    rows = _tensors(content["string_to_param"])
+    name = str(content.get("name") or word)
+    tensors = {f"tokens.{name}": value for value in rows.values()}
+    return _named(interpret(tensors, {}, word, {}), "A1111 embedding")
+
+
+def _custom_diffusion(
+    content: Mapping[str, Any], word: str, base_weights: Mapping[str, Tensor] | None
+) -> Adapter:
+    whole = _tensors(content.get("state_dict", content))
+    tensors: dict[str, Tensor] = {}
+    for key, weight in whole.items():
+        if re.fullmatch(r"<[^<>]+>", key):
+            tensors[key] = weight
+        elif key.startswith(_SGM) or _CUSTOM.search(key):
+            stem = _CUSTOM.sub(r".\1\2", key) if _CUSTOM.search(key) else key[len("model.") :]
+            tensors[stem.removesuffix(".weight") + ".diff"] = weight
+        else:
+            raise AdapterError(f"{len(whole)} tensors of no known layout (first: {key[:120]!r})")
+    if isinstance(content.get("embed"), Tensor):
+        tensors[f"tokens.{word}"] = content["embed"].detach()
+    return _named(interpret(_differences(tensors, base_weights), {}, word, {}), "Custom Diffusion")
+
+
+def _differences(
+    tensors: Mapping[str, Tensor], base_weights: Mapping[str, Tensor] | None
+) -> dict[str, Tensor]:
+    """Whole weights under `.diff` less the base's own."""
+    result = {}
+    for key, value in tensors.items():
+        place = locate(key) if key.endswith(".diff") else None
+        if place is None:
+            result[key] = value
+            continue
+        if base_weights is None:
+            raise AdapterError(
+                "it holds whole weights: pass the base model that they were trained on with --base"
+            )
+        base = base_weights.get(place[1])
+        if base is None or base.shape != value.shape:
+            raise AdapterError(f"{place[1]} {tuple(value.shape)} is not in the base model")
+        result[key] = value.float() - base.detach().float().cpu()
+    return result
+
+
+def _named(adapter: Adapter, layout: str) -> Adapter:
+    return Adapter(adapter.pairs, AdapterInfo(), adapter.tokens, layout, adapter.notes)

@@ -1,0 +1,80 @@
+"""Safetensors files on the disk: read with every check that needs no meaning, written whole."""
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from rite_diffusion.files import write_atomically
+from rite_diffusion.types import AdapterError
+
+MAX_HEADER = 16_000_000  # bytes; the header of a real adapter has a few hundred thousand
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
+    """Write tensors as fp32 with a header, atomically."""
+    ready = {key: value.detach().float().cpu().contiguous() for key, value in tensors.items()}
+    write_atomically(path, save(ready, {"format": "pt"} | header))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and header of a file; AdapterError says what is wrong with any other file."""
+    header = read_header(path)
+    try:
+        return load_file(path), header
+    except (SafetensorError, ValueError, OSError) as error:
+        raise AdapterError(f"{path} is damaged: {error}. Get the file again.") from None
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The header's facts, after the checks that need no tensor."""
+    if not path.is_file():
+        raise AdapterError(f"no adapter file {path}. Pass the path of a .safetensors file.")
+    with path.open("rb") as stream:
+        start = stream.read(512)
+        _refuse_other_formats(path, start)
+        size = struct.unpack("<Q", start[:8])[0]
+        if size > MAX_HEADER or size > path.stat().st_size - 8:
+            raise AdapterError(f"{path} is no safetensors file or cut off. Get the file again.")
+        stream.seek(8)
+        content = stream.read(size)
+    try:
+        header = json.loads(content, object_pairs_hook=_no_duplicates)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise AdapterError(f"{path} has a damaged header ({error}). Get the file again.") from None
+    except KeyError as error:
+        raise AdapterError(
+            f"{path} names the tensor {error} twice, which no tool writes."
+        ) from None
+    facts = (header.get("__metadata__") or {}) if isinstance(header, dict) else None
+    if not isinstance(facts, dict) or not all(isinstance(fact, str) for fact in facts.values()):
+        raise AdapterError(f"{path} has a damaged header (no facts). Get the file again.")
+    return facts
+
+
+def _no_duplicates(items: list[tuple[str, object]]) -> dict[str, object]:
+    result = dict(items)
+    if len(result) < len(items):
+        names = [key for key, _ in items]
+        raise KeyError(next(key for key in names if names.count(key) > 1))
+    return result
+
+
+def _refuse_other_formats(path: Path, start: bytes) -> None:
+    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise AdapterError(
+            f"{path} is a pickle, which can run code when opened: refused. "
+            "Ask its author for a .safetensors file."
+        )
+    if start.lstrip()[:1] == b"<":
+        raise AdapterError(f"{path} is a web page, not an adapter: the download went wrong.")
+    if start.startswith(b"version https://git-lfs"):
+        raise AdapterError(
+            f"{path} is a Git LFS pointer: run `git lfs pull` to get the file itself."
+        )
+    if len(start) < 8:
+        raise AdapterError(f"{path} is empty or cut off. Get the file again.")

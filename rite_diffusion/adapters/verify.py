@@ -1,0 +1,152 @@
+"""Exported files, loaded back by their target's own rules and compared with the original."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from rite_diffusion.adapters.adapter import Adapter
+from rite_diffusion.adapters.delta import delta_weight, relative_difference
+from rite_diffusion.adapters.dialects.peft import path_of
+from rite_diffusion.adapters.names import PREFIXES, family_of, module_name, split_name
+from rite_diffusion.adapters.rules import (
+    Layer,
+    comfyui_map,
+    diffusers_map,
+    kohya_map,
+    published_layers,
+    read_by_map,
+)
+from rite_diffusion.adapters.storage import read_tensors
+from rite_diffusion.types import AdapterError, LoraPair
+
+MAPS = {"kohya": kohya_map, "comfyui": comfyui_map, "diffusers": diffusers_map}
+TOLERANCE = 1e-5  # relative; the scale's product is rounded to fp32
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What loading an export back showed."""
+
+    reader: str  # by whose rules or code it was read
+    modules: int
+    difference: float  # largest relative difference of a module's delta W
+
+
+def verify_by_map(
+    original: Adapter, path: Path, target: str, layers: Iterable[Layer] | None = None
+) -> Verification:
+    """Read the file by the target's map of a model's layers; the published models' by default."""
+    family = family_of(original.names())
+    known = MAPS[target](layers or published_layers(family), family)
+    tensors, _ = read_tensors(path)
+    found, skipped = read_by_map(tensors, known)
+    if skipped:
+        raise AdapterError(
+            f"{target} knows no layer for {len(skipped)} of the {len(tensors)} tensors (first: "
+            f"{skipped[0]}): the adapter's base is not laid out like Stable Diffusion 1, 2 or XL."
+        )
+    pairs = {module_name(*layer): pair for layer, pair in found.items()}
+    return compare(original, pairs, f"{target}'s map of names")
+
+
+def verify_in_peft(original: Adapter, folder: Path) -> Verification:
+    """Load the folders with PEFT into bare layers of the adapter's shapes."""
+    found: dict[str, LoraPair] = {}
+    for component in PREFIXES:
+        pairs = {path_of(p.name): p for p in original.pairs if split_name(p.name)[0] == component}
+        if pairs:
+            model = PeftModel.from_pretrained(_bare_model(pairs), str(folder / component))
+            found |= attached_pairs({component: model.get_base_model()})
+    return compare(original, found, "PEFT")
+
+
+def verify_in_diffusers(original: Adapter, path: Path, pipeline: Any) -> Verification:
+    """Load the file with a diffusers pipeline's own loader."""
+    pipeline.load_lora_weights(str(path.parent), weight_name=path.name, use_safetensors=True)
+    parts = {name: getattr(pipeline, name) for name in PREFIXES if name in pipeline.components}
+    found = attached_pairs(parts)
+    pipeline.unload_lora_weights()
+    return compare(original, found, type(pipeline).__name__)
+
+
+def _bare_model(pairs: Mapping[str, LoraPair]) -> nn.Module:
+    """Modules at the pairs' paths, of their layers' shapes."""
+    root = nn.Module()
+    for path, pair in pairs.items():
+        *parents, leaf = path.split(".")
+        module = root
+        for name in parents:
+            if name not in dict(module.named_children()):
+                module.add_module(name, nn.Module())
+            module = module.get_submodule(name)
+        module.add_module(leaf, _bare_layer(pair))
+    return root
+
+
+def _bare_layer(pair: LoraPair) -> nn.Module:
+    outputs, inputs = pair.up.shape[0], pair.down.shape[1]
+    if pair.down.ndim == 4:
+        return nn.Conv2d(inputs, outputs, pair.down.shape[-1], bias=False)
+    return nn.Linear(inputs, outputs, bias=False)
+
+
+def attached_pairs(components: Mapping[str, nn.Module]) -> dict[str, LoraPair]:
+    """The pairs that PEFT's layers in the components hold, of their one adapter."""
+    found = {}
+    for component, root in components.items():
+        for path, layer in root.named_modules():
+            if isinstance(layer, LoraLayer) and layer.lora_A:
+                [adapter] = layer.lora_A
+                name = module_name(component, path)
+                norms = layer.lora_magnitude_vector
+                found[name] = LoraPair(
+                    name,
+                    _weight(layer.lora_A, adapter),
+                    _weight(layer.lora_B, adapter),
+                    layer.scaling[adapter],
+                    _weight(norms, adapter).flatten() if adapter in norms else None,
+                )
+    return found
+
+
+def _weight(layers: nn.ModuleDict, adapter: str) -> Tensor:
+    weight = layers[adapter].weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().float().cpu()
+
+
+def compare(original: Adapter, found: Mapping[str, LoraPair], reader: str) -> Verification:
+    """Delta W and norms module by module; AdapterError where any is missing or differs."""
+    names = set(original.names())
+    missing, extra = sorted(names - found.keys()), sorted(found.keys() - names)
+    if missing or extra:
+        raise AdapterError(
+            f"{reader} finds {len(found)} of {len(names)} modules in the export "
+            f"(first difference: {(missing + extra)[0]}): it was not written."
+        )
+    differences = {pair.name: _difference(found[pair.name], pair) for pair in original.pairs}
+    worst = max(differences, key=lambda name: differences[name], default="")
+    largest = differences.get(worst, 0.0)
+    if not largest <= TOLERANCE:
+        raise AdapterError(
+            f"{reader} reads {worst} with a relative difference of {largest:.2g}: the export would "
+            "not act as the original and was not written."
+        )
+    return Verification(reader, len(names), largest)
+
+
+@torch.no_grad()
+def _difference(found: LoraPair, wanted: LoraPair) -> float:
+    target = delta_weight(wanted)
+    difference = relative_difference(delta_weight(found).reshape(target.shape), target)
+    if (found.magnitude is None) != (wanted.magnitude is None):
+        return 1.0
+    if found.magnitude is None or wanted.magnitude is None:
+        return difference
+    return max(difference, relative_difference(found.magnitude, wanted.magnitude))

@@ -1,0 +1,57 @@
+"""Stable Diffusion XL (Podell et al. 2023): two text encoders, and the picture's size is told."""
+
+import torch
+from torch import Tensor, nn
+
+from rite_diffusion.backbones.stable_diffusion import Pipeline, StableDiffusion, token_ids
+from rite_diffusion.types import Conditioning
+
+
+class StableDiffusionXL(StableDiffusion):
+    """An SDXL model behind the Backbone protocol; its weights are frozen."""
+
+    def __init__(self, pipeline: Pipeline, name: str, device: torch.device, attention: str):
+        super().__init__(pipeline, name, device, attention)
+        self.text_encoder_2 = pipeline.text_encoder_2.requires_grad_(False).eval().to(device)
+        self.tokenizer_2 = pipeline.tokenizer_2
+        self._empty_is_zero: bool = pipeline.config["force_zeros_for_empty_prompt"]
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        """The UNet and both text encoders."""
+        return super().components | {"text_encoder_2": self.text_encoder_2}
+
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Both encoders' last hidden states but one, side by side, and the second's pooled one.
+
+        The empty prompt is all zeros where the model was trained so.
+        """
+        first = self._hidden(self.text_encoder, self.tokenizer, prompts)
+        second = self._hidden(self.text_encoder_2, self.tokenizer_2, prompts)
+        states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        pooled = second.text_embeds  # (B, width)
+        if self._empty_is_zero:
+            said = torch.tensor([bool(prompt) for prompt in prompts], device=self.device)
+            states, pooled = states * said[:, None, None], pooled * said[:, None]
+        return Conditioning(states, {"pooled": pooled})
+
+    def _hidden(self, encoder, tokenizer, prompts: list[str]):
+        return encoder(token_ids(tokenizer, prompts).to(self.device), output_hidden_states=True)
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The UNet's prediction (B, C, h, w) for latents at timesteps (B,).
+
+        It is told that the picture was never larger than this, and not cropped.
+        """
+        height, width = (side * self.pixels_per_latent for side in noisy.shape[-2:])
+        sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device)
+        added = {
+            "text_embeds": conditioning.extra["pooled"].to(self.dtype),
+            "time_ids": sizes.to(self.dtype).expand(len(noisy), -1),
+        }
+        return self.unet(
+            noisy.to(self.dtype),
+            timesteps,
+            encoder_hidden_states=conditioning.states.to(self.dtype),
+            added_cond_kwargs=added,
+        ).sample

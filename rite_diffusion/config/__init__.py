@@ -1,0 +1,47 @@
+"""Settings: strict models, TOML in and out, presets.
+
+One rule: a default is written once, here or in a preset; an unknown key is an error that names the
+nearest known one.
+"""
+
+from rite_diffusion.config.schema import (
+    AugmentSection,
+    CaptionSection,
+    OptimSection,
+    PhotoSource,
+    TrainConfig,
+)
+from rite_diffusion.config.tree import (
+    flatten,
+    from_toml,
+    known_keys,
+    load_preset,
+    merge,
+    parse_assignments,
+    preset_folder,
+    preset_names,
+    read_toml,
+    resolve,
+    to_toml,
+    without_paths,
+)
+
+__all__ = [
+    "AugmentSection",
+    "CaptionSection",
+    "OptimSection",
+    "PhotoSource",
+    "TrainConfig",
+    "flatten",
+    "from_toml",
+    "known_keys",
+    "load_preset",
+    "merge",
+    "parse_assignments",
+    "preset_folder",
+    "preset_names",
+    "read_toml",
+    "resolve",
+    "to_toml",
+    "without_paths",
+]

@@ -1,0 +1,267 @@
+"""The settings of a training run: every key, its range and its default."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from rite_diffusion.types import Concept
+
+Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
+Name = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class Section(BaseModel):
+    """A table of the TOML file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LoraSection(Section):
+    """The adapter's size and where it attaches."""
+
+    rank: int = Field(default=8, ge=1, le=1024, description="rank of every pair")
+    alpha: float | None = Field(
+        default=None, gt=0, description="scale = alpha / rank; default: rank"
+    )
+    text_encoder: bool = Field(default=True, description="adapt the text encoder's attention too")
+
+
+class OptimSection(Section):
+    """The optimizer; rates that are not set fall back to `lr`, and that to the optimizer's own."""
+
+    name: str = Field(default="adamw", description="see rite_diffusion.optim.OPTIMIZERS")
+    lr: Rate | Literal["auto"] | None = Field(
+        default=None, description="default: the optimizer's own; auto: found by a short probe"
+    )
+    lr_unet: Rate | None = Field(default=None, description="of the UNet's pairs; default: lr")
+    lr_text_encoder: Rate | None = Field(default=None, description="default: half of lr")
+    options: dict[str, Any] = Field(
+        default={}, description="the optimizer's own, such as {damping = 1e-4}"
+    )
+    weight_decay: float = Field(default=0.01, ge=0, le=1)
+    clip_norm: float = Field(default=1.0, gt=0, description="bound on the norm of all gradients")
+    warmup: int = Field(default=10, ge=0, description="steps")
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+
+
+class CaptionSection(Section):
+    """What the pictures are called in training."""
+
+    shuffle: bool = Field(default=False, description="the order of comma-separated parts")
+    keep: int = Field(default=1, ge=0, description="first parts that stay in place")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="share of samples without caption")
+
+
+class AugmentSection(Section):
+    """Views of a picture besides the picture itself; all are encoded once, before training."""
+
+    flip: bool = Field(default=False, description="every view also mirrored")
+    views: int = Field(
+        default=1, ge=1, le=1000, description="differently drawn views of each picture"
+    )
+    crop: float = Field(default=0.0, ge=0, le=0.5, description="most that is cut off each length")
+    colour: float = Field(
+        default=0.0, ge=0, le=0.5, description="most that brightness, contrast, saturation change"
+    )
+    scale_and_prefix: bool = Field(
+        default=False,
+        description="small and close-up views that the caption tells of: Kumari et al. 2023",
+    )
+
+    @model_validator(mode="after")
+    def _one_view_is_the_picture(self):
+        if self.views == 1 and (self.crop or self.colour or self.scale_and_prefix):
+            raise ValueError("crop, colour and scale_and_prefix need augment.views of 2 or more")
+        return self
+
+
+class PriorSection(Section):
+    """Prior preservation (Ruiz et al. 2023, Eq. 2): pictures of the class train along."""
+
+    weight: float = Field(default=0.0, ge=0, le=10, description="of their loss; 0: none")
+    count: int = Field(default=24, ge=1, le=10_000, description="pictures that the base draws")
+    prompts: list[str] = Field(
+        default=["a {class_noun}"], min_length=1, description="what the base draws, in turn"
+    )
+
+
+class ObjectiveSection(Section):
+    """What the loss weighs."""
+
+    loss: Literal["mse", "huber"] = "mse"
+    huber_delta: float = Field(default=0.1, gt=0, description="errors above it count linearly")
+    weighting: Literal["none", "min_snr", "debiased"] = Field(
+        default="none", description="of timesteps: Hang et al. 2023, Yu et al. 2023"
+    )
+    min_snr_gamma: float = Field(default=5.0, gt=0)
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    timestep_mean: float = Field(default=0.0, description="of logit_normal")
+    timestep_deviation: float = Field(default=1.0, gt=0, description="of logit_normal")
+    noise_offset: float = Field(
+        default=0.0, ge=0, le=1, description="share of noise that is one value per channel"
+    )
+    input_perturbation: float = Field(
+        default=0.0, ge=0, le=1, description="extra noise that the target ignores: Ning et al. 2023"
+    )
+    mask_floor: float = Field(
+        default=0.1, ge=0, le=1, description="weight of what a mask leaves out; 1: no masks"
+    )
+
+
+class ValidationSection(Section):
+    """The loss on pictures that are not trained on, at fixed timesteps and noise."""
+
+    every: int = Field(default=50, ge=1, description="steps")
+    photos: int = Field(default=0, ge=0, description="how many are held out; 0: no validation")
+
+
+class PreviewSection(Section):
+    """Pictures made while training."""
+
+    every: int = Field(default=100, ge=0, description="steps; 0: none")
+    prompts: list[str] = Field(
+        default=["a {trigger} on a blue background", "a {trigger} on a green background"]
+    )
+    steps: int = Field(default=20, ge=1)
+    guidance: float = Field(default=3.0, ge=0)
+    seed: int = Field(default=0, ge=0)
+
+
+class CheckpointSection(Section):
+    """How often the adapter is written while training."""
+
+    every: int = Field(default=100, ge=1, description="steps")
+    keep: int = Field(default=2, ge=1, description="newest checkpoints to keep")
+    milestones: list[int] = Field(default=[], description="steps whose checkpoints always stay")
+
+
+class SourceSection(Section):
+    """A photo folder and what it shows; what it leaves out comes from the table above it."""
+
+    photos: str | None = Field(default=None, description="folder with the pictures")
+    trigger: Name | None = None
+    class_noun: Name | None = None
+    class_photos: str | None = Field(
+        default=None, description="folder with pictures of the class, for prior preservation"
+    )
+    templates: list[str] | None = Field(
+        default=None, min_length=1, description="captions of pictures that have none, in turn"
+    )
+    repeats: int | None = Field(
+        default=None, ge=1, le=1000, description="how often an epoch shows each picture"
+    )
+
+
+class DatasetSection(SourceSection):
+    """Photo folders that share settings."""
+
+    subset: list[SourceSection] = []
+
+    @model_validator(mode="after")
+    def _holds_photos(self):
+        if not self.subset and not self.photos:
+            raise ValueError("neither photos nor a subset")
+        return self
+
+
+@dataclass(frozen=True)
+class PhotoSource:
+    """A photo folder with everything that the tables above it say."""
+
+    photos: str
+    concept: Concept
+    class_photos: str | None
+    templates: list[str]
+    repeats: int
+
+
+class TrainConfig(SourceSection):
+    """Everything that decides a training run."""
+
+    base: str = Field(
+        "pocket", description="`pocket`, a hub id, a diffusers folder or a .safetensors"
+    )
+    # At the top, what every table below may change has a value.
+    templates: list[str] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=["a {trigger}", "a photo of a {trigger}"], min_length=1
+    )
+    repeats: int = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+        default=1, ge=1, le=1000
+    )
+    dataset: list[DatasetSection] = Field(default=[], description="several photo folders")
+    balance: bool = Field(
+        default=True, description="show several concepts equally often, whatever their photos"
+    )
+    method: Literal["lora"] = "lora"
+    steps: int = Field(default=300, ge=1, le=1_000_000)
+    batch: int = Field(default=4, ge=1, le=1024)
+    accumulate: int = Field(
+        default=1, ge=1, le=1024, description="batches whose gradients one step adds up"
+    )
+    ema: float = Field(
+        default=0.0, ge=0, lt=1, description="decay of averaged weights, which are saved; 0: none"
+    )
+    gradient_checkpointing: bool = Field(default=False, description="less memory, more time")
+    compile: bool = Field(
+        default=False, description="torch.compile the denoiser: minutes at first, faster steps"
+    )
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    resolution: int | None = Field(
+        default=None, ge=16, le=4096, description="pixels; default: the base's"
+    )
+    buckets: bool = Field(
+        default=False, description="keep the pictures' shapes; else they are cut to squares"
+    )
+    cache: bool = Field(default=True, description="keep encoded pictures on disk for the next run")
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default=[], description="where metrics go besides metrics.jsonl"
+    )
+    captions: CaptionSection = CaptionSection()
+    augment: AugmentSection = AugmentSection()
+    prior: PriorSection = PriorSection()
+    lora: LoraSection = LoraSection()
+    optim: OptimSection = OptimSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    validation: ValidationSection = ValidationSection()
+    previews: PreviewSection = PreviewSection()
+    checkpoints: CheckpointSection = CheckpointSection()
+
+    @model_validator(mode="after")
+    def _every_source_is_whole(self):
+        for number, found in enumerate(self._tables(), 1):
+            for key in ("photos", "trigger", "class_noun"):
+                if not found.get(key):
+                    where = f" for photo folder {number}" if self.dataset else ""
+                    raise ValueError(f"'{key}' is missing{where}")
+            if found["class_photos"] and not self.prior.weight:
+                raise ValueError("class_photos train along only with prior.weight above 0")
+        return self
+
+    def _tables(self) -> list[dict[str, Any]]:
+        """Each photo folder's settings: its own, then its dataset's, then the general ones."""
+        general = self.model_dump(include=set(SourceSection.model_fields))
+        tables = []
+        for dataset in self.dataset:
+            shared = general | dataset.model_dump(exclude={"subset"}, exclude_none=True)
+            tables += [shared | own.model_dump(exclude_none=True) for own in dataset.subset]
+            tables += [] if dataset.subset else [shared]
+        return tables or [general]
+
+    def sources(self) -> list[PhotoSource]:
+        """The photo folders to train on; one where there are no `[[dataset]]` tables."""
+        return [
+            PhotoSource(
+                table["photos"],
+                Concept(table["trigger"], table["class_noun"]),
+                table["class_photos"],
+                table["templates"],
+                table["repeats"],
+            )
+            for table in self._tables()
+        ]
+
+    def concepts(self) -> list[Concept]:
+        """The distinct concepts that are learned, in order."""
+        return list(dict.fromkeys(source.concept for source in self.sources()))

@@ -1,0 +1,131 @@
+"""Settings as trees: presets, `key=value` lines, TOML in and out."""
+
+import tomllib
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, get_args
+
+import tomlkit
+from pydantic import BaseModel, ValidationError
+
+from rite_diffusion.config.schema import TrainConfig
+from rite_diffusion.types import ConfigError
+
+
+def preset_folder() -> Path:
+    """Where the presets lie: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    installed = package / "configs"
+    return installed if installed.is_dir() else package.parent / "configs"
+
+
+def preset_names() -> list[str]:
+    """Names that `load_preset` knows."""
+    return sorted(path.stem for path in preset_folder().glob("*.toml"))
+
+
+def load_preset(name: str) -> dict[str, Any]:
+    """Settings of a preset by its name, or of any TOML file by its path."""
+    path = Path(name) if name.endswith(".toml") else preset_folder() / f"{name}.toml"
+    if not path.is_file():
+        known = ", ".join(preset_names())
+        raise ConfigError(f"no preset '{name}': choose one of {known}, or pass a .toml file")
+    return read_toml(path)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The settings tree of a TOML file."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+
+
+def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
+    """The two settings trees as one; `high` wins leaf by leaf."""
+    result = dict(low)
+    for key, value in high.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merge(result[key], value) if both else value
+    return result
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The leaves of a settings tree by their dotted keys."""
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else None
+        leaves |= {prefix + key: value} if inner is None else inner
+    return leaves
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """Settings tree of `optim.lr=1e-4` lines; values are TOML, bare words are strings."""
+    tree: dict[str, Any] = {}
+    for assignment in assignments:
+        key, sign, text = assignment.partition("=")
+        if not sign or not key.strip():
+            raise ConfigError(f"'{assignment}' is not key=value, such as optim.lr=1e-4")
+        try:
+            value = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = text
+        branch: Any = value
+        for part in reversed(key.strip().split(".")):
+            branch = {part: branch}
+        tree = merge(tree, branch)
+    return tree
+
+
+def known_keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> list[str]:
+    """Every dotted key of a model; those of a list's tables come without their number."""
+    keys = []
+    for name, info in model.model_fields.items():
+        inner = next(iter(get_args(info.annotation)), info.annotation)
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            keys += known_keys(inner, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def _explain(fault: Any) -> str:
+    key = ".".join(str(part) for part in fault["loc"])
+    if fault["type"] == "extra_forbidden":
+        plain = ".".join(part for part in fault["loc"] if isinstance(part, str))
+        near = get_close_matches(plain, known_keys(), n=1, cutoff=0.5)
+        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known_keys())}"
+        return f"unknown setting '{key}': {hint}"
+    if fault["type"] == "value_error":  # of several settings together
+        return f"{key}: {fault['ctx']['error']}" if key else str(fault["ctx"]["error"])
+    return f"setting '{key}' = {fault['input']!r}: {fault['msg'].lower()}"
+
+
+def resolve(settings: dict[str, Any]) -> TrainConfig:
+    """The checked configuration of a settings tree; raises ConfigError naming every bad key."""
+    try:
+        return TrainConfig.model_validate(settings)
+    except ValidationError as error:
+        raise ConfigError("; ".join(_explain(fault) for fault in error.errors())) from None
+
+
+def to_toml(config: TrainConfig) -> str:
+    """The resolved configuration as TOML text that `resolve` reads back equal."""
+    return tomlkit.dumps(config.model_dump(exclude_none=True))
+
+
+def from_toml(text: str) -> TrainConfig:
+    """The configuration that `to_toml` wrote."""
+    return resolve(tomllib.loads(text))
+
+
+def without_paths(config: TrainConfig) -> TrainConfig:
+    """The configuration with the last names of its folders, for files that go to others."""
+    tree = config.model_dump(exclude_none=True)
+    tables = [tree, *tree["dataset"], *(own for each in tree["dataset"] for own in each["subset"])]
+    for table in tables:
+        for key in {"photos", "class_photos"} & table.keys():
+            table[key] = Path(table[key]).name
+    return resolve(tree)

@@ -1,0 +1,36 @@
+"""Pictures of a class that the base itself draws, for prior preservation."""
+
+from collections.abc import Callable
+from hashlib import sha256
+from pathlib import Path
+
+from rite_diffusion.files import cache_folder
+from rite_diffusion.generation.sampler import default_guidance, sample
+from rite_diffusion.types import Backbone
+
+STEPS = 25
+
+
+def class_pictures(
+    backbone: Backbone, prompts: list[str], count: int, listen: Callable[[str], None]
+) -> Path:
+    """A folder with `count` pictures of the prompts in turn, seeds 0, 1, …; those it has are kept.
+
+    It lies in the cache, under the base's fingerprint and a digest of what decides the pictures.
+    """
+    guidance = default_guidance(backbone)
+    facts = f"{prompts}\n{count}\n{STEPS}\n{guidance}\n{backbone.resolution}\n{backbone.dtype}"
+    name = sha256(facts.encode()).hexdigest()[:16]
+    folder = cache_folder() / "class_pictures" / backbone.fingerprint / name
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [seed for seed in range(count) if not (folder / f"{seed:05d}.png").exists()]
+    if missing:
+        listen(f'drawing {len(missing)} pictures of "{prompts[0]}" and the like')
+    for seed in missing:
+        prompt = prompts[seed % len(prompts)]
+        (folder / f"{seed:05d}.txt").write_text(prompt, encoding="utf-8")
+        [image] = sample(backbone, [prompt], [seed], steps=STEPS, guidance=guidance)
+        partial = folder / f".{seed:05d}.png.partial"
+        image.save(partial, "PNG")
+        partial.replace(folder / f"{seed:05d}.png")
+    return folder

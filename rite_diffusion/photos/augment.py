@@ -1,0 +1,111 @@
+"""Views of a photo: itself, then random cuts, colours and scales, each with its caption and mask.
+
+A view is a function of (seed, photo, number), so that views can be encoded once, before training.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+
+from rite_diffusion.config import AugmentSection
+from rite_diffusion.photos.images import fit
+from rite_diffusion.photos.random import generator
+from rite_diffusion.types import Photo
+
+STREAM = 7  # of random numbers; the training loop's have lower ones
+SCALES = (0.4, 1.4)  # of the photo in its frame (Kumari et al. 2023, Sec. 4)
+SMALL, CLOSE = (0.6, ("very small", "far away")), (1.2, ("zoomed in", "close up"))
+
+
+@dataclass(frozen=True)
+class View:
+    """One way to show a photo, in the size it is trained at."""
+
+    image: Image.Image
+    caption: str
+    mask: Image.Image | None  # mode L, white is learned; None: all of it
+    valid: Image.Image | None  # mode L, black where there is no photo; None: it is everywhere
+
+
+def views_of(
+    photo: Photo, size: tuple[int, int], augment: AugmentSection, seed: int, index: int
+) -> list[View]:
+    """The photo in a size (width, height), and `augment.views` - 1 variations of it.
+
+    With `augment.flip`, the mirror image of each follows it.
+    """
+    views = [View(fit(photo.image, *size), photo.caption, _fit_mask(photo.mask, size), None)]
+    for number in range(1, augment.views):
+        draws = generator(seed, index, number, STREAM)
+        view = _cut(photo, size, augment.crop, draws)
+        if augment.scale_and_prefix:
+            view = _scaled(view, draws)
+        views.append(_coloured(view, augment.colour, draws))
+    if augment.flip:
+        views = [each for view in views for each in (view, _mirrored(view))]
+    return views
+
+
+def _fit_mask(mask: Image.Image | None, size: tuple[int, int]) -> Image.Image | None:
+    return None if mask is None else fit(mask, *size)
+
+
+def _uniform(low: float, high: float, draws: torch.Generator) -> float:
+    return low + (high - low) * float(torch.rand((), generator=draws))
+
+
+def _cut(photo: Photo, size: tuple[int, int], most: float, draws: torch.Generator) -> View:
+    """A part of the photo, of its shape and anywhere in it, at least 1 - `most` of each side."""
+    width, height = photo.image.size
+    kept = 1 - _uniform(0, most, draws)
+    left, top = (_uniform(0, 1 - kept, draws) for _ in range(2))
+    box = (
+        round(left * width),
+        round(top * height),
+        round((left + kept) * width),
+        round((top + kept) * height),
+    )
+    mask = photo.mask and photo.mask.crop(box)
+    return View(fit(photo.image.crop(box), *size), photo.caption, _fit_mask(mask, size), None)
+
+
+def _coloured(view: View, most: float, draws: torch.Generator) -> View:
+    """Brightness, contrast and saturation each changed by up to a share `most`."""
+    image = view.image
+    for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        image = enhance(image).enhance(_uniform(1 - most, 1 + most, draws))
+    return View(image, view.caption, view.mask, view.valid)
+
+
+def _scaled(view: View, draws: torch.Generator) -> View:
+    """The view smaller on grey, or closer, and a caption that says so (Kumari et al. 2023).
+
+    Only where the photo is does it count.
+    """
+    scale = _uniform(*SCALES, draws)
+    inner = (round(view.image.width * scale), round(view.image.height * scale))
+    image = _placed(view.image, inner, "gray")
+    mask = view.mask and _placed(view.mask, inner, "black")
+    valid = _placed(Image.new("L", view.image.size, 255), inner, "black")
+    return View(image, _told(view.caption, scale, draws), mask, valid)
+
+
+def _placed(image: Image.Image, inner: tuple[int, int], ground: str) -> Image.Image:
+    """The image scaled to a size, in the middle of a frame of its own size before."""
+    scaled = image.resize(inner, Image.Resampling.LANCZOS)
+    frame = Image.new(image.mode, image.size, ground)
+    frame.paste(scaled, ((image.width - inner[0]) // 2, (image.height - inner[1]) // 2))
+    return frame
+
+
+def _told(caption: str, scale: float, draws: torch.Generator) -> str:
+    if SMALL[0] <= scale <= CLOSE[0]:
+        return caption
+    words = (SMALL if scale < SMALL[0] else CLOSE)[1]
+    return f"{caption}, {words[int(torch.randint(2, (), generator=draws))]}"
+
+
+def _mirrored(view: View) -> View:
+    mask, valid = (each and ImageOps.mirror(each) for each in (view.mask, view.valid))
+    return View(ImageOps.mirror(view.image), view.caption, mask, valid)

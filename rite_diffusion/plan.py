@@ -1,0 +1,183 @@
+"""A training run before it starts: settings resolved, photos read, the base open."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rite_diffusion.backbones import StableDiffusion, load_backbone
+from rite_diffusion.config import PhotoSource, TrainConfig, load_preset, merge, resolve
+from rite_diffusion.files import cache_folder
+from rite_diffusion.generation.class_pictures import class_pictures
+from rite_diffusion.photos.dataset import Encoding, balanced, target_sizes
+from rite_diffusion.photos.folder import PhotoFolder, joined, read_folder
+from rite_diffusion.photos.random import generator
+from rite_diffusion.training.batch import HELD_OUT
+from rite_diffusion.training.loop import optimizer_spec
+from rite_diffusion.training.probe import with_rates
+from rite_diffusion.training.resume import inputs_of
+from rite_diffusion.types import Concept, ConfigError, Photo
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked training run, ready to start."""
+
+    config: TrainConfig
+    backbone: StableDiffusion
+    folder: PhotoFolder  # the concepts' photos, as found
+    photos: list[Photo]  # what the steps draw from, balanced
+    class_photos: list[Photo]  # those of `photos` that show the class, for prior preservation
+    held_out: list[Photo]  # for the validation loss
+
+    @property
+    def encoding(self) -> Encoding:
+        """How the photos become latents."""
+        config = self.config
+        return Encoding(
+            config.resolution or self.backbone.resolution,
+            config.buckets,
+            config.augment,
+            config.objective.mask_floor,
+            config.seed,
+            cache_folder() / "latents" if config.cache else None,
+        )
+
+    def cut_captions(self) -> list[str]:
+        """Captions longer than the base model's token budget."""
+        budget = self.backbone.token_budget
+        captions = {photo.caption for photo in self.folder.photos}
+        return sorted(text for text in captions if self.backbone.token_count(text) > budget)
+
+    def inputs(self) -> dict[str, str]:
+        """What the run learns from and with, for a continued run to compare."""
+        return inputs_of([*self.photos, *self.held_out], self.backbone.fingerprint)
+
+    def buckets(self) -> dict[tuple[int, int], list[str]]:
+        """Size (width, height) that is trained on -> names of the photos cut to it."""
+        photos, how = self.folder.photos, self.encoding
+        table: dict[tuple[int, int], list[str]] = {}
+        sizes = target_sizes(photos, how.resolution, self.backbone.multiple, how.bucketed)
+        for photo, size in zip(photos, sizes, strict=True):
+            table.setdefault(size, []).append(photo.path.name)
+        return dict(sorted(table.items()))
+
+    def captions_without_trigger(self) -> list[str]:
+        """Captions that teach no trigger."""
+        triggers = [concept.trigger for concept in self.config.concepts()]
+        captions = [photo.caption for photo in self.folder.photos]
+        return [text for text in captions if not any(trigger in text for trigger in triggers)]
+
+
+def configure(settings: dict[str, Any], preset: str | None = None) -> TrainConfig:
+    """The resolved configuration: settings over a preset, every rate filled in.
+
+    The preset defaults to `pocket` on the pocket base and to `sd15` elsewhere. A preset's rates
+    belong to its optimizer: another optimizer without a rate takes its own default. With
+    `optim.lr = "auto"` the rates stay open until the probe has found them.
+    """
+    on_pocket = settings.get("base", "pocket") == "pocket"
+    low = load_preset(preset or ("pocket" if on_pocket else "sd15"))
+    chosen = settings.get("optim", {}).get("name")
+    if chosen and chosen != low.get("optim", {}).get("name"):
+        kept = {k: v for k, v in low["optim"].items() if not k.startswith("lr")}
+        low = low | {"optim": kept}
+    if "lr" in settings.get("optim", {}):
+        low.get("optim", {}).pop("lr_text_encoder", None)
+    config = resolve(merge(low, settings))
+    optim = config.optim
+    if optim.lr == "auto":
+        optimizer_spec(optim.name)  # refuses an unknown name here
+        return config
+    lr = optim.lr or optimizer_spec(optim.name).lr
+    given = {"lr": lr, "lr_unet": optim.lr_unet, "lr_text_encoder": optim.lr_text_encoder}
+    rates = {key: rate for key, rate in given.items() if rate is not None}
+    filled = with_rates(config, lr)
+    return filled.model_copy(update={"optim": filled.optim.model_copy(update=rates)})
+
+
+def plan_training(config: TrainConfig, listen: Callable[[str], None] = lambda line: None) -> Plan:
+    """Read the photos and open the base; raises a RiteError for all that cannot be trained on.
+
+    Class pictures that prior preservation needs are drawn by the base, or taken from the cache;
+    `listen` hears of it.
+    """
+    folders = [_read(source) for source in config.sources()]
+    backbone = load_backbone(config.base, config.precision)
+    for concept in config.concepts():
+        if backbone.is_known_word(concept.trigger):
+            raise ConfigError(
+                f"trigger '{concept.trigger}' is a word that {config.base} already knows, and "
+                f"training would overwrite it: use a new word such as '<{concept.trigger}>'."
+            )
+    side = config.resolution or backbone.resolution
+    if side % backbone.multiple:
+        raise ConfigError(f"resolution {side} is not a multiple of {backbone.multiple} pixels")
+    _check_rank(backbone, config)
+    config = config.model_copy(update={"resolution": side})
+    groups, held_out = _hold_out(folders, config)
+    photos = balanced(groups) if config.balance else [photo for group in groups for photo in group]
+    class_photos = _class_photos(backbone, config, listen) if config.prior.weight else []
+    if class_photos:
+        photos = balanced([photos, class_photos])
+    return Plan(config, backbone, joined(folders), photos, class_photos, held_out)
+
+
+def _check_rank(backbone: StableDiffusion, config: TrainConfig) -> None:
+    """ConfigError for a rank that the narrowest adapted layer cannot have."""
+    parts = ["unet", "text_encoder"] if config.lora.text_encoder else ["unet"]
+    layers = [
+        backbone.components[part].get_submodule(path)
+        for part in parts
+        for path in backbone.lora_targets(part)
+    ]
+    widths = [min(e.in_features, e.out_features) for e in layers if isinstance(e, nn.Linear)]
+    if config.lora.rank > min(widths):
+        raise ConfigError(
+            f"lora.rank = {config.lora.rank} is more than the narrowest layer of {config.base} has "
+            f"({min(widths)}): choose a smaller rank."
+        )
+
+
+def _read(source: PhotoSource) -> PhotoFolder:
+    folder = Path(source.photos).expanduser()
+    return read_folder(folder, source.concept, source.templates, source.repeats)
+
+
+def _hold_out(
+    folders: list[PhotoFolder], config: TrainConfig
+) -> tuple[list[list[Photo]], list[Photo]]:
+    """Each concept's photos to train on, and those that a seeded draw holds out."""
+    photos = [photo for folder in folders for photo in folder.photos]
+    order = torch.randperm(len(photos), generator=generator(config.seed, 0, HELD_OUT)).tolist()
+    held_out = [photos[place] for place in sorted(order[: config.validation.photos])]
+    names = {photo.path for photo in held_out}
+    groups: dict[Concept, list[Photo]] = {concept: [] for concept in config.concepts()}
+    for source, folder in zip(config.sources(), folders, strict=True):
+        groups[source.concept] += [photo for photo in folder.photos if photo.path not in names]
+    for concept, kept in groups.items():
+        if not kept:
+            raise ConfigError(
+                f"validation.photos = {config.validation.photos} leaves no photo of "
+                f"{concept.trigger} to train on: hold out fewer."
+            )
+    return list(groups.values()), held_out
+
+
+def _class_photos(
+    backbone: StableDiffusion, config: TrainConfig, listen: Callable[[str], None]
+) -> list[Photo]:
+    """Pictures of the concepts' classes: from the folders that are given, else the base's own."""
+    photos: list[Photo] = []
+    for source in {source.concept: source for source in config.sources()}.values():
+        noun = source.concept.class_noun
+        prompts = [prompt.replace("{class_noun}", noun) for prompt in config.prior.prompts]
+        if source.class_photos:
+            folder = Path(source.class_photos).expanduser()
+        else:
+            folder = class_pictures(backbone, prompts, config.prior.count, listen)
+        photos += read_folder(folder, source.concept, prompts).photos
+    return [replace(photo, weight=config.prior.weight) for photo in photos]

@@ -1,0 +1,125 @@
+"""What a step learns from: every random choice is a function of (seed, step)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rite_diffusion.config import CaptionSection, TrainConfig
+from rite_diffusion.photos.buckets import batch_indices
+from rite_diffusion.photos.dataset import LatentSet
+from rite_diffusion.photos.random import generator
+from rite_diffusion.training.objective import offset_noise, perturb, stratified_timesteps
+from rite_diffusion.types import Backbone
+
+# Streams of random numbers; 0 is the samples' order, 6 the buckets', 7 the views'.
+NOISE, TIMESTEPS, DROPOUT, OFFSET, PERTURBATION, SHUFFLE, HELD_OUT = 1, 2, 3, 4, 5, 8, 9
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples with their noise; all random choices are made."""
+
+    indices: list[int]  # of the samples in the data
+    captions: list[str]
+    latents: Tensor  # (B, C, h, w)
+    noise: Tensor  # of the same shape
+    seen: Tensor  # the noise that the model sees; differs with input perturbation
+    timesteps: Tensor  # (B,)
+    weights: Tensor  # (B,) of the samples' losses
+    masks: Tensor | None  # (B, 1, h, w) weights of the latent cells' errors
+
+    def parts(self, count: int) -> list["Batch"]:
+        """The batch in so many equal parts."""
+        size = len(self.indices) // count
+        slices = [slice(start, start + size) for start in range(0, size * count, size)]
+        return [
+            Batch(
+                self.indices[part],
+                self.captions[part],
+                self.latents[part],
+                self.noise[part],
+                self.seen[part],
+                self.timesteps[part],
+                self.weights[part],
+                self.masks[part] if self.masks is not None else None,
+            )
+            for part in slices
+        ]
+
+
+def draw_batch(
+    backbone: Backbone, data: LatentSet, config: TrainConfig, step: int, processes: int = 1
+) -> Batch:
+    """A step's batch for all processes."""
+    goal, count = config.objective, config.batch * config.accumulate * processes
+
+    def stream(number: int) -> torch.Generator:
+        return generator(config.seed, step, number)
+
+    indices = batch_indices(data.buckets, count, config.seed, step)
+    captions = [data.captions[index] for index in indices]
+    captions = shuffle_parts(captions, config.captions, stream(SHUFFLE))
+    captions = drop_captions(captions, config.captions.dropout, stream(DROPOUT))
+    density = (goal.timestep_mean, goal.timestep_deviation)
+    timesteps = stratified_timesteps(
+        count,
+        len(backbone.alphas_cumprod),
+        stream(TIMESTEPS),
+        density if goal.timesteps == "logit_normal" else None,
+    )
+    noise = torch.randn((count, *latents_shape(data, indices)), generator=stream(NOISE))
+    if goal.noise_offset:
+        noise = offset_noise(noise, goal.noise_offset, stream(OFFSET))
+    seen = noise
+    if goal.input_perturbation:
+        seen = perturb(noise, goal.input_perturbation, stream(PERTURBATION))
+    return make_batch(backbone, data, indices, captions, noise, seen, timesteps)
+
+
+def latents_shape(data: LatentSet, indices: list[int]) -> torch.Size:
+    """Shape (C, h, w) of the samples' latents, which is that of the first."""
+    return data.latents[data.samples[indices[0]]].shape
+
+
+def make_batch(
+    backbone: Backbone,
+    data: LatentSet,
+    indices: list[int],
+    captions: list[str],
+    noise: Tensor,
+    seen: Tensor,
+    timesteps: Tensor,
+) -> Batch:
+    """The samples of one shape with their noise, on the backbone's device."""
+    rows = [data.samples[index] for index in indices]
+    masks = torch.stack([data.masks[row] for row in rows]) if data.masks is not None else None
+    return Batch(
+        indices,
+        captions,
+        torch.stack([data.latents[row] for row in rows]).to(backbone.device),
+        noise.to(backbone.device),
+        seen.to(backbone.device),
+        timesteps.to(backbone.device),
+        torch.tensor([data.weights[index] for index in indices], device=backbone.device),
+        None if masks is None else masks.to(backbone.device),
+    )
+
+
+def shuffle_parts(captions: list[str], how: CaptionSection, draws: torch.Generator) -> list[str]:
+    """The captions, their comma-separated parts after the first `keep` in random order."""
+    if not how.shuffle:
+        return captions
+    result = []
+    for caption in captions:
+        parts = [part.strip() for part in caption.split(",")]
+        fixed, loose = parts[: how.keep], parts[how.keep :]
+        order = torch.randperm(len(loose), generator=draws).tolist()
+        result.append(", ".join(fixed + [loose[place] for place in order]))
+    return result
+
+
+def drop_captions(captions: list[str], share: float, draws: torch.Generator) -> list[str]:
+    """The captions, a random share of them replaced by the empty one."""
+    values = torch.rand(len(captions), generator=draws).tolist()
+    return ["" if value < share else text for value, text in zip(values, captions, strict=True)]

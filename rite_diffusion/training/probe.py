@@ -1,0 +1,54 @@
+"""`optim.lr = "auto"`: a learning rate from a few short trials."""
+
+from collections.abc import Callable
+
+from rite_diffusion.concepts import Method
+from rite_diffusion.config import TrainConfig
+from rite_diffusion.photos.dataset import LatentSet
+from rite_diffusion.training.loop import Job, Trainer
+from rite_diffusion.training.validation import held_out_loss
+from rite_diffusion.types import Backbone
+
+FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)  # of the optimizer's own rate
+STEPS = 20  # per trial
+
+
+def with_rates(config: TrainConfig, rate: float) -> TrainConfig:
+    """The configuration with the rates of the UNet and the text encoder (half) set."""
+    rates = {"lr_unet": rate, "lr_text_encoder": rate / 2}
+    return config.model_copy(update={"optim": config.optim.model_copy(update=rates)})
+
+
+def probe_rates(
+    backbone: Backbone,
+    new_method: Callable[[TrainConfig], Method],
+    data: LatentSet,
+    config: TrainConfig,
+    default: float,
+) -> dict[float, float]:
+    """Rate -> loss on the training photos, at fixed timesteps and noise, after 20 steps with it.
+
+    Every trial starts afresh and sees the same batches, so that the rates alone differ; the base
+    stays as it is.
+    """
+    short = config.optim.model_copy(update={"schedule": "constant", "warmup": 0})
+    config = config.model_copy(update={"optim": short, "ema": 0.0})
+    rates = [factor * default for factor in FACTORS]
+    return {rate: _trial(backbone, new_method, data, with_rates(config, rate)) for rate in rates}
+
+
+def _trial(
+    backbone: Backbone,
+    new_method: Callable[[TrainConfig], Method],
+    data: LatentSet,
+    config: TrainConfig,
+) -> float:
+    method = new_method(config)
+    try:
+        trainer = Trainer(Job(backbone, method, data, config))
+        for step in range(STEPS):
+            trainer.step(step)
+        with trainer.accelerator.autocast():
+            return held_out_loss(backbone, method, data, config)
+    finally:
+        method.remove()

@@ -1,0 +1,34 @@
+"""The loss on held-out photos: always the same timesteps and noise, so that its curve is smooth."""
+
+import math
+
+import torch
+
+from rite_diffusion.concepts import Method
+from rite_diffusion.config import TrainConfig
+from rite_diffusion.photos.dataset import LatentSet
+from rite_diffusion.photos.random import generator
+from rite_diffusion.training.batch import HELD_OUT, latents_shape, make_batch
+from rite_diffusion.training.loss import batch_loss
+from rite_diffusion.types import Backbone
+
+LEVELS = 8  # noise levels per sample, evenly spaced
+
+
+@torch.no_grad()
+def held_out_loss(
+    backbone: Backbone, method: Method, data: LatentSet, config: TrainConfig
+) -> float:
+    """The mean loss of all samples of `data`, each at 8 evenly spaced timesteps."""
+    total, length = 0.0, len(backbone.alphas_cumprod)
+    timesteps = ((torch.arange(LEVELS) + 0.5) * length / LEVELS).long()
+    for index in range(len(data.samples)):
+        indices = [index] * LEVELS
+        draws = generator(config.seed, index, HELD_OUT)
+        noise = torch.randn((LEVELS, *latents_shape(data, indices)), generator=draws)
+        captions = [data.captions[index]] * LEVELS
+        batch = make_batch(backbone, data, indices, captions, noise, noise, timesteps)
+        parts = batch.parts(LEVELS // math.gcd(LEVELS, config.batch))
+        losses = [batch_loss(backbone, method, part, config).item() for part in parts]
+        total += sum(losses) / len(losses)
+    return total / len(data.samples)

@@ -1,0 +1,74 @@
+"""The fields that decide a picture, and the pictures that they ask for."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from rite_diffusion.types import StudioError
+
+if TYPE_CHECKING:
+    from rite_diffusion.ui.engine import Wish
+
+MOST_PICTURES = 16
+MOST_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The fields that decide a picture, adapters aside."""
+
+    prompt: gr.Textbox
+    negative: gr.Textbox
+    seed: gr.Number
+    fresh: gr.Checkbox
+    count: gr.Slider
+    steps: gr.Slider
+    guidance: gr.Number
+    width: gr.Number
+    height: gr.Number
+    base: gr.Textbox
+
+    def all(self) -> list[Any]:
+        """The components in order."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+def lay_out_fields(prompt: gr.Textbox) -> Fields:
+    """Lay out all fields but the prompt, which has its place already."""
+    negative = gr.Textbox(label="Negative prompt", placeholder="what to avoid", max_lines=4)
+    with gr.Row():
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=110)
+        fresh = gr.Checkbox(True, label="New seed each time", min_width=150)
+    with gr.Row():
+        count = gr.Slider(1, MOST_PICTURES, value=4, step=1, label="Pictures", min_width=140)
+        steps = gr.Slider(1, 100, value=25, step=1, label="Steps", min_width=140)
+    with gr.Accordion("Size, guidance, base model", open=False):
+        with gr.Row():
+            width = gr.Number(None, label="Width", precision=0, min_width=90)
+            height = gr.Number(None, label="Height", precision=0, min_width=90)
+            guidance = gr.Number(None, label="Guidance", minimum=0, maximum=100, min_width=90)
+        base = gr.Textbox(label="Base model", placeholder="the adapters' own, else pocket")
+        gr.HTML("<small>What is left empty is the base model's own.</small>")
+    return Fields(prompt, negative, seed, fresh, count, steps, guidance, width, height, base)
+
+
+def named(values: Sequence[Any]) -> dict[str, Any]:
+    """The fields' values, in their order, by name."""
+    return dict(zip([field.name for field in fields(Fields)], values, strict=True))
+
+
+def wishes_of(wanted: dict[str, Any]) -> list["Wish"]:
+    """The pictures that the fields ask for, with seeds in a row."""
+    from rite_diffusion.ui.engine import Wish
+
+    if not wanted["prompt"].strip():
+        raise StudioError("write a prompt first: what should the picture show?")
+    count = min(max(int(wanted["count"]), 1), MOST_PICTURES)
+    first = random.randrange(2**31) if wanted["fresh"] else int(wanted["seed"] or 0)
+    kept = {key: wanted[key] for key in ("prompt", "negative", "guidance")}
+    sizes = {key: int(wanted[key]) if wanted[key] else None for key in ("width", "height")}
+    steps = min(max(int(wanted["steps"]), 1), MOST_STEPS)
+    return [Wish(**kept, **sizes, seed=first + index, steps=steps) for index in range(count)]

@@ -1,0 +1,112 @@
+"""How the studio looks: one theme for light and dark, no font or script from elsewhere."""
+
+import gradio as gr
+
+FONT = ["ui-sans-serif", "system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif"]
+MONO = ["ui-monospace", "SFMono-Regular", "Menlo", "DejaVu Sans Mono", "monospace"]
+ACCENT, FAINT, HELD_OUT = "#6d5ef0", "#a5b4fc", "#f59e0b"  # colours of curves
+CURVES = {"each step": FAINT, "smoothed": ACCENT, "held out": HELD_OUT}
+
+
+def theme() -> gr.themes.Base:
+    """Slate and indigo, rounded, with room to breathe."""
+    return gr.themes.Soft(
+        primary_hue=gr.themes.colors.indigo,
+        secondary_hue=gr.themes.colors.violet,
+        neutral_hue=gr.themes.colors.slate,
+        radius_size=gr.themes.sizes.radius_lg,
+        font=FONT,
+        font_mono=MONO,
+    ).set(
+        body_background_fill="*neutral_50",
+        body_background_fill_dark="#0b1020",
+        block_background_fill="white",
+        block_background_fill_dark="#131a2e",
+        block_border_width="1px",
+        block_border_color="*neutral_200",
+        block_border_color_dark="#232c47",
+        block_shadow="0 1px 2px rgb(15 23 42 / 0.04)",
+        block_shadow_dark="none",
+        block_label_background_fill="transparent",
+        block_label_background_fill_dark="transparent",
+        block_label_text_color="*neutral_500",
+        block_label_text_color_dark="*neutral_400",
+        block_label_border_width="0px",
+        block_label_shadow="none",
+        block_title_background_fill="transparent",
+        block_title_background_fill_dark="transparent",
+        block_title_padding="0px",
+        block_title_text_color="*neutral_600",
+        block_title_text_color_dark="*neutral_300",
+        block_title_text_weight="500",
+        input_background_fill="*neutral_50",
+        input_background_fill_dark="#0e1527",
+        input_border_color="*neutral_200",
+        input_border_color_dark="#232c47",
+        button_primary_background_fill="#5b4ee5",
+        button_primary_background_fill_hover="#4a3dd4",
+        button_primary_background_fill_dark="#6d5ef0",
+        button_primary_background_fill_hover_dark="#7f72f5",
+        button_primary_text_color="white",
+        button_large_radius="*radius_lg",
+        slider_color="#6d5ef0",
+    )
+
+
+CSS = """
+.gradio-container { max-width: 1360px !important; margin: 0 auto !important; }
+.head { display: flex; align-items: center; gap: .8rem; padding: .2rem 0 .1rem; }
+.head svg { width: 34px; height: 34px; flex: none; }
+.head h1 { font-size: 1.25rem; font-weight: 650; margin: 0; letter-spacing: -.01em; }
+.head p { margin: 0; color: var(--body-text-color-subdued); font-size: .9rem; }
+.empty { display: flex; flex-direction: column; align-items: center; justify-content: center;
+  text-align: center; gap: .4rem; min-height: 190px; padding: 1.6rem; border-radius: 14px;
+  border: 1.5px dashed var(--border-color-primary); color: var(--body-text-color-subdued); }
+.empty b { color: var(--body-text-color); font-size: 1.02rem; }
+.empty span { max-width: 34rem; line-height: 1.5; }
+.stage { display: flex; flex-direction: column; align-items: center; gap: .7rem; }
+.stage img { width: min(100%, 384px); border-radius: 14px; display: block; }
+.stage p, .run p { margin: 0; color: var(--body-text-color-subdued); font-size: .9rem; }
+.bar { width: 100%; height: 7px; border-radius: 99px; background: var(--border-color-primary);
+  overflow: hidden; }
+.bar i { display: block; height: 100%; border-radius: 99px; background: #6d5ef0;
+  transition: width .4s ease; }
+.run { display: flex; flex-direction: column; gap: .65rem; padding: .3rem 0; }
+.run .line { display: flex; flex-wrap: wrap; gap: .4rem .9rem; align-items: baseline; }
+.run .line b { font-size: 1.05rem; overflow-wrap: anywhere; }
+.state { font-size: .78rem; font-weight: 600; border-radius: 99px; padding: .12rem .6rem;
+  background: rgb(100 116 139 / .16); color: var(--body-text-color); }
+.state.running, .state.preparing, .state.starting { color: #6d5ef0;
+  background: rgb(99 102 241 / .18); }
+.state.finished { background: rgb(16 185 129 / .18); color: #0e9f6e; }
+.state.failed { background: rgb(239 68 68 / .16); color: #e02424; }
+.state.stopped, .state.stopping, .state.queued { color: #c27803;
+  background: rgb(245 158 11 / .18); }
+.dark .state.running, .dark .state.preparing, .dark .state.starting { color: #a5b4fc; }
+.dark .state.finished { color: #6ee7b7; } .dark .state.failed { color: #fca5a5; }
+.dark .state.stopped, .dark .state.stopping, .dark .state.queued { color: #fcd34d; }
+.trouble { border-left: 3px solid #e02424; padding: .3rem .8rem; overflow-wrap: anywhere;
+  color: var(--body-text-color) !important; }
+.facts { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; margin: 0;
+  font-size: .9rem; }
+.facts dt { color: var(--body-text-color-subdued); margin: 0; }
+.facts dd { margin: 0; overflow-wrap: anywhere; }
+.mono textarea { font-family: var(--font-mono); font-size: .82rem; line-height: 1.5; }
+.queue { margin: 0; padding-left: 1.2rem; font-size: .9rem; }
+.small-drop { min-height: 0 !important; }
+.grid-wrap img, .thumbnail-item img { background: transparent; }
+footer { opacity: .75; }
+@media (max-width: 640px) {
+  .gradio-container { padding: .5rem !important; }
+  .head p { display: none; }
+}
+"""
+
+HEAD = """
+<div class="head">
+<svg viewBox="0 0 32 32" aria-hidden="true"><rect width="32" height="32" rx="9" fill="#5b4ee5"/>
+<circle cx="13" cy="13" r="6.5" fill="#fff" fill-opacity=".92"/>
+<circle cx="20" cy="20" r="6.5" fill="#c4b5fd" fill-opacity=".85"/></svg>
+<div><h1>rite studio</h1><p>Teach a model your own concepts, draw them, put them together.</p></div>
+</div>
+"""

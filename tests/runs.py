@@ -1,0 +1,60 @@
+"""Short trainings on the pocket base, and what says that two are the same."""
+
+import json
+
+import torch
+from safetensors.torch import load_file
+
+import rite_diffusion as rite
+from rite_diffusion.plan import configure
+
+QUICK = {
+    "steps": 3,
+    "batch": 2,
+    "previews": {"every": 2, "steps": 2},
+    "checkpoints": {"every": 1},
+    "prior": {"weight": 0},  # no class pictures to draw, unless a test asks for them
+}
+
+
+def train(photos, out, **settings):
+    """Train for three steps, or as the settings say."""
+    return rite.train(
+        photos, trigger="<thing>", class_noun="toy", preset="pocket", out=out, **QUICK | settings
+    )
+
+
+def config_of(photos, **settings):
+    """The configuration that `train` would use."""
+    wanted = {"photos": str(photos), "trigger": "<thing>", "class_noun": "toy"}
+    return configure(wanted | QUICK | settings, "pocket")
+
+
+def metrics(run):
+    """Step, loss and rate of each step."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["rate"]) for line in lines]
+
+
+def same_run(one, other):
+    """Assert that two run folders hold the same training, bit for bit."""
+    assert metrics(one) == metrics(other)
+    for name in ("adapter", "training"):
+        newest = [sorted((run / "checkpoints").iterdir())[-1] for run in (one, other)]
+        first, second = (load_file(folder / f"{name}.safetensors") for folder in newest)
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+class Stop(Exception):
+    """Stands in for a crash."""
+
+
+def crash_at(step):
+    """A listener that crashes after a step."""
+
+    def listen(report):
+        if report.step == step:
+            raise Stop
+
+    return listen

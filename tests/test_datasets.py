@@ -1,0 +1,177 @@
+"""Several concepts in one run, pictures of their classes, and held-out photos."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+import rite_diffusion as rite
+from rite_diffusion.config import from_toml, read_toml, resolve, to_toml
+from rite_diffusion.files import cache_folder
+from rite_diffusion.plan import configure, plan_training
+from rite_diffusion.training.batch import draw_batch
+from rite_diffusion.types import Concept, ConfigError
+from runs import QUICK, config_of, train
+
+TWO = """
+class_noun = "toy"
+templates = ["the {trigger}"]
+
+[[dataset]]
+repeats = 2
+
+[[dataset.subset]]
+photos = "one"
+trigger = "<one>"
+
+[[dataset.subset]]
+photos = "two"
+trigger = "<two>"
+class_noun = "cup"
+repeats = 3
+
+[[dataset]]
+photos = "more"
+trigger = "<one>"
+"""
+
+
+@pytest.fixture
+def two(tmp_path, monkeypatch):
+    """The settings of TWO, with its folders of 4, 1 and 1 photos."""
+    monkeypatch.chdir(tmp_path)
+    for folder, count in (("one", 4), ("two", 1), ("more", 1)):
+        (tmp_path / folder).mkdir()
+        for index in range(count):
+            shade = (60 * index, 10 * count, 200)
+            Image.new("RGB", (80, 80), shade).save(tmp_path / folder / f"{index}.png")
+    (tmp_path / "two.toml").write_text(TWO)
+    return read_toml(tmp_path / "two.toml") | {"prior": {"weight": 0}}
+
+
+def test_a_photo_folder_inherits_what_it_leaves_out(two):
+    sources = resolve(two).sources()
+    assert [(s.photos, s.concept, s.repeats) for s in sources] == [
+        ("one", Concept("<one>", "toy"), 2),
+        ("two", Concept("<two>", "cup"), 3),
+        ("more", Concept("<one>", "toy"), 1),
+    ]
+    assert all(source.templates == ["the {trigger}"] for source in sources)
+    config = resolve(two)
+    assert from_toml(to_toml(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dataset": [{"photos": "one"}]}, "'trigger' is missing for photo folder 1"),
+        ({"dataset": [{"trigger": "<t>"}]}, "dataset.0: neither photos nor a subset"),
+        ({"dataset": [{"photos": "a", "triger": "x"}]}, "did you mean 'dataset.trigger'"),
+        ({"dataset": [], "photos": "a"}, "'trigger' is missing"),
+        ({"class_photos": "dogs"}, "only with prior.weight above 0"),
+        ({"augment": {"crop": 0.1}}, "need augment.views of 2 or more"),
+    ],
+)
+def test_what_is_missing_is_named(two, change, words):
+    with pytest.raises(ConfigError) as fault:
+        resolve(two | change)
+    assert words in str(fault.value)
+
+
+def test_concepts_are_shown_equally_often_unless_told_otherwise(two):
+    plan = plan_training(configure(two))
+    shown = {"<one>": 0, "<two>": 0}
+    for photo in plan.photos:
+        shown[photo.caption.removeprefix("the ")] += photo.repeats
+    assert shown == {"<one>": 9, "<two>": 9}
+    plain = plan_training(configure(two | {"balance": False}))
+    assert [photo.repeats for photo in plain.photos] == [2, 2, 2, 2, 1, 3]
+
+
+def test_several_concepts_become_one_adapter_with_previews_of_each(two, tmp_path):
+    two |= QUICK | {"dataset": two["dataset"]}
+    del two["previews"]["steps"]
+    plan = plan_training(configure(two | {"previews": {"every": 3, "steps": 1}}))
+    from rite_diffusion.run import run_training
+
+    info = rite.inspect(run_training(plan, tmp_path / "run")).info
+    assert (info.trigger, info.class_noun, info.images) == ("<one>, <two>", "toy, cup", "6")
+    assert str(tmp_path) not in info.config
+    assert len(list((tmp_path / "run/previews").iterdir())) == 4
+
+
+def test_class_pictures_are_drawn_once_and_train_along_with_their_weight(photos, pocket):
+    lines = []
+    prior = {"weight": 0.5, "count": 2, "prompts": ["a {class_noun}"]}
+    plan = plan_training(config_of(photos, prior=prior), lines.append)
+    assert lines == ['drawing 2 pictures of "a toy" and the like']
+    assert len(list(cache_folder().rglob("*.png"))) == 2
+    again = plan_training(config_of(photos, prior=prior), lines.append)
+    assert len(lines) == 1 and again.inputs() == plan.inputs()
+    weights = [(photo.caption, photo.weight) for photo in plan.photos if photo.weight != 1]
+    assert weights == [("a toy", 0.5)] * 2
+    shown = [sum(p.repeats for p in plan.photos if (p.weight != 1) == own) for own in (0, 1)]
+    assert shown == [3, 4]
+
+
+def test_class_photos_can_be_given(photos, tmp_path):
+    folder = tmp_path / "toys"
+    folder.mkdir()
+    Image.new("RGB", (70, 70), "white").save(folder / "a.png")
+    plan = plan_training(config_of(photos, prior={"weight": 1.0}, class_photos=str(folder)))
+    assert [photo.path.parent.name for photo in plan.class_photos] == ["toys"]
+    assert not list(cache_folder().rglob("*.png"))
+
+
+def test_the_prior_weighs_in_the_loss(photos, tmp_path):
+    from rite_diffusion.concepts import PlainLora
+    from rite_diffusion.photos.dataset import encode_photos
+    from rite_diffusion.training.loss import batch_loss
+
+    losses = {}
+    for weight in (1.0, 3.0):
+        plan = plan_training(config_of(photos, batch=8, prior={"weight": weight, "count": 2}))
+        data = encode_photos(plan.backbone, plan.photos, plan.encoding)
+        batch = draw_batch(plan.backbone, data, plan.config, 0)
+        method = PlainLora(plan.backbone, plan.config)
+        losses[weight] = [
+            batch_loss(plan.backbone, method, part, plan.config).item() for part in batch.parts(8)
+        ]
+        own = batch.weights == 1 if weight == 3 else None
+    for plain, heavy, is_own in zip(losses[1.0], losses[3.0], own.tolist(), strict=True):
+        assert heavy == pytest.approx(plain if is_own else 3 * plain, rel=1e-4)
+    assert 0 < own.sum() < 8
+
+
+def test_held_out_photos_are_not_trained_on_but_measured(photos, tmp_path):
+    settings = {"validation": {"photos": 1, "every": 2}, "previews": {"every": 0}}
+    plan = plan_training(config_of(photos, **settings))
+    assert len(plan.photos) == 2 and len(plan.held_out) == 1
+    assert plan.held_out[0].path not in {photo.path for photo in plan.photos}
+    train(photos, tmp_path / "run", **settings)
+    lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    values = [line.get("validation") for line in lines]
+    assert values[0] is None and values[1] > 0 and values[2] > 0
+    train(photos, tmp_path / "all", previews={"every": 0})
+    assert "validation" not in (tmp_path / "all/metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match="leaves no photo of <thing> to train on"):
+        plan_training(config_of(photos, validation={"photos": 3}))
+
+
+def test_the_validation_loss_is_a_function_of_the_weights_alone(photos, pocket):
+    from rite_diffusion.concepts import PlainLora
+    from rite_diffusion.photos.dataset import encode_photos
+    from rite_diffusion.training.validation import held_out_loss
+
+    plan = plan_training(config_of(photos, validation={"photos": 1}))
+    data = encode_photos(pocket, plan.held_out, plan.encoding)
+    method = PlainLora(pocket, plan.config)
+    first, again = (held_out_loss(pocket, method, data, plan.config) for _ in range(2))
+    assert first == again
+    one_by_one = plan.config.model_copy(update={"batch": 1})
+    assert held_out_loss(pocket, method, data, one_by_one) == pytest.approx(first, rel=1e-4)
+    with torch.no_grad():
+        for pair in method.pairs():
+            pair.up.add_(0.1)
+    assert held_out_loss(pocket, method, data, plan.config) != pytest.approx(first, rel=1e-2)

@@ -1,0 +1,124 @@
+"""What goes wrong while a run is under way: nothing is lost, and a line says what to do."""
+
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import killable
+import rite_diffusion as rite
+from rite_diffusion import run as run_module
+from rite_diffusion.training import loop
+from rite_diffusion.types import ConfigError, RunError
+from runs import Stop, crash_at, same_run, train
+
+OUT_OF_MEMORY = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
+
+
+def test_out_of_memory_says_what_saves_memory(photos, tmp_path, monkeypatch):
+    steps = iter([None, OUT_OF_MEMORY])
+    real = loop.batch_loss
+
+    def loss(*arguments):
+        fault = next(steps)
+        if fault:
+            raise fault
+        return real(*arguments)
+
+    monkeypatch.setattr(loop, "batch_loss", loss)
+    with pytest.raises(RunError, match="batch = 1 with accumulate = 2, or precision = bf16"):
+        train(photos, tmp_path / "run")
+    monkeypatch.undo()
+    os.environ["RITE_CACHE"] = str(tmp_path / "cache")
+    train(photos, tmp_path / "run")  # goes on from step 1
+    train(photos, tmp_path / "whole")
+    same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_another_fault_is_not_taken_for_memory(photos, tmp_path, monkeypatch):
+    def loss(*arguments):
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(loop, "batch_loss", loss)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train(photos, tmp_path / "run")
+
+
+def test_previews_without_memory_do_not_stop_the_run(photos, tmp_path, monkeypatch):
+    def sample(*arguments, **settings):
+        raise OUT_OF_MEMORY
+
+    monkeypatch.setattr(run_module, "sample", sample)
+    assert train(photos, tmp_path / "run").exists()
+    assert "out of memory for the previews of step 2" in (tmp_path / "run/log.txt").read_text()
+
+
+def test_a_gradient_that_is_no_number_changes_nothing_and_is_named(photos, tmp_path, monkeypatch):
+    real = loop.Trainer._gradients
+
+    def poison(trainer, batch):
+        value = real(trainer, batch)
+        if len(seen) == 1:
+            trainer.parameters[0].grad.fill_(torch.inf)
+        seen.append(trainer.parameters[0].detach().clone())
+        return value
+
+    seen = []
+    monkeypatch.setattr(loop.Trainer, "_gradients", poison)
+    train(photos, tmp_path / "run")
+    assert torch.equal(seen[1], seen[2]) and not torch.equal(seen[0], seen[1])
+    lines = list(map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines()))
+    assert [bool(line.get("skipped")) for line in lines] == [False, True, False]
+    assert "step 2 left out, no number came of" in (tmp_path / "run/log.txt").read_text()
+
+
+def _train_with_little_room(photos, out, limit):
+    """Train where no file may grow beyond `limit` bytes, as on a disk that is full."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    try:
+        killable.run(photos, out)
+    except RunError as error:
+        sys.exit(0 if "Make room" in str(error) else str(error))
+    sys.exit("the run went through")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it(photos, tmp_path, monkeypatch):
+    whole, full = tmp_path / "whole", tmp_path / "full"
+    with pytest.raises(Stop):
+        train(photos, full, **killable.SETTINGS, listen=crash_at(5))
+    before = load_file(full / "checkpoints/step-000004/adapter.safetensors")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killable"])
+    process = context.Process(target=_train_with_little_room, args=(photos, full, 100_000))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    after = load_file(full / "checkpoints/step-000004/adapter.safetensors")
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert not list(full.rglob("*.tmp"))
+    killable.run(photos, full)
+    killable.run(photos, whole)
+    same_run(whole, full)
+
+
+def test_a_tracker_that_is_not_installed_is_named(photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"'wandb' is not installed .*rite-diffusion\[tracking\]"):
+        train(photos, tmp_path / "run", trackers=["wandb"])
+
+
+def test_milestones_stay_while_other_checkpoints_go(photos, tmp_path):
+    settings = {"steps": 7, "checkpoints": {"every": 2, "keep": 1, "milestones": [3]}}
+    train(photos, tmp_path / "run", **settings, previews={"every": 0})
+    kept = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert kept == ["step-000003", "step-000007"]
+    adapter = tmp_path / "run/checkpoints/step-000003/adapter.safetensors"
+    assert rite.inspect(adapter).info.steps == "3"

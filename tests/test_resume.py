@@ -1,0 +1,180 @@
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import killable
+import rite_diffusion as rite
+from rite_diffusion.concepts import PlainLora
+from rite_diffusion.optim import OPTIMIZERS
+from rite_diffusion.photos.dataset import Encoding, encode_photos
+from rite_diffusion.photos.folder import read_folder
+from rite_diffusion.training.loop import Job, train_steps
+from rite_diffusion.training.run_folder import RunFolder
+from rite_diffusion.types import Concept, RunError
+from runs import Stop, config_of, crash_at, same_run, train
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_interrupted_run_is_the_uninterrupted_one(photos, tmp_path, name):
+    settings = {
+        "steps": 7, "checkpoints": {"every": 2}, "previews": {"every": 0},
+        "optim": {"name": name, "warmup": 3},
+    }  # fmt: skip
+    train(photos, tmp_path / "whole", **settings)
+    for crash in (1, 3, 6):  # before any checkpoint, just after one, and before the last step
+        with pytest.raises(Stop):
+            train(photos, tmp_path / "parts", listen=crash_at(crash), **settings)
+    train(photos, tmp_path / "parts", **settings)
+    same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_crash_before_the_last_write_costs_no_step(photos, tmp_path):
+    path = train(photos, tmp_path / "run")
+    before = load_file(path)
+    path.unlink()
+    status = json.loads((tmp_path / "run/status.json").read_text()) | {"state": "running"}
+    (tmp_path / "run/status.json").write_text(json.dumps(status))
+    again = load_file(train(photos, tmp_path / "run", listen=crash_at(1)))
+    assert all(torch.equal(again[key], value) for key, value in before.items())
+
+
+def test_averaged_weights_are_saved_and_go_on_exactly(photos, tmp_path, pocket):
+    settings = {"steps": 5, "checkpoints": {"every": 2}, "previews": {"every": 0}, "ema": 0.8}
+    train(photos, tmp_path / "whole", **settings)
+    with pytest.raises(Stop):
+        train(photos, tmp_path / "parts", listen=crash_at(3), **settings)
+    train(photos, tmp_path / "parts", **settings)
+    same_run(tmp_path / "whole", tmp_path / "parts")
+    config = config_of(photos, **settings)
+    found = read_folder(photos, Concept("<thing>", "toy"), config.templates).photos
+    method = PlainLora(pocket, config)
+    live = []
+    data = encode_photos(pocket, found, Encoding(64))
+    job = Job(pocket, method, data, config.model_copy(update={"ema": 0.0}))
+    train_steps(job, lambda _: live.append({pair.name: pair.up.clone() for pair in method.pairs()}))
+    expected = {name: torch.zeros_like(up) for name, up in live[0].items()}
+    for step, ups in enumerate(live):
+        decay = min(0.8, (1 + step) / (10 + step))
+        expected = {n: decay * value + (1 - decay) * ups[n] for n, value in expected.items()}
+    for pair in rite.inspect(tmp_path / "whole/adapter.safetensors").pairs:
+        torch.testing.assert_close(pair.up, expected[pair.name])
+
+
+def test_a_process_that_is_killed_twenty_times_loses_nothing(photos, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    killable.run(photos, whole)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killable"])
+    draws = random.Random(0)
+    for kill in range(20):
+        process = context.Process(target=killable.run, args=(photos, parts))
+        process.start()
+        if kill % 2:  # while it trains, else at any moment from the start on
+            _wait_for_a_step(parts / "metrics.jsonl")
+        time.sleep(draws.uniform(0, 0.5))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    killable.run(photos, parts)
+    same_run(whole, parts)
+
+
+def _wait_for_a_step(metrics: Path, seconds: float = 120) -> None:
+    """Until a line more is there than now."""
+    before, end = _size(metrics), time.monotonic() + seconds
+    while _size(metrics) <= before:
+        assert time.monotonic() < end, f"{metrics} does not grow"
+        time.sleep(0.02)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(photos, tmp_path):
+    settings = {"steps": 6, "checkpoints": {"every": 2}, "previews": {"every": 0}}
+    train(photos, tmp_path / "whole", **settings)
+    with pytest.raises(Stop):
+        train(photos, tmp_path / "run", listen=crash_at(5), **settings)
+    damaged = tmp_path / "run/checkpoints/step-000004/training.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    (tmp_path / "run/checkpoints/step-000006.partial").mkdir()
+    train(photos, tmp_path / "run", **settings)
+    assert "step-000004 cannot be read" in (tmp_path / "run/log.txt").read_text()
+    same_run(tmp_path / "whole", tmp_path / "run")
+
+
+def test_changed_settings_or_photos_are_shown_and_need_an_override(photos, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(Stop):
+        train(photos, run, listen=crash_at(2))
+    with pytest.raises(RunError, match="optim.lr: 0.001 -> 0.002") as fault:
+        train(photos, run, optim={"lr": 2e-3})
+    assert "--override" in str(fault.value)
+    (photos / "0.txt").write_text("a <thing> on a purple background")
+    with pytest.raises(RunError, match=r"photo photos/0.png: \w+ -> \w+"):
+        train(photos, run)
+    train(photos, run, override=True)
+    assert "overridden: photo photos/0.png" in (run / "log.txt").read_text()
+
+
+def test_the_same_command_goes_on_and_a_new_one_takes_a_new_folder(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Stop):
+        train(photos, None, listen=crash_at(2))
+    assert train(photos, None, seed=5) == Path("runs/photos-2/adapter.safetensors")
+    assert train(photos, None) == Path("runs/photos/adapter.safetensors")
+    assert train(photos, None) == Path("runs/photos-3/adapter.safetensors")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_valid_adapter_and_says_so(photos, tmp_path, number):
+    run = tmp_path / "run"
+    line = ["train", str(photos), "--trigger", "<t>", "--class", "toy", "--steps", "5000"]
+    line += ["--set", "prior.weight=0"]
+    code = "from rite_diffusion.cli import main; main()"
+    command = [sys.executable, "-c", code, *line, "--out", str(run)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _wait_for(run / "metrics.jsonl")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "stopped at step" in errors and "Traceback" not in errors
+    assert len(rite.inspect(run / "adapter.safetensors").pairs) == 64
+    assert json.loads((run / "status.json").read_text())["state"] == "stopped"
+
+
+def _wait_for(path: Path, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"no {path}"
+        time.sleep(0.1)
+
+
+def test_a_finished_or_busy_run_folder_is_refused(photos, tmp_path):
+    train(photos, tmp_path / "run", steps=1)
+    with pytest.raises(RunError, match="already holds an adapter"):
+        train(photos, tmp_path / "run", steps=1)
+    with RunFolder(tmp_path / "busy"), pytest.raises(RunError, match="in use by process"):
+        RunFolder(tmp_path / "busy").__enter__()
+
+
+def test_a_lock_of_a_dead_process_is_taken_over(tmp_path):
+    (tmp_path / "run").mkdir()
+    child = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
+    )
+    (tmp_path / "run/lock").write_bytes(child.stdout)
+    with RunFolder(tmp_path / "run") as run:
+        assert (run.path / "lock").exists()

@@ -1,0 +1,183 @@
+"""Training jobs: processes that outlive the page and the studio, and leave no orphans."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from rite_diffusion.types import StudioError
+from rite_diffusion.ui.jobs import JobQueue, Order, last_words, read_order, state_of, write_order
+from rite_diffusion.ui.presets import training_settings
+from rite_diffusion.ui.progress import POINTS, loss_curves, rate_curve, read_progress, thin
+from studio_server import ENDLESS, SHORT, end, output, pid_of, step_of, wait_for, wait_for_state
+
+
+@pytest.fixture
+def runs(tmp_path):
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    yield folder
+    for run in folder.iterdir():
+        end(run)
+
+
+@pytest.fixture
+def queue(runs) -> JobQueue:
+    return new_queue(runs)
+
+
+def new_queue(runs: Path, devices=("cpu",)) -> JobQueue:
+    """A queue as a studio that has just been started has it."""
+    return JobQueue(lambda: sorted(runs.iterdir()), lambda: list(devices))
+
+
+def settings(photos: Path, lines: str) -> dict:
+    needed = {"photos": str(photos), "trigger": "<t>", "class_noun": "toy", "base": "pocket"}
+    return training_settings("quick", needed, {}, lines)
+
+
+def test_a_job_lives_on_without_its_studio_and_stops_when_told(photos, runs, queue):
+    run = runs / "toy"
+    queue.submit(run, settings(photos, ENDLESS))
+    assert state_of(run) == "queued"
+    queue.turn()
+    wait_for_state(run, "running")
+    wait_for(lambda: step_of(run) >= 3, "three steps")
+    later = new_queue(runs)  # the studio was restarted: all it knows are the folders
+    assert state_of(run) == "running"
+    later.ask(run, "save")
+    later.ask(run, "sample")
+    wait_for(lambda: list((run / "previews").iterdir()), "previews that were asked for")
+    wait_for(lambda: not list((run / "requests").iterdir()), "the requests to be taken")
+    process = psutil.Process(pid_of(run))
+    assert os.getpgid(process.pid) == process.pid != os.getpgid(0)
+    assert later.stop(run) == "running"
+    assert later.stop(run) in ("stopping", "stopped")  # told twice, it still ends in its own time
+    wait_for_state(run, "stopped")
+    assert later.stop(run) == "stopped"
+    assert read_progress(run).step == json.loads((run / "status.json").read_text())["step"]
+    assert "stopped at step" in output(run) and not orphans(run)
+    before = step_of(run)
+    later.resume(run)
+    later.turn()
+    wait_for(lambda: step_of(run) > before, "steps after the resume")
+    assert "goes on after step" in (run / "log.txt").read_text()
+
+
+def orphans(run: Path) -> list[psutil.Process]:
+    """Living processes that work on a run."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            line = process.cmdline()
+            if str(run) in line and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_one_at_a_time_on_a_device_in_the_order_of_asking(photos, runs, queue):
+    first, second, third = (runs / name for name in ("c", "b", "a"))
+    for run in (first, second, third):
+        queue.submit(run, settings(photos, SHORT))
+        time.sleep(0.01)
+    assert queue.waiting() == [first, second, third]
+    queue.turn()
+    queue.turn()
+    assert state_of(first) in ("starting", "preparing", "running")
+    assert queue.waiting() == [second, third]
+    queue.stop(second)  # leaves the queue
+    assert state_of(second) == "stopped" and queue.waiting() == [third]
+    wait_for_state(first, "finished")
+    queue.turn()
+    assert state_of(third) in ("starting", "preparing", "running")
+    with pytest.raises(StudioError, match="finished"):
+        queue.resume(first)
+    assert queue.stop(first) == "finished"
+    wait_for_state(third, "finished")
+
+
+def test_a_run_that_cannot_start_says_why(tmp_path, runs, queue):
+    (tmp_path / "empty").mkdir()
+    queue.submit(runs / "toy", settings(tmp_path / "empty", SHORT))
+    queue.turn()
+    wait_for_state(runs / "toy", "failed")
+    assert last_words(runs / "toy").startswith("no images in")
+    assert read_progress(runs / "toy").words.endswith("the folder that directly holds the photos.")
+
+
+def test_a_killed_process_is_seen_and_its_number_is_not_enough(runs):
+    run = runs / "toy"
+    run.mkdir()
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    born = psutil.Process(process.pid).create_time()
+    (run / "status.json").write_text(
+        json.dumps({"state": "running", "step": 1, "total": 9, "pid": process.pid})
+    )
+    order = Order("run", time.time(), process.pid, born, "cpu")
+    write_order(run, order)
+    assert state_of(run) == "running"
+    write_order(run, replace(order, born=born - 100))  # another process has that number now
+    assert state_of(run) == "failed"
+    write_order(run, order)
+    process.send_signal(signal.SIGKILL)
+    wait_for(lambda: state_of(run) == "failed", "the zombie to count as dead")
+    process.communicate()
+    assert state_of(run) == "failed"
+    write_order(run, replace(order, wish="stop"))
+    assert state_of(run) == "stopped"
+
+
+def test_asking_a_stopping_run_again_after_a_while_kills_it(runs, monkeypatch):
+    run = runs / "toy"
+    run.mkdir()
+    code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1); input()"
+    process = subprocess.Popen(
+        [sys.executable, "-uc", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    process.stdout.read(1)
+    born = psutil.Process(process.pid).create_time()
+    write_order(run, Order("run", time.time(), process.pid, born, "cpu"))
+    queue = new_queue(runs)
+    queue.stop(run)
+    queue.stop(run)
+    assert process.poll() is None
+    write_order(run, replace(read_order(run), since=time.time() - 60))
+    queue.stop(run)
+    assert process.wait(timeout=30) == -signal.SIGKILL
+    process.stdin.close()
+    process.stdout.close()
+
+
+def test_progress_of_a_run_by_hand_and_of_a_file_that_is_being_written(runs):
+    run = runs / "toy"
+    run.mkdir()
+    assert read_progress(run).metrics == []
+    rows = [{"step": i, "loss": 1 / i, "rate": 1e-3, "images_per_second": 4.0}
+            for i in range(1, 1001)]  # fmt: skip
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (run / "metrics.jsonl").write_text(lines + '{"step": 10')
+    (run / "config.toml").write_text("steps = 2000\nbatch = 8")
+    (run / "status.json").write_text(
+        json.dumps({"state": "running", "step": 900, "total": 2000, "pid": os.getpid()})
+    )
+    told = read_progress(run)
+    assert (told.state, told.step, told.total) == ("running", 1000, 2000)
+    with pytest.raises(StudioError, match="started in a terminal"):
+        new_queue(runs).stop(run)
+    assert told.seconds_left == 1000 * 2.0 and told.left() == "about 0:33:20 left"
+    assert 0.001 < told.loss < 0.01
+    curves = loss_curves(told.metrics)
+    assert set(curves["curve"]) == {"each step", "smoothed"}
+    assert curves["step"].max() == 1000 and len(curves) < 3 * POINTS
+    assert rate_curve(told.metrics)["step"].iloc[-1] == 1000
+    assert thin([(1, 1.0)]) == [(1, 1.0)] and thin([]) == []
