@@ -12,19 +12,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["RiteError", "__version__", "convert", "generate", "inspect", "train"]
+__all__ = [
+    "RiteError",
+    "__version__",
+    "convert",
+    "fuse",
+    "generate",
+    "grid",
+    "inspect",
+    "sketch",
+    "train",
+]
 
 _HOMES = {
     "convert": "rite_diffusion.conversion",
     "train": "rite_diffusion.recipes",
     "generate": "rite_diffusion.recipes",
     "inspect": "rite_diffusion.recipes",
+    "fuse": "rite_diffusion.merging",
+    "sketch": "rite_diffusion.merging",
+    "grid": "rite_diffusion.sheets",
     "RiteError": "rite_diffusion.types",
 }
 
 if TYPE_CHECKING:
     from rite_diffusion.conversion import convert
+    from rite_diffusion.merging import fuse, sketch
     from rite_diffusion.recipes import generate, inspect, train
+    from rite_diffusion.sheets import grid
     from rite_diffusion.types import RiteError
 
 

@@ -6,13 +6,15 @@ from typing import Any
 
 from PIL.Image import Image
 
-from rite_diffusion.adapters import Adapter, attach, load_adapter
+from rite_diffusion.adapters import Adapter, AdapterInfo, attach, load_adapter
 from rite_diffusion.adapters.attach import check_base
 from rite_diffusion.adapters.choice import Chosen, choose_adapters
 from rite_diffusion.backbones import StableDiffusion, load_backbone
+from rite_diffusion.generation.attached import as_attached, attached_name
 from rite_diffusion.generation.metadata import save_png
 from rite_diffusion.generation.output import next_file, output_target
 from rite_diffusion.generation.picture import complete, picture
+from rite_diffusion.generation.regions import adapter_weights, parse_region
 from rite_diffusion.plan import configure, plan_training
 from rite_diffusion.run import default_run, run_training
 from rite_diffusion.training.loop import StepReport
@@ -41,6 +43,15 @@ def train(
     return run_training(plan, Path(out) if out else default_run(plan), listen, override)
 
 
+def open_base(base: str | None, infos: Sequence[AdapterInfo]) -> StableDiffusion:
+    """The base model; it defaults to the one that the adapters were made for, else to `pocket`."""
+    recorded = [info.base for info in infos if info.base]
+    base = base or (recorded[0] if recorded else "pocket")
+    if base in recorded and base != "pocket" and "/" not in base and not Path(base).exists():
+        raise AdapterError(f"the adapter was made for '{base}': pass its path as --base.")
+    return load_backbone(base)
+
+
 def open_with_adapters(
     base: str | None, adapters: list[Chosen], other_base: bool = False
 ) -> StableDiffusion:
@@ -48,15 +59,11 @@ def open_with_adapters(
 
     AdapterError where they were trained on another base, unless `other_base` accepts it.
     """
-    recorded = [each.adapter.info.base for each in adapters if each.adapter.info.base]
-    base = base or (recorded[0] if recorded else "pocket")
-    if base in recorded and base != "pocket" and "/" not in base and not Path(base).exists():
-        raise AdapterError(f"the adapter was made for '{base}': pass its path as --base.")
-    backbone = load_backbone(base)
+    backbone = open_base(base, [each.adapter.info for each in adapters])
     for index, chosen in enumerate(adapters):
         if not other_base:
             check_base(backbone, chosen.adapter)
-        attach(backbone, chosen.adapter, f"adapter_{index}", chosen.weight)
+        attach(backbone, chosen.adapter, attached_name(index), chosen.weight)
     return backbone
 
 
@@ -64,6 +71,7 @@ def generate(
     prompt: str,
     *,
     adapters: Sequence[str | Path] = (),
+    regions: Sequence[str] = (),
     base: str | None = None,
     seed: int = 0,
     num: int = 1,
@@ -78,24 +86,29 @@ def generate(
 ) -> list[Image]:
     """Pictures of a prompt, for the seeds `seed`, `seed + 1`, …; adapters are `FILE[:WEIGHT]`.
 
-    Pictures are made one at a time, so each depends on its own parameters alone. With `out`, a
-    folder or for one picture a `.png`, they are written as PNGs that carry their parameters;
-    `image.info["path"]` tells where. Adapters of another base are refused, unless `other_base`.
+    `regions` are `x0,y0,x1,y1: prompt [:: negative [:: weights]]`, parts of the picture with
+    prompts of their own. Pictures are made one at a time, so each depends on its own parameters
+    alone. With `out`, a folder or for one picture a `.png`, they are written as PNGs that carry
+    their parameters; `image.info["path"]` tells where. Adapters of another base are refused, unless
+    `other_base`.
     """
     chosen = choose_adapters(adapters)
+    attached = as_attached(chosen)
+    parts = [parse_region(text) for text in regions]
+    adapter_weights(parts, prompt, [each.triggers for each in attached])  # complains early
     backbone = open_with_adapters(base, chosen, other_base)
     records = [each.record() for each in chosen]
     wanted = [
         complete(
             backbone, records, prompt=prompt, negative=negative, seed=seed + index, steps=steps,
-            guidance=guidance, width=width, height=height,
+            guidance=guidance, width=width, height=height, regions=regions,
         )
         for index in range(num)
     ]  # fmt: skip
     target = None if out is None else output_target(Path(out), num)
     images = []
     for done, parameters in enumerate(wanted, 1):
-        image = picture(backbone, parameters)
+        image = picture(backbone, parameters, attached)
         if target is not None:
             path = next_file(target) if target.is_dir() else target
             save_png(image, path, parameters)

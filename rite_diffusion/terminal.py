@@ -1,5 +1,6 @@
 """What the commands print."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -10,10 +11,11 @@ from shlex import quote
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rite_diffusion.adapters import Adapter
+from rite_diffusion.adapters import Adapter, load_adapter
 from rite_diffusion.conversion import Export
 from rite_diffusion.demo import DemoResult
 from rite_diffusion.doctor import Finding
+from rite_diffusion.merging import Outcome
 from rite_diffusion.plan import Plan
 from rite_diffusion.run import Cost
 from rite_diffusion.training.loop import StepReport
@@ -122,7 +124,7 @@ def describe_result(plan: Plan, adapter: Path) -> None:
 def describe_adapter(path: Path, adapter: Adapter) -> None:
     """Print an adapter's facts."""
     facts = asdict(adapter.info)
-    config = facts.pop("config")
+    config, concepts = facts.pop("config"), facts.pop("concepts")
     ranks = ", ".join(str(rank) for rank in adapter.ranks())
     parameters = sum(pair.down.numel() + pair.up.numel() for pair in adapter.pairs)
     counts = {
@@ -132,6 +134,9 @@ def describe_adapter(path: Path, adapter: Adapter) -> None:
     print(f"{'file':<17}{path} ({path.stat().st_size / 1e6:.2f} MB)")
     for key, value in facts.items():
         print(f"{key.replace('_', ' '):<17}{value or 'not stated'}")
+    for entry in json.loads(concepts or "[]"):
+        source = f"{entry['file']} at weight {entry['weight']:g}"
+        print(f"{'concept':<17}{entry['trigger']}, {entry['class_noun']}, from {source}")
     print(f"{'dialect':<17}{adapter.dialect}")
     print(f"{'rank':<17}{ranks or 'no layers'}")
     modules = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
@@ -144,6 +149,49 @@ def describe_adapter(path: Path, adapter: Adapter) -> None:
     if config:
         print("trained with")
         print("\n".join(f"    {line}" for line in config.strip().splitlines()))
+
+
+@contextmanager
+def picture_progress() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar of pictures; yields what to call with those done and their total."""
+    columns = (TextColumn("pictures  "), BarColumn(bar_width=24), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def picture_count() -> Iterator[Callable[[int], None]]:
+    """A count of pictures drawn for statistics; yields what to call after each."""
+    with Progress(TextColumn("statistics  {task.completed} pictures"), transient=True) as progress:
+        task = progress.add_task("", total=None, visible=False)
+        yield lambda pictures: progress.update(task, completed=pictures, visible=True)
+
+
+def describe_fused(path: Path) -> None:
+    """Print what a fused adapter answers to."""
+    info = load_adapter(path).info
+    _line("concepts", info.trigger)
+    _line("adapter", f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def describe_conflicts(outcome: Outcome) -> None:
+    """Print crosstalk, errors before and after, and the worst layers; then what was written."""
+    report = outcome.report
+    width = max(10, *(len(name) + 2 for name in report.concepts))
+    print(f"crosstalk   {'of':<{width}}" + "".join(f"{n:>{width}}" for n in report.concepts))
+    for i, name in enumerate(report.concepts):
+        cells = "".join(f"{value:>{width}.2f}" for value in report.crosstalk[i])
+        print(f"{'on':>10}  {name:<{width}}{cells}")
+    print(f"error       {'':<{width}}{'plain sum':>{width}}{report.method:>{width + 10}}")
+    for name, before, after in zip(report.concepts, report.before, report.after, strict=True):
+        print(f"{'':<12}{name:<{width}}{before:>{width}.2f}{after:>{width + 10}.2f}")
+    drift = f"{report.drift_before:>{width}.2f}{report.drift_after:>{width + 10}.2f}"
+    print(f"drift       {'':<{width}}{drift}")
+    for layer in report.worst_layers()[:3]:
+        _line("worst", f"{layer.worst:.2f} {layer.name}")
+    describe_fused(outcome.adapter)
+    _line("report", f"{outcome.sheet}, {outcome.json}")
 
 
 def describe_export(export: Export) -> None:

@@ -32,6 +32,10 @@ class AdapterError(RiteError):
     """An adapter file is damaged, foreign, or made for another base model."""
 
 
+class FusionError(RiteError):
+    """Adapters cannot be fused with each other or in the wanted way."""
+
+
 class OptimizerError(RiteError, ValueError):
     """An optimizer's setting is out of range, or parameters or gradients do not suit it."""
 

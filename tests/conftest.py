@@ -2,6 +2,7 @@
 
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from models import (  # noqa: E402
     tiny_stable_diffusion_2,
     tiny_stable_diffusion_xl,
 )
+from rite_diffusion.adapters import save_adapter  # noqa: E402
 from rite_diffusion.backbones import load_backbone  # noqa: E402
+from test_adapters import random_adapter  # noqa: E402
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
@@ -74,3 +77,18 @@ def unused_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
+
+
+@pytest.fixture
+def adapters(tmp_path, tiny_folder) -> list[Path]:
+    """Two adapters of the tiny base, different in rank and alpha."""
+    backbone = load_backbone(str(tiny_folder))
+    paths = []
+    for seed, (rank, alpha) in enumerate([(2, 1.0), (4, 3.0)]):
+        adapter = random_adapter(backbone, rank, alpha, seed)
+        info = replace(
+            adapter.info, trigger=f"<{seed}>", base="tiny-sd", base_fingerprint=backbone.fingerprint
+        )
+        paths.append(tmp_path / f"{seed}.safetensors")
+        save_adapter(paths[-1], replace(adapter, info=info))
+    return paths

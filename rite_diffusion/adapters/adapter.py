@@ -32,8 +32,13 @@ class AdapterInfo:
     steps: str = ""
     images: str = ""
     config: str = ""  # the resolved configuration as TOML
+    concepts: str = ""  # of a fused adapter: JSON, a list of what went into it
     licence: str = ""
     version: str = ""
+
+    def triggers(self) -> list[str]:
+        """The words that call its concepts."""
+        return [word for word in self.trigger.split(", ") if word]
 
 
 @dataclass(frozen=True)

@@ -28,15 +28,20 @@ def labelled_grid(
 
     `column_labels` are spread evenly over the columns, so two labels head two halves.
     """
-    font, head = ImageFont.load_default(17), ImageFont.load_default(22)
+    font = ImageFont.load_default(17)
     columns = max(len(row) for row in rows)
-    top = 48
+    share = columns * (cell + GAP) / len(column_labels)
+    head = ImageFont.load_default(22 if share > 120 else 14)
+    heads = [_wrap(label, head, int(share) - GAP) for label in column_labels]
+    line_height = round(1.3 * head.getlength("M")) + 4
+    top = 48 + line_height * (max(len(lines) for lines in heads) - 1)
     width = label_width + columns * (cell + GAP) + GAP
     sheet = Image.new("RGB", (width, top + len(rows) * (cell + GAP)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    share = columns * (cell + GAP) / len(column_labels)
-    for index, label in enumerate(column_labels):
-        draw.text((label_width + (index + 0.5) * share, top / 2), label, INK, head, anchor="mm")
+    for index, lines in enumerate(heads):
+        x = label_width + (index + 0.5) * share - GAP / 2
+        for line, text in enumerate(lines):
+            draw.text((x, 24 + line_height * line), text, INK, head, anchor="mm")
     for r, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
         y = top + r * (cell + GAP)
         for line, text in enumerate(_wrap(label, font, label_width - 24)):

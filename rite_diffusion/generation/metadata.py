@@ -1,7 +1,7 @@
 """Parameters inside PNG files: JSON for this toolkit, text for tools that read A1111's."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
@@ -24,6 +24,7 @@ class Parameters:
     base_fingerprint: str
     adapters: list[dict]  # file name, weight, sha256 of each
     version: str
+    regions: list[str] = field(default_factory=list)  # as `--region` takes them
 
     def as_text(self) -> str:
         """The parameters in A1111's form."""

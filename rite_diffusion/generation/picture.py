@@ -6,8 +6,17 @@ from PIL.Image import Image
 from torch import Tensor
 
 import rite_diffusion
+from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.metadata import Parameters
-from rite_diffusion.generation.sampler import default_guidance, denoising, pictures
+from rite_diffusion.generation.regional import regionally_guided
+from rite_diffusion.generation.regions import parse_region
+from rite_diffusion.generation.sampler import (
+    Predict,
+    default_guidance,
+    denoising,
+    guided,
+    pictures,
+)
 from rite_diffusion.types import Backbone, ConfigError
 
 LONGEST_SIDE = 4096  # pixels
@@ -24,6 +33,7 @@ def complete(
     guidance: float | None,
     width: int | None,
     height: int | None,
+    regions: Sequence[str] = (),
 ) -> Parameters:
     """Everything that decides a picture of this model; what is None is the base's own.
 
@@ -47,24 +57,45 @@ def complete(
         base_fingerprint=backbone.fingerprint,
         adapters=list(adapters),
         version=rite_diffusion.__version__,
+        regions=[str(parse_region(text)) for text in regions],
     )
 
 
-def estimates(backbone: Backbone, parameters: Parameters) -> Iterator[Tensor]:
-    """The latents (1, C, h, w) that the model expects after each step; the last are the result."""
+def estimates(
+    backbone: Backbone, parameters: Parameters, adapters: Sequence[Attached] = ()
+) -> Iterator[Tensor]:
+    """The latents (1, C, h, w) that the model expects after each step; the last are the result.
+
+    `adapters` are those in the model; regions and compositions turn them up and down.
+    """
     return denoising(
         backbone,
-        [parameters.prompt],
+        _prediction(backbone, parameters, adapters),
         [parameters.seed],
-        negative=parameters.negative,
         steps=parameters.steps,
-        guidance=parameters.guidance,
         width=parameters.width,
         height=parameters.height,
     )
 
 
-def picture(backbone: Backbone, parameters: Parameters) -> Image:
+def _prediction(
+    backbone: Backbone, parameters: Parameters, adapters: Sequence[Attached]
+) -> Predict:
+    if parameters.regions:
+        return regionally_guided(
+            backbone,
+            parameters.prompt,
+            [parse_region(text) for text in parameters.regions],
+            negative=parameters.negative,
+            guidance=parameters.guidance,
+            width=parameters.width,
+            height=parameters.height,
+            adapters=adapters,
+        )
+    return guided(backbone, [parameters.prompt], parameters.negative, parameters.guidance)
+
+
+def picture(backbone: Backbone, parameters: Parameters, adapters: Sequence[Attached] = ()) -> Image:
     """The picture that the parameters decide; the adapters they name are in the model already."""
-    *_, latents = estimates(backbone, parameters)
+    *_, latents = estimates(backbone, parameters, adapters)
     return pictures(backbone, latents)[0]

@@ -1,6 +1,7 @@
 """Pictures of prompts by classifier-free guidance, each a function of its own seed."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from PIL.Image import Image
@@ -9,8 +10,10 @@ from torch import Tensor
 from rite_diffusion.photos.images import to_image
 from rite_diffusion.types import Backbone, Conditioning
 
+Predict = Callable[[Tensor, Tensor], Tensor]  # (latents (B, C, h, w), timestep) -> prediction
 
-def initial_noise(backbone: Backbone, seeds: list[int], width: int, height: int) -> Tensor:
+
+def initial_noise(backbone: Backbone, seeds: Sequence[int], width: int, height: int) -> Tensor:
     """Noise (B, C, h, w), each picture's drawn on the CPU from its own seed."""
     scale = backbone.pixels_per_latent
     shape = (backbone.latent_channels, height // scale, width // scale)
@@ -19,9 +22,10 @@ def initial_noise(backbone: Backbone, seeds: list[int], width: int, height: int)
 
 
 def guided_prediction(
-    backbone: Backbone,
     latents: Tensor,
     timestep: Tensor,
+    *,
+    backbone: Backbone,
     conditioning: Conditioning,
     guidance: float,
 ) -> Tensor:
@@ -32,15 +36,22 @@ def guided_prediction(
     return uncond + guidance * (cond - uncond)
 
 
+def guided(backbone: Backbone, prompts: list[str], negative: str, guidance: float) -> Predict:
+    """What predicts with classifier-free guidance, for one prompt per picture."""
+    with torch.no_grad():
+        conditioning = backbone.encode_prompts([negative] * len(prompts) + prompts)
+    return partial(
+        guided_prediction, backbone=backbone, conditioning=conditioning, guidance=guidance
+    )
+
+
 @torch.no_grad()
 def denoising(
     backbone: Backbone,
-    prompts: list[str],
-    seeds: list[int],
+    predict: Predict,
+    seeds: Sequence[int],
     *,
-    negative: str = "",
-    steps: int = 25,
-    guidance: float = 3.0,
+    steps: int,
     width: int | None = None,
     height: int | None = None,
 ) -> Iterator[Tensor]:
@@ -50,13 +61,11 @@ def denoising(
     """
     side = backbone.resolution
     latents = initial_noise(backbone, seeds, width or side, height or side)
-    conditioning = backbone.encode_prompts([negative] * len(prompts) + prompts)
     scheduler = backbone.new_scheduler()
     scheduler.set_timesteps(steps, device=backbone.device)
     latents = latents * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
-        model_input = scheduler.scale_model_input(latents, timestep)
-        prediction = guided_prediction(backbone, model_input, timestep, conditioning, guidance)
+        prediction = predict(scheduler.scale_model_input(latents, timestep), timestep)
         made = scheduler.step(prediction, timestep, latents)
         latents = made.prev_sample
         yield latents if timestep == scheduler.timesteps[-1] else made.pred_original_sample
@@ -74,11 +83,8 @@ def sample(
     height: int | None = None,
 ) -> list[Image]:
     """One picture per prompt and seed, all in one batch; sides in pixels."""
-    estimates = denoising(
-        backbone, prompts, seeds, negative=negative, steps=steps, guidance=guidance,
-        width=width, height=height,
-    )  # fmt: skip
-    *_, latents = estimates
+    predict = guided(backbone, prompts, negative, guidance)
+    *_, latents = denoising(backbone, predict, seeds, steps=steps, width=width, height=height)
     return pictures(backbone, latents)
 
 

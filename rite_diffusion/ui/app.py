@@ -7,7 +7,16 @@ import gradio as gr
 
 from rite_diffusion.ui import api
 from rite_diffusion.ui.studio import Studio
-from rite_diffusion.ui.tabs import Refresh, generate, library, train
+from rite_diffusion.ui.tabs import (
+    Refresh,
+    compare,
+    convert,
+    fuse,
+    generate,
+    library,
+    regions,
+    train,
+)
 from rite_diffusion.ui.theme import HEAD
 
 
@@ -21,7 +30,11 @@ class Tab:
 
 TABS = [
     Tab("Generate", generate.build),
+    Tab("Regions", regions.build),
     Tab("Train", train.build),
+    Tab("Fuse", fuse.build),
+    Tab("Compare", compare.build),
+    Tab("Convert", convert.build),
     Tab("Library", library.build),
 ]
 

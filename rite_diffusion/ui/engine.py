@@ -13,6 +13,7 @@ from rite_diffusion.adapters import attach, detach
 from rite_diffusion.adapters.attach import set_weight
 from rite_diffusion.adapters.choice import Chosen, choose_adapters
 from rite_diffusion.backbones import StableDiffusion, load_backbone
+from rite_diffusion.generation.attached import attached_name
 from rite_diffusion.generation.metadata import Parameters, save_png
 from rite_diffusion.generation.output import next_file
 from rite_diffusion.generation.picture import complete, estimates
@@ -75,13 +76,13 @@ class Engine:
         wanted = [(each.path, each.path.stat().st_mtime_ns) for each in chosen]
         if wanted != self._attached:
             for index in range(len(self._attached)):
-                detach(backbone, _name(index))
+                detach(backbone, attached_name(index))
             self._attached = []
             for index, each in enumerate(chosen):
-                attach(backbone, each.adapter, _name(index), each.weight)
+                attach(backbone, each.adapter, attached_name(index), each.weight)
                 self._attached = wanted[: index + 1]
         for index, each in enumerate(chosen):
-            set_weight(backbone, _name(index), each.weight)
+            set_weight(backbone, attached_name(index), each.weight)
 
     def draw(
         self,
@@ -121,10 +122,6 @@ class Engine:
         """The next frame of the drawing whose turn it is, None at its end."""
         with self._lock:
             return next(frames, None) if turn == self._turn else None
-
-
-def _name(index: int) -> str:
-    return f"adapter_{index}"
 
 
 def _frames(backbone: StableDiffusion, parameters: Parameters, folder: Path) -> Iterator[Frame]:

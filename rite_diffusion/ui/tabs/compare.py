@@ -70,7 +70,7 @@ def build(studio: Studio) -> list[Refresh]:
 
     @in_words
     def refresh(chosen: list[str], request: gr.Request):
-        from rite_diffusion.fusion import FUSIONS  # pyright: ignore
+        from rite_diffusion.fusion import FUSIONS
 
         known = [BASE_ALONE, *(card.name for card in library.cards(studio.space(request)))]
         kept = [name for name in chosen if name in known]
@@ -127,7 +127,7 @@ def _numbers(text: str, what: str, kind: type) -> list:
 
 def _drawing(space: Workspace, axes: dict[str, list], columns: str, steps: int):
     """The reports of a sheet that is being drawn, then the sheet."""
-    from rite_diffusion.sheets import grid  # pyright: ignore
+    from rite_diffusion.sheets import grid
 
     number = len(list(space.folder("sheets").glob("*.png")))
     out = space.new("sheets", f"{number:05d}", ".png")

@@ -14,7 +14,7 @@ from rite_diffusion.ui.studio import DEVICE, Studio
 from rite_diffusion.ui.tabs import Refresh
 
 if TYPE_CHECKING:
-    from rite_diffusion.conversion import Export  # pyright: ignore
+    from rite_diffusion.conversion import Export
 
 NOTHING = empty_state(
     "An adapter for another program",
@@ -35,7 +35,7 @@ def build(studio: Studio) -> list[Refresh]:
 
     @in_words
     def convert(name: str, to: str, request: gr.Request):
-        from rite_diffusion.conversion import convert as converted  # pyright: ignore
+        from rite_diffusion.conversion import convert as converted
 
         card = library.find(studio.space(request), name)
         with TemporaryDirectory() as folder:
@@ -46,7 +46,7 @@ def build(studio: Studio) -> list[Refresh]:
 
     @in_words
     def refresh(name: str | None, request: gr.Request):
-        from rite_diffusion.adapters.dialects import DIALECTS  # pyright: ignore
+        from rite_diffusion.adapters.dialects import DIALECTS
 
         known = [card.name for card in library.cards(studio.space(request))]
         chosen = name if name in known else next(iter(known), None)

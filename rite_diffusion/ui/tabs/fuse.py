@@ -100,7 +100,7 @@ def build(studio: Studio) -> list[Refresh]:
 
 
 def _methods() -> gr.Dropdown:
-    from rite_diffusion.fusion import FUSIONS  # pyright: ignore
+    from rite_diffusion.fusion import FUSIONS
 
     return gr.Dropdown(choices=list(FUSIONS))
 
@@ -112,7 +112,7 @@ def draft(space: Workspace) -> Path:
 
 def _fusing(space: Workspace, adapters: list[str], method: str, settings: dict[str, Any]):
     """The reports of a fusion into the draft, then its outcome."""
-    from rite_diffusion.merging import fuse_and_report  # pyright: ignore
+    from rite_diffusion.merging import fuse_and_report
 
     return followed(
         lambda listen: fuse_and_report(

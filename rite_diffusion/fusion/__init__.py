@@ -1,0 +1,39 @@
+"""Several adapters into one: a method per file, statistics of inputs, a report of conflicts."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rite_diffusion.fusion.concat import concat
+from rite_diffusion.fusion.custom_diffusion import custom_diffusion
+from rite_diffusion.fusion.dare import dare
+from rite_diffusion.fusion.gradient import gradient
+from rite_diffusion.fusion.gram import gram
+from rite_diffusion.fusion.knots import knots
+from rite_diffusion.fusion.layer import Factors, Layer
+from rite_diffusion.fusion.settings import FusionSettings
+from rite_diffusion.fusion.svd import svd
+from rite_diffusion.fusion.ties import ties
+from rite_diffusion.fusion.weighted import weighted
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A method: what it makes of one layer, and whether it looks at the layer's inputs."""
+
+    fuse_layer: Callable[[Layer, FusionSettings], Factors]
+    statistics: bool
+
+
+FUSIONS = {
+    "gram": Fusion(gram, statistics=True),
+    "weighted": Fusion(weighted, statistics=False),
+    "concat": Fusion(concat, statistics=False),
+    "svd": Fusion(svd, statistics=False),
+    "ties": Fusion(ties, statistics=False),
+    "dare": Fusion(dare, statistics=False),
+    "knots": Fusion(knots, statistics=False),
+    "custom_diffusion": Fusion(custom_diffusion, statistics=True),
+    "gradient": Fusion(gradient, statistics=True),
+}
+
+__all__ = ["FUSIONS", "Factors", "Fusion", "FusionSettings", "Layer"]

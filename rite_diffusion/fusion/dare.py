@@ -1,0 +1,31 @@
+"""DARE: drop entries at random and rescale the rest (Yu et al. 2024, arXiv 2311.03099)."""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from rite_diffusion.fusion.layer import Factors, Layer
+from rite_diffusion.fusion.low_rank import factorised
+from rite_diffusion.fusion.settings import FusionSettings
+
+
+def dare(layer: Layer, settings: FusionSettings) -> Factors:
+    """Sum_i w_i mask_i D_i / keep, factorised at the sum of the ranks.
+
+    A mask is a function of the adapter's content and the layer's name, so that neither the order
+    of the adapters nor the company they are in changes it.
+    """
+    total = torch.zeros_like(layer.parts[0].factors.dense())
+    for part in layer.parts:
+        update = part.factors.dense()
+        mask = bernoulli(update.shape, settings.keep, f"{part.concept} {layer.name}")
+        total += update * mask / settings.keep
+    return factorised(total, layer.rank)
+
+
+def bernoulli(shape: torch.Size, share: float, key: str) -> Tensor:
+    """A mask of ones with probability `share`, a function of the key."""
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8])
+    draws = torch.rand(shape, generator=torch.Generator().manual_seed(seed % 2**63))
+    return draws < share

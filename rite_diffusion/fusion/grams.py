@@ -1,0 +1,186 @@
+"""Second moments of a layer's inputs, exact or as a sketch, and what fusion does with them.
+
+G = E[x x^T] (inputs, inputs) stands for all the inputs x that a layer has seen: for any update D,
+E|D x|^2 = tr(D G D^T).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from rite_diffusion.fusion.layer import Factors
+
+
+@dataclass(frozen=True, eq=False)
+class Gram:
+    """G = basis^T diag(values) basis + tail I; exact where `basis` has all directions."""
+
+    basis: Tensor  # (k, inputs), orthonormal rows
+    values: Tensor  # (k,) descending: what each direction has beyond the tail
+    tail: float
+    rows: int  # how many inputs were seen
+
+    @property
+    def spectral(self) -> Gram:
+        """Itself."""
+        return self
+
+    @property
+    def width(self) -> int:
+        """Length of an input."""
+        return self.basis.shape[1]
+
+    @property
+    def trace(self) -> float:
+        """E|x|^2."""
+        return self.values.sum().item() + self.tail * self.width
+
+    def root(self) -> Tensor:
+        """R (k, inputs) with G = R^T R + tail I."""
+        return self.values.sqrt()[:, None] * self.basis
+
+    def matrix(self) -> Tensor:
+        """G (inputs, inputs)."""
+        matrix = self.root().mT @ self.root()
+        matrix.diagonal().add_(self.tail)
+        return matrix
+
+    def times(self, rows: Tensor) -> Tensor:
+        """Rows (n, inputs) times G."""
+        return (rows @ self.basis.mT * self.values) @ self.basis + self.tail * rows
+
+    def power(self, rows: Tensor, exponent: float, ridge: float) -> Tensor:
+        """Rows (n, inputs) times (G + ridge I)^exponent."""
+        low = self.tail + ridge
+        change = (self.values + low) ** exponent - low**exponent
+        return (rows @ self.basis.mT * change) @ self.basis + low**exponent * rows
+
+
+@dataclass(frozen=True, eq=False)
+class FullGram:
+    """G itself; its eigenvectors, which take longest, are found when first asked for."""
+
+    moments: Tensor  # (inputs, inputs)
+    rows: int
+
+    @cached_property
+    def spectral(self) -> Gram:
+        """The same by its eigenvectors."""
+        values, vectors = torch.linalg.eigh(self.moments)
+        return from_eigen(vectors.mT.flip(0), values.flip(0).clamp(min=0), 0.0, self.rows)
+
+    @property
+    def width(self) -> int:
+        """Length of an input."""
+        return len(self.moments)
+
+    @property
+    def trace(self) -> float:
+        """E|x|^2."""
+        return self.moments.trace().item()
+
+    def matrix(self) -> Tensor:
+        """G (inputs, inputs)."""
+        return self.moments
+
+    def times(self, rows: Tensor) -> Tensor:
+        """Rows (n, inputs) times G."""
+        return rows @ self.moments
+
+
+AnyGram = Gram | FullGram
+
+
+def from_eigen(
+    basis: Tensor, values: Tensor, rest: float, rows: int, keep: int | None = None
+) -> Gram:
+    """The Gram of leading eigenvectors (k, inputs) and values, where the others sum to `rest`.
+
+    `keep` of them are kept; the tail is the mean of all others, so the trace stays.
+    """
+    width, most = basis.shape[1], len(values) if keep is None else min(keep, len(values))
+    beyond = values.sum() + rest - values.cumsum(0)  # what is left after k + 1 directions
+    others = (width - torch.arange(1, len(values) + 1)).clamp(min=1)
+    tails = (beyond / others).clamp(min=0)
+    loud = (values > tails + 1e-12 * values[0])[:most]  # below the tail, a direction joins it
+    count = max(int(loud.long().cumprod(0).sum()), 1)
+    tail = tails[count - 1].item() if count < width else 0.0
+    return Gram(basis[:count], values[:count] - tail, tail, rows)
+
+
+def truncated(gram: AnyGram, keep: int) -> Gram:
+    """The same Gram with at most `keep` directions; the rest goes into the tail."""
+    whole = gram.spectral
+    outside = whole.width - len(whole.values)
+    rest = outside * whole.tail
+    return from_eigen(whole.basis, whole.values + whole.tail, rest, whole.rows, keep)
+
+
+def mean(grams: Sequence[AnyGram]) -> AnyGram:
+    """The mean of Grams; one that many share, as of one base, is not summed again."""
+    first, rows = grams[0], sum(gram.rows for gram in grams)
+    if all(_same(gram, first) for gram in grams[1:]):
+        return first
+    if any(isinstance(gram, FullGram) for gram in grams):
+        return FullGram(torch.stack([gram.matrix() for gram in grams]).mean(0), rows)
+    roots = torch.cat([gram.spectral.root() for gram in grams]) / len(grams) ** 0.5
+    _, singular, basis = torch.linalg.svd(roots, full_matrices=False)
+    tail = sum(gram.spectral.tail for gram in grams) / len(grams)
+    return Gram(basis, singular.square(), tail, rows)
+
+
+def _same(one: AnyGram, other: AnyGram) -> bool:
+    if one is other:
+        return True
+    both = isinstance(one, Gram) and isinstance(other, Gram)
+    return both and torch.equal(one.spectral.basis, other.spectral.basis)
+
+
+class GramSum:
+    """S = sum_i weight_i G_i + ridge * (mean eigenvalue of the sum) * I.
+
+    A matrix (inputs, inputs), or, where the Grams have few directions together, their roots R with
+    S = R^T R + tail I, so that no such matrix is made.
+    """
+
+    def __init__(self, grams: Sequence[AnyGram], weights: Sequence[float], ridge: float):
+        pairs = list(zip(grams, weights, strict=True))
+        width = grams[0].width
+        floor = ridge * sum(weight * gram.trace for gram, weight in pairs) / width
+        few = [gram for gram in grams if isinstance(gram, Gram)]
+        self.low_rank = len(few) == len(grams) and sum(len(g.values) for g in few) < width // 2
+        if self.low_rank:
+            self.roots = torch.cat([weight**0.5 * gram.spectral.root() for gram, weight in pairs])
+            self.tail = floor + sum(weight * gram.spectral.tail for gram, weight in pairs)
+        else:
+            self.matrix = sum((weight * gram.matrix() for gram, weight in pairs), torch.zeros(()))
+            self.matrix.diagonal().add_(floor)
+
+    def times(self, rows: Tensor) -> Tensor:
+        """Rows (n, inputs) times S."""
+        if self.low_rank:
+            return rows @ self.roots.mT @ self.roots + self.tail * rows
+        return rows @ self.matrix
+
+    def solve(self, rows: Tensor) -> Tensor:
+        """Rows (n, inputs) times S^-1, by Cholesky.
+
+        Of roots by the Woodbury identity S^-1 = (I - R^T (tail I + R R^T)^-1 R) / tail.
+        """
+        if not self.low_rank:
+            return torch.cholesky_solve(rows.mT, torch.linalg.cholesky(self.matrix)).mT
+        inner = self.roots @ self.roots.mT
+        inner.diagonal().add_(self.tail)
+        projected = torch.cholesky_solve(self.roots @ rows.mT, torch.linalg.cholesky(inner))
+        return (rows - projected.mT @ self.roots) / self.tail
+
+
+def output_energy(factors: Factors, gram: AnyGram) -> float:
+    """E|D x|^2 of an update D = up @ down over the inputs of a Gram: tr(D G D^T)."""
+    inner = gram.times(factors.down) @ factors.down.mT  # (r, r)
+    return ((factors.up.mT @ factors.up) * inner).sum().clamp(min=0).item()

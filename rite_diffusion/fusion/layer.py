@@ -1,0 +1,81 @@
+"""One layer of a fusion: what each concept adds to it, and what flows into it there.
+
+Everything is flat: a convolution's kernel (in, k, k) is a vector of in * k * k inputs, as it is
+for `torch.nn.functional.unfold`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rite_diffusion.types import LoraPair
+
+if TYPE_CHECKING:
+    from rite_diffusion.fusion.grams import AnyGram
+
+
+@dataclass(frozen=True)
+class Factors:
+    """An update of a weight, up @ down: up (out, r), down (r, inputs), float64; r may be 0."""
+
+    up: Tensor
+    down: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Columns of `up`."""
+        return self.up.shape[1]
+
+    def dense(self) -> Tensor:
+        """The update itself (out, inputs)."""
+        return self.up @ self.down
+
+
+@dataclass(frozen=True)
+class Part:
+    """One concept's share in a layer: its update, its weight included, and its inputs."""
+
+    concept: str  # hash of the adapter's tensors
+    factors: Factors  # of rank 0 where the adapter leaves the layer alone
+    gram: AnyGram | None  # None: no statistics
+
+
+@dataclass(frozen=True)
+class Layer:
+    """All concepts' parts in one layer, in an order that no permutation of them changes."""
+
+    name: str
+    parts: list[Part]
+    base: AnyGram | None  # what flows in where the base model draws ordinary things
+
+    @property
+    def rank(self) -> int:
+        """Sum of the parts' ranks."""
+        return sum(part.factors.rank for part in self.parts)
+
+
+def flat(pair: LoraPair, weight: float) -> Factors:
+    """The pair's update times a weight; scale and weight go into `down`."""
+    down = pair.down.detach().double().flatten(1)
+    return Factors(pair.up.detach().double().flatten(1), pair.scale * weight * down)
+
+
+def nothing(like: Factors) -> Factors:
+    """The update of rank 0 for the same weight."""
+    return Factors(like.up[:, :0], like.down[:0])
+
+
+def stack(parts: list[Factors]) -> Factors:
+    """The sum of updates, exactly: (B_1 … B_n) (A_1; …; A_n)."""
+    return Factors(torch.cat([p.up for p in parts], 1), torch.cat([p.down for p in parts]))
+
+
+def as_pair(name: str, factors: Factors, kernel: torch.Size) -> LoraPair:
+    """A LoRA pair of scale 1 for weights (out, *kernel): (in,) or (in, k, k)."""
+    down = factors.down.reshape(factors.rank, *kernel).float()
+    up = factors.up.float()
+    return LoraPair(name, down, up[:, :, None, None] if len(kernel) == 3 else up, 1.0)

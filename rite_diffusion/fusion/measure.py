@@ -1,0 +1,82 @@
+"""Sketches from a base model: with an adapter in place, and without."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import rite_diffusion
+from rite_diffusion.adapters import Adapter, attach, detach
+from rite_diffusion.adapters.names import module_name
+from rite_diffusion.fusion.members import digest_of
+from rite_diffusion.fusion.prompts import ordinary_prompts
+from rite_diffusion.fusion.sketch import Sketch, SketchFacts
+from rite_diffusion.fusion.statistics import Drawing, Grams, collect
+from rite_diffusion.types import Backbone
+
+NAME = "sketched"
+
+
+def measure_concept(
+    backbone: Backbone,
+    adapter: Adapter,
+    prompts: Sequence[str],
+    names: Sequence[str],
+    drawing: Drawing,
+    listen: Callable[[int], None] = lambda pictures: None,
+) -> Grams:
+    """What flows into the named layers while the adapter, at weight 1, draws the prompts."""
+    attach(backbone, adapter, NAME)
+    try:
+        return collect(backbone, prompts, names, drawing, listen)
+    finally:
+        detach(backbone, NAME)
+
+
+def measure(
+    backbone: Backbone,
+    adapters: Sequence[Adapter],
+    prompts: Sequence[Sequence[str]],
+    drawing: Drawing,
+    listen: Callable[[int], None] = lambda pictures: None,
+) -> list[Sketch]:
+    """A sketch of each adapter, all with the same base, over all layers that one may adapt."""
+    names = sketched_layers(backbone, adapters)
+    done = 0
+
+    def count(pictures: int) -> None:
+        listen(done + pictures)
+
+    concepts = []
+    for adapter, each in zip(adapters, prompts, strict=True):
+        concepts.append(measure_concept(backbone, adapter, each, names, drawing, count))
+        done += len(each) * drawing.pictures
+    ordinary = unique(prompt for adapter in adapters for prompt in ordinary_prompts(adapter.info))
+    base = collect(backbone, ordinary, names, drawing, count)
+    return [
+        Sketch(concept, base, facts(backbone, adapter, each))
+        for adapter, concept, each in zip(adapters, concepts, prompts, strict=True)
+    ]
+
+
+def facts(backbone: Backbone, adapter: Adapter, prompts: Sequence[str]) -> SketchFacts:
+    """What a sketch's header says."""
+    return SketchFacts(
+        adapter=digest_of(adapter),
+        base_fingerprint=backbone.fingerprint,
+        prompts="\n".join(prompts),
+        version=rite_diffusion.__version__,
+    )
+
+
+def sketched_layers(backbone: Backbone, adapters: Sequence[Adapter]) -> list[str]:
+    """The layers of the adapters and every attention projection, which other adapters may have."""
+    own = [pair.name for adapter in adapters for pair in adapter.pairs]
+    common = [
+        module_name(component, path)
+        for component in backbone.components
+        for path in backbone.lora_targets(component)
+    ]
+    return sorted({*own, *common})
+
+
+def unique(words: Iterable[str]) -> list[str]:
+    """The words without repetitions, in order."""
+    return list(dict.fromkeys(words))

@@ -1,0 +1,83 @@
+"""Adapters into one adapter, layer by layer."""
+
+import json
+from collections.abc import Sequence
+
+import tomlkit
+
+import rite_diffusion
+from rite_diffusion.adapters import Adapter, AdapterInfo
+from rite_diffusion.fusion import FUSIONS, Fusion
+from rite_diffusion.fusion.layer import Factors, Layer, as_pair
+from rite_diffusion.fusion.low_rank import to_rank
+from rite_diffusion.fusion.members import Member, checked, layers
+from rite_diffusion.fusion.settings import FusionSettings
+from rite_diffusion.types import FusionError
+
+
+def method_named(name: str) -> Fusion:
+    """The method of a name; FusionError lists the known ones."""
+    if name not in FUSIONS:
+        raise FusionError(f"no method '{name}': choose one of {', '.join(sorted(FUSIONS))}.")
+    return FUSIONS[name]
+
+
+def merge(members: Sequence[Member], name: str, settings: FusionSettings) -> Adapter:
+    """One adapter with all members' concepts; their order does not matter.
+
+    A single member comes back at its weight, whatever the method: there is nothing to reconcile.
+    Raises FusionError for members that cannot be fused.
+    """
+    method, members = method_named(name), checked(members)
+    pairs = []
+    for layer, kernel in layers(members):
+        fused = _alone(layer) if len(members) == 1 else method.fuse_layer(layer, settings)
+        if settings.rank is not None:
+            fused = to_rank(fused, settings.rank)
+        pairs.append(as_pair(layer.name, fused, kernel))
+    return Adapter(pairs, fused_info(members, name, settings))
+
+
+def _alone(layer: Layer) -> Factors:
+    return layer.parts[0].factors
+
+
+def fused_info(members: Sequence[Member], name: str, settings: FusionSettings) -> AdapterInfo:
+    """The header of a fused adapter: all triggers, where each came from, and the settings."""
+    infos = [member.adapter.info for member in members]
+    table = {"method": name} | {key: v for key, v in vars(settings).items() if v is not None}
+    return AdapterInfo(
+        trigger=_joined(info.trigger for info in infos),
+        class_noun=_joined(info.class_noun for info in infos),
+        base=next((info.base for info in infos if info.base), ""),
+        base_fingerprint=next((i.base_fingerprint for i in infos if i.base_fingerprint), ""),
+        method=f"fused: {name}",
+        config=tomlkit.dumps({"fusion": table}),
+        licence=_joined(sorted({info.licence for info in infos})),
+        version=rite_diffusion.__version__,
+        concepts=json.dumps([entry for member in members for entry in provenance(member)]),
+    )
+
+
+def _joined(words) -> str:
+    return ", ".join(word for word in words if word)
+
+
+def provenance(member: Member) -> list[dict]:
+    """What is known of a member's concepts; those of a member that was fused, one by one."""
+    info = member.adapter.info
+    if info.concepts:
+        inner = json.loads(info.concepts)
+        return [entry | {"weight": entry["weight"] * member.weight} for entry in inner]
+    return [
+        {
+            "trigger": info.trigger,
+            "class_noun": info.class_noun,
+            "method": info.method,
+            "ranks": member.adapter.ranks(),
+            "weight": member.weight,
+            "file": member.file.name,
+            "tensors": member.digest,
+            "licence": info.licence,
+        }
+    ]

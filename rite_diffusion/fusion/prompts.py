@@ -1,0 +1,41 @@
+"""What is drawn for statistics."""
+
+from pathlib import Path
+
+from rite_diffusion.adapters import AdapterInfo
+from rite_diffusion.types import FusionError
+
+# With the trigger alone and with the words that prompts put around it.
+CONCEPT = (
+    "{trigger}",
+    "a {trigger}",
+    "a photo of a {trigger}",
+    "a {trigger} on a blue background",
+    "a picture of a {trigger} on a white background",
+)
+# Ordinary things, and the empty prompt of classifier-free guidance.
+ORDINARY = (
+    "",
+    "a photo of a person",
+    "a dog on a green background",
+    "a red car on a street",
+    "a house and a tree",
+    "a cup on a table",
+)
+
+
+def concept_prompts(info: AdapterInfo, file: Path) -> list[str]:
+    """Prompts that call an adapter's concepts; FusionError where its file names none."""
+    triggers = info.triggers()
+    if not triggers:
+        raise FusionError(
+            f"{file} does not say which word calls its concept: make its sketch first, with "
+            f'`rite sketch {file} --prompt "a photo of …"`.'
+        )
+    return [prompt.replace("{trigger}", trigger) for trigger in triggers for prompt in CONCEPT]
+
+
+def ordinary_prompts(info: AdapterInfo) -> list[str]:
+    """Prompts of what an adapter should leave alone, its class among them."""
+    nouns = [noun.strip() for noun in info.class_noun.split(",") if noun.strip()]
+    return [*ORDINARY, *(f"a photo of a {noun}" for noun in nouns)]

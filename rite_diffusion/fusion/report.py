@@ -1,0 +1,132 @@
+"""What interferes in a fusion, and what the fusion made of it, from the Gram matrices alone.
+
+Per layer, with D_i the update of concept i and x_i its inputs:
+
+    crosstalk of j on i   |D_j x_i| / |D_i x_i|           how loudly j speaks where i was asked
+    error of an update D  |(D - D_i) x_i| / |D_i x_i|     0: concept i as alone; 1: as good as lost
+    drift of D            |D x_0| / mean |D_i x_i|        what ordinary prompts feel of it
+
+|D x| is the root mean square over the inputs. Sheets and totals show medians over layers, which one
+odd layer does not move. "Before" is the plain sum of all updates, which is what several attached
+adapters are.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+
+from rite_diffusion.adapters import Adapter
+from rite_diffusion.fusion.gram import with_statistics
+from rite_diffusion.fusion.grams import AnyGram, output_energy
+from rite_diffusion.fusion.layer import Factors, Layer, Part, flat, stack
+from rite_diffusion.fusion.members import Member, checked, layers
+
+WORST = 8  # layers that the report names
+
+
+@dataclass(frozen=True)
+class LayerConflict:
+    """The ratios of one layer; NaN where a concept has no update there."""
+
+    name: str
+    crosstalk: list[list[float]]  # [i][j]: of j on i
+    before: list[float]  # error per concept of the plain sum
+    after: list[float]  # error per concept of the fused adapter
+    drift_before: float
+    drift_after: float
+
+    @property
+    def worst(self) -> float:
+        """The largest error after fusion."""
+        return max((value for value in self.after if not math.isnan(value)), default=0.0)
+
+
+@dataclass(frozen=True)
+class ConflictReport:
+    """The ratios of all layers, and their medians."""
+
+    method: str
+    concepts: list[str]
+    crosstalk: list[list[float]]
+    before: list[float]
+    after: list[float]
+    drift_before: float
+    drift_after: float
+    layers: list[LayerConflict]
+
+    def worst_layers(self) -> list[LayerConflict]:
+        """Layers in which a concept lost most."""
+        return sorted(self.layers, key=lambda layer: -layer.worst)[:WORST]
+
+    def as_dict(self) -> dict:
+        """Everything as JSON can hold it: NaN becomes None."""
+        content = asdict(self) | {"worst": [layer.name for layer in self.worst_layers()]}
+        return {key: _without_nan(value) for key, value in content.items()}
+
+
+def report_on(members: Sequence[Member], fused: Adapter) -> ConflictReport:
+    """The conflicts of members that all have sketches, before and after they were fused."""
+    members = checked(members)
+    made = {pair.name: flat(pair, 1.0) for pair in fused.pairs}
+    found = [layer_conflict(layer, made[layer.name]) for layer, _ in layers(members)]
+    count = range(len(members))
+    return ConflictReport(
+        method=fused.info.method.removeprefix("fused: "),
+        concepts=[member.label for member in members],
+        crosstalk=[[_median(each.crosstalk[i][j] for each in found) for j in count] for i in count],
+        before=[_median(each.before[i] for each in found) for i in count],
+        after=[_median(each.after[i] for each in found) for i in count],
+        drift_before=_median(each.drift_before for each in found),
+        drift_after=_median(each.drift_after for each in found),
+        layers=found,
+    )
+
+
+def layer_conflict(layer: Layer, fused: Factors) -> LayerConflict:
+    """The ratios of one layer."""
+    with_statistics(layer)
+    parts = layer.parts
+    total = stack([part.factors for part in parts])
+    own = [_loudness(part.factors, part.gram) for part in parts]
+    heard = [
+        [_ratio(_loudness(other.factors, part.gram), alone) for other in parts]
+        for part, alone in zip(parts, own, strict=True)
+    ]
+    usual = [value for value in own if value > 0]
+    scale = sum(usual) / len(usual) if usual else 0.0
+    return LayerConflict(
+        layer.name,
+        heard,
+        [_error(total, part, alone) for part, alone in zip(parts, own, strict=True)],
+        [_error(fused, part, alone) for part, alone in zip(parts, own, strict=True)],
+        _ratio(_loudness(total, layer.base), scale),
+        _ratio(_loudness(fused, layer.base), scale),
+    )
+
+
+def _loudness(factors: Factors, gram: AnyGram | None) -> float:
+    """Root mean square output of an update; 0 where nothing is known of the inputs."""
+    return output_energy(factors, gram) ** 0.5 if gram is not None else 0.0
+
+
+def _error(update: Factors, part: Part, alone: float) -> float:
+    negative = Factors(-part.factors.up, part.factors.down)
+    return _ratio(_loudness(stack([update, negative]), part.gram), alone)
+
+
+def _ratio(value: float, of: float) -> float:
+    return value / of if of > 0 else math.nan
+
+
+def _median(values) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return median(known) if known else math.nan
+
+
+def _without_nan(value):
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

@@ -1,0 +1,114 @@
+"""The sketch file: what flows into each layer when an adapter draws its concept.
+
+`dog.sketch.safetensors` beside `dog.safetensors` lets anyone fuse the adapter without sampling.
+
+    <concept|base>.<layer>.basis    (k, inputs) half precision, orthonormal rows
+    <concept|base>.<layer>.values   (k,) what each direction has beyond the tail
+    <concept|base>.<layer>.tail     scalar
+
+`base` holds the same for ordinary prompts without the adapter. Layers that share their inputs are
+stored once; the header's `layers` names each layer's tensors.
+"""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from rite_diffusion.files import write_atomically
+from rite_diffusion.fusion.grams import Gram, truncated
+from rite_diffusion.fusion.statistics import Grams
+from rite_diffusion.types import FusionError
+
+SUFFIX = ".sketch.safetensors"
+KIND = "rite_sketch"
+
+
+@dataclass(frozen=True)
+class SketchFacts:
+    """What a sketch was made of."""
+
+    adapter: str  # digest of the adapter's tensors
+    base_fingerprint: str
+    prompts: str
+    version: str
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Gram matrices by layer with an adapter in place and its prompts, and without."""
+
+    concept: Grams
+    base: Grams
+    facts: SketchFacts
+
+
+def sketch_path(adapter: Path) -> Path:
+    """Where an adapter's sketch lies: `dog.safetensors` -> `dog.sketch.safetensors`."""
+    return adapter.with_name(adapter.name.removesuffix(".safetensors") + SUFFIX)
+
+
+def save_sketch(path: Path, sketch: Sketch, keep: int) -> None:
+    """Write a sketch atomically, with at most `keep` directions per layer."""
+    tensors: dict[str, Tensor] = {}
+    layers: dict[str, dict[str, list]] = {}
+    for side, grams in (("concept", sketch.concept), ("base", sketch.base)):
+        homes: dict[int, str] = {}
+        layers[side] = {}
+        for name, gram in grams.items():
+            home = homes.setdefault(id(gram), f"{side}.{name}")
+            layers[side][name] = [home, gram.rows]
+            if home == f"{side}.{name}":
+                tensors |= _tensors(home, truncated(gram, keep))
+    header = {KIND: "1", "layers": json.dumps(layers)} | asdict(sketch.facts)
+    write_atomically(path, save(tensors, header))
+
+
+def _tensors(home: str, gram: Gram) -> dict[str, Tensor]:
+    return {
+        f"{home}.basis": gram.basis.half().contiguous(),
+        f"{home}.values": gram.values.float().contiguous(),
+        f"{home}.tail": torch.tensor(gram.tail),
+    }
+
+
+def load_sketch(path: Path) -> Sketch:
+    """The sketch in a file; FusionError where it is none."""
+    try:
+        with safe_open(path, "pt") as file:
+            header = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise FusionError(
+            f"{path} is damaged: {error}. Make it again with `rite sketch`."
+        ) from None
+    if KIND not in header:
+        raise FusionError(f"{path} is no sketch. Make one with `rite sketch`.")
+    try:
+        layers = json.loads(header["layers"])
+        homes = {home: rows for side in layers.values() for home, rows in side.values()}
+        grams: Grams = {home: _gram(tensors, home, rows) for home, rows in homes.items()}
+        sides: dict[str, Grams] = {
+            side: {name: grams[home] for name, (home, _) in layers[side].items()}
+            for side in ("concept", "base")
+        }
+        facts = SketchFacts(**{field.name: header[field.name] for field in fields(SketchFacts)})
+    except (KeyError, ValueError, TypeError) as error:
+        raise FusionError(
+            f"{path} is incomplete ({error}). Make it again with `rite sketch`."
+        ) from None
+    return Sketch(sides["concept"], sides["base"], facts)
+
+
+def _gram(tensors: dict[str, Tensor], home: str, rows: int) -> Gram:
+    """A stored Gram; rounding to half precision bent the basis, QR straightens it."""
+    basis, values = tensors[f"{home}.basis"].double(), tensors[f"{home}.values"].double()
+    tail = float(tensors[f"{home}.tail"])
+    fits = basis.ndim == 2 and values.shape == basis.shape[:1] and len(basis) <= basis.shape[1]
+    if not (fits and bool(basis.isfinite().all()) and bool((values >= 0).all()) and tail >= 0):
+        raise ValueError(f"{home} is out of shape or range")
+    return Gram(torch.linalg.qr(basis.mT).Q.mT, values, tail, rows)

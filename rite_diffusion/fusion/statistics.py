@@ -1,0 +1,230 @@
+"""What flows into each layer while a base model draws: Gram matrices, streaming.
+
+Features are never kept: each layer's inputs go into a running sum as they pass. Layers that get
+the very same tensor (queries, keys and values of one attention; keys and values of all
+cross-attentions) share one sum.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rite_diffusion.adapters.attach import places
+from rite_diffusion.fusion.grams import AnyGram, FullGram, Gram, from_eigen
+from rite_diffusion.types import Backbone
+
+EXACT_WIDTH = 2048  # inputs; a wider layer's Gram is sketched as it streams
+SKETCH_WIDTH = 256  # directions of such a sketch
+ROUNDING = 1e-6  # of products in single precision, relative to the largest
+CHUNK = 8192  # rows in one product
+
+Grams = dict[str, AnyGram]  # layer name -> what flows into it
+
+
+# --- running sums ------------------------------------------------------------------------------
+
+
+class ExactSum:
+    """Sum of x x^T (inputs, inputs): products in the inputs' precision, their sum in float64."""
+
+    def __init__(self, width: int, device: torch.device):
+        self.total = torch.zeros(width, width, dtype=_sum_dtype(device), device=device)
+        self.rows = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in rows (n, inputs)."""
+        for chunk in inputs.split(CHUNK):
+            self.total += chunk.mT @ chunk
+        self.rows += len(inputs)
+
+    def gram(self) -> FullGram:
+        """The mean of x x^T."""
+        return FullGram(self.total.cpu().double() / self.rows, self.rows)
+
+
+class SketchSum:
+    """Sum of x x^T seen through a fixed random matrix (Nystrom's approximation).
+
+    Tropp et al. 2017, arXiv 1706.05736; instead of their shift, directions that are rounding of the
+    products are left out.
+    """
+
+    def __init__(self, width: int, device: torch.device):
+        draws = torch.Generator().manual_seed(width)
+        test = torch.randn(width, SKETCH_WIDTH, generator=draws, dtype=torch.float64)
+        self.test = torch.linalg.qr(test).Q.to(device, _sum_dtype(device))  # (inputs, SKETCH_WIDTH)
+        self.seen = torch.zeros_like(self.test)
+        self.energy = 0.0
+        self.rows = 0
+
+    def add(self, inputs: Tensor) -> None:
+        """Take in rows (n, inputs)."""
+        test = self.test.to(inputs.dtype)
+        for chunk in inputs.split(CHUNK):
+            self.seen += chunk.mT @ (chunk @ test)
+            self.energy += chunk.double().square().sum().item()
+        self.rows += len(inputs)
+
+    def gram(self) -> Gram:
+        """The mean of x x^T: leading directions, the rest of the trace as a tail."""
+        seen, test = self.seen.cpu().double(), self.test.cpu().double()
+        inner = test.mT @ seen
+        values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
+        real = values > ROUNDING * values[-1]
+        half = (vectors[:, real] / values[real].sqrt()).mT @ seen.mT  # G ~ half^T half
+        _, singular, basis = torch.linalg.svd(half, full_matrices=False)
+        found = singular.square() / self.rows
+        rest = max(self.energy / self.rows - found.sum().item(), 0.0)
+        return from_eigen(basis, found, rest, self.rows)
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # which knows no float64
+
+
+def running_sum(width: int, device: torch.device) -> ExactSum | SketchSum:
+    """The sum that suits a width."""
+    return (ExactSum if width <= EXACT_WIDTH else SketchSum)(width, device)
+
+
+# --- layers' inputs ----------------------------------------------------------------------------
+
+
+def input_rows(layer: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
+    """Rows (n, inputs) of what a linear or convolutional layer multiplies by its flat weight.
+
+    A convolution's pictures are unfolded one at a time.
+    """
+    if inputs.dtype in (torch.float16, torch.bfloat16):
+        inputs = inputs.float()
+    if isinstance(layer, nn.Linear):
+        yield inputs.flatten(0, -2)
+        return
+    assert isinstance(layer, nn.Conv2d)
+    for picture in inputs.split(1):
+        columns = F.unfold(
+            picture, layer.kernel_size, layer.dilation, _padding(layer), layer.stride
+        )
+        yield columns[0].mT
+
+
+def _padding(layer: nn.Conv2d) -> tuple[int, int]:
+    assert not isinstance(layer.padding, str)  # 'same' and 'valid' occur in no supported base
+    return layer.padding[0], layer.padding[1]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A layer to watch: the module that is called, and the weights' own module in it."""
+
+    called: nn.Module
+    layer: nn.Module
+
+
+def watched(backbone: Backbone, names: Sequence[str]) -> dict[str, Watched]:
+    """The layers of these names, whether or not LoRA wraps them."""
+    homes = places(backbone)
+    found = {}
+    for name in names:
+        component, path = homes[name]
+        called = backbone.components[component].get_submodule(path)
+        layer = called.base_layer if isinstance(called, LoraLayer) else called
+        found[name] = Watched(called, layer)
+    return found
+
+
+@contextmanager
+def _watch(
+    layers: dict[str, Watched], see: Callable[[str, nn.Module, Tensor], None]
+) -> Iterator[None]:
+    def hook(name: str, layer: nn.Module):
+        return lambda _, arguments: see(name, layer, arguments[0].detach())
+
+    with ExitStack() as stack:
+        for name, place in layers.items():
+            handle = place.called.register_forward_pre_hook(hook(name, place.layer))
+            stack.callback(handle.remove)
+        yield
+
+
+# --- drawing -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn for statistics: without guidance, as Mix-of-Show does."""
+
+    steps: int = 20
+    pictures: int = 1  # per prompt
+    seed: int = 0
+
+
+USUAL = Drawing()
+
+
+def _draw(backbone: Backbone, prompt: str, seed: int, steps: int) -> None:
+    """Denoise one picture of a prompt and throw it away."""
+    side = backbone.resolution // backbone.pixels_per_latent
+    noise = torch.Generator().manual_seed(seed)
+    latents = torch.randn(1, backbone.latent_channels, side, side, generator=noise)
+    conditioning = backbone.encode_prompts([prompt])
+    scheduler = backbone.new_scheduler()
+    scheduler.set_timesteps(steps, device=backbone.device)
+    latents = latents.to(backbone.device) * scheduler.init_noise_sigma
+    for timestep in scheduler.timesteps:
+        noisy = scheduler.scale_model_input(latents, timestep)
+        prediction = backbone.denoise(noisy, timestep.expand(1), conditioning).float()
+        latents = scheduler.step(prediction, timestep, latents).prev_sample
+
+
+def leaders(backbone: Backbone, layers: dict[str, Watched]) -> dict[str, str]:
+    """Layer name -> the first layer that is given the very same tensor and unfolds it alike.
+
+    Found by one denoising step, whose inputs are held so that no two share an address.
+    """
+    first: dict[tuple, str] = {}
+    held: list[Tensor] = []
+    found: dict[str, str] = {}
+
+    def see(name: str, layer: nn.Module, inputs: Tensor) -> None:
+        held.append(inputs)
+        unfold = (layer.kernel_size, layer.stride) if isinstance(layer, nn.Conv2d) else ()
+        key = (inputs.data_ptr(), inputs.shape, inputs.stride(), unfold)
+        found[name] = first.setdefault(key, name)
+
+    with _watch(layers, see):
+        _draw(backbone, "", 0, 1)
+    return found
+
+
+@torch.no_grad()
+def collect(
+    backbone: Backbone,
+    prompts: Sequence[str],
+    names: Sequence[str],
+    drawing: Drawing,
+    listen: Callable[[int], None] = lambda pictures: None,
+) -> Grams:
+    """The Gram of each named layer while the backbone, as it is now, draws the prompts."""
+    layers = watched(backbone, names)
+    led = leaders(backbone, layers)
+    sums: dict[str, ExactSum | SketchSum] = {}
+
+    def see(name: str, layer: nn.Module, inputs: Tensor) -> None:
+        for rows in input_rows(layer, inputs):
+            if name not in sums:
+                sums[name] = running_sum(rows.shape[1], rows.device)
+            sums[name].add(rows)
+
+    with _watch({name: layers[name] for name in sorted(set(led.values()))}, see):
+        for index in range(len(prompts) * drawing.pictures):
+            prompt = prompts[index // drawing.pictures]
+            _draw(backbone, prompt, drawing.seed + index, drawing.steps)
+            listen(index + 1)
+    grams = {name: total.gram() for name, total in sums.items()}
+    return {name: grams[led[name]] for name in names if name in led}

@@ -1,0 +1,33 @@
+"""TIES: trim, elect a sign, merge what agrees (Yadav et al. 2023, arXiv 2306.01708)."""
+
+import torch
+from torch import Tensor
+
+from rite_diffusion.fusion.layer import Factors, Layer
+from rite_diffusion.fusion.low_rank import factorised
+from rite_diffusion.fusion.settings import FusionSettings
+
+
+def ties(layer: Layer, settings: FusionSettings) -> Factors:
+    """The TIES merge of the dense updates, factorised at the sum of their ranks.
+
+    The paper trims over the whole model; here each layer is trimmed for itself, so that only one
+    layer is ever dense.
+    """
+    updates = torch.stack([part.factors.dense() for part in layer.parts])
+    return factorised(ties_merge(updates, settings.trim), layer.rank)
+
+
+def ties_merge(updates: Tensor, density: float) -> Tensor:
+    """One array (…) of updates (n, …): each entry the mean of those that have the elected sign."""
+    trimmed = torch.stack([trim(update, density) for update in updates])
+    sign = trimmed.sum(0).sign()
+    agrees = (trimmed.sign() == sign) & (trimmed != 0)
+    return (trimmed * agrees).sum(0) / agrees.sum(0).clamp(min=1)
+
+
+def trim(update: Tensor, density: float) -> Tensor:
+    """The update with only its largest entries, a share `density` of them."""
+    count = max(1, round(density * update.numel()))
+    least = update.abs().flatten().kthvalue(update.numel() - count + 1).values
+    return update * (update.abs() >= least)

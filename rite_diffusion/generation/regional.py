@@ -1,0 +1,190 @@
+"""Drawing with regions: each has its own prompt in every cross-attention and its own adapters.
+
+In a cross-attention the picture's queries meet every region's prompt apart, each with that region's
+adapters, and the outputs are put together by the regions' shares (Mix-of-Show, arXiv 2305.18292,
+regionally controllable sampling, with shares instead of hard boxes). In every other layer an
+adapter's residual is scaled cell by cell with its weight there.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+
+from rite_diffusion.adapters.attach import lora_layers
+from rite_diffusion.generation.attached import Attached, turned
+from rite_diffusion.generation.regions import Region, adapter_weights, region_shares
+from rite_diffusion.generation.sampler import Predict, guided_prediction
+from rite_diffusion.types import Backbone, Conditioning
+
+
+class Plan:
+    """Who rules where, at every resolution of a denoiser, and how loud each adapter is there."""
+
+    def __init__(
+        self, regions: Sequence[Region], height: int, width: int, factors: list[list[float]]
+    ):
+        self.regions = regions
+        self.height, self.width = height, width  # of the latents, in cells
+        self.factors = torch.tensor(factors)  # (1 + regions, adapters)
+        self.branch: int | None = None  # the region whose prompt a cross-attention looks at now
+        self._shares: dict[tuple[int, int], Tensor] = {}
+
+    @property
+    def parts(self) -> int:
+        """The whole picture and the regions."""
+        return 1 + len(self.regions)
+
+    def shares(self, height: int, width: int, like: Tensor) -> Tensor:
+        """Shares (1 + regions, height, width) of `like`'s device and type."""
+        key = height, width
+        if key not in self._shares:
+            self._shares[key] = region_shares(self.regions, height, width)
+        return self._shares[key].to(like)
+
+    def grid(self, cells: int) -> tuple[int, int]:
+        """Height and width of a map of so many cells: the latents' halved some times, rounded up.
+
+        (0, 0) where none has that many: the values are no map.
+        """
+        height, width = self.height, self.width
+        while height * width > cells:
+            height, width = -(-height // 2), -(-width // 2)
+        return (height, width) if height * width == cells else (0, 0)
+
+    def loudness(self, adapter: int, output: Tensor) -> Tensor:
+        """What to scale an adapter's residual with: a number, or a map that fits its output.
+
+        Outputs are (B, C, h, w) or (B, cells, C); of anything else, such as time embeddings, there
+        is one for the whole picture, which takes the mean over it.
+        """
+        factors = self.factors[:, adapter].to(output)
+        if self.branch is not None:
+            return factors[self.branch]
+        if output.ndim == 4:
+            return self._map(factors, output.shape[2], output.shape[3])
+        height, width = self.grid(output.shape[1]) if output.ndim == 3 else (0, 0)
+        if not height:
+            return self._map(factors, self.height, self.width).mean()
+        return self._map(factors, height, width).reshape(-1, 1)
+
+    def _map(self, factors: Tensor, height: int, width: int) -> Tensor:
+        """An adapter's factor (height, width) in every cell."""
+        return torch.einsum("r,rhw->hw", factors, self.shares(height, width, factors))
+
+
+class RegionalAttention:
+    """A cross-attention's processor that looks at each part's prompt apart.
+
+    `encoder_hidden_states` holds the parts' states side by side, (B, parts * tokens, width).
+    """
+
+    def __init__(self, original, plan: Plan):
+        self.original = original
+        self.plan = plan
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        **others,
+    ) -> Tensor:
+        """The parts' outputs (B, cells, C), put together by their shares."""
+        plan = self.plan
+        height, width = plan.grid(hidden_states.shape[1])
+        shares = plan.shares(height, width, hidden_states).flatten(1)  # (parts, cells)
+        result = None
+        for part, states in enumerate(encoder_hidden_states.chunk(plan.parts, 1)):
+            share = shares[part][None, :, None]
+            if not share.any():
+                continue
+            plan.branch = part
+            output = self.original(attn, hidden_states, states, attention_mask, **others) * share
+            plan.branch = None
+            result = output if result is None else result + output
+        assert result is not None  # shares sum to 1
+        return result
+
+
+@contextmanager
+def regional(backbone: Backbone, plan: Plan, adapters: Sequence[Attached]) -> Iterator[None]:
+    """The denoiser with regional cross-attentions and routed adapters, until the block ends."""
+    denoiser = backbone.components["unet"]
+    with ExitStack() as stack:
+        for module in denoiser.modules():
+            if isinstance(module, Attention) and module.is_cross_attention:
+                original = module.processor
+                # diffusers calls any processor, though it names its own as types
+                module.processor = RegionalAttention(original, plan)  # pyright: ignore[reportAttributeAccessIssue]
+                stack.callback(setattr, module, "processor", original)
+        inside = set(denoiser.modules())
+        for index, adapter in enumerate(adapters):
+            for layer in lora_layers(backbone, adapter.name).values():
+                if layer in inside:
+                    handle = layer.lora_B[adapter.name].register_forward_hook(_scaled(plan, index))
+                    stack.callback(handle.remove)
+        yield
+
+
+def _scaled(plan: Plan, adapter: int):
+    def hook(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
+        return output * plan.loudness(adapter, output)
+
+    return hook
+
+
+@torch.no_grad()
+def encode_parts(
+    backbone: Backbone,
+    texts: Sequence[tuple[str, str]],
+    count: int,
+    adapters: Sequence[Attached],
+    factors: list[list[float]],
+) -> Conditioning:
+    """Conditioning (2 count, parts * tokens, width) of (prompt, negative) per part.
+
+    Each part is encoded with its own adapter weights. Rows are [negatives; prompts]. What there is
+    but states, such as SDXL's pooled embeddings, is the whole picture's.
+    """
+    parts = []
+    for (prompt, negative), row in zip(texts, factors, strict=True):
+        with turned(backbone, adapters, row):
+            parts.append(backbone.encode_prompts([negative] * count + [prompt] * count))
+    return Conditioning(torch.cat([part.states for part in parts], 1), parts[0].extra)
+
+
+def regionally_guided(
+    backbone: Backbone,
+    prompt: str,
+    regions: Sequence[Region],
+    *,
+    negative: str,
+    guidance: float,
+    width: int,
+    height: int,
+    count: int = 1,
+    adapters: Sequence[Attached] = (),
+) -> Predict:
+    """What predicts the prompt's picture with the regions' prompts in it, `count` in a batch.
+
+    A region without a negative prompt takes the whole's. Sides are in pixels. The model is changed
+    for the length of each prediction only.
+    """
+    factors = adapter_weights(regions, prompt, [adapter.triggers for adapter in adapters])
+    texts = [(prompt, negative)]
+    texts += [(region.prompt, region.negative or negative) for region in regions]
+    conditioning = encode_parts(backbone, texts, count, adapters, factors)
+    scale = backbone.pixels_per_latent
+    plan = Plan(regions, height // scale, width // scale, factors)
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        with regional(backbone, plan, adapters):
+            return guided_prediction(
+                latents, timestep, backbone=backbone, conditioning=conditioning, guidance=guidance
+            )
+
+    return predict

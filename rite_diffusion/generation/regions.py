@@ -1,0 +1,121 @@
+"""Regions of a picture with prompts of their own: how they are written, and who rules where."""
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rite_diffusion.types import ConfigError
+
+FORM = '"x0,y0,x1,y1: prompt", with fractions of width and height, such as "0,0,0.5,1: a cat"'
+SHARPNESS = 4  # of the border between overlapping regions: the power of the depth below
+
+
+@dataclass(frozen=True)
+class Region:
+    """A box, in fractions of the picture's sides, and what is drawn there."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    prompt: str
+    negative: str = ""
+    weights: tuple[float, ...] | None = None  # one per adapter; None: by the prompt's triggers
+
+    def __str__(self) -> str:
+        box = ",".join(f"{side:g}" for side in (self.left, self.top, self.right, self.bottom))
+        fields = [f"{box}: {self.prompt}"]
+        if self.negative or self.weights is not None:
+            fields.append(self.negative)
+        if self.weights is not None:
+            fields.append(",".join(f"{weight:g}" for weight in self.weights))
+        return " :: ".join(fields)
+
+
+def parse_region(text: str) -> Region:
+    """The region of `x0,y0,x1,y1: prompt [:: negative [:: weights]]`; ConfigError says what is off.
+
+    `weights` are numbers, one per adapter in their order; an empty field takes the default.
+    """
+    box, colon, rest = text.partition(":")
+    corners = _numbers(box)
+    if not colon or len(corners) != 4:
+        raise ConfigError(f"region '{text}' is not {FORM}")
+    left, top, right, bottom = corners
+    if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+        raise ConfigError(f"region '{text}': 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1 must hold")
+    fields = [field.strip() for field in rest.split("::")]
+    prompt, negative, weights = [*fields, "", ""][:3]
+    if not prompt or len(fields) > 3:
+        raise ConfigError(f"region '{text}' is not {FORM} [:: negative [:: weights]]")
+    chosen = tuple(_numbers(weights)) if weights else None
+    if weights and not (chosen and all(-10 <= weight <= 10 for weight in chosen)):
+        raise ConfigError(f"region '{text}': weights '{weights}' are not numbers from -10 to 10")
+    return Region(left, top, right, bottom, prompt, negative, chosen)
+
+
+def _numbers(text: str) -> list[float]:
+    """The finite numbers of a comma-separated list; none where one of them is no number."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        return []
+    return numbers if all(math.isfinite(number) for number in numbers) else []
+
+
+def region_shares(regions: Sequence[Region], height: int, width: int) -> Tensor:
+    """Shares (1 + regions, height, width) that sum to 1 in every cell; the first is the whole's.
+
+    Outside all boxes the whole rules alone, inside the boxes the regions do. Where boxes overlap,
+    each counts by how deep inside it the cell lies, raised to SHARPNESS: continuous, and nearly
+    all to one region everywhere but on a narrow seam, so that attributes do not mix.
+    """
+    depths = torch.stack([_depth(region, height, width) for region in regions]).double()
+    powers = depths**SHARPNESS
+    total = powers.sum(0)
+    inside = powers / total.where(total > 0, 1.0)
+    outside = (total == 0).double()
+    return torch.cat([outside[None], inside]).float()
+
+
+def _depth(region: Region, height: int, width: int) -> Tensor:
+    """How deep (height, width) each cell's centre lies in the box: 0 outside, 1 in its middle."""
+    x = (torch.arange(width).double() + 0.5) / width
+    y = (torch.arange(height).double() + 0.5) / height
+    across = torch.minimum(x - region.left, region.right - x) * 2 / (region.right - region.left)
+    down = torch.minimum(y - region.top, region.bottom - y) * 2 / (region.bottom - region.top)
+    return torch.minimum(across[None, :], down[:, None]).clamp(min=0)
+
+
+def adapter_weights(
+    regions: Sequence[Region], prompt: str, triggers: Sequence[Sequence[str]]
+) -> list[list[float]]:
+    """Factors [1 + regions][adapters] on the adapters' weights, the whole picture's first.
+
+    `triggers` are each adapter's. An adapter that some region's prompt calls acts in those regions
+    alone, and in the whole if the prompt calls it too; one that no region calls acts everywhere.
+    A region's own `weights` stand above that. ConfigError where their number is wrong.
+    """
+    for region in regions:
+        if region.weights is not None and len(region.weights) != len(triggers):
+            raise ConfigError(
+                f"region '{region}' has {len(region.weights)} weights for {len(triggers)} adapters"
+            )
+    rows = []
+    for text in (prompt, *(region.prompt for region in regions)):
+        called = [_calls(text, words) for words in triggers]
+        routed = [any(_calls(region.prompt, words) for region in regions) for words in triggers]
+        rows.append([float(c or not r) for c, r in zip(called, routed, strict=True)])
+    for index, region in enumerate(regions, start=1):
+        if region.weights is not None:
+            rows[index] = list(region.weights)
+    return rows
+
+
+def _calls(prompt: str, triggers: Sequence[str]) -> bool:
+    """Whether the prompt has one of the triggers as a word of its own."""
+    return any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt) for word in triggers)

@@ -1,0 +1,236 @@
+"""Adapter files into one adapter file; sketches; the report of what interferes."""
+
+import json
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+
+from rite_diffusion.adapters import Adapter, attach, detach, load_adapter, save_adapter
+from rite_diffusion.adapters.choice import choose_adapters
+from rite_diffusion.evaluation.conflict_sheet import ConceptPictures, conflict_sheet
+from rite_diffusion.fusion.measure import measure
+from rite_diffusion.fusion.members import Member, checked
+from rite_diffusion.fusion.merge import merge, method_named
+from rite_diffusion.fusion.prompts import concept_prompts
+from rite_diffusion.fusion.report import ConflictReport, report_on
+from rite_diffusion.fusion.settings import FusionSettings
+from rite_diffusion.fusion.sketch import load_sketch, save_sketch, sketch_path
+from rite_diffusion.fusion.statistics import USUAL, Drawing
+from rite_diffusion.generation.output import output_target
+from rite_diffusion.generation.sampler import default_guidance, sample
+from rite_diffusion.recipes import open_base
+from rite_diffusion.types import Backbone, FusionError
+
+SHOWN = 2  # pictures of each concept in a report
+SKETCH_DIRECTIONS = 64  # per layer in a sketch file
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `fuse_and_report` made."""
+
+    adapter: Path
+    report: ConflictReport
+    json: Path
+    sheet: Path
+
+
+def fuse(
+    adapters: Sequence[str | Path],
+    *,
+    method: str = "gram",
+    out: str | Path = "fused.safetensors",
+    base: str | None = None,
+    drawing: Drawing = USUAL,
+    listen: Callable[[int], None] = lambda pictures: None,
+    **settings: Any,
+) -> Path:
+    """Fuse adapters, `FILE` or `FILE:WEIGHT`, into one file and return its path.
+
+    `settings` are those of `FusionSettings`: `rank=8`, `preserve=0.5`. Methods that need statistics
+    take them from sketches beside the files, else from a few pictures that the base model draws;
+    `listen` hears how many are drawn. Raises FusionError or AdapterError before a file is written.
+    """
+    chosen_settings = checked_settings(settings)
+    members = _members(adapters, Path(out))
+    if method_named(method).statistics and len(members) > 1:
+        members = with_sketches(members, _opener(base, members), drawing, listen)
+    return _write(Path(out), merge(members, method, chosen_settings))
+
+
+def fuse_and_report(
+    adapters: Sequence[str | Path],
+    *,
+    method: str = "gram",
+    out: str | Path = "fused.safetensors",
+    base: str | None = None,
+    drawing: Drawing = USUAL,
+    listen: Callable[[int], None] = lambda pictures: None,
+    **settings: Any,
+) -> Outcome:
+    """Like `fuse`, and write the conflict report beside it: `.report.json` and `.report.png`.
+
+    The base model draws each concept by its adapter alone, by the plain sum, and by the result.
+    """
+    chosen_settings = checked_settings(settings)
+    method_named(method)
+    members = _members(adapters, Path(out))
+    open_backbone = _opener(base, members)
+    members = with_sketches(members, open_backbone, drawing, listen)
+    fused = merge(members, method, chosen_settings)
+    report = report_on(members, fused)
+    pictures = draw_concepts(open_backbone(), checked(members), fused, drawing.seed)
+    path = _write(Path(out), fused)
+    stem = path.name.removesuffix(".safetensors")
+    figures, sheet = (path.with_name(f"{stem}.report.{kind}") for kind in ("json", "png"))
+    figures.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
+    conflict_sheet(report, pictures).save(sheet)
+    return Outcome(path, report, figures, sheet)
+
+
+def checked_settings(settings: dict[str, Any]) -> FusionSettings:
+    """The settings; FusionError names an unknown one."""
+    unknown = settings.keys() - vars(FusionSettings()).keys()
+    if unknown:
+        known = ", ".join(vars(FusionSettings()))
+        raise FusionError(f"unknown setting '{min(unknown)}': choose from {known}.")
+    return FusionSettings(**settings)
+
+
+def _members(adapters: Sequence[str | Path], out: Path) -> list[Member]:
+    """The adapters, after every check that needs no base model."""
+    if out.suffix != ".safetensors":
+        raise FusionError(f"{out} is no .safetensors file: name one as --out.")
+    chosen = choose_adapters(adapters)
+    if out.resolve() in {each.path.resolve() for each in chosen}:
+        raise FusionError(f"{out} is one of the adapters to fuse: choose another --out.")
+    members = [Member(each.adapter, each.weight, each.path) for each in chosen]
+    checked(members)
+    output_target(out.expanduser().parent, 1)
+    return members
+
+
+def _opener(base: str | None, members: list[Member]) -> Callable[[], Backbone]:
+    """A function that opens the base model when it is first called."""
+    return cache(lambda: open_base(base, [member.adapter.info for member in members]))
+
+
+def _write(out: Path, adapter: Adapter) -> Path:
+    path = out.expanduser()
+    save_adapter(path, adapter)
+    return path
+
+
+def with_sketches(
+    members: list[Member],
+    open_backbone: Callable[[], Backbone],
+    drawing: Drawing,
+    listen: Callable[[int], None],
+) -> list[Member]:
+    """The members with their sketches: from files beside the adapters, the others measured now."""
+    members = [_with_file(member) for member in members]
+    bare = [member for member in members if member.sketch is None]
+    if not bare:
+        return members
+    prompts = [concept_prompts(member.adapter.info, member.file) for member in bare]
+    backbone = open_backbone()
+    with out_of_memory_explained():
+        sketches = measure(backbone, [m.adapter for m in bare], prompts, drawing, listen)
+    measured = {member.digest: sketch for member, sketch in zip(bare, sketches, strict=True)}
+    return [replace(m, sketch=m.sketch or measured[m.digest]) for m in members]
+
+
+def _with_file(member: Member) -> Member:
+    """The member with the sketch beside its file, if there is one."""
+    path = sketch_path(member.file)
+    if not path.is_file():
+        return member
+    sketch = load_sketch(path)
+    if sketch.facts.adapter != member.digest:
+        raise FusionError(
+            f"{path} was made from another version of {member.file.name}: "
+            f"make it again with `rite sketch {member.file}`, or delete it."
+        )
+    return replace(member, sketch=sketch)
+
+
+def sketch(
+    adapter: str | Path,
+    *,
+    out: str | Path | None = None,
+    base: str | None = None,
+    prompts: Sequence[str] = (),
+    directions: int = SKETCH_DIRECTIONS,
+    drawing: Drawing = USUAL,
+    listen: Callable[[int], None] = lambda pictures: None,
+) -> Path:
+    """Write `FILE.sketch.safetensors` beside an adapter: what others need to fuse it.
+
+    `prompts` default to a few with the adapter's trigger; `directions` bounds the file's size.
+    """
+    if not 1 <= directions <= 4096:
+        raise FusionError(f"{directions} directions are not between 1 and 4096")
+    path = Path(adapter).expanduser()
+    content = load_adapter(path)
+    target = Path(out).expanduser() if out else sketch_path(path)
+    wanted = list(prompts) or concept_prompts(content.info, path)
+    output_target(target.parent, 1)
+    backbone = open_base(base, [content.info])
+    with out_of_memory_explained():
+        [made] = measure(backbone, [content], [wanted], drawing, listen)
+    save_sketch(target, made, directions)
+    return target
+
+
+@contextmanager
+def out_of_memory_explained():
+    """Turn running out of memory into a FusionError that says what helps."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise FusionError(
+            f"not enough memory for the statistics ({error}): make a sketch of one adapter after "
+            "the other with `rite sketch`, or use a method without statistics."
+        ) from None
+
+
+def draw_concepts(
+    backbone: Backbone, members: list[Member], fused: Adapter, seed: int
+) -> list[ConceptPictures]:
+    """Each member's concept by its adapter alone, by all added up, and by the fused adapter."""
+    prompts = [_shown_prompt(member) for member in members]
+    alone = [_draw(backbone, [(m.adapter, m.weight)], [p], seed)[0]
+             for m, p in zip(members, prompts, strict=True)]  # fmt: skip
+    summed = _draw(backbone, [(m.adapter, m.weight) for m in members], prompts, seed)
+    together = _draw(backbone, [(fused, 1.0)], prompts, seed)
+    return [ConceptPictures(*three) for three in zip(alone, summed, together, strict=True)]
+
+
+def _shown_prompt(member: Member) -> str:
+    triggers = member.adapter.info.triggers()
+    if not triggers:
+        assert member.sketch is not None  # made with prompts of its own
+        return member.sketch.facts.prompts.splitlines()[0]
+    return f"a {triggers[0]} on a blue background"
+
+
+def _draw(
+    backbone: Backbone, adapters: list[tuple[Adapter, float]], prompts: list[str], seed: int
+) -> list[list[Image]]:
+    """Pictures of each prompt with these adapters attached."""
+    names = [f"report_{index}" for index in range(len(adapters))]
+    for name, (adapter, weight) in zip(names, adapters, strict=True):
+        attach(backbone, adapter, name, weight)
+    try:
+        seeds = list(range(seed, seed + SHOWN))
+        guidance = default_guidance(backbone)
+        return [sample(backbone, [prompt] * SHOWN, seeds, guidance=guidance) for prompt in prompts]
+    finally:
+        for name in names:
+            detach(backbone, name)

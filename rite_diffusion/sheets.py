@@ -1,0 +1,210 @@
+"""Sheets that compare pictures over prompts, adapters, weights, ways of combining, and seeds."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import PngImagePlugin
+from PIL.Image import Image
+
+import rite_diffusion
+from rite_diffusion.adapters import attach, detach
+from rite_diffusion.adapters.choice import Chosen, choose_adapters
+from rite_diffusion.fusion import FUSIONS
+from rite_diffusion.fusion.members import Member, checked
+from rite_diffusion.fusion.merge import merge, method_named
+from rite_diffusion.fusion.settings import FusionSettings
+from rite_diffusion.fusion.statistics import USUAL
+from rite_diffusion.generation.grid import labelled_grid
+from rite_diffusion.generation.metadata import KEY
+from rite_diffusion.generation.output import output_target
+from rite_diffusion.generation.picture import complete, picture
+from rite_diffusion.merging import with_sketches
+from rite_diffusion.recipes import open_base
+from rite_diffusion.types import Backbone, ConfigError
+
+AXES = ("prompt", "adapter", "weight", "method", "seed")
+ATTACHED = "attached"  # the method of adapters side by side, unfused
+MOST = 2500  # pictures on a sheet
+NAME = "sheet"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one picture of a sheet is made of."""
+
+    prompt: str
+    adapter: str  # FILE[:WEIGHT] items joined by +, or "" for the base alone
+    weight: float  # on top of the files' own
+    method: str
+    seed: int
+
+    def label(self, axis: str) -> str:
+        """The cell's value on an axis, in words."""
+        if axis == "adapter":
+            files = [Path(item).name for item in self.adapter.split("+")]
+            return " + ".join(files).replace(".safetensors", "") or "base alone"
+        value = getattr(self, axis)
+        return {"weight": f"weight {value}", "seed": f"seed {value}"}.get(axis, str(value))
+
+    def chosen(self) -> list[Chosen]:
+        """The adapters at their full weights."""
+        items = choose_adapters([item for item in self.adapter.split("+") if item])
+        return [replace(each, weight=each.weight * self.weight) for each in items]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Cells in rows and columns."""
+
+    rows: list[list[Cell]]
+    row_axes: list[str]
+    column_axis: str
+
+    def cells(self) -> list[Cell]:
+        """All cells, row by row."""
+        return [cell for row in self.rows for cell in row]
+
+    def setups(self) -> dict[Cell, list[Cell]]:
+        """One cell for each way to set the model up -> all cells that are drawn with it."""
+        groups: dict[tuple, list[Cell]] = {}
+        for cell in self.cells():
+            groups.setdefault((cell.adapter, cell.weight, cell.method), []).append(cell)
+        return {cells[0]: cells for cells in groups.values()}
+
+    def row_labels(self) -> list[str]:
+        """What distinguishes each row."""
+        return [", ".join(row[0].label(axis) for axis in self.row_axes) for row in self.rows]
+
+    def column_labels(self) -> list[str]:
+        """What distinguishes each column."""
+        return [cell.label(self.column_axis) for cell in self.rows[0]]
+
+
+def plan_sheet(values: dict[str, Sequence], columns: str) -> Sheet:
+    """The sheet of every combination of the axes' values; `columns` names the axis that runs right.
+
+    Rows run through all other axes; those with several values label them.
+    """
+    if columns not in AXES:
+        raise ConfigError(f"no axis '{columns}': choose one of {', '.join(AXES)}")
+    for axis in AXES:
+        if not values[axis]:
+            raise ConfigError(f"the sheet has no {axis}: give at least one")
+    for method in values["method"]:
+        if method != ATTACHED:
+            method_named(method)
+    down = [axis for axis in AXES if axis != columns]
+    points = [
+        dict(zip(down, point, strict=True))
+        for point in itertools.product(*(values[axis] for axis in down))
+    ]
+    rows = [[Cell(**point, **{columns: value}) for value in values[columns]] for point in points]
+    if len(rows) * len(rows[0]) > MOST:
+        raise ConfigError(f"{len(rows)} x {len(rows[0])} pictures are more than {MOST}")
+    varied = [axis for axis in down if len(values[axis]) > 1]
+    return Sheet(rows, varied or ["prompt"], columns)
+
+
+def grid(
+    prompts: Sequence[str],
+    *,
+    adapters: Sequence[str] = ("",),
+    weights: Sequence[float] = (1.0,),
+    methods: Sequence[str] = (ATTACHED,),
+    seeds: Sequence[int] = (0,),
+    columns: str = "seed",
+    base: str | None = None,
+    steps: int = 25,
+    guidance: float | None = None,
+    negative: str = "",
+    width: int | None = None,
+    height: int | None = None,
+    cell: int = 192,
+    out: str | Path | None = None,
+    listen: Callable[[int, int], None] = lambda done, total: None,
+) -> Image:
+    """A sheet of pictures of all combinations, `columns` (an axis of AXES) from left to right.
+
+    Each of `adapters` is a `FILE[:WEIGHT]`, several joined by `+`, or "" for the base alone; a
+    weight multiplies those of its files; a method says how several are combined: `attached` or one
+    of FUSIONS. With `out`, a `.png` whose text holds every picture's parameters.
+    """
+    axes = {
+        "prompt": prompts,
+        "adapter": adapters,
+        "weight": weights,
+        "method": methods,
+        "seed": seeds,
+    }
+    sheet = plan_sheet(axes, columns)
+    infos = [chosen.adapter.info for each in sheet.setups() for chosen in each.chosen()]
+    if out is not None and Path(out).suffix.lower() != ".png":
+        raise ConfigError(f"{out} is no .png file: name one as --out.")
+    target = None if out is None else output_target(Path(out).expanduser(), 1)
+    backbone = open_base(base, infos)
+    settings = {
+        "negative": negative, "steps": steps, "guidance": guidance, "width": width, "height": height
+    }  # fmt: skip
+    pictures = _draw(backbone, sheet, settings, listen)
+    rows = [[pictures[each][0] for each in row] for row in sheet.rows]
+    image = labelled_grid(rows, sheet.row_labels(), sheet.column_labels(), cell)
+    if target is not None:
+        facts = [[asdict(each) | pictures[each][1] for each in row] for row in sheet.rows]
+        image.save(target, "PNG", pnginfo=_text(sheet, facts))
+        image.info["path"] = str(target)
+    return image
+
+
+def _text(sheet: Sheet, facts: list[list[dict]]) -> PngImagePlugin.PngInfo:
+    """The PNG's text: the axes, and every picture's parameters row by row."""
+    info = PngImagePlugin.PngInfo()
+    axes = {"rows": sheet.row_axes, "columns": sheet.column_axis}
+    content = {"version": rite_diffusion.__version__, **axes, "pictures": facts}
+    info.add_text(f"{KEY}_grid", json.dumps(content))
+    return info
+
+
+def _draw(
+    backbone: Backbone,
+    sheet: Sheet,
+    settings: dict[str, Any],
+    listen: Callable[[int, int], None],
+) -> dict[Cell, tuple[Image, dict]]:
+    """Each cell's picture and parameters; cells with the same adapters are drawn in one go."""
+    total = len(sheet.cells())
+    drawn: dict[Cell, tuple[Image, dict]] = {}
+    for first, cells in sheet.setups().items():
+        chosen = first.chosen()
+        records = [each.record() for each in chosen]
+        with _attached(backbone, chosen, first.method):
+            for cell in cells:
+                facts = complete(backbone, records, prompt=cell.prompt, seed=cell.seed, **settings)
+                drawn[cell] = picture(backbone, facts), asdict(facts)
+                listen(len(drawn), total)
+    return drawn
+
+
+@contextmanager
+def _attached(backbone: Backbone, chosen: list[Chosen], method: str) -> Iterator[None]:
+    """The adapters in the backbone, side by side or fused by a method, until the block ends."""
+    if method == ATTACHED or len(chosen) < 2:
+        present = [(each.adapter, each.weight) for each in chosen]
+    else:
+        members = [Member(each.adapter, each.weight, each.path) for each in chosen]
+        checked(members)
+        if FUSIONS[method].statistics:
+            members = with_sketches(members, lambda: backbone, USUAL, lambda pictures: None)
+        present = [(merge(members, method, FusionSettings()), 1.0)]
+    names = [f"{NAME}_{index}" for index in range(len(present))]
+    for name, (adapter, weight) in zip(names, present, strict=True):
+        attach(backbone, adapter, name, weight)
+    try:
+        yield
+    finally:
+        for name in names:
+            detach(backbone, name)

@@ -1,0 +1,159 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import rite_diffusion as rite
+from fusion_layers import dense, random_member
+from rite_diffusion.adapters import attach, load_adapter
+from rite_diffusion.backbones import load_backbone
+from rite_diffusion.cli import app
+from rite_diffusion.evaluation.conflict_sheet import conflict_sheet, layer_label
+from rite_diffusion.fusion.merge import merge
+from rite_diffusion.fusion.report import report_on
+from rite_diffusion.fusion.settings import FusionSettings
+from rite_diffusion.fusion.statistics import Drawing
+from rite_diffusion.merging import fuse_and_report
+from rite_diffusion.types import FusionError, RiteError
+from test_adapters import prediction
+from test_cli import rite as command
+
+FEW = Drawing(steps=1)
+
+
+def test_a_plain_sum_acts_as_both_attached(adapters, tiny_folder, tmp_path):
+    out = rite.fuse(
+        [f"{adapters[0]}:0.5", adapters[1]],
+        method="concat",
+        out=tmp_path / "f.safetensors",
+    )
+    together, fused = load_backbone(str(tiny_folder)), load_backbone(str(tiny_folder))
+    attach(together, load_adapter(adapters[0]), "a", 0.5)
+    attach(together, load_adapter(adapters[1]), "b")
+    attach(fused, load_adapter(out), "f")
+    torch.testing.assert_close(prediction(fused), prediction(together), rtol=1e-3, atol=1e-4)
+    assert (prediction(fused) - prediction(load_backbone(str(tiny_folder)))).abs().max() > 1e-2
+
+
+def test_plain_diffusers_reads_a_fused_file(adapters, tiny_folder, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    out = rite.fuse(adapters, base=str(tiny_folder), drawing=FEW, out=tmp_path / "f.safetensors")
+    ours = load_backbone(str(tiny_folder))
+    attach(ours, load_adapter(out), "f")
+    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, torch_dtype=torch.float32)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="f.safetensors", use_safetensors=True)
+    noisy = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        states, _ = pipeline.encode_prompt("a red cat", "cpu", 1, False)
+        theirs = pipeline.unet(noisy, torch.tensor([500]), states).sample
+    torch.testing.assert_close(theirs, prediction(ours), rtol=1e-3, atol=1e-3)
+
+
+def test_sketches_spare_the_base_and_give_nearly_the_same(adapters, tiny_folder, tmp_path):
+    drawn = rite.fuse(adapters, base=str(tiny_folder), drawing=FEW, out=tmp_path / "d.safetensors")
+    for path in adapters:
+        rite.sketch(path, base=str(tiny_folder), drawing=FEW, directions=400)
+    with_sketches = rite.fuse(adapters, base="nowhere", out=tmp_path / "s.safetensors")
+    expected = dense(load_adapter(drawn))
+    for name, update in dense(load_adapter(with_sketches)).items():
+        assert (update - expected[name]).norm() < 0.05 * expected[name].norm()
+
+
+def test_an_outdated_sketch_is_refused(adapters, tiny_folder, tmp_path):
+    rite.sketch(adapters[0], base=str(tiny_folder), drawing=FEW)
+    adapters[0].with_suffix(".sketch.safetensors").rename(tmp_path / "1.sketch.safetensors")
+    with pytest.raises(FusionError, match="another version of 1.safetensors"):
+        rite.fuse(adapters, base=str(tiny_folder), out=tmp_path / "f.safetensors")
+    assert not (tmp_path / "f.safetensors").exists()
+
+
+def test_the_report_tells_before_from_after(tmp_path):
+    members = [random_member(seed) for seed in range(3)]
+    fused = merge(members, "gram", FusionSettings(ridge=1e-6))
+    report = report_on(members, fused)
+    assert report.concepts == ["<0>", "<1>", "<2>"]
+    assert all(report.crosstalk[i][i] == pytest.approx(1) for i in range(3))
+    assert all(a < 0.6 * b for a, b in zip(report.after, report.before, strict=True))
+    summed = report_on(members, merge(members, "concat", FusionSettings()))
+    assert summed.after == pytest.approx(report.before)
+    layer = report.layers[0]
+    one, two = (dense(m.adapter)[layer.name] for m in members[:2])
+    inputs = members[0].sketch.concept[layer.name].root().mT
+    expected = (two @ inputs).norm() / (one @ inputs).norm()
+    assert layer.crosstalk[0][1] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_the_reports_sheet_is_drawn_for_concepts_that_share_no_layer():
+    first, second = random_member(0), random_member(1)
+    names = sorted(first.pairs)
+    half = [
+        replace(m, adapter=replace(m.adapter, pairs=[m.pairs[n] for n in names[part::2]]))
+        for part, m in enumerate((first, second))
+    ]
+    report = report_on(half, merge(half, "concat", FusionSettings()))
+    json.dumps(report.as_dict(), allow_nan=False)
+    assert conflict_sheet(report, []).width == 1120
+    assert layer_label(names[0]) == "text layers_0_self_attn_q_proj"
+
+
+def test_fuse_and_report_writes_adapter_figures_and_sheet(adapters, tiny_folder, tmp_path):
+    outcome = fuse_and_report(
+        adapters, base=str(tiny_folder), drawing=FEW, out=tmp_path / "f.safetensors"
+    )
+    assert {path.name for path in tmp_path.glob("f.*")} == {
+        "f.safetensors", "f.report.json", "f.report.png"
+    }  # fmt: skip
+    figures = json.loads(outcome.json.read_text())
+    assert figures["concepts"] == ["<0>", "<1>"] and len(figures["layers"]) == len(
+        load_adapter(adapters[0]).pairs
+    )
+    sheet = np.asarray(Image.open(outcome.sheet))
+    assert sheet.std() > 10
+
+
+def test_the_command_fuses_and_inspects(adapters, tmp_path):
+    out = tmp_path / "f.safetensors"
+    done = command("fuse", adapters[0], f"{adapters[1]}:0.5", "--method", "weighted", "--rank", 3,
+                   "--out", out)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "concepts    <0>, <1>" in done.stdout
+    shown = command("inspect", out).stdout
+    concept = "<1>, , from 1.safetensors at weight 0.5"
+    assert all(words in shown for words in ("fused: weighted", concept, "rank             3"))
+
+
+BAD = {
+    "same adapter": ["{0}", "{0}"],
+    "weight 0": ["{0}", "{1}:0"],
+    "weight 99": ["{0}", "{1}:99"],
+    "no adapter file": ["{0}", "nowhere.safetensors"],
+    "no method 'gran'": ["{0}", "{1}", "--method", "gran"],
+    "unknown setting 'rink'": ["{0}", "{1}", "--set", "rink=3"],
+    "trim = 'x' is not": ["{0}", "{1}", "--set", "trim=x"],
+    "rank = 0": ["{0}", "{1}", "--rank", "0"],
+    "is one of the adapters": ["{0}", "{1}", "--out", "{0}"],
+    "no .safetensors file": ["{0}", "{1}", "--out", "f.bin"],
+    "pass its path as --base": ["{0}", "{1}"],
+    "rank or an error": ["{0}", "{1}", "--method", "svd"],
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_bad_input_is_refused_and_writes_nothing(words, adapters, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.read_bytes() for path in adapters}
+    arguments = [item.format(*adapters) for item in BAD[words]]
+    result = CliRunner().invoke(app, ["fuse", *arguments])
+    assert isinstance(result.exception, RiteError) and words in str(result.exception)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_bad_input_on_the_command_line_is_one_line(adapters):
+    done = command("fuse", adapters[0], adapters[0])
+    assert done.returncode == 2 and "holds the same adapter" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
