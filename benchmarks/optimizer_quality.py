@@ -1,8 +1,9 @@
 """How well and how fast each optimizer learns a concept, over learning rates and seeds.
 
 `python benchmarks/optimizer_quality.py` trains every example concept on the pocket base with every
-optimizer, at three seeds and rates over four decades: a rate per decade, then the two half decades
-beside each optimizer's best. The judge scores pictures at fixed steps: identity with the photos,
+optimizer, at rates over four decades: a rate per decade, then the two half decades beside each
+optimizer's best. In a round every concept is learned with one seed; three rounds are all concepts
+with all seeds. The judge scores pictures at fixed steps: identity with the photos,
 and how far pictures of other things drift. Each finished run is a line of
 results/optimizer_quality.jsonl; started again, it does what is missing. At the end (or with
 --report alone) it writes results/optimizer_quality.json and .png.
@@ -53,12 +54,13 @@ def rounded(power: float) -> float:
     return float(f"{10**power:.3g}")
 
 
-def runs(concepts: list[str], seeds: tuple[int, ...], grid: dict[str, list[float]]) -> list[dict]:
-    """Every run at the rates of `grid`, seed by seed, so that a stopped sweep is balanced."""
+def runs(concepts: list[str], rounds: int, grid: dict[str, list[float]]) -> list[dict]:
+    """Every run at the rates of `grid`: in each round all concepts, in all rounds all seeds."""
     return [
-        {"concept": concept, "optimizer": optimizer, "rate": rate, "seed": seed}
-        for seed in seeds
-        for concept in concepts
+        {"concept": concept, "optimizer": optimizer, "rate": rate, "seed": SEEDS[seed]}
+        for turn in range(rounds)
+        for index, concept in enumerate(concepts)
+        for seed in [(index + turn) % len(SEEDS)]
         for optimizer, chosen in grid.items()
         for rate in chosen
     ]
@@ -265,19 +267,18 @@ def main() -> None:
     """Do the runs that are missing, then write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--concepts", nargs="+", default=list(CONCEPTS), choices=CONCEPTS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--rounds", type=int, default=len(SEEDS), choices=range(1, len(SEEDS) + 1))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long")
     parser.add_argument("--report", action="store_true", help="only write the figures")
     options = parser.parse_args()
     deadline = time.time() + 60 * options.minutes
-    seeds = tuple(options.seeds)
     if not options.report:
         grid = {optimizer: rates(optimizer) for optimizer in LOWEST}
-        if work(runs(options.concepts, seeds, grid), options.processes, deadline):
-            work(
-                runs(options.concepts, seeds, beside_best(finished())), options.processes, deadline
-            )
+        rough = runs(options.concepts, options.rounds, grid)
+        if work(rough, options.processes, deadline):
+            fine = runs(options.concepts, options.rounds, beside_best(finished()))
+            work(fine, options.processes, deadline)
     rows = finished()
     torch.set_num_threads(2)
     write_result(
