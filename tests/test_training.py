@@ -133,7 +133,8 @@ def test_equal_captions_are_encoded_once_with_the_gradients_of_each(photos, pock
     with patch.object(pocket, "encode_prompts", wraps=pocket.encode_prompts) as encode:
         found = states_and_gradients(method.conditioning)
     encode.assert_called_once_with(captions[:2])
-    torch.testing.assert_close(found, states_and_gradients(pocket.encode_prompts))
+    wanted = states_and_gradients(pocket.encode_prompts)  # sums in another order
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_a_text_encoder_that_does_not_train_encodes_a_caption_once(photos, pocket):
