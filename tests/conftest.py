@@ -20,7 +20,8 @@ from rite_diffusion.adapters import save_adapter  # noqa: E402
 from rite_diffusion.backbones import load_backbone  # noqa: E402
 from test_adapters import random_adapter  # noqa: E402
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // _workers)))
 
 
 @pytest.fixture(autouse=True)
