@@ -3,7 +3,8 @@
 `python benchmarks/optimizer_quality.py` trains every example concept on the pocket base with every
 optimizer, at rates over four decades: a rate per decade, then the two half decades beside each
 optimizer's best. In a round every concept is learned with one seed; three rounds are all concepts
-with all seeds. The judge scores pictures at fixed steps: identity with the photos,
+with all seeds. Then whole trainings of fixed lengths, with a rate that decays, at the best rate and
+half a decade above. The judge scores pictures at fixed steps: identity with the photos,
 and how far pictures of other things drift. Each finished run is a line of
 results/optimizer_quality.jsonl; started again, it does what is missing. At the end (or with
 --report alone) it writes results/optimizer_quality.json and .png.
@@ -38,6 +39,7 @@ LOWEST = {"sgd": -3, "adamw": -5, "scaled_sgd": -4, "scaled_adamw": -5, "rite": 
 DECADES = 4
 CHECKS = (12, 25, 50, 100)  # steps at which the pictures are judged
 BATCH = 2
+DECAYED = ("adamw", "scaled_adamw", "rite")  # trained at fixed lengths, the rate falling to zero
 SAMPLING_STEPS = 8
 SEEDS = (0, 1, 2)
 OTHERS = ("dog", "apple", "house", "fish")  # drawn without the trigger, to see the drift
@@ -66,12 +68,22 @@ def runs(concepts: list[str], rounds: int, grid: dict[str, list[float]]) -> list
     ]
 
 
+def decayed_runs(tasks: list[dict]) -> list[dict]:
+    """The runs' twins at every length in CHECKS, their rate on a cosine."""
+    return [task | {"length": length} for length in CHECKS for task in tasks]
+
+
+def best_rate(rows: list[dict], optimizer: str) -> float:
+    """The rate with the highest identity at the last step."""
+    curve = by_rate(rows, optimizer, max(CHECKS))
+    return max(curve, key=lambda rate: curve[rate])
+
+
 def beside_best(rows: list[dict]) -> dict[str, list[float]]:
     """The half decades below and above each optimizer's best rate."""
     grid = {}
     for optimizer in LOWEST:
-        curve = by_rate(rows, optimizer, max(CHECKS))
-        power = math.log10(max(curve, key=lambda rate: curve[rate]))
+        power = round(math.log10(best_rate(rows, optimizer)))
         grid[optimizer] = [rounded(power - 0.5), rounded(power + 0.5)]
     return grid
 
@@ -106,9 +118,12 @@ def run(task: dict) -> dict:
     torch.set_num_threads(1)
     plan, judge = plan_of(task["concept"]), load_judge()
     photos = [photo.image for photo in plan.folder.photos]
-    optim = {"name": task["optimizer"], "lr": task["rate"], "schedule": "constant", "warmup": 0}
+    length = task.get("length")
+    checks = (length,) if length else CHECKS
+    schedule = "cosine" if length else "constant"
+    optim = {"name": task["optimizer"], "lr": task["rate"], "schedule": schedule, "warmup": 0}
     settings = plan.config.model_dump(exclude={"optim"}, exclude_none=True)
-    settings |= {"optim": optim, "seed": task["seed"], "steps": max(CHECKS), "batch": BATCH}
+    settings |= {"optim": optim, "seed": task["seed"], "steps": max(checks), "batch": BATCH}
     config = configure(settings)
     before = other_pictures(plan)
     data = encode_photos(plan.backbone, plan.photos, plan.encoding)
@@ -116,7 +131,7 @@ def run(task: dict) -> dict:
     prompts, identity, recognised = prompts_of(task["concept"]), {}, {}
 
     def after(report) -> None:
-        if report.step in CHECKS:
+        if report.step in checks:
             images = drawn(plan, prompts)
             identity[report.step] = round(judge.identity(photos, images), 4)
             recognised[report.step] = sum(judge.recognised(photos, images)) / len(images)
@@ -136,7 +151,7 @@ def run(task: dict) -> dict:
 
 def key(task: dict) -> tuple:
     """What makes a run that run."""
-    return task["concept"], task["optimizer"], task["rate"], task["seed"]
+    return *(task[name] for name in ("concept", "optimizer", "rate", "seed")), task.get("length")
 
 
 def finished() -> list[dict]:
@@ -147,6 +162,11 @@ def finished() -> list[dict]:
 def score(row: dict, step: int) -> float:
     """Identity at a step; zero for a run that broke."""
     return row["identity"].get(str(step), 0.0)
+
+
+def swept(rows: list[dict]) -> list[dict]:
+    """The rows of the sweep at constant rates."""
+    return [row for row in rows if "length" not in row]
 
 
 def by_rate(rows: list[dict], optimizer: str, step: int) -> dict[float, float]:
@@ -182,8 +202,21 @@ def usable_range(curve: dict[float, float], base: float, share: float = 0.95) ->
     return 10 ** (high - low)
 
 
+def decayed(rows: list[dict]) -> dict[str, dict]:
+    """Optimizer -> rate -> length -> mean identity of trainings of that length."""
+    table: dict[str, dict] = {}
+    for optimizer in DECAYED:
+        for length in CHECKS:
+            here = [row for row in rows if row.get("length") == length]
+            for rate, value in by_rate(here, optimizer, length).items():
+                table.setdefault(optimizer, {}).setdefault(f"{rate:g}", {})[length] = round(
+                    value, 4
+                )
+    return table
+
+
 def report(rows: list[dict]) -> dict:
-    """The figures that the README quotes."""
+    """The sweep's figures."""
     last = max(CHECKS)
     base = statistics.mean(
         base_identity(concept) for concept in sorted({r["concept"] for r in rows})
@@ -263,6 +296,12 @@ def work(tasks: list[dict], processes: int, deadline: float) -> bool:
     return True
 
 
+def rough_rows(tasks: list[dict]) -> list[dict]:
+    """The finished rows of some runs."""
+    wanted = {key(task) for task in tasks}
+    return [row for row in finished() if key(row) in wanted]
+
+
 def main() -> None:
     """Do the runs that are missing, then write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -277,15 +316,19 @@ def main() -> None:
         grid = {optimizer: rates(optimizer) for optimizer in LOWEST}
         rough = runs(options.concepts, options.rounds, grid)
         if work(rough, options.processes, deadline):
-            fine = runs(options.concepts, options.rounds, beside_best(finished()))
-            work(fine, options.processes, deadline)
+            fine = runs(options.concepts, options.rounds, beside_best(rough_rows(rough)))
+            if work(fine, options.processes, deadline):
+                rows = swept(finished())
+                best = {each: [rate, rounded(math.log10(rate) + 0.5)] for each in DECAYED
+                        for rate in [best_rate(rows, each)]}  # fmt: skip
+                whole = runs(options.concepts, 1, best)
+                work(decayed_runs(whole), options.processes, deadline)
     rows = finished()
     torch.set_num_threads(2)
-    write_result(
-        "optimizer_quality",
-        {"settings": {"batch": BATCH, "checks": CHECKS}, "figures": report(rows)},
-    )
-    plot(rows, RESULTS / "optimizer_quality.png")
+    settings = {"batch": BATCH, "checks": CHECKS, "rounds": options.rounds}
+    figures = {"figures": report(swept(rows)), "decayed": decayed(rows)}
+    write_result("optimizer_quality", {"settings": settings} | figures)
+    plot(swept(rows), RESULTS / "optimizer_quality.png")
 
 
 if __name__ == "__main__":
