@@ -1,6 +1,8 @@
+import asyncio
 import os
 import stat
 import struct
+import time
 import zipfile
 from pathlib import Path
 
@@ -256,8 +258,24 @@ def test_a_login_is_a_plain_user_and_a_real_password(text):
 def test_the_gatekeeper_knows_each_user_and_no_other(monkeypatch):
     monkeypatch.setattr("rite_diffusion.ui.access.PAUSE", 0)
     admit = gatekeeper({"me": "long enough", "you": "something else"})
-    assert admit("me", "long enough") and admit("you", "something else")
-    assert not admit("me", "something else") and not admit("nobody", "")
+
+    async def answers(*logins: tuple[str, str]) -> list[bool]:
+        return [await admit(*login) for login in logins]
+
+    assert all(asyncio.run(answers(("me", "long enough"), ("you", "something else"))))
+    assert not any(asyncio.run(answers(("me", "something else"), ("nobody", ""))))
+
+
+def test_guesses_at_one_users_password_are_answered_one_after_another(monkeypatch):
+    monkeypatch.setattr("rite_diffusion.ui.access.PAUSE", 0.05)
+    admit = gatekeeper({"me": "long enough"})
+
+    async def guess(count: int) -> list[bool]:
+        return await asyncio.gather(*(admit("me", f"guess {i}") for i in range(count)))
+
+    start = time.monotonic()
+    assert not any(asyncio.run(guess(6)))
+    assert time.monotonic() - start >= 6 * 0.05
 
 
 @pytest.mark.parametrize("purpose", PURPOSES)
