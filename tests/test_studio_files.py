@@ -228,8 +228,26 @@ def test_rename_delete_and_undo(space, tmp_path):
     assert library.rename(space, "cat", "kitten") == "kitten"
     library.delete(space, "bot")
     assert [card.name for card in library.cards(space)] == ["kitten"]
+    assert space.thrown_away() == "bot"
     space.put_back()
-    assert (space.root / "runs/bot/adapter.safetensors").exists()
+    assert (space.root / "runs/bot/adapter.safetensors").exists() and not space.thrown_away()
+
+
+def test_what_lies_beside_an_adapter_goes_where_it_goes(space, tmp_path):
+    library.bring_in(space, an_adapter(tmp_path / "cat.safetensors"))
+    home = space.folder("adapters")
+    picture(home / "cat.png")
+    (home / "cat.sketch.safetensors").write_bytes(b"statistics")
+    library.rename(space, "cat", "kitten")
+    names = ["kitten.png", "kitten.safetensors", "kitten.sketch.safetensors"]
+    assert sorted(path.name for path in home.iterdir()) == names
+    assert [card.name for card in library.cards(space)] == ["kitten"]
+    library.delete(space, "kitten")
+    assert list(home.iterdir()) == [] and space.thrown_away() == "kitten"
+    space.put_back()
+    assert sorted(path.name for path in home.iterdir()) == names
+    with pytest.raises(StudioError, match="would name a sketch"):
+        library.rename(space, "kitten", "kitten.sketch")
 
 
 # --- who may come in, and what a run is asked for ----------------------------------------------

@@ -43,7 +43,7 @@ class Box:
 def checked_corners(sides: Sequence[float]) -> dict[str, float]:
     """Left, top, right and bottom by name, inside the picture; StudioError for what is no box."""
     left, top, right, bottom = (min(max(round(float(side), 3), 0.0), 1.0) for side in sides)
-    if right - left < SMALLEST or bottom - top < SMALLEST:
+    if not (right - left >= SMALLEST and bottom - top >= SMALLEST):  # nor for NaN
         raise StudioError("that box is too small: drag from corner to corner.")
     return {"left": left, "top": top, "right": right, "bottom": bottom}
 
