@@ -161,6 +161,10 @@ def test_too_many_or_too_much_is_refused_and_leaves_nothing(space, tmp_path, mon
     with pytest.raises(StudioError, match="choose fewer"):
         keep_photos(sources, folder)
     assert list(folder.iterdir()) == []
+    archive = zip_of(tmp_path / "many.zip", {f"{i}.txt": b"" for i in range(9)})
+    monkeypatch.setattr(uploads, "MOST_ENTRIES", 8)
+    with pytest.raises(StudioError, match="over 8 files"):
+        keep_photos([archive], folder)
     (tmp_path / "not.zip").write_bytes(b"PK no")
     with pytest.raises(StudioError, match="zip archive is damaged"):
         keep_photos([str(tmp_path / "not.zip")], folder)
