@@ -43,8 +43,13 @@ def train(
     return run_training(plan, Path(out) if out else default_run(plan), listen, override)
 
 
-def open_base(base: str | None, infos: Sequence[AdapterInfo]) -> StableDiffusion:
-    """The base model; it defaults to the one that the adapters were made for, else to `pocket`."""
+def open_base(base: str | StableDiffusion | None, infos: Sequence[AdapterInfo]) -> StableDiffusion:
+    """The base model; it defaults to the one that the adapters were made for, else to `pocket`.
+
+    A model that is open already comes back as it is.
+    """
+    if isinstance(base, StableDiffusion):
+        return base
     recorded = [info.base for info in infos if info.base]
     base = base or (recorded[0] if recorded else "pocket")
     if base in recorded and base != "pocket" and "/" not in base and not Path(base).exists():

@@ -18,6 +18,7 @@ from models import (  # noqa: E402
 )
 from rite_diffusion.adapters import save_adapter  # noqa: E402
 from rite_diffusion.backbones import load_backbone  # noqa: E402
+from studio_server import Served, studio  # noqa: E402
 from test_adapters import random_adapter  # noqa: E402
 
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -28,6 +29,14 @@ torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // _workers)))
 def _own_cache(tmp_path_factory, monkeypatch):
     """A cache of the test's own; the user's stays as it is."""
     monkeypatch.setenv("RITE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """A studio that its tests share: one page, one workspace, one open base."""
+    workspace = tmp_path_factory.mktemp("studio") / "space"
+    with studio(workspace) as page:
+        yield Served(page, workspace)
 
 
 @pytest.fixture

@@ -10,6 +10,15 @@ from rite_diffusion.types import AdapterError
 
 
 @dataclass(frozen=True)
+class Record:
+    """How a picture names an adapter that it was drawn with."""
+
+    file: str
+    weight: float
+    sha256: str  # the first 16 hex digits of the file's
+
+
+@dataclass(frozen=True)
 class Chosen:
     """An adapter file, its content and its weight."""
 
@@ -17,17 +26,13 @@ class Chosen:
     adapter: Adapter
     weight: float
 
-    def record(self) -> dict[str, str | float]:
-        """File name, weight and the first 16 hex digits of the file's SHA-256."""
+    def record(self) -> Record:
+        """The adapter as a picture names it; a PEFT folder's files are hashed in their order."""
         digest = hashlib.sha256()
         files = self.path.rglob("*.safetensors") if self.path.is_dir() else [self.path]
-        for file in sorted(files):  # a PEFT folder has several
+        for file in sorted(files):
             digest.update(file.read_bytes())
-        return {
-            "file": self.path.name,
-            "weight": self.weight,
-            "sha256": digest.hexdigest()[:16],
-        }
+        return Record(self.path.name, self.weight, digest.hexdigest()[:16])
 
 
 def choose_adapters(wanted: Sequence[str | Path]) -> list[Chosen]:

@@ -5,6 +5,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
+from pydantic import TypeAdapter
+
+from rite_diffusion.adapters.choice import Record
 
 KEY = "rite"
 
@@ -22,7 +25,7 @@ class Parameters:
     height: int
     base: str
     base_fingerprint: str
-    adapters: list[dict]  # file name, weight, sha256 of each
+    adapters: list[Record]
     version: str
     regions: list[str] = field(default_factory=list)  # as `--region` takes them
 
@@ -47,6 +50,9 @@ def save_png(image: Image.Image, path: Path, parameters: Parameters) -> None:
 
 
 def read_parameters(path: Path) -> Parameters:
-    """The parameters that `save_png` wrote; KeyError where a picture has none."""
+    """The parameters that `save_png` wrote.
+
+    KeyError where a picture has none, ValueError where they are not what they should be.
+    """
     with Image.open(path, formats=("PNG",)) as image:
-        return Parameters(**json.loads(image.info[KEY]))
+        return TypeAdapter(Parameters).validate_json(image.info[KEY])

@@ -6,6 +6,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 import rite_diffusion
+from rite_diffusion.adapters.choice import Record
 from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.metadata import Parameters
 from rite_diffusion.generation.regional import regionally_guided
@@ -24,7 +25,7 @@ LONGEST_SIDE = 4096  # pixels
 
 def complete(
     backbone: Backbone,
-    adapters: Sequence[dict],
+    adapters: Sequence[Record],
     *,
     prompt: str,
     negative: str,

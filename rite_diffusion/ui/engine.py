@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from rite_diffusion.adapters import attach, detach
 from rite_diffusion.adapters.attach import set_weight
 from rite_diffusion.adapters.choice import Chosen, choose_adapters
 from rite_diffusion.backbones import StableDiffusion, load_backbone
-from rite_diffusion.generation.attached import attached_name
+from rite_diffusion.generation.attached import Attached, as_attached, attached_name
 from rite_diffusion.generation.metadata import Parameters, save_png
 from rite_diffusion.generation.output import next_file
 from rite_diffusion.generation.picture import complete, estimates
@@ -34,6 +35,7 @@ class Wish:
     guidance: float | None = None
     width: int | None = None
     height: int | None = None
+    regions: tuple[str, ...] = ()  # as `rite generate --region` takes them
 
 
 @dataclass(frozen=True)
@@ -75,14 +77,31 @@ class Engine:
     def _attach(self, backbone: StableDiffusion, chosen: list[Chosen]) -> None:
         wanted = [(each.path, each.path.stat().st_mtime_ns) for each in chosen]
         if wanted != self._attached:
-            for index in range(len(self._attached)):
-                detach(backbone, attached_name(index))
-            self._attached = []
+            self._detach(backbone)
             for index, each in enumerate(chosen):
                 attach(backbone, each.adapter, attached_name(index), each.weight)
                 self._attached = wanted[: index + 1]
         for index, each in enumerate(chosen):
             set_weight(backbone, attached_name(index), each.weight)
+
+    def _detach(self, backbone: StableDiffusion) -> None:
+        for index in range(len(self._attached)):
+            detach(backbone, attached_name(index))
+        self._attached = []
+
+    @contextmanager
+    def lend(
+        self, space: Workspace, base: str, recorded: Sequence[str]
+    ) -> Iterator[StableDiffusion]:
+        """The base model alone, for a recipe, until the block ends; drawings wait that long.
+
+        The base is what a user calls it, by default the first that the adapters were made for.
+        """
+        with self._lock:
+            self._turn += 1
+            backbone = self._open(_named(space, base, recorded))
+            self._detach(backbone)
+            yield backbone
 
     def draw(
         self,
@@ -103,8 +122,9 @@ class Engine:
             turn = self._turn
             backbone, chosen = self._prepare(space, base, adapters)
         records = [each.record() for each in chosen]
+        attached = as_attached(chosen)
         for parameters in [complete(backbone, records, **vars(wish)) for wish in wishes]:
-            frames = _frames(backbone, parameters, space.folder("outputs"))
+            frames = _frames(backbone, parameters, attached, space.folder("outputs"))
             while frame := self._next(frames, turn):
                 yield frame
 
@@ -112,9 +132,8 @@ class Engine:
         self, space: Workspace, base: str, adapters: Sequence[str]
     ) -> tuple[StableDiffusion, list[Chosen]]:
         chosen = choose_adapters(adapters)
-        recorded = [each.adapter.info.base for each in chosen if each.adapter.info.base]
-        named = space.base(base) or space.base(next(iter(recorded), ""))
-        backbone = self._open(named or "pocket")
+        recorded = [each.adapter.info.base for each in chosen]
+        backbone = self._open(_named(space, base, recorded))
         self._attach(backbone, chosen)
         return backbone, chosen
 
@@ -124,10 +143,17 @@ class Engine:
             return next(frames, None) if turn == self._turn else None
 
 
-def _frames(backbone: StableDiffusion, parameters: Parameters, folder: Path) -> Iterator[Frame]:
+def _named(space: Workspace, base: str, recorded: Sequence[str]) -> str:
+    """The base that is asked for, else the first that is recorded, else pocket."""
+    return space.base(base) or space.base(next(filter(None, recorded), "")) or "pocket"
+
+
+def _frames(
+    backbone: StableDiffusion, parameters: Parameters, attached: list[Attached], folder: Path
+) -> Iterator[Frame]:
     """A frame after every step; those that come fast have no picture."""
     shown = 0.0
-    for step, latents in enumerate(estimates(backbone, parameters), 1):
+    for step, latents in enumerate(estimates(backbone, parameters, attached), 1):
         frame = Frame(step, parameters)
         if step == parameters.steps:
             [image] = pictures(backbone, latents)

@@ -91,6 +91,28 @@ CSS = """
   font-size: .9rem; }
 .facts dt { color: var(--body-text-color-subdued); margin: 0; }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
+.box-title { display: block; padding: .5rem .8rem 0; color: var(--colour); }
+.conflicts { display: flex; flex-direction: column; gap: .6rem; font-size: .92rem; }
+.conflicts p, .conflicts h4 { margin: 0; }
+.conflicts > p:first-child { font-size: 1.05rem; font-weight: 600; color: var(--body-text-color); }
+.conflicts h4 { margin-top: .6rem; font-size: .95rem; }
+.conflicts small { font-weight: 400; color: var(--body-text-color-subdued); }
+.conflicts dl { display: grid; grid-template-columns: minmax(5rem, max-content) 1fr;
+  gap: .5rem 1rem; margin: 0; align-items: center; }
+.conflicts dt { overflow-wrap: anywhere; } .conflicts dd { margin: 0; }
+.conflicts dd span { display: flex; align-items: center; gap: .5rem; height: 1.15rem;
+  font-size: .8rem; color: var(--body-text-color-subdued); }
+.conflicts i { display: inline-block; height: .7rem; border-radius: 3px; }
+.conflicts i.before { background: #d9a05b; } .conflicts i.after { background: #6d5ef0; }
+.conflicts .key { font-size: .82rem; color: var(--body-text-color-subdued); }
+.conflicts .key i { width: .7rem; margin: 0 .3rem 0 .6rem; vertical-align: -1px; }
+.conflicts table { border-collapse: separate; border-spacing: 3px; width: auto; }
+.conflicts th { font-weight: 500; padding: .2rem .5rem; text-align: left; }
+.conflicts td { padding: .3rem .6rem; border-radius: 5px; text-align: center; min-width: 3.2rem;
+  background: color-mix(in srgb, #e02424 var(--loud, 0%), rgb(100 116 139 / .12)); }
+.conflicts td:first-child:empty { background: none; }
+.conflicts details td { text-align: left; overflow-wrap: anywhere; font-size: .82rem; }
+.conflicts summary { cursor: pointer; color: var(--body-text-color-subdued); }
 .mono textarea { font-family: var(--font-mono); font-size: .82rem; line-height: 1.5; }
 .queue { margin: 0; padding-left: 1.2rem; font-size: .9rem; }
 .small-drop { min-height: 0 !important; }

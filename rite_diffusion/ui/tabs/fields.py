@@ -47,9 +47,10 @@ def lay_out_fields(prompt: gr.Textbox) -> Fields:
         steps = gr.Slider(1, 100, value=25, step=1, label="Steps", min_width=140)
     with gr.Accordion("Size, guidance, base model", open=False):
         with gr.Row():
-            width = gr.Number(None, label="Width", precision=0, min_width=90)
-            height = gr.Number(None, label="Height", precision=0, min_width=90)
-            guidance = gr.Number(None, label="Guidance", minimum=0, maximum=100, min_width=90)
+            width = gr.Number(None, label="Width", precision=0, min_width=90, placeholder="auto")
+            height = gr.Number(None, label="Height", precision=0, min_width=90, placeholder="auto")
+            guidance = gr.Number(None, label="Guidance", minimum=0, maximum=100, min_width=90,
+                                 placeholder="auto")  # fmt: skip
         base = gr.Textbox(label="Base model", placeholder="the adapters' own, else pocket")
         gr.HTML("<small>What is left empty is the base model's own.</small>")
     return Fields(prompt, negative, seed, fresh, count, steps, guidance, width, height, base)
@@ -60,15 +61,18 @@ def named(values: Sequence[Any]) -> dict[str, Any]:
     return dict(zip([field.name for field in fields(Fields)], values, strict=True))
 
 
-def wishes_of(wanted: dict[str, Any]) -> list["Wish"]:
+def wishes_of(wanted: dict[str, Any], regions: tuple[str, ...] = ()) -> list["Wish"]:
     """The pictures that the fields ask for, with seeds in a row."""
     from rite_diffusion.ui.engine import Wish
 
-    if not wanted["prompt"].strip():
+    if not wanted["prompt"].strip() and not regions:
         raise StudioError("write a prompt first: what should the picture show?")
     count = min(max(int(wanted["count"]), 1), MOST_PICTURES)
     first = random.randrange(2**31) if wanted["fresh"] else int(wanted["seed"] or 0)
     kept = {key: wanted[key] for key in ("prompt", "negative", "guidance")}
     sizes = {key: int(wanted[key]) if wanted[key] else None for key in ("width", "height")}
     steps = min(max(int(wanted["steps"]), 1), MOST_STEPS)
-    return [Wish(**kept, **sizes, seed=first + index, steps=steps) for index in range(count)]
+    return [
+        Wish(**kept, **sizes, seed=first + index, steps=steps, regions=regions)
+        for index in range(count)
+    ]

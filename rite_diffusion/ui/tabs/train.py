@@ -12,11 +12,12 @@ import gradio as gr
 import tomlkit
 
 from rite_diffusion.types import StudioError
+from rite_diffusion.ui import library
 from rite_diffusion.ui.jobs import environment
 from rite_diffusion.ui.page import in_words, tell
 from rite_diffusion.ui.presets import PURPOSES, STANDARD, training_settings
 from rite_diffusion.ui.studio import Studio
-from rite_diffusion.ui.tabs import Refresh
+from rite_diffusion.ui.tabs import Built, Use
 from rite_diffusion.ui.tabs.photos import PhotoPanel, build_photos
 from rite_diffusion.ui.tabs.runs import RunPanel, build_runs
 from rite_diffusion.ui.workspace import Workspace, name_from
@@ -44,7 +45,7 @@ class SettingFields:
         return [getattr(self, field.name) for field in fields(self)]
 
 
-def build(studio: Studio) -> list[Refresh]:
+def build(studio: Studio) -> Built:
     """Lay the tab out and connect it."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=6, min_width=320):
@@ -60,7 +61,8 @@ def build(studio: Studio) -> list[Refresh]:
         with gr.Column(scale=6, min_width=320):
             runs, refresh_runs = build_runs(studio)
     _connect(studio, panel, settings, check, start, report, runs)
-    return [refresh_photos, refresh_runs]
+    use = Use(runs.buttons["use"], runs.name, library.of_run)
+    return Built([refresh_photos, refresh_runs], use)
 
 
 def _lay_out_settings() -> SettingFields:
@@ -75,14 +77,14 @@ def _lay_out_settings() -> SettingFields:
             run_name = gr.Textbox(label="Name of the run", placeholder="the class", min_width=140)
             base = gr.Textbox(label="Base model", placeholder="pocket", min_width=140)
         with gr.Row():
-            steps = gr.Number(None, label="Steps", precision=0, min_width=80, elem_id="steps")
-            rank = gr.Number(None, label="Rank", precision=0, min_width=80)
-            batch = gr.Number(None, label="Batch", precision=0, min_width=80)
+            steps = _number("Steps", "steps")
+            rank = _number("Rank", "rank")
+            batch = _number("Batch", "batch")
             seed = gr.Number(0, label="Seed", precision=0, min_width=80)
         with gr.Row():
             optimizer = gr.Dropdown([""], value="", label="Optimizer", min_width=120)
             rate = gr.Textbox(label="Learning rate", placeholder="1e-3 or auto", min_width=120)
-            every = gr.Number(None, label="Previews every … steps", precision=0, min_width=120)
+            every = _number("Previews every … steps", "every")
         prompts = gr.Textbox(
             label="Preview prompts, one a line", lines=2, placeholder="a {trigger} on the beach"
         )
@@ -95,6 +97,11 @@ def _lay_out_settings() -> SettingFields:
     return SettingFields(
         run_name, purpose, base, steps, rank, batch, optimizer, rate, seed, every, prompts, lines
     )
+
+
+def _number(label: str, name: str) -> gr.Number:
+    """A field for a whole number that may stay empty."""
+    return gr.Number(None, label=label, precision=0, min_width=80, placeholder="auto", elem_id=name)
 
 
 def _optimizers() -> gr.Dropdown:
