@@ -12,18 +12,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["RiteError", "__version__", "convert", "generate", "inspect", "train"]
+__all__ = ["RiteError", "__version__", "convert", "generate", "inspect", "make_masks", "train"]
 
 _HOMES = {
     "convert": "rite_diffusion.conversion",
     "train": "rite_diffusion.recipes",
     "generate": "rite_diffusion.recipes",
     "inspect": "rite_diffusion.recipes",
+    "make_masks": "rite_diffusion.masking",
     "RiteError": "rite_diffusion.types",
 }
 
 if TYPE_CHECKING:
     from rite_diffusion.conversion import convert
+    from rite_diffusion.masking import make_masks
     from rite_diffusion.recipes import generate, inspect, train
     from rite_diffusion.types import RiteError
 
