@@ -1,5 +1,6 @@
 """The whole flow on one screen: a photo folder becomes an adapter, a prompt becomes pictures."""
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from PIL.Image import Image
 
 from rite_diffusion.adapters import Adapter, AdapterInfo, attach, load_adapter
 from rite_diffusion.adapters.attach import check_base
-from rite_diffusion.adapters.choice import Chosen, choose_adapters
+from rite_diffusion.adapters.choice import Chosen, choose_adapters, renamings
 from rite_diffusion.backbones import StableDiffusion, load_backbone
 from rite_diffusion.generation.attached import as_attached, attached_name
 from rite_diffusion.generation.metadata import save_png
@@ -95,9 +96,12 @@ def generate(
     prompts of their own. Pictures are made one at a time, so each depends on its own parameters
     alone. With `out`, a folder or for one picture a `.png`, they are written as PNGs that carry
     their parameters; `image.info["path"]` tells where. Adapters of another base are refused, unless
-    `other_base`.
+    `other_base`; where two have learned the same word, the second's gets a new name, which stderr
+    tells.
     """
     chosen = choose_adapters(adapters)
+    for line in renamings(chosen):
+        print(line, file=sys.stderr)
     attached = as_attached(chosen)
     parts = [parse_region(text) for text in regions]
     adapter_weights(parts, prompt, [each.triggers for each in attached])  # complains early

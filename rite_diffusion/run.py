@@ -7,6 +7,7 @@ from pathlib import Path
 
 import rite_diffusion
 from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
+from rite_diffusion.adapters.words import tokens_of
 from rite_diffusion.concepts import METHODS, Method
 from rite_diffusion.config import AugmentSection, to_toml, without_paths
 from rite_diffusion.generation.sampler import sample
@@ -51,7 +52,7 @@ def _adapter(plan: Plan, method: Method, step: int) -> Adapter:
         licence=LICENCE,
         version=rite_diffusion.__version__,
     )
-    return Adapter(method.pairs(), info)
+    return Adapter(method.pairs(), info, tokens_of(method.words()))
 
 
 def _write_previews(plan: Plan, run: RunFolder, step: int) -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rite_diffusion.adapters import Adapter, load_adapter
+from rite_diffusion.concepts import METHODS
 from rite_diffusion.conversion import Export
 from rite_diffusion.demo import DemoResult
 from rite_diffusion.doctor import Finding
@@ -72,6 +73,9 @@ def _describe_doubts(plan: Plan) -> None:
         _line("cut", f'"{caption}" is longer than {plan.backbone.token_budget} tokens')
     for one, other in folder.near_duplicates():
         _line("alike", f"{one} and {other}")
+    wanted = METHODS[plan.config.method].wants_masks
+    if wanted and not any(photo.mask is not None for photo in folder.photos):
+        _line("no masks", f"{plan.config.method} learns better with them: see `rite mask --help`")
     small = folder.smaller_than(plan.encoding.resolution)
     if small:
         _line("scaled up", f"{', '.join(small)}: smaller than {plan.encoding.resolution} pixels")

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from PIL.Image import Image
@@ -90,13 +91,25 @@ class LoraPair:
 
 
 @dataclass(frozen=True)
+class Word:
+    """A word beside those that the model came with; its vectors stand where a prompt says it.
+
+    `rows()` gives per text encoder (layers, vectors, width), layers being 1 or one for each
+    cross-attention. It is asked whenever a prompt is encoded, so it may give what is in training.
+    """
+
+    adapter: str  # that brought it
+    rows: Callable[[], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
 class Conditioning:
     """What the denoiser is told about a batch of prompts.
 
     A backbone makes it and takes it; whoever stands between hands it on unread.
     """
 
-    states: Tensor  # (B, tokens, width)
+    states: Tensor  # (B, tokens, width), or with words of many layers (B, layers, tokens, width)
     extra: dict[str, Tensor] = field(default_factory=dict)  # (B, …) each: pooled embeddings, …
 
     def rows(self, places: list[int]) -> Conditioning:
@@ -120,6 +133,17 @@ class Backbone(Protocol):
     alphas_cumprod: Tensor  # (T,) signal share of the noise schedule
     device: device
     dtype: dtype
+    words: dict[str, Word]  # learned beside the model's own
+
+    @property
+    def cross_attentions(self) -> Sequence[nn.Module]:
+        """The layers that look at the text, in the order in which a picture passes them."""
+        ...
+
+    @property
+    def token_tables(self) -> list[Tensor]:
+        """Each text encoder's embeddings (tokens, width)."""
+        ...
 
     def encoder_fingerprint(self) -> str:
         """A name for what makes latents of pictures, the same for equal weights."""
@@ -160,6 +184,18 @@ class Backbone(Protocol):
 
     def token_count(self, prompt: str) -> int:
         """Number of the prompt's tokens, begin and end marks excluded."""
+        ...
+
+    def token_ids(self, text: str) -> list[int]:
+        """The tokens of ordinary text, without begin and end marks."""
+        ...
+
+    def token_positions(self, prompt: str, word: str) -> list[int]:
+        """Where a word's tokens stand in the encoded prompt, at its first mention."""
+        ...
+
+    def is_known_word(self, word: str) -> bool:
+        """Whether the model came with the word."""
         ...
 
     @property

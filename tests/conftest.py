@@ -69,6 +69,14 @@ def tiny_folder_xl(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(params=["pocket", "sd", "sdxl"])
+def backbone(request):
+    """Each kind of base model, small and fresh."""
+    folders = {"sd": "tiny_folder", "sdxl": "tiny_folder_xl"}
+    name = folders.get(request.param)
+    return load_backbone(str(request.getfixturevalue(name)) if name else "pocket", "fp32")
+
+
 @pytest.fixture
 def photos(tmp_path) -> Path:
     """Three small pictures, two with captions."""

@@ -2,10 +2,11 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rite_diffusion.adapters.file import Adapter, load_adapter
+from rite_diffusion.adapters.words import free_names, renamed, words_of
 from rite_diffusion.types import AdapterError
 
 
@@ -25,6 +26,7 @@ class Chosen:
     path: Path
     adapter: Adapter
     weight: float
+    names: dict[str, str] = field(default_factory=dict)  # of words that others had before it
 
     def record(self) -> Record:
         """The adapter as a picture names it; a PEFT folder's files are hashed in their order."""
@@ -36,12 +38,25 @@ class Chosen:
 
 
 def choose_adapters(wanted: Sequence[str | Path]) -> list[Chosen]:
-    """The adapters of `FILE` or `FILE:WEIGHT` items."""
-    chosen = []
+    """The adapters of `FILE` or `FILE:WEIGHT` items; a learned word that two have is renamed."""
+    chosen, taken = list[Chosen](), set[str]()
     for item in wanted:
         path, weight = split_weight(str(item))
-        chosen.append(Chosen(path, load_adapter(path), weight))
+        adapter = load_adapter(path)
+        names = free_names(words_of(adapter), taken)
+        adapter = renamed(adapter, names)
+        taken |= words_of(adapter).keys()
+        chosen.append(Chosen(path, adapter, weight, names))
     return chosen
+
+
+def renamings(chosen: Sequence[Chosen]) -> list[str]:
+    """A line for each word that goes by another name than in its file."""
+    return [
+        f"{each.path.name}: its {old} is called {new} here, as another adapter has that word"
+        for each in chosen
+        for old, new in each.names.items()
+    ]
 
 
 def split_weight(item: str) -> tuple[Path, float]:

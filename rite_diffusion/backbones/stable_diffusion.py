@@ -1,14 +1,15 @@
 """Stable Diffusion 1.x and 2.x, and the pocket base: one CLIP text encoder, UNet, autoencoder."""
 
 import hashlib
-from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
+from rite_diffusion.backbones.cross_attention import cross_attentions, take_own_states
 from rite_diffusion.backbones.fingerprint import fingerprint
-from rite_diffusion.types import BackboneError, Conditioning, PredictionType
+from rite_diffusion.backbones.words import Expansion, ids_of, positions_of, said, tokens_of
+from rite_diffusion.types import BackboneError, Conditioning, PredictionType, Word
 
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
@@ -37,6 +38,9 @@ class StableDiffusion:
         self.vae = pipeline.vae
         self.text_encoder = pipeline.text_encoder
         self.tokenizer = pipeline.tokenizer
+        self.words: dict[str, Word] = {}
+        self.cross_attentions = cross_attentions(self.unet)
+        take_own_states(self.cross_attentions)
         self.dtype: torch.dtype = self.unet.dtype
         self.latent_channels: int = self.unet.config.in_channels
         self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod.to(device)
@@ -102,18 +106,35 @@ class StableDiffusion:
         latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         return self.vae.decode(latents).sample
 
+    @property
+    def token_tables(self) -> list[Tensor]:
+        """Each text encoder's embeddings (tokens, width)."""
+        return [self.text_encoder.get_input_embeddings().weight]
+
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """The text encoder's last hidden states (B, tokens, width); over-long prompts are cut."""
-        ids = token_ids(self.tokenizer, prompts).to(self.device)
-        return Conditioning(self.text_encoder(ids).last_hidden_state)
+        """The text encoder's last hidden states (B, tokens, width); over-long prompts are cut.
+
+        (B, layers, tokens, width) where a prompt says a word that differs from layer to layer.
+        """
+        expansion = Expansion(prompts, self.words, len(self.cross_attentions))
+        states = expansion.encode(self.text_encoder, self.tokenizer, 0).last_hidden_state
+        return Conditioning(expansion.gathered(states))
+
+    def token_ids(self, text: str) -> list[int]:
+        """The tokens of ordinary text, without begin and end marks."""
+        return ids_of(self.tokenizer, text)
 
     def token_count(self, prompt: str) -> int:
         """Number of the prompt's tokens, begin and end marks excluded."""
-        return len(self.tokenizer(prompt, truncation=False).input_ids) - 2
+        return len(tokens_of(self.tokenizer, prompt, said([prompt], self.words))[0])
+
+    def token_positions(self, prompt: str, word: str) -> list[int]:
+        """Where a word's tokens stand in the encoded prompt, at its first mention."""
+        return positions_of(self.tokenizer, prompt, word, self.words)
 
     def is_known_word(self, word: str) -> bool:
         """Whether the tokenizer holds the word whole, as it does what the model already knows."""
-        return word.isalpha() and self.token_count(word) == 1
+        return word.isalpha() and len(self.token_ids(word)) == 1
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The UNet's prediction (B, C, h, w) for latents at timesteps (B,)."""
@@ -125,14 +146,3 @@ class StableDiffusion:
         scheduler = DDIMScheduler.from_config(self._scheduler_config, clip_sample=False)
         assert isinstance(scheduler, DDIMScheduler)
         return scheduler
-
-
-def token_ids(tokenizer: Any, prompts: list[str]) -> Tensor:
-    """The prompts' tokens (B, length), padded or cut to the tokenizer's length."""
-    return tokenizer(
-        prompts,
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids

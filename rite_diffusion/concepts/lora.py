@@ -4,12 +4,11 @@ from functools import lru_cache
 
 import torch
 
-from rite_diffusion.adapters import detach, inject, read_pairs
 from rite_diffusion.concepts.method import Method
+from rite_diffusion.concepts.weights import LoraWeights, attention_paths
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.types import Backbone, Conditioning, LoraPair
 
-NAME = "concept"
 CAPTIONS_KEPT = 256  # states that stay in memory where the text encoder does not train
 
 
@@ -18,31 +17,13 @@ class PlainLora(Method):
 
     def __init__(self, backbone: Backbone, config: TrainConfig):
         super().__init__(backbone, config)
-        self.components = list(backbone.components) if config.lora.text_encoder else ["unet"]
-        targets = {name: backbone.lora_targets(name) for name in self.components}
-        rank, alpha = config.lora.rank, config.lora.alpha or config.lora.rank
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            inject(backbone, NAME, targets, rank, alpha)
+        self._weights = LoraWeights(backbone, config, attention_paths(backbone, config))
         # Alone, so that a caption's states do not depend on which others came with it.
         self._frozen_states = lru_cache(CAPTIONS_KEPT)(lambda text: backbone.encode_prompts([text]))
 
     def groups(self) -> list[dict]:
         """A group for the UNet's pairs and one for each text encoder's."""
-        optim = self.config.optim
-        return [
-            {
-                "name": component,
-                "params": [
-                    (f"{component}.{name}", parameter)
-                    for name, parameter in self.backbone.components[component].named_parameters()
-                    if parameter.requires_grad
-                ],
-                "lr": optim.lr_unet if component == "unet" else optim.lr_text_encoder,
-                "weight_decay": optim.weight_decay,
-            }
-            for component in self.components
-        ]
+        return self._weights.groups()
 
     def conditioning(self, captions: list[str]) -> Conditioning:
         """The text encoder's states of the captions, of equal ones encoded once.
@@ -50,7 +31,7 @@ class PlainLora(Method):
         Where the text encoder does not train, the states of past captions are kept.
         """
         distinct = list(dict.fromkeys(captions))
-        if "text_encoder" in self.components:
+        if self.config.lora.text_encoder:
             encoded = self.backbone.encode_prompts(distinct)
         else:
             encoded = _joined([self._frozen_states(text) for text in distinct])
@@ -58,11 +39,11 @@ class PlainLora(Method):
 
     def pairs(self) -> list[LoraPair]:
         """The pairs in training."""
-        return read_pairs(self.backbone, NAME)
+        return self._weights.pairs()
 
     def remove(self) -> None:
         """Take the LoRA layers out."""
-        detach(self.backbone, NAME)
+        self._weights.remove()
 
 
 def _joined(parts: list[Conditioning]) -> Conditioning:

@@ -92,7 +92,6 @@ class Trainer:
         self.accelerator = new_accelerator(job.backbone, job.config)
         self.optimizer = build_optimizer(job.method, job.config)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.factor = rate_factor(job.config.optim, job.config.steps)
         named = [named for group in job.method.groups() for named in group["params"]]
         self.average = WeightAverage(named, job.config.ema)
         self.parameters = [parameter for _, parameter in named]
@@ -104,8 +103,11 @@ class Trainer:
         A loss or a gradient that is no number changes nothing.
         """
         job, accelerator = self.job, self.accelerator
+        job.method.begin(step)
+        start, length = job.method.schedule(step)
+        factor = rate_factor(job.config.optim, length)(step - start)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * self.factor(step)
+            group["lr"] = peak * factor
         batch = draw_batch(job.backbone, job.data, job.config, step, accelerator.num_processes)
         loss = self._gradients(batch)
         norm = accelerator.clip_grad_norm_(self.parameters, job.config.optim.clip_norm)

@@ -28,4 +28,5 @@ def batch_loss(backbone: Backbone, method: Method, batch: Batch, config: TrainCo
     else:
         error = squared_error(prediction, target)
     weight = batch.weights * timestep_weight(kind, signal, goal.weighting, goal.min_snr_gamma)
-    return (masked_mean(error, batch.masks) * weight).mean()
+    loss = (masked_mean(error, batch.masks) * weight).mean()
+    return loss + method.penalty(batch.captions, batch.masks)

@@ -23,9 +23,10 @@ def is_main_process() -> bool:
 
 @torch.no_grad()
 def average_gradients(accelerator: Accelerator, parameters: list[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the processes."""
+    """Replace the gradient of all that trains now by its mean over the processes."""
     if accelerator.num_processes == 1:
         return
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
     parts = accelerator.reduce(flat, "mean").split([gradient.numel() for gradient in gradients])  # pyright: ignore[reportAttributeAccessIssue]
