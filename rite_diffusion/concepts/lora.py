@@ -1,12 +1,14 @@
 """Plain LoRA (Hu et al. 2021) on the attention of UNet and text encoder."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
 from rite_diffusion.adapters import detach, inject, read_pairs
+from rite_diffusion.backbones.text_cache import cached_conditioning
 from rite_diffusion.concepts.method import Method
 from rite_diffusion.config import TrainConfig
+from rite_diffusion.files import cache_folder
 from rite_diffusion.types import Backbone, Conditioning, LoraPair
 
 NAME = "concept"
@@ -24,8 +26,9 @@ class PlainLora(Method):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             inject(backbone, NAME, targets, rank, alpha)
-        # Alone, so that a caption's states do not depend on which others came with it.
-        self._frozen_states = lru_cache(CAPTIONS_KEPT)(lambda text: backbone.encode_prompts([text]))
+        folder = cache_folder() / "captions" if config.cache else None
+        encode = partial(cached_conditioning, backbone, folder=folder)
+        self._frozen_states = lru_cache(CAPTIONS_KEPT)(encode)
 
     def groups(self) -> list[dict]:
         """A group for the UNet's pairs and one for each text encoder's."""
@@ -44,16 +47,21 @@ class PlainLora(Method):
             for component in self.components
         ]
 
+    @property
+    def text_is_frozen(self) -> bool:
+        """Whether no text encoder is adapted."""
+        return "text_encoder" not in self.components
+
     def conditioning(self, captions: list[str]) -> Conditioning:
         """The text encoder's states of the captions, of equal ones encoded once.
 
         Where the text encoder does not train, the states of past captions are kept.
         """
         distinct = list(dict.fromkeys(captions))
-        if "text_encoder" in self.components:
-            encoded = self.backbone.encode_prompts(distinct)
-        else:
+        if self.text_is_frozen:
             encoded = _joined([self._frozen_states(text) for text in distinct])
+        else:
+            encoded = self.backbone.encode_prompts(distinct)
         return encoded.rows([distinct.index(text) for text in captions])
 
     def pairs(self) -> list[LoraPair]:

@@ -22,6 +22,11 @@ class Method(ABC):
     def groups(self) -> list[dict]:
         """Torch parameter groups: `name`, `params` as (name, parameter) tuples, `lr`."""
 
+    @property
+    def text_is_frozen(self) -> bool:
+        """Whether the conditioning of a caption never changes, so that it can be kept on disk."""
+        return False
+
     @abstractmethod
     def conditioning(self, captions: list[str]) -> Conditioning:
         """Conditioning of a batch of captions, with gradients to what trains."""

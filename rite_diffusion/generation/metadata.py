@@ -25,6 +25,7 @@ class Parameters:
     adapters: list[dict]  # file name, weight, sha256 of each
     version: str
     regions: list[str] = field(default_factory=list)  # as `--region` takes them
+    sampler: str = "DDIM"
 
     def as_text(self) -> str:
         """The parameters in A1111's form."""
@@ -32,8 +33,8 @@ class Parameters:
         if self.negative:
             lines.append(f"Negative prompt: {self.negative}")
         lines.append(
-            f"Steps: {self.steps}, Sampler: DDIM, CFG scale: {self.guidance:g}, Seed: {self.seed}, "
-            f"Size: {self.width}x{self.height}, Model: {self.base}"
+            f"Steps: {self.steps}, Sampler: {self.sampler}, CFG scale: {self.guidance:g}, "
+            f"Seed: {self.seed}, Size: {self.width}x{self.height}, Model: {self.base}"
         )
         return "\n".join(lines)
 
