@@ -179,16 +179,16 @@ def summary(rounds: list[dict[str, dict]]) -> dict:
     return {"ratio": spread([ours / peer for ours, peer in speeds]), **sides}
 
 
-def cases(options: argparse.Namespace, folder: Path) -> dict[str, Case]:
+def cases(wanted: argparse.Namespace, folder: Path) -> dict[str, Case]:
     """Every wanted model, its text encoder trained along or frozen as wanted."""
     photos, found = copied_photos(folder / "photos"), {}
-    for model in options.models:
+    for model in wanted.models:
         resolution, batch, steps = MODELS[model]
         base = POCKET if model == "pocket" else half_width_sd15(folder / model)
-        sizes = (resolution, batch, options.steps or steps, options.rank, options.precision)
-        for words in options.text_encoder:
-            case = Case(base, photos, *sizes, text_encoder=words == "trained")
-            found[f"{model}, text encoder {words}"] = case
+        sizes = (resolution, batch, steps, wanted.rank, wanted.precision)
+        for state in wanted.text_encoder:
+            case = Case(base, photos, *sizes, text_encoder=state == "trained")
+            found[f"{model}, text encoder {state}"] = case
     return found
 
 
@@ -199,14 +199,13 @@ def earlier(setup: dict) -> dict[str, dict]:
     return known["results"] if known.get("setup") == setup else {}
 
 
-def options() -> argparse.Namespace:
+def command_line() -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peer", type=Path, required=True, help="train_dreambooth_lora.py")
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--text-encoder", nargs="+", default=list(TEXT), choices=TEXT)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, help=f"of a run, more than {EARLY}")
     parser.add_argument("--rank", type=int, default=8)
     parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
     return parser.parse_args()
@@ -214,7 +213,7 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     """Measure and write the result."""
-    wanted = options()
+    wanted = command_line()
     setup = {
         "peer_sha256": hashlib.sha256(wanted.peer.read_bytes()).hexdigest(),
         "versions": {package: version(package) for package in PACKAGES},
