@@ -32,7 +32,8 @@ from rite_diffusion.generation.sampler import sample
 from rite_diffusion.photos.dataset import encode_photos
 from rite_diffusion.photos.images import to_tensor
 from rite_diffusion.plan import Plan, configure, plan_training
-from rite_diffusion.training.loop import Job, train_steps
+from rite_diffusion.training.job import Job
+from rite_diffusion.training.loop import train_steps
 
 # The lowest rate of each, as a power of ten; the sweep covers four decades from there.
 LOWEST = {"sgd": -3, "adamw": -5, "scaled_sgd": -4, "scaled_adamw": -5, "rite": -4}

@@ -101,14 +101,16 @@ def attention_scores(
     Mean over noise levels, layers, heads and tokens; each resolution counts by its own range.
     """
     latents = backbone.encode_images(pixels[None])
-    count, length = len(LEVELS) * DRAWS, len(backbone.alphas_cumprod)
-    timesteps = torch.tensor([int(level * length) for level in LEVELS for _ in range(DRAWS)])
-    timesteps = timesteps.to(backbone.device)
+    schedule = backbone.noise_schedule
+    count, length = len(LEVELS) * DRAWS, len(schedule)
+    at = torch.tensor([int(level * length) for level in LEVELS for _ in range(DRAWS)])
+    at = at.to(backbone.device)
     noise = torch.randn((count, *latents.shape[1:]), generator=generator(0)).to(latents)
-    noisy = add_noise(latents.expand(count, -1, -1, -1), noise, backbone.alphas_cumprod[timesteps])
+    clean = latents.expand(count, -1, -1, -1)
+    noisy = add_noise(clean, noise, schedule.signal[at], schedule.sigma[at])
     recorder = AttentionRecorder(backbone.cross_attentions)
     try:
-        backbone.denoise(noisy, timesteps, backbone.encode_prompts([prompt] * count))
+        backbone.denoise(noisy, schedule.times[at], backbone.encode_prompts([prompt] * count))
         maps = recorder.maps(list(range(count)), [positions] * count, *latents.shape[-2:])
     finally:
         recorder.remove()

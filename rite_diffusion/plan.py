@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rite_diffusion.backbones import StableDiffusion, load_backbone
+from rite_diffusion.backbones.source import default_device, usable_precision
 from rite_diffusion.config import PhotoSource, TrainConfig, load_preset, merge, resolve
 from rite_diffusion.files import cache_folder
 from rite_diffusion.generation.class_pictures import class_pictures
@@ -34,6 +35,7 @@ class Plan:
     photos: list[Photo]  # what the steps draw from, balanced
     class_photos: list[Photo]  # those of `photos` that show the class, for prior preservation
     held_out: list[Photo]  # for the validation loss
+    fallbacks: list[str]  # what this machine cannot do, and what is done instead
 
     @property
     def encoding(self) -> Encoding:
@@ -114,7 +116,8 @@ def plan_training(config: TrainConfig, listen: Callable[[str], None] = lambda li
     `listen` hears of it.
     """
     folders = [_read(source) for source in config.sources()]
-    backbone = load_backbone(config.base, config.precision)
+    precision, fallback = usable_precision(config.precision, default_device())
+    backbone = load_backbone(config.base, precision)
     for concept in config.concepts():
         if all(backbone.is_known_word(word) for word in concept.trigger.split()):
             raise ConfigError(
@@ -126,13 +129,14 @@ def plan_training(config: TrainConfig, listen: Callable[[str], None] = lambda li
     if side % backbone.multiple:
         raise ConfigError(f"resolution {side} is not a multiple of {backbone.multiple} pixels")
     _check_rank(backbone, config)
-    config = config.model_copy(update={"resolution": side})
+    config = config.model_copy(update={"resolution": side, "precision": precision})
     groups, held_out = _hold_out(folders, config)
     photos = balanced(groups) if config.balance else [photo for group in groups for photo in group]
     class_photos = _class_photos(backbone, config, listen) if config.prior.weight else []
     if class_photos:
         photos = balanced([photos, class_photos])
-    return Plan(config, backbone, joined(folders), photos, class_photos, held_out)
+    fallbacks = [fallback] if fallback else []
+    return Plan(config, backbone, joined(folders), photos, class_photos, held_out, fallbacks)
 
 
 def _check_rank(backbone: StableDiffusion, config: TrainConfig) -> None:

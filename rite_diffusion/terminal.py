@@ -21,6 +21,8 @@ from rite_diffusion.plan import Plan
 from rite_diffusion.run import Cost
 from rite_diffusion.training.loop import StepReport
 
+LONG_TRIGGER = 5  # tokens; "<dog>" has three
+
 
 def _line(label: str, text: str) -> None:
     print(f"{label:<12}{text}")
@@ -34,7 +36,9 @@ def describe_plan(plan: Plan) -> None:
     for concept in config.concepts():
         _line("concept", f"{concept.trigger}, class {concept.class_noun}")
     where = f"{backbone.device}, {config.resolution} pixels, {config.precision}"
-    _line("base", f"{config.base} on {where}")
+    _line("base", f"{config.base} on {where}, attention {backbone.attention}")
+    for fallback in plan.fallbacks:
+        _line("", fallback)
     _line("adapter", f"{config.method}, rank {config.lora.rank}")
     rates = f"{optim.name}, rate auto: tried out before the first step"
     if optim.lr_unet is not None:
@@ -69,6 +73,11 @@ def _describe_doubts(plan: Plan) -> None:
         _line("skipped", f"{path.name}: {reason}")
     for caption in plan.captions_without_trigger():
         _line("no trigger", f'"{caption}" does not contain the trigger')
+    for concept in plan.config.concepts():
+        tokens = plan.backbone.token_count(concept.trigger)
+        if tokens > LONG_TRIGGER:
+            of = f"of {plan.backbone.token_budget} that a caption may have"
+            _line("long", f"{concept.trigger} is read as {tokens} tokens {of}")
     for caption in plan.cut_captions():
         _line("cut", f'"{caption}" is longer than {plan.backbone.token_budget} tokens')
     for one, other in folder.near_duplicates():

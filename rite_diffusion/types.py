@@ -121,6 +121,28 @@ class Conditioning:
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
 
 
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The forward process of a model: x_t = signal x_0 + sigma noise, at T timesteps.
+
+    Later timesteps have more noise.
+    """
+
+    signal: Tensor  # (T,)
+    sigma: Tensor  # (T,)
+    times: Tensor  # (T,) what the model is told
+    snr: Tensor  # (T,) (signal / sigma)^2
+
+    def __len__(self) -> int:
+        """The number of timesteps T."""
+        return len(self.times)
+
+    def to(self, device: device) -> NoiseSchedule:
+        """The schedule on a device."""
+        tables = (self.signal, self.sigma, self.times, self.snr)
+        return NoiseSchedule(*(table.to(device) for table in tables))
+
+
 class Backbone(Protocol):
     """A text-to-image model as the trainer and the generator see it."""
 
@@ -130,7 +152,7 @@ class Backbone(Protocol):
     multiple: int  # picture sides are multiples of this many pixels
     latent_channels: int
     prediction_type: PredictionType
-    alphas_cumprod: Tensor  # (T,) signal share of the noise schedule
+    noise_schedule: NoiseSchedule
     device: device
     dtype: dtype
     words: dict[str, Word]  # learned beside the model's own
@@ -147,6 +169,15 @@ class Backbone(Protocol):
 
     def encoder_fingerprint(self) -> str:
         """A name for what makes latents of pictures, the same for equal weights."""
+        ...
+
+    @property
+    def text_fingerprint(self) -> str:
+        """A name for what makes conditioning of prompts, the same for equal weights."""
+        ...
+
+    def release(self, names: Sequence[str]) -> None:
+        """Let encoders (`vae`, `text_encoder`, …) leave memory until something needs them."""
         ...
 
     @property
@@ -167,7 +198,7 @@ class Backbone(Protocol):
         ...
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The model's prediction (B, C, h, w)."""
+        """The prediction (B, C, h, w) for latents at times (B,) of the noise schedule."""
         ...
 
     def checkpoint_gradients(self, wanted: bool) -> None:

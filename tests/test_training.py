@@ -20,12 +20,8 @@ from rite_diffusion.plan import plan_training
 from rite_diffusion.run import measure
 from rite_diffusion.training import loss, probe
 from rite_diffusion.training.batch import draw_batch
-from rite_diffusion.training.loop import (
-    Job,
-    build_optimizer,
-    rate_factor,
-    train_steps,
-)
+from rite_diffusion.training.job import Job
+from rite_diffusion.training.loop import build_optimizer, rate_factor, train_steps
 from rite_diffusion.training.loss import batch_loss
 from rite_diffusion.types import Concept, ConfigError, RunError
 from runs import Stop, config_of, crash_at, metrics, same_run, train

@@ -1,7 +1,11 @@
 """Stable Diffusion XL (Podell et al. 2023): two text encoders, and the picture's size is told."""
 
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rite_diffusion.backbones.stable_diffusion import Pipeline, StableDiffusion
 from rite_diffusion.backbones.words import Expansion
@@ -11,16 +15,29 @@ from rite_diffusion.types import Conditioning
 class StableDiffusionXL(StableDiffusion):
     """An SDXL model behind the Backbone protocol; its weights are frozen."""
 
-    def __init__(self, pipeline: Pipeline, name: str, device: torch.device, attention: str):
-        super().__init__(pipeline, name, device, attention)
-        self.text_encoder_2 = pipeline.text_encoder_2.requires_grad_(False).eval().to(device)
+    encoder_names = ("vae", "text_encoder", "text_encoder_2")
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        name: str,
+        device: torch.device,
+        attention: str,
+        reopen: Callable[[], Pipeline],
+    ):
+        super().__init__(pipeline, name, device, attention, reopen)
         self.tokenizer_2 = pipeline.tokenizer_2
         self._empty_is_zero: bool = pipeline.config["force_zeros_for_empty_prompt"]
 
     @property
-    def components(self) -> dict[str, nn.Module]:
-        """The UNet and both text encoders."""
-        return super().components | {"text_encoder_2": self.text_encoder_2}
+    def text_encoder_2(self) -> Any:
+        """The second text encoder, a CLIPTextModelWithProjection."""
+        return self._encoder("text_encoder_2")
+
+    @cached_property
+    def text_fingerprint(self) -> str:
+        """Of both encoders and tokenizers, the dtype, and what the empty prompt is."""
+        return super().text_fingerprint + ("-zeros" if self._empty_is_zero else "")
 
     @property
     def token_tables(self) -> list[Tensor]:

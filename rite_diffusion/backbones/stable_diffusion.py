@@ -1,15 +1,29 @@
 """Stable Diffusion 1.x and 2.x, and the pocket base: one CLIP text encoder, UNet, autoencoder."""
 
 import hashlib
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from torch import Tensor, nn
 
 from rite_diffusion.backbones.cross_attention import cross_attentions, take_own_states
 from rite_diffusion.backbones.fingerprint import fingerprint
+from rite_diffusion.backbones.schedule import (
+    FlowSampler,
+    noise_schedule,
+    prediction_type,
+    sampler,
+)
 from rite_diffusion.backbones.words import Expansion, ids_of, positions_of, said, tokens_of
-from rite_diffusion.types import BackboneError, Conditioning, PredictionType, Word
+from rite_diffusion.types import Conditioning, PredictionType, Word
 
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
@@ -22,44 +36,90 @@ PROJECTIONS = {
 
 
 class StableDiffusion:
-    """A Stable Diffusion model behind the Backbone protocol; its weights are frozen."""
+    """A Stable Diffusion model behind the Backbone protocol; its weights are frozen.
+
+    `reopen` reads the pipeline again, for encoders that were released and are needed once more.
+    """
 
     multiple = 8
+    encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
 
-    def __init__(self, pipeline: Pipeline, name: str, device: torch.device, attention: str):
-        for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-            model.requires_grad_(False).eval().to(device)
-        if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
-            pipeline.vae.float()  # SDXL's overflows in half precision
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        name: str,
+        device: torch.device,
+        attention: str,
+        reopen: Callable[[], Pipeline],
+    ):
         self.name = name
         self.device = device
         self.attention = attention
-        self.unet = pipeline.unet
-        self.vae = pipeline.vae
-        self.text_encoder = pipeline.text_encoder
+        self.unet = pipeline.unet.requires_grad_(False).eval().to(device)
+        self._encoders = self._prepared(pipeline)
+        self._reopen = reopen
         self.tokenizer = pipeline.tokenizer
         self.words: dict[str, Word] = {}
         self.cross_attentions = cross_attentions(self.unet)
         take_own_states(self.cross_attentions)
         self.dtype: torch.dtype = self.unet.dtype
         self.latent_channels: int = self.unet.config.in_channels
-        self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod.to(device)
-        self.prediction_type: PredictionType = pipeline.scheduler.config.prediction_type
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise BackboneError(f"{name} predicts '{self.prediction_type}', which is not supported")
+        self.prediction_type: PredictionType = prediction_type(pipeline.scheduler, name)
+        self.noise_schedule = noise_schedule(pipeline.scheduler, name).to(device)
         self._scheduler_config = pipeline.scheduler.config
         self.resolution: int = self.unet.config.sample_size * self.pixels_per_latent
         self.fingerprint = fingerprint([self.unet.conv_in.weight, self.unet.conv_out.weight])
 
+    def _prepared(self, pipeline: Pipeline) -> dict[str, Any]:
+        """The pipeline's autoencoder and text encoders on the device."""
+        encoders = {
+            name: getattr(pipeline, name).requires_grad_(False).eval().to(self.device)
+            for name in self.encoder_names
+        }
+        if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
+            pipeline.vae.float()  # SDXL's overflows in half precision
+        return encoders
+
     @property
     def components(self) -> dict[str, nn.Module]:
-        """The UNet and the text encoder."""
-        return {"unet": self.unet, "text_encoder": self.text_encoder}
+        """The UNet and the text encoders."""
+        texts = {name: each for name, each in self._encoders.items() if name != "vae"}
+        return {"unet": self.unet, **texts}
+
+    def release(self, names: Sequence[str]) -> None:
+        """Let encoders leave the device's memory for the computer's, on a CPU altogether.
+
+        They are back as soon as something needs them.
+        """
+        place = "meta" if self.device.type == "cpu" else "cpu"
+        for name in names:
+            if self._encoders[name].device.type != "meta":
+                self._encoders[name].to(place)
+
+    def _encoder(self, name: str) -> Any:
+        """An encoder on the device, brought back where it was released."""
+        if self._encoders[name].device.type == "meta":
+            fresh = self._prepared(self._reopen())
+            gone = [key for key, each in self._encoders.items() if each.device.type == "meta"]
+            self._encoders |= {key: fresh[key] for key in gone}
+        elif self._encoders[name].device.type != self.device.type:
+            self._encoders[name].to(self.device)
+        return self._encoders[name]
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        """The autoencoder between pictures and latents."""
+        return self._encoder("vae")
+
+    @property
+    def text_encoder(self) -> Any:
+        """The first text encoder, a CLIPTextModel."""
+        return self._encoder("text_encoder")
 
     @property
     def pixels_per_latent(self) -> int:
         """Pixels along one side of a latent cell."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 2 ** (len(self._encoders["vae"].config.block_out_channels) - 1)
 
     @property
     def token_budget(self) -> int:
@@ -73,6 +133,20 @@ class StableDiffusion:
             if not name.startswith(("decoder.", "post_quant_conv.")):
                 digest.update(weight.detach().cpu().float().numpy().tobytes())
         return f"{digest.hexdigest()[:16]}-{self.vae.dtype}".replace("torch.", "")
+
+    @cached_property
+    def text_fingerprint(self) -> str:
+        """First 16 hex digits of a SHA-256 over the text encoders and tokenizers, and the dtype."""
+        digest = hashlib.sha256()
+        for name, encoder in self.components.items():
+            if name == "unet":
+                continue
+            tokenizer = getattr(self, name.replace("text_encoder", "tokenizer"))
+            facts = [encoder.config.to_json_string(), tokenizer.special_tokens_map]
+            digest.update(f"{facts} {sorted(tokenizer.get_vocab().items())}".encode())
+            for weight in encoder.state_dict().values():
+                digest.update(weight.cpu().flatten().view(torch.uint8).numpy().data)
+        return f"{digest.hexdigest()[:16]}-{self.dtype}".replace("torch.", "")
 
     def lora_targets(self, component: str) -> list[str]:
         """Paths of the q, k, v and output projections of every attention of a component."""
@@ -141,8 +215,6 @@ class StableDiffusion:
         states = conditioning.states.to(self.dtype)
         return self.unet(noisy.to(self.dtype), timesteps, encoder_hidden_states=states).sample
 
-    def new_scheduler(self) -> DDIMScheduler:
-        """A deterministic sampler (Song et al. 2021) on the model's own noise schedule."""
-        scheduler = DDIMScheduler.from_config(self._scheduler_config, clip_sample=False)
-        assert isinstance(scheduler, DDIMScheduler)
-        return scheduler
+    def new_scheduler(self) -> DDIMScheduler | FlowSampler:
+        """A deterministic sampler on the model's own noise schedule."""
+        return sampler(self.prediction_type, self._scheduler_config)

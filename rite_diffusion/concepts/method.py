@@ -36,6 +36,11 @@ class Method(ABC):
         """Set `requires_grad` of the parameters that train in a step, counted from 0."""
         return
 
+    @property
+    def text_is_frozen(self) -> bool:
+        """Whether the conditioning of a caption never changes, so that it can be kept on disk."""
+        return False
+
     @abstractmethod
     def conditioning(self, captions: list[str]) -> Conditioning:
         """Conditioning of a batch of captions, with gradients to what trains."""

@@ -28,6 +28,7 @@ class Parameters:
     adapters: list[Record]
     version: str
     regions: list[str] = field(default_factory=list)  # as `--region` takes them
+    sampler: str = "DDIM"
 
     def as_text(self) -> str:
         """The parameters in A1111's form."""
@@ -35,8 +36,8 @@ class Parameters:
         if self.negative:
             lines.append(f"Negative prompt: {self.negative}")
         lines.append(
-            f"Steps: {self.steps}, Sampler: DDIM, CFG scale: {self.guidance:g}, Seed: {self.seed}, "
-            f"Size: {self.width}x{self.height}, Model: {self.base}"
+            f"Steps: {self.steps}, Sampler: {self.sampler}, CFG scale: {self.guidance:g}, "
+            f"Seed: {self.seed}, Size: {self.width}x{self.height}, Model: {self.base}"
         )
         return "\n".join(lines)
 

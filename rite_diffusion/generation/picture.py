@@ -59,6 +59,7 @@ def complete(
         adapters=list(adapters),
         version=rite_diffusion.__version__,
         regions=[str(parse_region(text)) for text in regions],
+        sampler="Euler" if backbone.prediction_type == "flow" else "DDIM",
     )
 
 

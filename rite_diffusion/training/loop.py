@@ -12,9 +12,9 @@ from accelerate.state import AcceleratorState
 from rite_diffusion.concepts import Method
 from rite_diffusion.config import OptimSection, TrainConfig
 from rite_diffusion.optim import OPTIMIZERS
-from rite_diffusion.photos.dataset import LatentSet
 from rite_diffusion.training.average import WeightAverage
 from rite_diffusion.training.batch import Batch, draw_batch
+from rite_diffusion.training.job import Job, keep_captions, release_encoders
 from rite_diffusion.training.loss import batch_loss
 from rite_diffusion.training.memory import is_out_of_memory, out_of_memory
 from rite_diffusion.training.processes import average_gradients, mean_over_processes
@@ -35,17 +35,6 @@ class StepReport:
     images_per_second: float
     skipped: list[str]  # names of the photos of a step that was left out; no number came of them
     validation: float | None  # loss on the held-out photos, where it was measured
-
-
-@dataclass(frozen=True)
-class Job:
-    """What trains on what."""
-
-    backbone: Backbone
-    method: Method
-    data: LatentSet
-    config: TrainConfig
-    held_out: LatentSet | None = None  # for the validation loss
 
 
 def rate_factor(optim: OptimSection, steps: int) -> Callable[[int], float]:
@@ -175,6 +164,9 @@ def train_steps(
             return resume.step
     job.backbone.checkpoint_gradients(config.gradient_checkpointing)
     job.backbone.compile_denoiser(config.compile)
+    with trainer.accelerator.autocast():
+        keep_captions(job)
+    release_encoders(job)
     bad = 0
     for step in range(resume.step if resume else 0, config.steps):
         start = time.perf_counter()
