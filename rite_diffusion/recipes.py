@@ -1,6 +1,7 @@
 """The whole flow on one screen: a photo folder becomes an adapter, a prompt becomes pictures."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from rite_diffusion.adapters.attach import check_base
 from rite_diffusion.adapters.choice import Chosen, choose_adapters
 from rite_diffusion.backbones import StableDiffusion, load_backbone
 from rite_diffusion.generation.attached import as_attached, attached_name
+from rite_diffusion.generation.composition import SUM
+from rite_diffusion.generation.control import load_controls, parse_control
 from rite_diffusion.generation.metadata import save_png
 from rite_diffusion.generation.output import next_file, output_target
 from rite_diffusion.generation.picture import complete, picture
@@ -72,6 +75,8 @@ def generate(
     *,
     adapters: Sequence[str | Path] = (),
     regions: Sequence[str] = (),
+    combine: str = SUM,
+    controls: Sequence[str] = (),
     base: str | None = None,
     seed: int = 0,
     num: int = 1,
@@ -87,34 +92,35 @@ def generate(
     """Pictures of a prompt, for the seeds `seed`, `seed + 1`, …; adapters are `FILE[:WEIGHT]`.
 
     `regions` are `x0,y0,x1,y1: prompt [:: negative [:: weights]]`, parts of the picture with
-    prompts of their own. Pictures are made one at a time, so each depends on its own parameters
-    alone. With `out`, a folder or for one picture a `.png`, they are written as PNGs that carry
-    their parameters; `image.info["path"]` tells where. Adapters of another base are refused, unless
-    `other_base`.
+    prompts of their own; `combine` is how several adapters act together: `sum`, `switch` or
+    `composite`; `controls` are `MODEL=PICTURE[:WEIGHT]`, ControlNets and T2I-Adapters. Pictures
+    are made one at a time, so each depends on its own parameters alone. With `out`, a folder or
+    for one picture a `.png`, they are written as PNGs that carry their parameters;
+    `image.info["path"]` tells where. Adapters of another base are refused, unless `other_base`.
     """
     chosen = choose_adapters(adapters)
     attached = as_attached(chosen)
     parts = [parse_region(text) for text in regions]
     adapter_weights(parts, prompt, [each.triggers for each in attached])  # complains early
+    conditions = [parse_control(text) for text in controls]
     backbone = open_with_adapters(base, chosen, other_base)
-    records = [each.record() for each in chosen]
-    wanted = [
-        complete(
-            backbone, records, prompt=prompt, negative=negative, seed=seed + index, steps=steps,
-            guidance=guidance, width=width, height=height, regions=regions,
-        )
-        for index in range(num)
-    ]  # fmt: skip
+    first = complete(
+        backbone, [each.record() for each in chosen], prompt=prompt, negative=negative, seed=seed,
+        steps=steps, guidance=guidance, width=width, height=height, regions=regions,
+        combine=combine, controls=[each.record() for each in conditions],
+    )  # fmt: skip
+    controlling = load_controls(backbone, conditions, first.width, first.height)
     target = None if out is None else output_target(Path(out), num)
     images = []
-    for done, parameters in enumerate(wanted, 1):
-        image = picture(backbone, parameters, attached)
+    for done in range(num):
+        parameters = replace(first, seed=seed + done)
+        image = picture(backbone, parameters, attached, controlling)
         if target is not None:
             path = next_file(target) if target.is_dir() else target
             save_png(image, path, parameters)
             image.info["path"] = str(path)
         images.append(image)
-        listen(done)
+        listen(done + 1)
     return images
 
 

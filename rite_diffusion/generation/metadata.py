@@ -25,6 +25,8 @@ class Parameters:
     adapters: list[dict]  # file name, weight, sha256 of each
     version: str
     regions: list[str] = field(default_factory=list)  # as `--region` takes them
+    combine: str = "sum"  # how several adapters act together
+    controls: list[str] = field(default_factory=list)  # condition pictures and their networks
 
     def as_text(self) -> str:
         """The parameters in A1111's form."""

@@ -13,7 +13,8 @@ from rite_diffusion.adapters import attach, detach
 from rite_diffusion.adapters.attach import set_weight
 from rite_diffusion.adapters.choice import Chosen, choose_adapters
 from rite_diffusion.backbones import StableDiffusion, load_backbone
-from rite_diffusion.generation.attached import attached_name
+from rite_diffusion.generation.attached import Attached, as_attached, attached_name
+from rite_diffusion.generation.composition import SUM
 from rite_diffusion.generation.metadata import Parameters, save_png
 from rite_diffusion.generation.output import next_file
 from rite_diffusion.generation.picture import complete, estimates
@@ -34,6 +35,8 @@ class Wish:
     guidance: float | None = None
     width: int | None = None
     height: int | None = None
+    regions: tuple[str, ...] = ()  # as `rite generate --region` takes them
+    combine: str = SUM
 
 
 @dataclass(frozen=True)
@@ -102,9 +105,9 @@ class Engine:
             self._turn += 1
             turn = self._turn
             backbone, chosen = self._prepare(space, base, adapters)
-        records = [each.record() for each in chosen]
+        records, attached = [each.record() for each in chosen], as_attached(chosen)
         for parameters in [complete(backbone, records, **vars(wish)) for wish in wishes]:
-            frames = _frames(backbone, parameters, space.folder("outputs"))
+            frames = _frames(backbone, parameters, attached, space.folder("outputs"))
             while frame := self._next(frames, turn):
                 yield frame
 
@@ -124,10 +127,12 @@ class Engine:
             return next(frames, None) if turn == self._turn else None
 
 
-def _frames(backbone: StableDiffusion, parameters: Parameters, folder: Path) -> Iterator[Frame]:
+def _frames(
+    backbone: StableDiffusion, parameters: Parameters, attached: list[Attached], folder: Path
+) -> Iterator[Frame]:
     """A frame after every step; those that come fast have no picture."""
     shown = 0.0
-    for step, latents in enumerate(estimates(backbone, parameters), 1):
+    for step, latents in enumerate(estimates(backbone, parameters, attached), 1):
         frame = Frame(step, parameters)
         if step == parameters.steps:
             [image] = pictures(backbone, latents)

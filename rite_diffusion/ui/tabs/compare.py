@@ -70,11 +70,11 @@ def build(studio: Studio) -> list[Refresh]:
 
     @in_words
     def refresh(chosen: list[str], request: gr.Request):
-        from rite_diffusion.fusion import FUSIONS
+        from rite_diffusion.sheets import METHODS
 
         known = [BASE_ALONE, *(card.name for card in library.cards(studio.space(request)))]
         kept = [name for name in chosen if name in known]
-        return gr.Dropdown(choices=known, value=kept), gr.Dropdown(choices=["attached", *FUSIONS])
+        return gr.Dropdown(choices=known, value=kept), gr.Dropdown(choices=list(METHODS))
 
     event = go.click(
         draw, [prompts, names, joined, weights, seeds, methods, columns, steps], [stage, sheet],

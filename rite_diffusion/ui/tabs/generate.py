@@ -1,18 +1,12 @@
 """Generate: a prompt, adapters with weights, pictures as they form, and every one's history."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gradio as gr
 
 from rite_diffusion.ui import library
-from rite_diffusion.ui.page import (
-    empty_state,
-    in_words,
-    picture_html,
-    progress_bar,
-    shown_all,
-)
+from rite_diffusion.ui.page import empty_state, in_words, shown_all
 from rite_diffusion.ui.studio import DEVICE, Studio
 from rite_diffusion.ui.tabs import Refresh
 from rite_diffusion.ui.tabs.adapters import (
@@ -23,9 +17,7 @@ from rite_diffusion.ui.tabs.adapters import (
 )
 from rite_diffusion.ui.tabs.fields import Fields, lay_out_fields, named, wishes_of
 from rite_diffusion.ui.tabs.history import connect_pictures
-
-if TYPE_CHECKING:
-    from rite_diffusion.ui.engine import Frame
+from rite_diffusion.ui.tabs.stage import forming, opening
 
 IDLE = empty_state(
     "Your pictures appear here",
@@ -125,7 +117,7 @@ def _connect_drawing(
         wanted, adapters = named(values[: -MOST - 1]), values[-MOST - 1 :]
         space = studio.space(request)
         wishes = wishes_of(wanted)
-        yield {stage: _waiting(), settings.seed: wishes[0].seed}
+        yield {stage: opening(), settings.seed: wishes[0].seed}
         drawing = studio.engine.draw(
             space,
             wishes,
@@ -137,12 +129,12 @@ def _connect_drawing(
             if frame.path is not None:
                 done.append(frame.path)
                 yield {
-                    stage: _stage(frame, len(done), len(wishes)),
+                    stage: forming(frame, len(done), len(wishes)),
                     made: gr.Gallery(value=shown_all(done), visible=True),
                     names: [path.name for path in done],
                 }
             elif frame.image is not None:
-                yield {stage: _stage(frame, len(done), len(wishes))}
+                yield {stage: forming(frame, len(done), len(wishes))}
         yield {stage: "" if done else IDLE}
 
     event = gr.on(
@@ -164,18 +156,3 @@ def _connect_drawing(
         queue=False,
         api_visibility="private",
     )
-
-
-def _waiting() -> str:
-    return f'<div class="stage">{progress_bar(0)}<p>Opening the model…</p></div>'
-
-
-def _stage(frame: "Frame", done: int, count: int) -> str:
-    """The picture that is forming, with how far all of them are."""
-    steps = frame.parameters.steps
-    share = (done + (0 if frame.path else frame.step / steps)) / count
-    text = f"{done} of {count} done"
-    if frame.path is None:
-        text = f"Picture {done + 1} of {count}, step {frame.step} of {steps}"
-    picture = picture_html(frame.image) if frame.image and frame.path is None else ""
-    return f'<div class="stage">{picture}{progress_bar(share)}<p>{text}</p></div>'

@@ -8,11 +8,11 @@ import gradio as gr
 
 from rite_diffusion.types import StudioError
 from rite_diffusion.ui import library
-from rite_diffusion.ui.background import followed
-from rite_diffusion.ui.page import empty_state, in_words, progress_bar, shown_all
+from rite_diffusion.ui.page import empty_state, in_words, shown_all
 from rite_diffusion.ui.studio import DEVICE, Studio
 from rite_diffusion.ui.tabs import Refresh
 from rite_diffusion.ui.tabs.adapters import MOST, build_chooser, chosen_with_weights
+from rite_diffusion.ui.tabs.stage import forming, opening
 
 MOST_REGIONS = 8
 COLOURS = (
@@ -116,24 +116,24 @@ def build(studio: Studio) -> list[Refresh]:
         steps: float, *chosen: Any,
     ):  # fmt: skip
         space = studio.space(request)
-        regions = region_texts(rows)
+        regions = tuple(region_texts(rows))
         adapters = library.with_weights(space, chosen_with_weights(chosen[0], chosen[1 : MOST + 1]))
-        settings = {"seed": int(seed), "num": int(count), "steps": int(steps)}
-        yield {stage: _waiting(0, int(count))}
-        from rite_diffusion.recipes import generate
+        yield {stage: opening()}
+        from rite_diffusion.ui.engine import Wish
 
-        work = followed(
-            lambda listen: generate(
-                prompt, adapters=adapters, regions=regions, out=space.folder("outputs"),
-                listen=listen, **settings,
-            )
-        )  # fmt: skip
-        for kind, what in work:
-            if kind == "heard":
-                yield {stage: _waiting(what[0], int(count))}
-            else:
-                paths = [Path(image.info["path"]) for image in what]
-                yield {stage: "", made: gr.Gallery(value=shown_all(paths), visible=True)}
+        wishes = [
+            Wish(prompt, seed=int(seed) + index, steps=int(steps), regions=regions)
+            for index in range(int(count))
+        ]
+        done: list[Path] = []
+        for frame in studio.engine.draw(space, wishes, adapters):
+            if frame.path is not None:
+                done.append(frame.path)
+                gallery = gr.Gallery(value=shown_all(done), visible=True)
+                yield {stage: forming(frame, len(done), len(wishes)), made: gallery}
+            elif frame.image is not None:
+                yield {stage: forming(frame, len(done), len(wishes))}
+        yield {stage: "" if done else NO_PICTURE}
 
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
     canvas.select(add, table, [table, canvas], **quiet)
@@ -183,7 +183,3 @@ def boxes_html(rows: list[list[Any]]) -> str:
             f"{index + 1} {words}</text>"
         )
     return "".join(shapes)
-
-
-def _waiting(done: int, total: int) -> str:
-    return f'<div class="stage">{progress_bar(done / total)}<p>{done} of {total} pictures</p></div>'
