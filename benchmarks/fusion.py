@@ -4,8 +4,10 @@
 learning and training seed, fuses 2, 3 and 4 of them with every method, and has the judge look at
 the pictures: is the asked concept there (identity, recognised), is another one there instead
 (leak), do two concepts of one prompt sit where they were asked for (binding, with regions and
-without), and how far do pictures without triggers move (drift). Each finished fusion is a line of
-results/fusion.jsonl; started again, it does what is missing. At the end (or with --report alone) it
+without), and how far do pictures without triggers move (drift). Adapters stay in the cache
+(`RITE_CACHE`) and each finished fusion is a line of results/fusion.jsonl: started again, it does
+what is missing, and with `--minutes` it stops in between; `--part 0 2` and `--part 1 2` are two
+processes that share the work. In the end (or with --report alone) it
 writes results/fusion.json and .png. `benchmarks/fusion_cost.py` measures time and memory at Stable
 Diffusion 1.5's shapes.
 """
@@ -16,27 +18,39 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from concepts import CONCEPTS
-from fusion_pictures import attach_all, base, binding, concept_scores, other_pictures
+from fusion_pictures import (
+    PRECISION,
+    binding,
+    concept_pictures,
+    distance,
+    in_base,
+    other_pictures,
+    pictures_alone,
+    scores,
+)
 from machine import RESULTS, write_result
+from PIL.Image import Image
+from prompts import CONCEPTS
 
-from rite_diffusion import merging, recipes
-from rite_diffusion.adapters import detach, load_adapter
+from rite_diffusion import merging, sketching
+from rite_diffusion.adapters import load_adapter
 from rite_diffusion.demo import example_photos
 from rite_diffusion.evaluation.judge import load_judge
-from rite_diffusion.generation.regional import Attached
+from rite_diffusion.files import cache_folder
+from rite_diffusion.plan import configure, plan_training
+from rite_diffusion.run import run_training
 
 METHODS = {  # label -> method, weight of every adapter, settings
     "sum": ("concat", 1.0, {}),
     "sum 0.6": ("concat", 0.6, {}),
     "average": ("weighted", None, {}),  # None: one over the number of adapters
+    "svd, half rank": ("svd", 1.0, {"rank": "half"}),
     "ties": ("ties", 1.0, {}),
-    "dare": ("dare", 0.6, {}),
+    "dare": ("dare", 1.0, {}),
     "knots": ("knots", 1.0, {}),
     "custom_diffusion": ("custom_diffusion", 1.0, {}),
     "gradient": ("gradient", 1.0, {}),
@@ -45,10 +59,10 @@ METHODS = {  # label -> method, weight of every adapter, settings
 }
 ALONE = "alone"  # every concept by its own adapter: what fusing can lose
 ATTACHED = "side by side"  # the adapters unfused, for the pictures with regions
+CHIEF = (ALONE, ATTACHED, "sum", "average", "gram")
 COUNTS = (2, 3, 4)
 FIGURES = ("identity", "recognised", "leak", "binding", "binding_regions", "drift", "seconds", "mb")
 LOG = RESULTS / "fusion.jsonl"
-CACHE = Path("runs/benchmark_fusion")
 
 
 @dataclass(frozen=True)
@@ -69,9 +83,9 @@ class Task:
 # --- adapters ----------------------------------------------------------------------------------
 
 
-def trained(learner: str, concept: str, seed: int, settings: dict) -> Path:
+def trained(learner: str, concept: str, seed: int) -> Path:
     """A concept's adapter file, with its sketch; learned now unless the cache has it."""
-    folder = CACHE / f"{learner}-{concept}-{seed}"
+    folder = cache_folder() / "benchmark_fusion" / f"{learner}-{concept}-{seed}"
     path = folder / "adapter.safetensors"
     wanted = {
         "photos": str(example_photos(concept)),
@@ -79,82 +93,69 @@ def trained(learner: str, concept: str, seed: int, settings: dict) -> Path:
         "class_noun": CONCEPTS[concept][0],
         "method": learner,
         "seed": seed,
+        "precision": PRECISION,
         "previews": {"every": 0},
     }
     if not path.exists():
-        recipes.run_training(recipes.plan_training(recipes.configure(wanted | settings)), folder)
+        run_training(plan_training(configure(wanted)), folder)
     if not path.with_suffix(".sketch.safetensors").exists():
-        merging.sketch(path, directions=256)
+        sketching.sketch(path, directions=256)
     return path
 
 
-def fused(task: Task, files: list[Path]) -> tuple[list[Path], list[float], float]:
-    """Adapter files to attach with their weights, and the seconds that fusing took."""
+def fused(task: Task, files: list[Path], folder: Path) -> tuple[list[Path], float]:
+    """The adapter files to attach, and the seconds that fusing took; statistics lie in sketches."""
     if task.method in (ALONE, ATTACHED):
-        return files, [1.0] * len(files), 0.0
+        return files, 0.0
     method, weight, settings = METHODS[task.method]
     weight = 1 / len(files) if weight is None else weight
     if settings.get("rank") == "half":
-        ranks = [max(load_adapter(path).ranks()) for path in files]
-        settings = {"rank": max(1, sum(ranks) // 2)}
-    out = CACHE / "fused.safetensors"
+        settings = {"rank": max(1, sum(max(load_adapter(p).ranks()) for p in files) // 2)}
+    out = folder / "fused.safetensors"
     start = time.perf_counter()
     merging.fuse([f"{path}:{weight}" for path in files], method=method, out=out, **settings)
-    return [out], [1.0], time.perf_counter() - start
+    return [out], time.perf_counter() - start
 
 
 # --- measuring ---------------------------------------------------------------------------------
 
 
-def measure(task: Task, seeds: list[int], settings: dict) -> dict:
+def measure(task: Task, seeds: tuple[int, ...]) -> dict:
     """The task with its figures, means over its concepts."""
     concepts = task.concepts()
-    files = [trained(task.learner, name, task.seed, settings) for name in concepts]
-    adapters, weights, seconds = fused(task, files)
-    if task.method == ALONE:
-        each = [
-            look([f], [1.0], [n], concepts, seeds) for f, n in zip(files, concepts, strict=True)
-        ]
-        figures = {key: statistics.mean(one[key] for one in each) for key in each[0]}
-    else:
-        figures = look(adapters, weights, concepts, concepts, seeds)
-        figures |= two_concepts(adapters, weights, concepts, 4 * len(seeds))
-    size = sum(path.stat().st_size for path in adapters) / 1e6
-    figures |= {"seconds": seconds, "mb": size}
+    files = [trained(task.learner, name, task.seed) for name in concepts]
+    with TemporaryDirectory() as folder:
+        adapters, seconds = fused(task, files, Path(folder))
+        size = sum(path.stat().st_size for path in adapters) / 1e6
+        figures = {"seconds": seconds, "mb": size} | look(task, adapters, seeds)
     return vars(task) | {key: round(value, 4) for key, value in figures.items()}
 
 
-@contextmanager
-def attached(files: list[Path], weights: list[float]) -> Iterator[list[Attached]]:
-    """The adapters in the base, until the block ends."""
-    found = attach_all(files, weights)
-    try:
-        yield found
-    finally:
-        for each in found:
-            detach(base(), each.name)
-
-
-def look(
-    files: list[Path], weights: list[float], asked: list[str], known: list[str], seeds: list[int]
-) -> dict[str, float]:
-    """Mean scores of the asked concepts and the drift of other pictures, with these adapters."""
-    before = other_pictures()
-    with attached(files, weights):
-        scores = [
-            concept_scores(name, [other for other in known if other != name], seeds)
-            for name in asked
+def look(task: Task, adapters: list[Path], seeds: tuple[int, ...]) -> dict[str, float]:
+    """What the judge makes of pictures with the adapters."""
+    concepts, pair_seeds = task.concepts(), list(range(200, 216))
+    if task.method == ALONE:
+        each = [
+            pictures_alone(file, name, seeds) for file, name in zip(adapters, concepts, strict=True)
         ]
-        drift = (other_pictures() - before).square().mean().sqrt().item()
-    return {key: statistics.mean(s[key] for s in scores) for key in scores[0]} | {"drift": drift}
+        return mean_scores(concepts, each)
+    before = other_pictures()
+    with in_base(adapters) as attached:
+        found = binding(concepts, attached, pair_seeds)
+        if task.method == ATTACHED:  # all else is as with the sum
+            return {"binding_regions": found["binding_regions"]}
+        drift = distance(other_pictures(), before)
+        each = [concept_pictures(name, seeds) for name in concepts]
+    return mean_scores(concepts, each) | found | {"drift": drift}
 
 
-def two_concepts(
-    files: list[Path], weights: list[float], concepts: list[str], pictures: int
-) -> dict[str, float]:
-    """Binding in prompts of the first two concepts."""
-    with attached(files, weights) as found:
-        return binding(concepts, found, list(range(200, 200 + pictures)))
+def mean_scores(concepts: list[str], drawn: list[list[Image]]) -> dict[str, float]:
+    """The scores of each concept's pictures, averaged."""
+    each = [
+        scores(name, [other for other in concepts if other != name], own)
+        for name, own in zip(concepts, drawn, strict=True)
+    ]
+    return {key: statistics.mean(one[key] for one in each) for key in each[0]}
 
 
 # --- figures -----------------------------------------------------------------------------------
@@ -168,14 +169,20 @@ def interval(values: list[float], draws: int = 2000) -> list[float]:
     return [round(value, 4) for value in (statistics.mean(values), *edges)]
 
 
-def report(rows: list[dict]) -> dict:
+def table_of(rows: list[dict]) -> dict:
     """Learner -> number of concepts -> method -> figure -> mean and 95 % interval."""
     table: dict = defaultdict(lambda: defaultdict(dict))
-    for learner, count, method in sorted({(r["learner"], r["count"], r["method"]) for r in rows}):
-        own = [
-            r for r in rows if (r["learner"], r["count"], r["method"]) == (learner, count, method)
-        ]
+    groups: dict[tuple, list[dict]] = defaultdict(list)
+    for row in rows:
+        groups[row["learner"], row["count"], row["method"]].append(row)
+    order = [ALONE, ATTACHED, *METHODS]
+    for learner, count, method in sorted(groups, key=lambda k: (k[0], k[1], order.index(k[2]))):
+        own = groups[learner, count, method]
         figures = {key: interval([r[key] for r in own]) for key in FIGURES if key in own[0]}
+        if "identity" in own[0]:
+            alone = {r["seed"]: r["identity"] for r in groups[learner, count, ALONE]}
+            lost = [alone[r["seed"]] - r["identity"] for r in own if r["seed"] in alone]
+            figures["identity_lost"] = interval(lost)
         table[learner][count][method] = figures | {"seeds": len(own)}
     return table
 
@@ -185,10 +192,10 @@ def plot(table: dict, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(
-        1, len(table), figsize=(6 * len(table), 4.2), layout="constrained", squeeze=False
+        1, len(table), figsize=(6 * len(table), 4.6), layout="constrained", squeeze=False
     )
     for axes, (learner, by_count) in zip(panels[0], table.items(), strict=True):
-        for method in (ALONE, *METHODS):
+        for method in (ALONE, ATTACHED, *METHODS):
             points = [(n, *m[method]["identity"]) for n, m in by_count.items() if method in m]
             if points:
                 n, middle, low, high = zip(*points, strict=True)
@@ -206,37 +213,52 @@ def finished() -> list[dict]:
     return [json.loads(line) for line in LOG.read_text().splitlines()] if LOG.exists() else []
 
 
+def all_tasks(options: argparse.Namespace) -> list[Task]:
+    """Every method with four concepts, the chief ones with fewer."""
+    return [
+        Task(learner, seed, count, method)
+        for seed in options.seeds
+        for learner in options.learners
+        for count in COUNTS
+        for method in (CHIEF if count < max(COUNTS) else (ALONE, ATTACHED, *METHODS))
+    ]
+
+
 def main() -> None:
     """Measure what is missing, then write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--learners", nargs="+", default=["lora"], help="ways of learning")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
-    parser.add_argument("--counts", type=int, nargs="+", default=COUNTS)
-    parser.add_argument("--methods", nargs="+", default=[ALONE, ATTACHED, *METHODS])
-    parser.add_argument("--pictures", type=int, default=4, help="per prompt")
-    parser.add_argument("--steps", type=int, help="of training; default: the preset's")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="then begin no more")
+    parser.add_argument("--part", type=int, nargs=2, default=[0, 1], help="share of it: 0 2, 1 2")
+    parser.add_argument(
+        "--only-train", action="store_true", help="leave the fusions to a later run"
+    )
     parser.add_argument("--report", action="store_true", help="only write the figures")
     options = parser.parse_args()
-    settings = {"steps": options.steps} if options.steps else {}
-    tasks = [
-        Task(learner, seed, count, method)
-        for seed in options.seeds
-        for learner in options.learners
-        for count in options.counts
-        for method in options.methods
-    ]
-    done = {tuple(row[key] for key in vars(tasks[0])) for row in finished()}
-    seeds = list(range(100, 100 + options.pictures))
+    end = time.monotonic() + 60 * options.minutes
+    part = slice(options.part[0], None, options.part[1])
+    tasks = all_tasks(options)
     RESULTS.mkdir(exist_ok=True)
-    for task in [] if options.report else tasks:
-        if tuple(vars(task).values()) in done:
-            continue
-        row = measure(task, seeds, settings)
+    if options.only_train:
+        learned = dict.fromkeys((t.learner, c, t.seed) for t in tasks for c in t.concepts())
+        for each in list(learned)[part]:
+            if time.monotonic() < end:
+                print(trained(*each), flush=True)
+        return
+    done = {tuple(row[key] for key in vars(tasks[0])) for row in finished()}
+    missing = [task for task in tasks if tuple(vars(task).values()) not in done]
+    for task in [] if options.report else missing[part]:
+        if time.monotonic() > end:
+            return
+        row = measure(task, tuple(range(100, 103)))
         with LOG.open("a") as log:
             log.write(json.dumps(row) + "\n")
         print(row, flush=True)
-    table = report(finished())
-    write_result("fusion", {"judge": load_judge().accuracy, "figures": table})
+    table = table_of(finished())
+    write_result(
+        "fusion", {"precision": PRECISION, "judge": load_judge().accuracy, "figures": table}
+    )
     plot(table, RESULTS / "fusion.png")
 
 

@@ -1,32 +1,36 @@
 """Pictures of fused concepts and what the judge makes of them."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 import torch
-from concepts import CONCEPTS, article
 from PIL import Image
+from prompts import CONCEPTS, article
 
-from rite_diffusion.adapters import attach, load_adapter
+from rite_diffusion.adapters import attach, detach
+from rite_diffusion.adapters.choice import choose_adapters
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.demo import example_photos
 from rite_diffusion.evaluation.judge import as_pixels, load_judge
-from rite_diffusion.fusion.members import triggers_of
-from rite_diffusion.generation.regional import Attached, sample_regions
+from rite_diffusion.generation.attached import Attached, as_attached
+from rite_diffusion.generation.regional import regionally_guided
 from rite_diffusion.generation.regions import Region
-from rite_diffusion.generation.sampler import Sampling, sample
+from rite_diffusion.generation.sampler import denoising, pictures, sample
 from rite_diffusion.photos.folder import read_folder
 from rite_diffusion.photos.images import to_tensor
 from rite_diffusion.types import Backbone, Concept
 
 OTHERS = ("dog", "apple", "house", "fish")  # drawn without a trigger, to see the drift
-SAMPLING = Sampling(negative="", steps=15, guidance=3.0)
+STEPS, GUIDANCE = 15, 3.0
+PRECISION = "bf16"  # of training and drawing: half of the time on processors that know it
 
 
 @cache
 def base() -> Backbone:
     """The pocket base."""
-    return load_backbone("pocket")
+    return load_backbone("pocket", PRECISION)
 
 
 @cache
@@ -37,34 +41,45 @@ def photos_of(concept: str) -> list[Image.Image]:
     return [photo.image for photo in folder.photos]
 
 
-def attach_all(files: list[Path], weights: list[float]) -> list[Attached]:
-    """Put adapters into the base."""
-    found = []
-    for index, (path, weight) in enumerate(zip(files, weights, strict=True)):
-        adapter = load_adapter(path)
-        attach(base(), adapter, f"bench_{index}", weight)
-        found.append(Attached(f"bench_{index}", weight, triggers_of(adapter.info)))
-    return found
+@contextmanager
+def in_base(files: Sequence[Path]) -> Iterator[list[Attached]]:
+    """The adapters in the base, until the block ends."""
+    chosen = choose_adapters(files)
+    attached = as_attached(chosen)
+    for each, place in zip(chosen, attached, strict=True):
+        attach(base(), each.adapter, place.name)
+    try:
+        yield attached
+    finally:
+        for place in attached:
+            detach(base(), place.name)
 
 
-def draw(prompts: list[str], seeds: list[int]) -> list[Image.Image]:
-    """Every prompt with every seed, prompt by prompt."""
-    return [
-        image
-        for prompt in prompts
-        for image in sample(base(), [prompt] * len(seeds), seeds, **vars(SAMPLING))
-    ]
+def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[Image.Image]:
+    """Every prompt with every seed, prompt by prompt, in one batch."""
+    each = [prompt for prompt in prompts for _ in seeds]
+    return sample(base(), each, list(seeds) * len(prompts), steps=STEPS, guidance=GUIDANCE)
 
 
-def concept_scores(concept: str, others: list[str], seeds: list[int]) -> dict[str, float]:
+def concept_pictures(concept: str, seeds: Sequence[int]) -> list[Image.Image]:
+    """The concept on backgrounds that its photos do not show."""
+    return draw([f"a <{concept}> on {article(c)} background" for c in CONCEPTS[concept][1]], seeds)
+
+
+@cache
+def pictures_alone(file: Path, concept: str, seeds: tuple[int, ...]) -> list[Image.Image]:
+    """The same by the concept's own adapter alone."""
+    with in_base([file]):
+        return concept_pictures(concept, seeds)
+
+
+def scores(concept: str, others: list[str], drawn: list[Image.Image]) -> dict[str, float]:
     """Identity, share recognised, and share in which another concept is nearer."""
     judge = load_judge()
-    prompts = [f"a <{concept}> on {article(c)} background" for c in CONCEPTS[concept][1]]
-    pictures = draw(prompts, seeds)
-    seen = judge.embed(pictures)
+    seen = judge.embed(drawn)
     own = seen @ judge.prototype(photos_of(concept))
     rest = torch.stack([seen @ judge.prototype(photos_of(other)) for other in others]).amax(0)
-    recognised = judge.recognised(photos_of(concept), pictures)
+    recognised = judge.recognised(photos_of(concept), drawn)
     return {
         "identity": own.mean().item(),
         "recognised": sum(recognised) / len(recognised),
@@ -72,20 +87,26 @@ def concept_scores(concept: str, others: list[str], seeds: list[int]) -> dict[st
     }
 
 
-def halves(pictures: list[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
+def halves(drawn: list[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
     """The judge's embeddings (n, 64) of the left and of the right halves."""
     network = load_judge().network
     with torch.no_grad():
-        _, left, right = network.pooled(network.features(as_pixels(pictures)))
+        _, left, right = network.pooled(network.features(as_pixels(drawn)))
         return network.embedding(left), network.embedding(right)
 
 
-def bound(pictures: list[Image.Image], first: str, second: str) -> float:
-    """Share of pictures whose left half is nearer to the first concept, the right to the second."""
+def bound(drawn: list[Image.Image], first: str, second: str) -> float:
+    """Share of pictures whose left half is the first concept and whose right half is the second.
+
+    A half is a concept where its embedding is nearer to the concept's photos than to any noun, and
+    than to the other concept.
+    """
     judge = load_judge()
     one, two = (judge.prototype(photos_of(name)) for name in (first, second))
-    left, right = halves(pictures)
-    return ((left @ one > left @ two) & (right @ two > right @ one)).double().mean().item()
+    left, right = halves(drawn)
+    is_first = judge.concept_scores(one, left) > (left @ two).clamp(min=0)
+    is_second = judge.concept_scores(two, right) > (right @ one).clamp(min=0)
+    return (is_first & is_second).double().mean().item()
 
 
 def binding(concepts: list[str], attached: list[Attached], seeds: list[int]) -> dict[str, float]:
@@ -93,15 +114,19 @@ def binding(concepts: list[str], attached: list[Attached], seeds: list[int]) -> 
     first, second = concepts[:2]
     ground = "on a blue background"
     prompt = f"a <{first}> on the left and a <{second}> on the right {ground}"
-    plain = draw([prompt], seeds)
     regions = [
         Region(0.0, 0.0, 0.55, 1.0, f"a <{first}> {ground}"),
         Region(0.45, 0.0, 1.0, 1.0, f"a <{second}> {ground}"),
     ]
-    regional = sample_regions(base(), prompt, regions, seeds, SAMPLING, attached)
+    side = base().resolution
+    predict = regionally_guided(
+        base(), prompt, regions, negative="", guidance=GUIDANCE, width=side, height=side,
+        count=len(seeds), adapters=attached,
+    )  # fmt: skip
+    *_, latents = denoising(base(), predict, seeds, steps=STEPS)
     return {
-        "binding": bound(plain, first, second),
-        "binding_regions": bound(regional, first, second),
+        "binding": bound(draw([prompt], seeds), first, second),
+        "binding_regions": bound(pictures(base(), latents), first, second),
     }
 
 
@@ -109,3 +134,8 @@ def other_pictures() -> torch.Tensor:
     """Pictures without a trigger (n, 3, 64, 64)."""
     prompts = [f"{article(noun)} on a blue background" for noun in OTHERS]
     return torch.stack([to_tensor(image) for image in draw(prompts, [0, 1])])
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Root mean square difference of pictures in [-1, 1]."""
+    return (one - other).square().mean().sqrt().item()

@@ -31,7 +31,7 @@ _HOMES = {
     "generate": "rite_diffusion.recipes",
     "inspect": "rite_diffusion.recipes",
     "fuse": "rite_diffusion.merging",
-    "sketch": "rite_diffusion.merging",
+    "sketch": "rite_diffusion.sketching",
     "grid": "rite_diffusion.sheets",
     "make_masks": "rite_diffusion.masking",
     "RiteError": "rite_diffusion.types",
@@ -40,9 +40,10 @@ _HOMES = {
 if TYPE_CHECKING:
     from rite_diffusion.conversion import convert
     from rite_diffusion.masking import make_masks
-    from rite_diffusion.merging import fuse, sketch
+    from rite_diffusion.merging import fuse
     from rite_diffusion.recipes import generate, inspect, train
     from rite_diffusion.sheets import grid
+    from rite_diffusion.sketching import sketch
     from rite_diffusion.types import RiteError
 
 

@@ -2,10 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from rite_diffusion import cli_fusion
+from rite_diffusion.cli_settings import settings_tree
 from rite_diffusion.types import RiteError
 
 app = typer.Typer(
@@ -16,6 +18,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+app.add_typer(cli_fusion.app)
 
 
 def main() -> None:
@@ -43,19 +48,6 @@ def rite(
     ] = False,
 ) -> None:
     """Teach a text-to-image model your own concepts from a few photos."""
-
-
-def _settings(given: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """The settings tree of command-line options that were given, `--set` first."""
-    from rite_diffusion.config import merge, parse_assignments
-
-    pairs = {key: value for key, value in given.items() if value is not None}
-    tree: dict[str, Any] = {}
-    for key, value in pairs.items():
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        tree = merge(tree, value)
-    return merge(parse_assignments(assignments), tree)
 
 
 @app.command()
@@ -88,6 +80,9 @@ def train(
     override: Annotated[
         bool, typer.Option("--override", help="Go on with a stopped run though settings differ.")
     ] = False,
+    sketch: Annotated[
+        bool, typer.Option("--sketch", help="Leave statistics beside it, for fusing (rite sketch).")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Report, try a step, stop.")] = False,
 ) -> None:
     """Train a concept adapter from a folder of photos."""
@@ -105,7 +100,7 @@ def train(
         "seed": seed,
     }
     written = read_toml(photos) if photos.suffix == ".toml" else {"photos": str(photos)}
-    settings = merge(written, _settings(given, set_ or []))
+    settings = merge(written, settings_tree(given, set_ or []))
     from rite_diffusion import plan as planning
     from rite_diffusion import run
     from rite_diffusion.terminal import (
@@ -128,6 +123,8 @@ def train(
     with training_progress(plan.config.steps) as listen:
         adapter = run.run_training(plan, folder, listen, override)
     describe_result(plan, adapter)
+    if sketch:
+        cli_fusion.sketch(adapter, base=plan.config.base)
 
 
 def _number_or_word(text: str | None) -> float | str | None:
@@ -147,6 +144,13 @@ def generate(
     region: Annotated[
         list[str] | None,
         typer.Option(help='Part with its own prompt: "x0,y0,x1,y1: prompt :: negative".'),
+    ] = None,
+    combine: Annotated[
+        str, typer.Option(help="How several adapters act together: sum, switch or composite.")
+    ] = "sum",
+    control: Annotated[
+        list[str] | None,
+        typer.Option(help="MODEL=PICTURE[:WEIGHT], a ControlNet or T2I-Adapter; repeatable."),
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="Base model; default: the adapter's, else pocket.")
@@ -174,6 +178,8 @@ def generate(
         prompt,
         adapters=adapter or [],
         regions=region or [],
+        combine=combine,
+        controls=control or [],
         base=base,
         seed=seed,
         num=num,
@@ -187,117 +193,6 @@ def generate(
     )
     for image in images:
         print(image.info["path"])
-
-
-@app.command()
-def fuse(
-    adapters: Annotated[list[str], typer.Argument(help="Adapters: FILE or FILE:WEIGHT each.")],
-    method: Annotated[
-        str, typer.Option(help="gram, weighted, concat, svd, ties, dare, knots, … (docs/fusion.md)")
-    ] = "gram",
-    out: Annotated[Path, typer.Option(help="The fused adapter.")] = Path("fused.safetensors"),
-    rank: Annotated[int | None, typer.Option(help="Largest rank of a layer.")] = None,
-    report: Annotated[
-        bool, typer.Option("--report", help="Show conflicts; write .report.json and .report.png.")
-    ] = False,
-    base: Annotated[str | None, typer.Option(help="Base model; default: the adapters'.")] = None,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Of pictures for statistics.")] = 20,
-    seed: Annotated[int, typer.Option(help="Seed of pictures for statistics.")] = 0,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="A method's setting: --set preserve=0.5.")
-    ] = None,
-) -> None:
-    """Fuse several adapters into one."""
-    from rite_diffusion import merging
-    from rite_diffusion.fusion.statistics import Drawing
-    from rite_diffusion.terminal import describe_conflicts, describe_fused, picture_count
-
-    settings = _settings({"rank": rank}, set_ or [])
-    drawing = Drawing(steps=steps, seed=seed)
-    settings |= {"method": method, "out": out, "base": base, "drawing": drawing}
-    with picture_count() as listen:
-        if not report:
-            describe_fused(merging.fuse(adapters, listen=listen, **settings))
-            return
-        describe_conflicts(merging.fuse_and_report(adapters, listen=listen, **settings))
-
-
-@app.command()
-def sketch(
-    adapter: Annotated[Path, typer.Argument(help="An adapter, .safetensors.")],
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="What to draw; default: prompts with its trigger.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Default: FILE.sketch.safetensors.")] = None,
-    base: Annotated[str | None, typer.Option(help="Base model; default: the adapter's.")] = None,
-    directions: Annotated[int, typer.Option(help="Kept per layer: more is larger.")] = 64,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
-    seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
-) -> None:
-    """Write an adapter's statistics beside it, so that others fuse it without drawing."""
-    from rite_diffusion import merging
-    from rite_diffusion.fusion.statistics import Drawing
-    from rite_diffusion.terminal import picture_count
-
-    with picture_count() as listen:
-        path = merging.sketch(
-            adapter,
-            out=out,
-            base=base,
-            prompts=prompt or [],
-            directions=directions,
-            drawing=Drawing(steps=steps, seed=seed),
-            listen=listen,
-        )
-    print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
-
-
-@app.command()
-def grid(
-    prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.")],
-    adapter: Annotated[
-        list[str] | None, typer.Option(help='FILE[:WEIGHT], or several joined by +; "": none.')
-    ] = None,
-    weight: Annotated[
-        list[float] | None, typer.Option(help="Factor on the adapters' weights; default: 1.")
-    ] = None,
-    method: Annotated[
-        list[str] | None, typer.Option(help="attached or a method of `rite fuse`.")
-    ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="Default: 0.")] = None,
-    columns: Annotated[
-        str, typer.Option(help="What runs right: prompt, adapter, weight, method or seed.")
-    ] = "seed",
-    base: Annotated[str | None, typer.Option(help="Base model; default: the adapters'.")] = None,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 25,
-    guidance: Annotated[
-        float | None, typer.Option(min=0, max=100, help="Guidance scale; default: the base's.")
-    ] = None,
-    negative: Annotated[str, typer.Option(help="What to avoid.")] = "",
-    cell: Annotated[int, typer.Option(min=32, max=1024, help="Pixels of a picture's side.")] = 192,
-    out: Annotated[Path, typer.Option(help="The sheet, a .png.")] = Path("grid.png"),
-) -> None:
-    """Draw a sheet over prompts, adapters, weights, methods and seeds; each may be repeated."""
-    from rite_diffusion import sheets
-    from rite_diffusion.terminal import picture_progress
-
-    with picture_progress() as listen:
-        image = sheets.grid(
-            prompt,
-            adapters=adapter or [""],
-            weights=weight or [1.0],
-            methods=method or [sheets.ATTACHED],
-            seeds=seed or [0],
-            columns=columns,
-            base=base,
-            steps=steps,
-            guidance=guidance,
-            negative=negative,
-            cell=cell,
-            out=out,
-            listen=listen,
-        )
-    print(image.info["path"])
 
 
 @app.command()

@@ -1,35 +1,32 @@
-"""Adapter files into one adapter file; sketches; the report of what interferes."""
+"""Adapter files into one adapter file, with the report of what interferes."""
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL.Image import Image
 
-from rite_diffusion.adapters import Adapter, attach, detach, load_adapter, save_adapter
+from rite_diffusion.adapters import Adapter, attach, detach, save_adapter
+from rite_diffusion.adapters.attach import base_weights, check_base, check_fit
 from rite_diffusion.adapters.choice import choose_adapters
 from rite_diffusion.backbones import StableDiffusion
 from rite_diffusion.evaluation.conflict_sheet import ConceptPictures, conflict_sheet
-from rite_diffusion.fusion.measure import measure
+from rite_diffusion.fusion.dora import as_plain, has_dora
 from rite_diffusion.fusion.members import Member, checked
 from rite_diffusion.fusion.merge import merge, method_named
-from rite_diffusion.fusion.prompts import concept_prompts
 from rite_diffusion.fusion.report import ConflictReport, report_on
 from rite_diffusion.fusion.settings import FusionSettings
-from rite_diffusion.fusion.sketch import load_sketch, save_sketch, sketch_path
 from rite_diffusion.fusion.statistics import USUAL, Drawing
 from rite_diffusion.generation.output import output_target
 from rite_diffusion.generation.sampler import default_guidance, sample
 from rite_diffusion.recipes import open_base
+from rite_diffusion.sketching import with_sketches
 from rite_diffusion.types import Backbone, FusionError
 
 SHOWN = 2  # pictures of each concept in a report
-SKETCH_DIRECTIONS = 64  # per layer in a sketch file
 
 
 @dataclass(frozen=True)
@@ -67,9 +64,12 @@ def fuse(
     `listen` hears how many are drawn. Raises FusionError or AdapterError before a file is written.
     """
     chosen_settings = checked_settings(settings)
+    needs_statistics = method_named(method).statistics
     members = _members(adapters, Path(out))
-    if method_named(method).statistics and len(members) > 1:
-        members = with_sketches(members, _opener(base, members), drawing, listen)
+    open_backbone = _opener(base, members)
+    members = with_plain_updates(members, open_backbone)
+    if needs_statistics and len(members) > 1:
+        members = with_sketches(members, open_backbone, drawing, listen)
     return _write(Path(out), merge(members, method, chosen_settings))
 
 
@@ -91,10 +91,11 @@ def fuse_and_report(
     method_named(method)
     members = _members(adapters, Path(out))
     open_backbone = _opener(base, members)
+    members = with_plain_updates(members, open_backbone)
     members = with_sketches(members, open_backbone, drawing, listen)
     fused = merge(members, method, chosen_settings)
     report = report_on(members, fused)
-    pictures = draw_concepts(open_backbone(), checked(members), fused, drawing.seed)
+    pictures = draw_concepts(open_backbone(), members, fused, drawing.seed)
     path = _write(Path(out), fused)
     stem = path.name.removesuffix(".safetensors")
     figures, sheet = (path.with_name(f"{stem}.report.{kind}") for kind in ("json", "png"))
@@ -120,7 +121,9 @@ def foresee(
     chosen_settings = checked_settings(settings)
     method_named(method)
     members = _chosen_members(adapters)
-    members = with_sketches(members, _opener(base, members), drawing, listen)
+    open_backbone = _opener(base, members)
+    members = with_plain_updates(members, open_backbone)
+    members = with_sketches(members, open_backbone, drawing, listen)
     fused = merge(members, method, chosen_settings)
     return Forecast(fused, report_on(members, fused))
 
@@ -135,7 +138,7 @@ def checked_settings(settings: dict[str, Any]) -> FusionSettings:
 
 
 def _members(adapters: Sequence[str | Path], out: Path) -> list[Member]:
-    """The adapters, after every check that needs no base model."""
+    """The adapters in the order of their content, after every check that needs no base model."""
     if out.suffix != ".safetensors":
         raise FusionError(f"{out} is no .safetensors file: name one as --out.")
     members = _chosen_members(adapters)
@@ -146,14 +149,22 @@ def _members(adapters: Sequence[str | Path], out: Path) -> list[Member]:
 
 
 def _chosen_members(adapters: Sequence[str | Path]) -> list[Member]:
-    members = [Member(each.adapter, each.weight, each.path) for each in choose_adapters(adapters)]
-    checked(members)
-    return members
+    return checked(
+        [Member(each.adapter, each.weight, each.path) for each in choose_adapters(adapters)]
+    )
 
 
 def _opener(base: str | StableDiffusion | None, members: list[Member]) -> Callable[[], Backbone]:
-    """A function that opens the base model when it is first called."""
-    return cache(lambda: open_base(base, [member.adapter.info for member in members]))
+    """A function that opens the base model, and checks that it is theirs, when first called."""
+
+    @cache
+    def opened() -> Backbone:
+        backbone = open_base(base, [member.adapter.info for member in members])
+        for member in members:
+            check_base(backbone, member.adapter)
+        return backbone
+
+    return opened
 
 
 def _write(out: Path, adapter: Adapter) -> Path:
@@ -162,77 +173,20 @@ def _write(out: Path, adapter: Adapter) -> Path:
     return path
 
 
-def with_sketches(
-    members: list[Member],
-    open_backbone: Callable[[], Backbone],
-    drawing: Drawing,
-    listen: Callable[[int], None],
+def with_plain_updates(
+    members: list[Member], open_backbone: Callable[[], Backbone]
 ) -> list[Member]:
-    """The members with their sketches: from files beside the adapters, the others measured now."""
-    members = [_with_file(member) for member in members]
-    bare = [member for member in members if member.sketch is None]
-    if not bare:
+    """The members, those with DoRA layers with what these make of the base's weights."""
+    if not any(has_dora(member.adapter) for member in members):
         return members
-    prompts = [concept_prompts(member.adapter.info, member.file) for member in bare]
     backbone = open_backbone()
-    with out_of_memory_explained():
-        sketches = measure(backbone, [m.adapter for m in bare], prompts, drawing, listen)
-    measured = {member.digest: sketch for member, sketch in zip(bare, sketches, strict=True)}
-    return [replace(m, sketch=m.sketch or measured[m.digest]) for m in members]
-
-
-def _with_file(member: Member) -> Member:
-    """The member with the sketch beside its file, if there is one."""
-    path = sketch_path(member.file)
-    if not path.is_file():
-        return member
-    sketch = load_sketch(path)
-    if sketch.facts.adapter != member.digest:
-        raise FusionError(
-            f"{path} was made from another version of {member.file.name}: "
-            f"make it again with `rite sketch {member.file}`, or delete it."
-        )
-    return replace(member, sketch=sketch)
-
-
-def sketch(
-    adapter: str | Path,
-    *,
-    out: str | Path | None = None,
-    base: str | StableDiffusion | None = None,
-    prompts: Sequence[str] = (),
-    directions: int = SKETCH_DIRECTIONS,
-    drawing: Drawing = USUAL,
-    listen: Callable[[int], None] = lambda pictures: None,
-) -> Path:
-    """Write `FILE.sketch.safetensors` beside an adapter: what others need to fuse it.
-
-    `prompts` default to a few with the adapter's trigger; `directions` bounds the file's size.
-    """
-    if not 1 <= directions <= 4096:
-        raise FusionError(f"{directions} directions are not between 1 and 4096")
-    path = Path(adapter).expanduser()
-    content = load_adapter(path)
-    target = Path(out).expanduser() if out else sketch_path(path)
-    wanted = list(prompts) or concept_prompts(content.info, path)
-    output_target(target.parent, 1)
-    backbone = open_base(base, [content.info])
-    with out_of_memory_explained():
-        [made] = measure(backbone, [content], [wanted], drawing, listen)
-    save_sketch(target, made, directions)
-    return target
-
-
-@contextmanager
-def out_of_memory_explained():
-    """Turn running out of memory into a FusionError that says what helps."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise FusionError(
-            f"not enough memory for the statistics ({error}): make a sketch of one adapter after "
-            "the other with `rite sketch`, or use a method without statistics."
-        ) from None
+    weights = base_weights(backbone)
+    for member in members:
+        check_fit(backbone, member.adapter)
+    return [
+        replace(m, plain=as_plain(m.adapter, weights)) if has_dora(m.adapter) else m
+        for m in members
+    ]
 
 
 def draw_concepts(

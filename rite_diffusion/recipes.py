@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from rite_diffusion.adapters.attach import check_base
 from rite_diffusion.adapters.choice import Chosen, choose_adapters, renamings
 from rite_diffusion.backbones import StableDiffusion, load_backbone
 from rite_diffusion.generation.attached import as_attached, attached_name
+from rite_diffusion.generation.composition import SUM
+from rite_diffusion.generation.control import load_controls, parse_control
 from rite_diffusion.generation.metadata import save_png
 from rite_diffusion.generation.output import next_file, output_target
 from rite_diffusion.generation.picture import complete, picture
@@ -78,6 +81,8 @@ def generate(
     *,
     adapters: Sequence[str | Path] = (),
     regions: Sequence[str] = (),
+    combine: str = SUM,
+    controls: Sequence[str] = (),
     base: str | None = None,
     seed: int = 0,
     num: int = 1,
@@ -93,11 +98,12 @@ def generate(
     """Pictures of a prompt, for the seeds `seed`, `seed + 1`, …; adapters are `FILE[:WEIGHT]`.
 
     `regions` are `x0,y0,x1,y1: prompt [:: negative [:: weights]]`, parts of the picture with
-    prompts of their own. Pictures are made one at a time, so each depends on its own parameters
-    alone. With `out`, a folder or for one picture a `.png`, they are written as PNGs that carry
-    their parameters; `image.info["path"]` tells where. Adapters of another base are refused, unless
-    `other_base`; where two have learned the same word, the second's gets a new name, which stderr
-    tells.
+    prompts of their own; `combine` is how several adapters act together: `sum`, `switch` or
+    `composite`; `controls` are `MODEL=PICTURE[:WEIGHT]`, ControlNets and T2I-Adapters. Pictures
+    are made one at a time, so each depends on its own parameters alone. With `out`, a folder or
+    for one picture a `.png`, they are written as PNGs that carry their parameters;
+    `image.info["path"]` tells where. Adapters of another base are refused, unless `other_base`;
+    where two have learned the same word, the second's gets a new name, which stderr tells.
     """
     chosen = choose_adapters(adapters)
     for line in renamings(chosen):
@@ -105,25 +111,25 @@ def generate(
     attached = as_attached(chosen)
     parts = [parse_region(text) for text in regions]
     adapter_weights(parts, prompt, [each.triggers for each in attached])  # complains early
+    conditions = [parse_control(text) for text in controls]
     backbone = open_with_adapters(base, chosen, other_base)
-    records = [each.record() for each in chosen]
-    wanted = [
-        complete(
-            backbone, records, prompt=prompt, negative=negative, seed=seed + index, steps=steps,
-            guidance=guidance, width=width, height=height, regions=regions,
-        )
-        for index in range(num)
-    ]  # fmt: skip
+    first = complete(
+        backbone, [each.record() for each in chosen], prompt=prompt, negative=negative, seed=seed,
+        steps=steps, guidance=guidance, width=width, height=height, regions=regions,
+        combine=combine, controls=[each.record() for each in conditions],
+    )  # fmt: skip
+    controlling = load_controls(backbone, conditions, first.width, first.height)
     target = None if out is None else output_target(Path(out), num)
     images = []
-    for done, parameters in enumerate(wanted, 1):
-        image = picture(backbone, parameters, attached)
+    for done in range(num):
+        parameters = replace(first, seed=seed + done)
+        image = picture(backbone, parameters, attached, controlling)
         if target is not None:
             path = next_file(target) if target.is_dir() else target
             save_png(image, path, parameters)
             image.info["path"] = str(path)
         images.append(image)
-        listen(done)
+        listen(done + 1)
     return images
 
 

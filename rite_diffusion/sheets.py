@@ -12,7 +12,8 @@ from PIL import PngImagePlugin
 from PIL.Image import Image
 
 import rite_diffusion
-from rite_diffusion.adapters import attach, detach
+from rite_diffusion.adapters import Adapter, attach, detach
+from rite_diffusion.adapters.attach import check_base
 from rite_diffusion.adapters.choice import Chosen, choose_adapters, split_weight
 from rite_diffusion.backbones import StableDiffusion
 from rite_diffusion.fusion import FUSIONS
@@ -20,16 +21,21 @@ from rite_diffusion.fusion.members import Member, checked
 from rite_diffusion.fusion.merge import merge, method_named
 from rite_diffusion.fusion.settings import FusionSettings
 from rite_diffusion.fusion.statistics import USUAL
+from rite_diffusion.generation.attached import Attached
+from rite_diffusion.generation.composition import COMPOSITIONS, SUM
 from rite_diffusion.generation.grid import labelled_grid
 from rite_diffusion.generation.metadata import KEY
 from rite_diffusion.generation.output import output_target
 from rite_diffusion.generation.picture import complete, picture
-from rite_diffusion.merging import with_sketches
+from rite_diffusion.merging import with_plain_updates
 from rite_diffusion.recipes import open_base
+from rite_diffusion.sketching import with_sketches
 from rite_diffusion.types import Backbone, ConfigError
 
 AXES = ("prompt", "adapter", "weight", "method", "seed")
 ATTACHED = "attached"  # the method of adapters side by side, unfused
+UNFUSED = (ATTACHED, *COMPOSITIONS)
+METHODS = (*UNFUSED, *FUSIONS)
 MOST = 2500  # pictures on a sheet
 NAME = "sheet"
 
@@ -109,7 +115,7 @@ def plan_sheet(values: dict[str, Sequence], columns: str) -> Sheet:
         if not values[axis]:
             raise ConfigError(f"the sheet has no {axis}: give at least one")
     for method in values["method"]:
-        if method != ATTACHED:
+        if method not in UNFUSED:
             method_named(method)
     values = values | {"adapter": [_items(each) for each in values["adapter"]]}
     down = [axis for axis in AXES if axis != columns]
@@ -140,13 +146,15 @@ def grid(
     height: int | None = None,
     cell: int = 192,
     out: str | Path | None = None,
+    other_base: bool = False,
     listen: Callable[[int, int], None] = lambda done, total: None,
 ) -> Image:
     """A sheet of pictures of all combinations, `columns` (an axis of AXES) from left to right.
 
     Each of `adapters` is a `FILE[:WEIGHT]`, several in a list or joined by `+`, or "" for the base
     alone; a weight multiplies those of its files; a method says how several are combined:
-    `attached` or one of FUSIONS. With `out`, a `.png` whose text holds every picture's parameters.
+    `attached`, `switch`, `composite` or one of FUSIONS. With `out`, a `.png` whose text holds every
+    picture's parameters.
     """
     axes = {
         "prompt": prompts,
@@ -156,11 +164,13 @@ def grid(
         "seed": seeds,
     }
     sheet = plan_sheet(axes, columns)
-    infos = [chosen.adapter.info for each in sheet.setups() for chosen in each.chosen()]
+    named = [chosen.adapter for each in sheet.setups() for chosen in each.chosen()]
     if out is not None and Path(out).suffix.lower() != ".png":
         raise ConfigError(f"{out} is no .png file: name one as --out.")
     target = None if out is None else output_target(Path(out).expanduser(), 1)
-    backbone = open_base(base, infos)
+    backbone = open_base(base, [adapter.info for adapter in named])
+    for adapter in [] if other_base else named:
+        check_base(backbone, adapter)
     settings = {
         "negative": negative, "steps": steps, "guidance": guidance, "width": width, "height": height
     }  # fmt: skip
@@ -195,30 +205,40 @@ def _draw(
     for first, cells in sheet.setups().items():
         chosen = first.chosen()
         records = [each.record() for each in chosen]
-        with _attached(backbone, chosen, first.method):
+        combine = first.method if first.method in COMPOSITIONS else SUM
+        with _in_model(backbone, _present(backbone, chosen, first.method)) as attached:
             for cell in cells:
-                facts = complete(backbone, records, prompt=cell.prompt, seed=cell.seed, **settings)
-                drawn[cell] = picture(backbone, facts), asdict(facts)
+                facts = complete(
+                    backbone, records, prompt=cell.prompt, seed=cell.seed, combine=combine,
+                    **settings,
+                )  # fmt: skip
+                drawn[cell] = picture(backbone, facts, attached), asdict(facts)
                 listen(len(drawn), total)
     return drawn
 
 
+def _present(backbone: Backbone, chosen: list[Chosen], method: str) -> list[tuple[Adapter, float]]:
+    """The adapters to attach with their weights: as they are, or one that a method fused."""
+    if method in UNFUSED or len(chosen) < 2:
+        return [(each.adapter, each.weight) for each in chosen]
+    members = checked([Member(each.adapter, each.weight, each.path) for each in chosen])
+    members = with_plain_updates(members, lambda: backbone)
+    if FUSIONS[method].statistics:
+        members = with_sketches(members, lambda: backbone, USUAL, lambda pictures: None)
+    return [(merge(members, method, FusionSettings()), 1.0)]
+
+
 @contextmanager
-def _attached(backbone: Backbone, chosen: list[Chosen], method: str) -> Iterator[None]:
-    """The adapters in the backbone, side by side or fused by a method, until the block ends."""
-    if method == ATTACHED or len(chosen) < 2:
-        present = [(each.adapter, each.weight) for each in chosen]
-    else:
-        members = [Member(each.adapter, each.weight, each.path) for each in chosen]
-        checked(members)
-        if FUSIONS[method].statistics:
-            members = with_sketches(members, lambda: backbone, USUAL, lambda pictures: None)
-        present = [(merge(members, method, FusionSettings()), 1.0)]
-    names = [f"{NAME}_{index}" for index in range(len(present))]
-    for name, (adapter, weight) in zip(names, present, strict=True):
-        attach(backbone, adapter, name, weight)
+def _in_model(backbone: Backbone, present: list[tuple[Adapter, float]]) -> Iterator[list[Attached]]:
+    """The adapters in the backbone until the block ends."""
+    attached = [
+        Attached(f"{NAME}_{index}", weight, adapter.info.triggers())
+        for index, (adapter, weight) in enumerate(present)
+    ]
+    for (adapter, weight), place in zip(present, attached, strict=True):
+        attach(backbone, adapter, place.name, weight)
     try:
-        yield
+        yield attached
     finally:
-        for name in names:
-            detach(backbone, name)
+        for place in attached:
+            detach(backbone, place.name)

@@ -20,7 +20,7 @@ from rite_diffusion.fusion.custom_diffusion import distinct_directions
 from rite_diffusion.fusion.dare import bernoulli
 from rite_diffusion.fusion.gradient import gradient
 from rite_diffusion.fusion.gram import gram, objective
-from rite_diffusion.fusion.grams import FullGram, GramSum, mean, output_energy, truncated
+from rite_diffusion.fusion.grams import GramSum, full_gram, mean, output_energy, truncated
 from rite_diffusion.fusion.layer import Factors, Layer, Part, stack
 from rite_diffusion.fusion.low_rank import (
     factorised,
@@ -167,7 +167,7 @@ def normal_equations(layer: Layer, settings: FusionSettings) -> torch.Tensor:
 def test_gram_equals_a_dense_solve_of_the_normal_equations(width, preserve, full):
     layer = random_layer(3, width=width)
     if full:
-        parts = [replace(p, gram=FullGram(p.gram.matrix(), 1)) for p in layer.parts]
+        parts = [replace(p, gram=full_gram(p.gram.matrix(), 1)) for p in layer.parts]
         layer = replace(layer, parts=parts)
     settings = FusionSettings(preserve=preserve, ridge=1e-4)
     fused = gram(layer, settings)
@@ -182,7 +182,7 @@ def test_gram_equals_a_dense_solve_of_the_normal_equations(width, preserve, full
 def test_the_mean_of_grams_is_the_mean_of_their_matrices():
     grams = [random_gram(30, seed) for seed in range(3)]
     expected = torch.stack([gram.matrix() for gram in grams]).mean(0)
-    mixed = [FullGram(grams[0].matrix(), 12), *grams[1:]]
+    mixed = [full_gram(grams[0].matrix(), 12), *grams[1:]]
     for each in (grams, mixed):
         torch.testing.assert_close(mean(each).matrix(), expected)
     assert mean([grams[0], truncated(grams[0], 40)]) is grams[0]

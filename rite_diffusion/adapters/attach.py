@@ -134,7 +134,7 @@ def check_fit(backbone: Backbone, adapter: Adapter) -> dict[str, tuple[str, str]
         component, path = known[pair.name]
         weight = _weight(_inner(backbone.components[component], path))
         shape = (pair.up.shape[0], *pair.down.shape[1:])
-        if _without_ones(shape) != _without_ones(tuple(weight.shape)):
+        if without_ones(shape) != without_ones(tuple(weight.shape)):
             raise AdapterError(
                 f"{pair.name} is for weights {shape}, {backbone.name} has {tuple(weight.shape)}: "
                 f"the adapter was made for another base model ({adapter.info.base or 'unnamed'})."
@@ -142,7 +142,7 @@ def check_fit(backbone: Backbone, adapter: Adapter) -> dict[str, tuple[str, str]
     return {pair.name: known[pair.name] for pair in adapter.pairs}
 
 
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     """A weight's shape; a matrix and a 1x1 convolution have the same."""
     return shape[:2] if shape[2:] == (1, 1) else shape
 
@@ -153,7 +153,7 @@ def check_base(backbone: Backbone, adapter: Adapter) -> None:
     A model that was fine-tuned from the adapter's base counts as that base.
     """
     made_for = adapter.info.base_fingerprint
-    if made_for and _differing_bits(made_for, backbone.fingerprint) > STRANGER:
+    if is_other_base(made_for, backbone.fingerprint):
         raise AdapterError(
             f"the adapter was trained on '{adapter.info.base}' ({made_for}), this base is "
             f"'{backbone.name}' ({backbone.fingerprint}): pass the first as the base, or accept "
@@ -161,10 +161,18 @@ def check_base(backbone: Backbone, adapter: Adapter) -> None:
         )
 
 
+def is_other_base(one: str, other: str) -> bool:
+    """Whether two fingerprints are of models that have nothing to do with each other.
+
+    An empty one, of a file that does not say, fits every model.
+    """
+    return bool(one and other) and _differing_bits(one, other) > STRANGER
+
+
 def _differing_bits(one: str, other: str) -> int:
     """In how many of 64 bits two fingerprints differ; all, where one is none."""
-    if not re.fullmatch(r"[0-9a-f]{16}", one):
-        return 64
+    if not all(re.fullmatch(r"[0-9a-f]{16}", each) for each in (one, other)):
+        return 0 if one == other else 64
     return (int(one, 16) ^ int(other, 16)).bit_count()
 
 

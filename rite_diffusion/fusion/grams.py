@@ -63,34 +63,45 @@ class Gram:
 
 @dataclass(frozen=True, eq=False)
 class FullGram:
-    """G itself; its eigenvectors, which take longest, are found when first asked for."""
+    """G itself; its eigenvectors, which take longest, are found when first asked for.
 
-    moments: Tensor  # (inputs, inputs)
+    Half of the symmetric matrix is kept, in single precision: a large model has a hundred of them
+    for each concept. The sums were in float64; rounding once is far below any ridge.
+    """
+
+    upper: Tensor  # (inputs * (inputs + 1) / 2,) the upper triangle, row by row
+    width: int  # length of an input
     rows: int
 
     @cached_property
     def spectral(self) -> Gram:
         """The same by its eigenvectors."""
-        values, vectors = torch.linalg.eigh(self.moments)
+        values, vectors = torch.linalg.eigh(self.matrix())
         return from_eigen(vectors.mT.flip(0), values.flip(0).clamp(min=0), 0.0, self.rows)
-
-    @property
-    def width(self) -> int:
-        """Length of an input."""
-        return len(self.moments)
 
     @property
     def trace(self) -> float:
         """E|x|^2."""
-        return self.moments.trace().item()
+        return self.matrix().trace().item()
 
     def matrix(self) -> Tensor:
-        """G (inputs, inputs)."""
-        return self.moments
+        """G (inputs, inputs) in float64."""
+        full = torch.zeros(self.width, self.width, dtype=torch.float64)
+        rows, columns = torch.triu_indices(self.width, self.width)
+        full[rows, columns] = self.upper.double()
+        full[columns, rows] = self.upper.double()
+        return full
 
     def times(self, rows: Tensor) -> Tensor:
         """Rows (n, inputs) times G."""
-        return rows @ self.moments
+        return rows @ self.matrix()
+
+
+def full_gram(moments: Tensor, rows: int) -> FullGram:
+    """The FullGram of a symmetric matrix (inputs, inputs)."""
+    width = len(moments)
+    upper = moments[tuple(torch.triu_indices(width, width))]
+    return FullGram(upper.float(), width, rows)
 
 
 AnyGram = Gram | FullGram
@@ -127,7 +138,7 @@ def mean(grams: Sequence[AnyGram]) -> AnyGram:
     if all(_same(gram, first) for gram in grams[1:]):
         return first
     if any(isinstance(gram, FullGram) for gram in grams):
-        return FullGram(torch.stack([gram.matrix() for gram in grams]).mean(0), rows)
+        return full_gram(torch.stack([gram.matrix() for gram in grams]).mean(0), rows)
     roots = torch.cat([gram.spectral.root() for gram in grams]) / len(grams) ** 0.5
     _, singular, basis = torch.linalg.svd(roots, full_matrices=False)
     tail = sum(gram.spectral.tail for gram in grams) / len(grams)

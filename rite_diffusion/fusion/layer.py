@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rite_diffusion.types import LoraPair
+from rite_diffusion.types import FusionError, LoraPair
 
 if TYPE_CHECKING:
     from rite_diffusion.fusion.grams import AnyGram
@@ -59,7 +59,12 @@ class Layer:
 
 
 def flat(pair: LoraPair, weight: float) -> Factors:
-    """The pair's update times a weight; scale and weight go into `down`."""
+    """The pair's update times a weight; scale and weight go into `down`.
+
+    FusionError for a DoRA: its update takes the base's weight, and `as_plain` makes it.
+    """
+    if pair.magnitude is not None:
+        raise FusionError(f"{pair.name} is a DoRA, whose update takes the base: use `rite fuse`.")
     down = pair.down.detach().double().flatten(1)
     return Factors(pair.up.detach().double().flatten(1), pair.scale * weight * down)
 

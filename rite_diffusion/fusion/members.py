@@ -7,8 +7,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from rite_diffusion.adapters import Adapter
+from rite_diffusion.adapters.attach import is_other_base, without_ones
 from rite_diffusion.fusion.grams import mean
 from rite_diffusion.fusion.layer import Layer, Part, flat, nothing
 from rite_diffusion.fusion.sketch import Sketch
@@ -23,6 +25,7 @@ class Member:
     weight: float
     file: Path
     sketch: Sketch | None = None
+    plain: Adapter | None = None  # where the adapter holds DoRA layers: those as plain updates
 
     @cached_property
     def digest(self) -> str:
@@ -32,7 +35,7 @@ class Member:
     @cached_property
     def pairs(self) -> dict[str, LoraPair]:
         """Layer name -> the adapter's pair there."""
-        return {pair.name: pair for pair in self.adapter.pairs}
+        return {pair.name: pair for pair in (self.plain or self.adapter).pairs}
 
     @property
     def label(self) -> str:
@@ -41,15 +44,20 @@ class Member:
 
 
 def digest_of(adapter: Adapter) -> str:
-    """First 16 hex digits of a SHA-256 over the pairs in the order of their names."""
+    """First 16 hex digits of a SHA-256 over pairs and tokens in the order of their names."""
     digest = hashlib.sha256()
     for pair in sorted(adapter.pairs, key=lambda pair: pair.name):
         digest.update(f"{pair.name} {pair.scale!r} {tuple(pair.down.shape)}".encode())
-        for factor in (pair.down, pair.up):
-            digest.update(
-                factor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            )
+        for part in (pair.down, pair.up, pair.magnitude):
+            if part is not None:
+                digest.update(_content(part))
+    for word, rows in sorted(adapter.tokens.items()):
+        digest.update(f"{word} {tuple(rows.shape)}".encode() + _content(rows))
     return digest.hexdigest()[:16]
+
+
+def _content(values: Tensor) -> bytes:
+    return values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def checked(members: Sequence[Member]) -> list[Member]:
@@ -88,7 +96,7 @@ def _refuse_other_bases(members: Sequence[Member]) -> None:
     first = next((m for m in members if m.adapter.info.base_fingerprint), None)
     for member in members:
         info = member.adapter.info
-        if first and info.base_fingerprint not in ("", first.adapter.info.base_fingerprint):
+        if first and is_other_base(info.base_fingerprint, first.adapter.info.base_fingerprint):
             raise FusionError(
                 f"{member.file} was trained on {info.base or 'an unnamed base'} and {first.file} "
                 f"on {first.adapter.info.base or 'an unnamed base'}, whose weights differ: only "
@@ -100,7 +108,7 @@ def _refuse_other_shapes(members: Sequence[Member]) -> None:
     shapes: dict[str, tuple[tuple[int, ...], Path]] = {}
     for member in members:
         for pair in member.adapter.pairs:
-            shape = (pair.up.shape[0], *pair.down.shape[1:])
+            shape = without_ones((pair.up.shape[0], *pair.down.shape[1:]))
             other, file = shapes.setdefault(pair.name, (shape, member.file))
             if shape != other:
                 raise FusionError(
@@ -110,7 +118,10 @@ def _refuse_other_shapes(members: Sequence[Member]) -> None:
 
 
 def layers(members: Sequence[Member]) -> Iterator[tuple[Layer, torch.Size]]:
-    """Every layer that a member adapts, with the shape (in,) or (in, k, k) of its kernels."""
+    """Every layer that a member adapts, with the shape (in,) or (in, k, k) of its kernels.
+
+    Of a 1x1 convolution, which some files hold as a matrix, it is that of the first adapter.
+    """
     for name in sorted({name for member in members for name in member.pairs}):
         example = next(m.pairs[name] for m in members if name in m.pairs)
         empty = nothing(flat(example, 1.0))

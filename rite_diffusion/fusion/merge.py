@@ -12,6 +12,7 @@ from rite_diffusion.fusion.layer import Factors, Layer, as_pair
 from rite_diffusion.fusion.low_rank import to_rank
 from rite_diffusion.fusion.members import Member, checked, layers
 from rite_diffusion.fusion.settings import FusionSettings
+from rite_diffusion.fusion.tokens import merge_tokens
 from rite_diffusion.types import FusionError
 
 
@@ -35,7 +36,8 @@ def merge(members: Sequence[Member], name: str, settings: FusionSettings) -> Ada
         if settings.rank is not None:
             fused = to_rank(fused, settings.rank)
         pairs.append(as_pair(layer.name, fused, kernel))
-    return Adapter(pairs, fused_info(members, name, settings))
+    tokens = merge_tokens([member.adapter.tokens for member in members])
+    return Adapter(pairs, fused_info(members, name, settings), tokens)
 
 
 def _alone(layer: Layer) -> Factors:

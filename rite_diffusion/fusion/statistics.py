@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rite_diffusion.adapters.attach import places
-from rite_diffusion.fusion.grams import AnyGram, FullGram, Gram, from_eigen
+from rite_diffusion.fusion.grams import AnyGram, FullGram, Gram, from_eigen, full_gram
 from rite_diffusion.types import Backbone
 
 EXACT_WIDTH = 2048  # inputs; a wider layer's Gram is sketched as it streams
@@ -44,7 +44,7 @@ class ExactSum:
 
     def gram(self) -> FullGram:
         """The mean of x x^T."""
-        return FullGram(self.total.cpu().double() / self.rows, self.rows)
+        return full_gram(self.total.cpu().double() / self.rows, self.rows)
 
 
 class SketchSum:

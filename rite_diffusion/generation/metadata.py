@@ -29,6 +29,8 @@ class Parameters:
     version: str
     regions: list[str] = field(default_factory=list)  # as `--region` takes them
     sampler: str = "DDIM"
+    combine: str = "sum"  # how several adapters act together
+    controls: list[str] = field(default_factory=list)  # condition pictures and their networks
 
     def as_text(self) -> str:
         """The parameters in A1111's form."""

@@ -8,6 +8,8 @@ from torch import Tensor
 import rite_diffusion
 from rite_diffusion.adapters.choice import Record
 from rite_diffusion.generation.attached import Attached
+from rite_diffusion.generation.composition import COMPOSITIONS, SUM
+from rite_diffusion.generation.control import Control, under_control
 from rite_diffusion.generation.metadata import Parameters
 from rite_diffusion.generation.regional import regionally_guided
 from rite_diffusion.generation.regions import parse_region
@@ -35,10 +37,12 @@ def complete(
     width: int | None,
     height: int | None,
     regions: Sequence[str] = (),
+    combine: str = SUM,
+    controls: Sequence[str] = (),
 ) -> Parameters:
     """Everything that decides a picture of this model; what is None is the base's own.
 
-    Sides are in pixels; ConfigError where the model cannot draw one.
+    Sides are in pixels; ConfigError where the model cannot draw one, or a word is not known.
     """
     width, height = width or backbone.resolution, height or backbone.resolution
     for side in (width, height):
@@ -46,6 +50,11 @@ def complete(
             raise ConfigError(
                 f"side {side} is not a multiple of {backbone.multiple} up to {LONGEST_SIDE}"
             )
+    if combine not in (SUM, *COMPOSITIONS):
+        known = ", ".join((SUM, *COMPOSITIONS))
+        raise ConfigError(f"no way '{combine}' to combine adapters: choose one of {known}")
+    if regions and combine != SUM:
+        raise ConfigError(f"regions have their own adapters each: leave out '{combine}'")
     return Parameters(
         prompt=prompt,
         negative=negative,
@@ -60,19 +69,25 @@ def complete(
         version=rite_diffusion.__version__,
         regions=[str(parse_region(text)) for text in regions],
         sampler="Euler" if backbone.prediction_type == "flow" else "DDIM",
+        combine=combine,
+        controls=list(controls),
     )
 
 
 def estimates(
-    backbone: Backbone, parameters: Parameters, adapters: Sequence[Attached] = ()
+    backbone: Backbone,
+    parameters: Parameters,
+    adapters: Sequence[Attached] = (),
+    controls: Sequence[Control] = (),
 ) -> Iterator[Tensor]:
     """The latents (1, C, h, w) that the model expects after each step; the last are the result.
 
-    `adapters` are those in the model; regions and compositions turn them up and down.
+    `adapters` are those in the model; regions and compositions turn them up and down. `controls`
+    are those that the parameters name.
     """
     return denoising(
         backbone,
-        _prediction(backbone, parameters, adapters),
+        under_control(_prediction(backbone, parameters, adapters), backbone, controls),
         [parameters.seed],
         steps=parameters.steps,
         width=parameters.width,
@@ -94,10 +109,19 @@ def _prediction(
             height=parameters.height,
             adapters=adapters,
         )
-    return guided(backbone, [parameters.prompt], parameters.negative, parameters.guidance)
+    asked = parameters.prompt, parameters.negative, parameters.guidance
+    if parameters.combine != SUM:
+        return COMPOSITIONS[parameters.combine](backbone, *asked, adapters)
+    prompt, negative, guidance = asked
+    return guided(backbone, [prompt], negative, guidance)
 
 
-def picture(backbone: Backbone, parameters: Parameters, adapters: Sequence[Attached] = ()) -> Image:
+def picture(
+    backbone: Backbone,
+    parameters: Parameters,
+    adapters: Sequence[Attached] = (),
+    controls: Sequence[Control] = (),
+) -> Image:
     """The picture that the parameters decide; the adapters they name are in the model already."""
-    *_, latents = estimates(backbone, parameters, adapters)
+    *_, latents = estimates(backbone, parameters, adapters, controls)
     return pictures(backbone, latents)[0]

@@ -145,7 +145,7 @@ def encode_parts(
     adapters: Sequence[Attached],
     factors: list[list[float]],
 ) -> Conditioning:
-    """Conditioning (2 count, parts * tokens, width) of (prompt, negative) per part.
+    """Conditioning (2 count, …, parts * tokens, width) of (prompt, negative) per part.
 
     Each part is encoded with its own adapter weights. Rows are [negatives; prompts]. What there is
     but states, such as SDXL's pooled embeddings, is the whole picture's.
@@ -154,7 +154,20 @@ def encode_parts(
     for (prompt, negative), row in zip(texts, factors, strict=True):
         with turned(backbone, adapters, row):
             parts.append(backbone.encode_prompts([negative] * count + [prompt] * count))
-    return Conditioning(torch.cat([part.states for part in parts], 1), parts[0].extra)
+    return Conditioning(side_by_side([part.states for part in parts]), parts[0].extra)
+
+
+def side_by_side(states: Sequence[Tensor]) -> Tensor:
+    """States (B, tokens, width) or layer-wise (B, layers, tokens, width) joined along the tokens.
+
+    Where one is layer-wise, the others say the same to every layer.
+    """
+    depth = max((each.shape[1] for each in states if each.ndim == 4), default=0)
+    if depth:
+        states = [
+            each if each.ndim == 4 else each[:, None].expand(-1, depth, -1, -1) for each in states
+        ]
+    return torch.cat(list(states), -2)
 
 
 def regionally_guided(

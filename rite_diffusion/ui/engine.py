@@ -15,6 +15,7 @@ from rite_diffusion.adapters.attach import set_weight
 from rite_diffusion.adapters.choice import Chosen, choose_adapters
 from rite_diffusion.backbones import StableDiffusion, load_backbone
 from rite_diffusion.generation.attached import Attached, as_attached, attached_name
+from rite_diffusion.generation.composition import SUM
 from rite_diffusion.generation.metadata import Parameters, save_png
 from rite_diffusion.generation.output import next_file
 from rite_diffusion.generation.picture import complete, estimates
@@ -36,6 +37,7 @@ class Wish:
     width: int | None = None
     height: int | None = None
     regions: tuple[str, ...] = ()  # as `rite generate --region` takes them
+    combine: str = SUM
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,12 @@ NO_SHEET = empty_state(
     "Write prompts, one a line; choose adapters, weights and seeds. Every combination is drawn.",
 )
 BASE_ALONE = "the base alone"
-ATTACHED = "attached"  # adapters side by side, not fused
+ATTACHED = "attached"
+UNFUSED = {
+    ATTACHED: "side by side, all at once",
+    "switch": "one after the other, step by step",
+    "composite": "each by itself, predictions averaged",
+}
 APART, TOGETHER = "each on its own", "all together"
 
 
@@ -43,7 +48,7 @@ def build(studio: Studio) -> Built:
                                      elem_id="sheet-weights")  # fmt: skip
                 seeds = gr.Textbox("0, 1, 2", label="Seeds", min_width=110, elem_id="sheet-seeds")
             methods = gr.Dropdown(
-                [("attached: side by side, not fused", ATTACHED),
+                [*((f"{name}: {words}", name) for name, words in UNFUSED.items()),
                  *((f"{name}: {words}", name) for name, words in METHODS.items())],
                 value=[ATTACHED], multiselect=True, label="How those that are together are joined",
             )  # fmt: skip

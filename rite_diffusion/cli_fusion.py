@@ -1,0 +1,126 @@
+"""The commands that put several adapters together. Everything heavy is imported inside them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rite_diffusion.cli_settings import settings_tree
+
+app = typer.Typer()
+
+
+@app.command()
+def fuse(
+    adapters: Annotated[list[str], typer.Argument(help="Adapters: FILE or FILE:WEIGHT each.")],
+    method: Annotated[
+        str, typer.Option(help="gram, weighted, concat, svd, ties, dare, knots, … (docs/fusion.md)")
+    ] = "gram",
+    out: Annotated[Path, typer.Option(help="The fused adapter.")] = Path("fused.safetensors"),
+    rank: Annotated[int | None, typer.Option(help="Largest rank of a layer.")] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Show conflicts; write .report.json and .report.png.")
+    ] = False,
+    base: Annotated[str | None, typer.Option(help="Base model; default: the adapters'.")] = None,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Of pictures for statistics.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of pictures for statistics.")] = 0,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A method's setting: --set preserve=0.5.")
+    ] = None,
+) -> None:
+    """Fuse several adapters into one."""
+    from rite_diffusion import merging
+    from rite_diffusion.fusion.statistics import Drawing
+    from rite_diffusion.terminal import describe_conflicts, describe_fused, picture_count
+
+    settings = settings_tree({"rank": rank}, set_ or [])
+    drawing = Drawing(steps=steps, seed=seed)
+    settings |= {"method": method, "out": out, "base": base, "drawing": drawing}
+    with picture_count() as listen:
+        if not report:
+            describe_fused(merging.fuse(adapters, listen=listen, **settings))
+            return
+        describe_conflicts(merging.fuse_and_report(adapters, listen=listen, **settings))
+
+
+@app.command()
+def sketch(
+    adapter: Annotated[Path, typer.Argument(help="An adapter, .safetensors.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="What to draw; default: prompts with its trigger.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: FILE.sketch.safetensors.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model; default: the adapter's.")] = None,
+    directions: Annotated[int, typer.Option(help="Kept per layer: more is larger.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
+) -> None:
+    """Write an adapter's statistics beside it, so that others fuse it without drawing."""
+    from rite_diffusion import sketching
+    from rite_diffusion.fusion.statistics import Drawing
+    from rite_diffusion.terminal import picture_count
+
+    with picture_count() as listen:
+        path = sketching.sketch(
+            adapter,
+            out=out,
+            base=base,
+            prompts=prompt or [],
+            directions=directions,
+            drawing=Drawing(steps=steps, seed=seed),
+            listen=listen,
+        )
+    print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
+
+
+@app.command()
+def grid(
+    prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.")],
+    adapter: Annotated[
+        list[str] | None, typer.Option(help='FILE[:WEIGHT], or several joined by +; "": none.')
+    ] = None,
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Factor on the adapters' weights; default: 1.")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="attached, switch, composite or a method of `rite fuse`."),
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Default: 0.")] = None,
+    columns: Annotated[
+        str, typer.Option(help="What runs right: prompt, adapter, weight, method or seed.")
+    ] = "seed",
+    base: Annotated[str | None, typer.Option(help="Base model; default: the adapters'.")] = None,
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 25,
+    guidance: Annotated[
+        float | None, typer.Option(min=0, max=100, help="Guidance scale; default: the base's.")
+    ] = None,
+    negative: Annotated[str, typer.Option(help="What to avoid.")] = "",
+    other_base: Annotated[
+        bool, typer.Option("--other-base", help="Use adapters on a base they were not made for.")
+    ] = False,
+    cell: Annotated[int, typer.Option(min=32, max=1024, help="Pixels of a picture's side.")] = 192,
+    out: Annotated[Path, typer.Option(help="The sheet, a .png.")] = Path("grid.png"),
+) -> None:
+    """Draw a sheet over prompts, adapters, weights, methods and seeds; each may be repeated."""
+    from rite_diffusion import sheets
+    from rite_diffusion.terminal import picture_progress
+
+    with picture_progress() as listen:
+        image = sheets.grid(
+            prompt,
+            adapters=adapter or [""],
+            weights=weight or [1.0],
+            methods=method or [sheets.ATTACHED],
+            seeds=seed or [0],
+            columns=columns,
+            base=base,
+            steps=steps,
+            guidance=guidance,
+            negative=negative,
+            cell=cell,
+            out=out,
+            other_base=other_base,
+            listen=listen,
+        )
+    print(image.info["path"])

@@ -1,0 +1,86 @@
+"""Several adapters in one picture without merging them (Zhong et al. 2024, arXiv 2402.16843).
+
+    sum        all adapters at once, their updates added up
+    switch     one adapter at a time, in their order, each for a few steps
+    composite  in every step the mean of what the model predicts with each adapter alone
+
+`composite` takes as many predictions per step as there are adapters; the others take one.
+"""
+
+from collections.abc import Sequence
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from rite_diffusion.generation.attached import Attached, turned
+from rite_diffusion.generation.sampler import Predict, guided
+from rite_diffusion.types import Backbone
+
+PERIOD = 5  # steps that `switch` stays with an adapter, as in the paper
+
+
+def switched(
+    backbone: Backbone,
+    prompt: str,
+    negative: str,
+    guidance: float,
+    adapters: Sequence[Attached],
+) -> Predict:
+    """LoRA Switch: what predicts with one adapter after the other, PERIOD steps each."""
+    each = _each_alone(backbone, prompt, negative, guidance, adapters)
+    steps = count()
+    return lambda latents, timestep: each[next(steps) // PERIOD % len(each)](latents, timestep)
+
+
+def composed(
+    backbone: Backbone,
+    prompt: str,
+    negative: str,
+    guidance: float,
+    adapters: Sequence[Attached],
+) -> Predict:
+    """LoRA Composite: what predicts the mean over the adapters, each alone in the model."""
+    each = _each_alone(backbone, prompt, negative, guidance, adapters)
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        return torch.stack([alone(latents, timestep) for alone in each]).mean(0)
+
+    return predict
+
+
+def _each_alone(
+    backbone: Backbone,
+    prompt: str,
+    negative: str,
+    guidance: float,
+    adapters: Sequence[Attached],
+) -> list[Predict]:
+    """What predicts with each adapter alone, text encoder included; the base where there is none.
+
+    The model is changed for the length of each prediction only.
+    """
+    rows = torch.eye(len(adapters)).tolist() or [[]]
+    return [_turned_to(backbone, prompt, negative, guidance, adapters, row) for row in rows]
+
+
+def _turned_to(
+    backbone: Backbone,
+    prompt: str,
+    negative: str,
+    guidance: float,
+    adapters: Sequence[Attached],
+    factors: list[float],
+) -> Predict:
+    with turned(backbone, adapters, factors):
+        plain = guided(backbone, [prompt], negative, guidance)
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        with turned(backbone, adapters, factors):
+            return plain(latents, timestep)
+
+    return predict
+
+
+COMPOSITIONS = {"switch": switched, "composite": composed}
+SUM = "sum"
