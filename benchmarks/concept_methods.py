@@ -29,7 +29,7 @@ from optimizer_quality import other_pictures
 from prompts import CONCEPTS, article
 
 from rite_diffusion.adapters import attach, load_adapter
-from rite_diffusion.config import flatten, merge, parse_assignments
+from rite_diffusion.config import merge, parse_assignments
 from rite_diffusion.demo import example_photos
 from rite_diffusion.evaluation.judge import load_judge
 from rite_diffusion.masking import make_masks
@@ -40,6 +40,9 @@ METHODS = ("lora", "pivotal", "custom_diffusion", "ed_lora")
 OPTIMIZERS = ("adamw", "scaled_adamw", "rite")
 SEEDS = (0, 1, 2)
 PICTURES = [100, 101]  # seeds of each prompt's pictures
+SCORES = (
+    "identity", "recognised", "background", "drift", "class_kept", "bytes", "seconds", "peak_mib"
+)  # fmt: skip
 LOG = RESULTS / "concept_methods.jsonl"
 
 # Each experiment: (method, settings as `key=value`), which all optimizers and concepts go through.
@@ -141,11 +144,9 @@ def report(rows: list[dict]) -> dict:
     figures: dict[str, dict] = defaultdict(dict)
     for (what, optimizer), found in sorted(groups.items()):
         whole = [row for row in found if not row["fault"]]
-        names = (
-            [n for n in flatten(whole[0]) if isinstance(whole[0][n], float | int)] if whole else []
-        )
         means = {
-            n: round(statistics.mean(row[n] for row in whole), 4) for n in names if n != "seed"
+            name: round(statistics.mean(row[name] for row in whole), 4)
+            for name in (SCORES if whole else ())
         }
         spread = statistics.stdev(row["identity"] for row in whole) if len(whole) > 1 else math.nan
         error = round(spread / math.sqrt(len(whole)), 4) if whole else math.nan
@@ -165,9 +166,8 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only write the figures")
     options = parser.parse_args()
     done = {key(row) for row in finished()}
-    tasks = [
-        t for t in runs(options.experiments, options.concepts, options.seeds) if key(t) not in done
-    ]
+    wanted = runs(options.experiments, options.concepts, options.seeds)
+    tasks = [task for task in wanted if key(task) not in done]
     start = time.time()
     if tasks and not options.report:
         RESULTS.mkdir(exist_ok=True)

@@ -20,15 +20,14 @@ from rite_diffusion.plan import configure, plan_training
 from rite_diffusion.training.loop import Job, Trainer
 
 
-def open_trainer(method: str, folder: Path, settings: dict) -> Trainer:
+def open_trainer(method: str, folder: Path) -> Trainer:
     """A trainer of a method on the robot, in a base of its own."""
     photos = photos_of({"concept": "robot", "method": method}, folder)
     wanted = {"photos": str(photos), "trigger": "<robot>", "class_noun": "robot", "method": method}
-    plan = plan_training(configure(wanted | settings))
+    plan = plan_training(configure(wanted))
     data = encode_photos(plan.backbone, plan.photos, plan.encoding)
-    return Trainer(
-        Job(plan.backbone, MAKERS[method](plan.backbone, plan.config), data, plan.config)
-    )
+    learning = MAKERS[method](plan.backbone, plan.config)
+    return Trainer(Job(plan.backbone, learning, data, plan.config))
 
 
 def seconds(trainer: Trainer, steps: range) -> float:
@@ -47,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     times: dict[str, list[float]] = {method: [] for method in METHODS}
     with tempfile.TemporaryDirectory() as name:
-        trainers = {method: open_trainer(method, Path(name), {}) for method in METHODS}
+        trainers = {method: open_trainer(method, Path(name)) for method in METHODS}
     for round_ in range(options.rounds + 1):  # the first warms up
         steps = range(round_ * options.steps, (round_ + 1) * options.steps)
         for method, trainer in trainers.items():
