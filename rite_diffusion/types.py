@@ -158,8 +158,8 @@ class Backbone(Protocol):
     words: dict[str, Word]  # learned beside the model's own
 
     @property
-    def cross_attentions(self) -> Sequence[nn.Module]:
-        """The layers that look at the text, in the order in which a picture passes them."""
+    def cross_attentions(self) -> Sequence[Any]:
+        """The layers that look at the text (diffusers' `Attention`), as a picture passes them."""
         ...
 
     @property

@@ -2,9 +2,9 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,7 +36,7 @@ class AttentionRecorder:
     tokens that are asked for.
     """
 
-    def __init__(self, attentions: Sequence[Attention]):
+    def __init__(self, attentions: Sequence[Any]):
         self._attentions = list(attentions)
         self._queries: dict[int, Tensor] = {}
         self._keys: dict[int, Tensor] = {}

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers import ControlNetModel, T2IAdapter
+from torch import nn
 
 from rite_diffusion.types import BackboneError
 
@@ -30,7 +31,9 @@ def load_control_network(source: str, dtype: torch.dtype, device: torch.device) 
             "config.json and .safetensors weights, or a hub id (owner/model)."
         ) from None
     assert isinstance(network, ControlNetModel | T2IAdapter)
-    return network.requires_grad_(False).eval().to(device)
+    network.requires_grad_(False).eval()
+    nn.Module.to(network, device)  # diffusers' own `to` has no types
+    return network
 
 
 def _kind(source: str) -> type[ControlNetwork]:

@@ -53,7 +53,7 @@ def _flow_schedule(scheduler: FlowMatchEulerDiscreteScheduler, name: str) -> Noi
     odd = [key for key in UNSUPPORTED if scheduler.config[key]]
     if odd:
         raise BackboneError(f"{name} has a flow schedule with {odd[0]}, which is not supported")
-    rising = scheduler.sigmas.flip(0)  # diffusers has the noisiest first
+    rising = torch.as_tensor(scheduler.sigmas).flip(0)  # diffusers has the noisiest first
     return flow_schedule(rising, scheduler.config["num_train_timesteps"])
 
 
@@ -88,5 +88,5 @@ class FlowSampler(FlowMatchEulerDiscreteScheduler):
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> FlowStep:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The step from a timestep to the next; x_0 = x_t - sigma v for a velocity v."""
         sigma = timestep / self.config["num_train_timesteps"]
-        [made] = super().step(model_output, timestep, sample, return_dict=False)
+        [made] = super().step(model_output, timestep, sample, return_dict=False)  # pyright: ignore[reportArgumentType]
         return FlowStep(made, sample - sigma * model_output)

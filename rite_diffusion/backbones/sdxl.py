@@ -1,7 +1,6 @@
 """Stable Diffusion XL (Podell et al. 2023): two text encoders, and the picture's size is told."""
 
 from collections.abc import Callable
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ class StableDiffusionXL(StableDiffusion):
         """The second text encoder, a CLIPTextModelWithProjection."""
         return self._encoder("text_encoder_2")
 
-    @cached_property
+    @property
     def text_fingerprint(self) -> str:
         """Of both encoders and tokenizers, the dtype, and what the empty prompt is."""
         return super().text_fingerprint + ("-zeros" if self._empty_is_zero else "")

@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers import (
-    AutoencoderKL,
     DDIMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -107,8 +106,8 @@ class StableDiffusion:
         return self._encoders[name]
 
     @property
-    def vae(self) -> AutoencoderKL:
-        """The autoencoder between pictures and latents."""
+    def vae(self) -> Any:
+        """The autoencoder between pictures and latents, an AutoencoderKL."""
         return self._encoder("vae")
 
     @property
@@ -134,19 +133,23 @@ class StableDiffusion:
                 digest.update(weight.detach().cpu().float().numpy().tobytes())
         return f"{digest.hexdigest()[:16]}-{self.vae.dtype}".replace("torch.", "")
 
-    @cached_property
+    @property
     def text_fingerprint(self) -> str:
         """First 16 hex digits of a SHA-256 over the text encoders and tokenizers, and the dtype."""
+        return f"{self._text_digest}-{self.dtype}".replace("torch.", "")
+
+    @cached_property
+    def _text_digest(self) -> str:
         digest = hashlib.sha256()
-        for name, encoder in self.components.items():
-            if name == "unet":
+        for name, encoder in self._encoders.items():
+            if name == "vae":
                 continue
             tokenizer = getattr(self, name.replace("text_encoder", "tokenizer"))
             facts = [encoder.config.to_json_string(), tokenizer.special_tokens_map]
             digest.update(f"{facts} {sorted(tokenizer.get_vocab().items())}".encode())
             for weight in encoder.state_dict().values():
                 digest.update(weight.cpu().flatten().view(torch.uint8).numpy().data)
-        return f"{digest.hexdigest()[:16]}-{self.dtype}".replace("torch.", "")
+        return digest.hexdigest()[:16]
 
     def lora_targets(self, component: str) -> list[str]:
         """Paths of the q, k, v and output projections of every attention of a component."""

@@ -32,9 +32,18 @@ def build(studio: Studio) -> None:
     _build_fusion(studio)
 
 
-def file_data(path: Path, name: str | None = None) -> dict[str, Any]:
+def file_data(path: Path, name: str | None = None) -> Any:
     """A file as Gradio's clients fetch it."""
-    return {"path": shown(path, name), "meta": {"_type": "gradio.FileData"}}
+    return _linked(shown(path, name))
+
+
+def _linked(link: str) -> Any:
+    return {"path": link, "meta": {"_type": "gradio.FileData"}}
+
+
+def path_in(file: Any) -> Path:
+    """Where an uploaded file lies; Gradio's FileData is a dictionary by then."""
+    return uploaded(file["path"])
 
 
 def _build_generation(studio: Studio) -> None:
@@ -99,7 +108,7 @@ def _build_generation(studio: Studio) -> None:
         """The parameters that a picture of this studio carries."""
         from rite_diffusion.ui.history import parameters_of
 
-        return asdict(parameters_of(uploaded(file["path"])))
+        return asdict(parameters_of(path_in(file)))
 
     for endpoint in (generate, compare):
         gr.api(endpoint, concurrency_id=DEVICE, concurrency_limit=1)
@@ -150,7 +159,7 @@ def _build_training(studio: Studio) -> None:
         }
         tree = training_settings(purpose, needed, {}, settings)
         configure(tree)
-        keep_photos([str(uploaded(file["path"])) for file in photos], folder)
+        keep_photos([str(path_in(file)) for file in photos], folder)
         run = space.new("runs", stem)
         studio.queue.submit(run, tree)
         return run.name
@@ -200,7 +209,7 @@ def _build_library(studio: Studio) -> None:
     @in_words
     def import_adapter(file: gr.FileData, request: gr.Request = None) -> str:  # type: ignore
         """Check an adapter file and bring it into the library; returns its name there."""
-        return library.bring_in(studio.space(request), uploaded(file["path"]))
+        return library.bring_in(studio.space(request), path_in(file))
 
     @in_words
     def download_adapter(name: str, request: gr.Request = None) -> gr.FileData:  # type: ignore
@@ -228,7 +237,7 @@ def _build_library(studio: Studio) -> None:
     def convert_adapter(name: str, to: str, request: gr.Request = None) -> gr.FileData:  # type: ignore
         """An adapter for another program: kohya, comfyui, diffusers or peft; loaded back first."""
         link, _ = export(library.find(studio.space(request), name), to)
-        return {"path": link, "meta": {"_type": "gradio.FileData"}}  # type: ignore
+        return _linked(link)
 
     for endpoint in (
         adapters, import_adapter, download_adapter, rename_adapter, delete_adapter, undo_delete,

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from typing import Any
 
 from rite_diffusion.types import StudioError
 
@@ -40,7 +41,7 @@ class Box:
         return tuple(float(name == self.adapter) for name in adapters)
 
 
-def checked_corners(sides: Sequence[float]) -> dict[str, float]:
+def checked_corners(sides: Sequence[float]) -> dict[str, Any]:
     """Left, top, right and bottom by name, inside the picture; StudioError for what is no box."""
     left, top, right, bottom = (min(max(round(float(side), 3), 0.0), 1.0) for side in sides)
     if not (right - left >= SMALLEST and bottom - top >= SMALLEST):  # nor for NaN
@@ -48,7 +49,7 @@ def checked_corners(sides: Sequence[float]) -> dict[str, float]:
     return {"left": left, "top": top, "right": right, "bottom": bottom}
 
 
-def read_corners(text: str) -> dict[str, float]:
+def read_corners(text: str) -> dict[str, Any]:
     """`checked_corners` of four numbers with commas between them."""
     try:
         left, top, right, bottom = (float(part) for part in text.split(","))

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rite_diffusion.types import FusionError, StudioError
 from rite_diffusion.ui import library
@@ -40,7 +40,7 @@ class Order:
         """A name for the result."""
         return name_from(" + ".join(card.name for card in self.cards), "fused")
 
-    def settings(self) -> dict[str, int]:
+    def settings(self) -> dict[str, Any]:
         """Settings of the method that differ from the usual."""
         return {"rank": self.rank} if self.rank else {}
 
@@ -102,7 +102,7 @@ def _base(studio: Studio, space: Workspace, order: Order):
 
 def _sketch_all(order: Order, backbone: "StableDiffusion", listen: Listen) -> None:
     """See that a sketch of its present content lies beside each adapter."""
-    from rite_diffusion import merging
+    from rite_diffusion import sketching
 
     for card in order.cards:
         if not _has_sketch(card.path):
@@ -111,7 +111,7 @@ def _sketch_all(order: Order, backbone: "StableDiffusion", listen: Listen) -> No
                 listen(f"What flows through the layers for {name}: picture {pictures}")
 
             count(0)
-            merging.sketch(card.path, base=backbone, listen=count)
+            sketching.sketch(card.path, base=backbone, listen=count)
 
 
 def _has_sketch(file: Path) -> bool:

@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 
@@ -63,7 +63,7 @@ def launch(settings: Settings):
         page.launch(
             server_name=settings.host,
             server_port=settings.port,
-            auth=gatekeeper(logins) if logins else None,
+            auth=cast(Any, gatekeeper(logins)) if logins else None,  # it may be a coroutine
             share=settings.share,
             mcp_server=settings.mcp,
             max_file_size=LARGEST_UPLOAD,

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 
@@ -139,7 +139,7 @@ def _connect(
             lambda: NO_FUSION, None, panel.stage, show_progress="hidden", api_visibility="private"
         )
     stop.click(
-        lambda: NO_FUSION, None, panel.stage, cancels=events, queue=False,
+        lambda: NO_FUSION, None, panel.stage, cancels=cast(Any, events), queue=False,
         api_visibility="private",
     )  # fmt: skip
 

@@ -106,7 +106,7 @@ def _connect_chips(
     def insert(text: str, sample: list[str]) -> str:
         return f"{text.rstrip()} {sample[0]}".lstrip() + " "
 
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     chooser.names.change(triggers, chooser.names, chips, **quiet)
     chips.click(insert, [prompt, chips], prompt, **quiet)
     return Refresh(triggers, [chips], [chooser.names])
@@ -157,6 +157,6 @@ def _connect_drawing(
     def rest(names: list[str]) -> str:
         return "" if names else easel.idle
 
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     event.failure(rest, easel.names, easel.stage, **quiet)
     stop.click(rest, easel.names, easel.stage, cancels=[event], queue=False, **quiet)

@@ -40,7 +40,7 @@ def connect_recall(studio: Studio, recall: Recall) -> None:
     """Show the facts of a picture that is clicked; restore those of one that is dropped."""
     picked = gr.State("")  # the picture whose facts are shown
     listed = gr.State([])  # of the pictures in the history
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
     @in_words
     def look(names: list[str], request: gr.Request, event: gr.SelectData):

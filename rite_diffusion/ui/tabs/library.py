@@ -155,7 +155,7 @@ def _connect(studio: Studio, shelf: Shelf, detail: Detail) -> None:
         tell(f"'{title_of(space.put_back())}' is back.")
         return _shelf_values(space)
 
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     both = [*shelf.shown(), *detail.shown()]
     shelf.cards.select(pick, shelf.names, detail.shown(), **quiet)
     shelf.drop.upload(bring_in, shelf.drop, [*shelf.shown(), shelf.drop], api_visibility="private")

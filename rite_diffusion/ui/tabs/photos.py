@@ -47,7 +47,7 @@ def build_photos(studio: Studio) -> tuple[PhotoPanel, Refresh]:
     """Lay the photos out and connect them."""
     panel = _lay_out()
     picked = gr.State("")  # the photo that "Remove" takes
-    quiet = {"api_visibility": "private", "show_progress": "hidden"}
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
     @in_words
     def add(files: list[str], name: str | None, request: gr.Request):

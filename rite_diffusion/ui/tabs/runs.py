@@ -53,7 +53,11 @@ def build_runs(studio: Studio) -> tuple[RunPanel, Refresh]:
     """Lay the runs out and connect them."""
     panel = _lay_out()
     timer = gr.Timer(EVERY)
-    quiet = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+    quiet: dict[str, Any] = {
+        "show_progress": "hidden",
+        "api_visibility": "private",
+        "concurrency_limit": None,
+    }
 
     @in_words
     def show(name: str | None, seen: str, request: gr.Request):
