@@ -43,9 +43,9 @@ def build(studio: Studio) -> Built:
                                      elem_id="sheet-weights")  # fmt: skip
                 seeds = gr.Textbox("0, 1, 2", label="Seeds", min_width=110, elem_id="sheet-seeds")
             methods = gr.Dropdown(
-                [("attached: side by side, not fused", ATTACHED),
-                 *((f"{name}: {words}", name) for name, words in METHODS.items())],
-                value=[ATTACHED], multiselect=True, label="How those that are together are joined",
+                [ATTACHED, *METHODS], value=[ATTACHED], multiselect=True,
+                label="How those that are together are joined",
+                info="attached: side by side; the others fuse",
             )  # fmt: skip
             with gr.Row():
                 columns = gr.Dropdown(AXES, value="seed", label="Columns are", min_width=110)
