@@ -295,7 +295,7 @@ def studio(
         bool, typer.Option("--mcp", help="Also serve as tools for assistants (MCP).")
     ] = False,
 ) -> None:
-    """Open the web page: train, generate, look after adapters."""
+    """Open the web page: train, generate, fuse, compare, look after adapters."""
     from rite_diffusion.ui.serve import Settings, launch
 
     page = launch(Settings(workspace, host, port, tuple(auth or ()), share, mcp))

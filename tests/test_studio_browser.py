@@ -125,7 +125,8 @@ def drawn(served: Served) -> list[Path]:
     return sorted((served.workspace / "outputs").glob("*.png"))
 
 
-def start_training(page: Page, photos: Path, name: str, steps: int, lines: str) -> None:
+def start_training(page: Page, photos: Path, name: str, fields: dict[str, int], lines: str):
+    """Drop photos, fill what is needed and these fields, leave the others empty, and start."""
     tab(page, "Train")
     files = [str(path) for path in sorted(photos.iterdir())]
     page.locator("#drop-photos input[type=file]").set_input_files(files)
@@ -134,7 +135,8 @@ def start_training(page: Page, photos: Path, name: str, steps: int, lines: str) 
     page.locator("#trigger textarea, #trigger input").fill(f"<{name}>")
     page.locator("#class-noun textarea, #class-noun input").fill(name)
     page.locator("#advanced").get_by_text("Advanced settings").click()
-    page.locator("#steps input").fill(str(steps))
+    for field, value in fields.items():
+        page.locator(f"#{field} textarea, #{field} input").fill(str(value))
     page.get_by_label("Other settings, one a line").fill(lines)
     page.locator("#start").click()
 
@@ -207,14 +209,15 @@ def test_the_whole_way_from_photos_to_a_fused_adapter(view, served, second, tmp_
 def train_the_robot(page: Page, served: Served, tmp_path: Path) -> None:
     every = STEPS // 2
     start_training(
-        page, example_photos("robot"), "robot", STEPS,
-        f"prior.weight = 0\nbatch = {4 if PICTURES else 2}\npreviews.every = {every}\n"
-        f"previews.steps = {25 if PICTURES else 4}\ncheckpoints.every = {every}",
+        page, example_photos("robot"), "robot",
+        {"steps": STEPS, "batch": 4 if PICTURES else 2, "every": every},
+        f"prior.weight = 0\npreviews.steps = {25 if PICTURES else 4}\ncheckpoints.every = {every}",
     )  # fmt: skip
     run = served.workspace / "runs/robot"
     wait_for(lambda: run.exists(), "the run folder")
     expect(page.locator("#status")).to_contain_text("robot")
     wait_for_state(run, "finished")
+    assert load_adapter(run / "adapter.safetensors").ranks() == [8]  # what was left empty
     expect(page.locator("#status .state")).to_have_text("finished")
     expect(page.locator("#status")).to_contain_text(f"step {STEPS} of {STEPS}")
     expect(page.locator("#loss canvas, #loss svg").first).to_be_visible()
@@ -360,7 +363,7 @@ def test_the_first_picture_shows_soon_after_the_click(view):
 
 def test_a_training_goes_on_without_its_page_stops_and_resumes(view, photos, served):
     page = view()
-    start_training(page, photos, "ball", 100_000, SHORT)
+    start_training(page, photos, "ball", {"steps": 100_000}, SHORT.replace("steps = 4\n", ""))
     run = served.workspace / "runs/ball"
     try:
         wait_for(lambda: step_of(run) > 2, "some steps")

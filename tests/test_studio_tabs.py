@@ -31,7 +31,9 @@ from rite_diffusion.ui.fusing import keep, new_draft, prompts_to_compare
 from rite_diffusion.ui.library import Card, cards
 from rite_diffusion.ui.tabs.adapters import MOST, chosen_with_weights, sliders
 from rite_diffusion.ui.tabs.compare import APART, BASE_ALONE, TOGETHER, groups_of, numbers_in
+from rite_diffusion.ui.tabs.fields import decimal, whole_number
 from rite_diffusion.ui.tabs.fuse import METHODS
+from rite_diffusion.ui.tabs.train import _chosen
 from rite_diffusion.ui.workspace import Workspace
 from test_studio_files import an_adapter
 
@@ -139,6 +141,25 @@ def test_numbers_have_commas_between_them():
     assert numbers_in("0.5; 1,", "weights", float) == [0.5, 1.0]
     with pytest.raises(StudioError, match="numbers with commas"):
         numbers_in("0, x", "seeds", int)
+
+
+def test_fields_that_may_stay_empty():
+    assert whole_number(" ", "steps") is None and whole_number(" 20 ", "steps") == 20
+    assert decimal("", "guidance") is None and decimal("2.5", "guidance") == 2.5
+    for read, text in ((whole_number, "2.5"), (decimal, "x"), (decimal, "nan"), (decimal, "inf")):
+        with pytest.raises(StudioError, match=f"not '{text}'"):
+            read(text, "guidance")
+
+
+def test_what_is_left_empty_does_not_reach_the_settings():
+    empty = dict.fromkeys(("steps", "batch", "rank", "optimizer", "rate", "every", "prompts"), "")
+    assert _chosen(empty | {"seed": 0}) == {"seed": 0}
+    filled = empty | {"seed": 1, "rank": "4", "rate": "1e-3", "every": "0", "prompts": "a\n\nb"}
+    assert _chosen(filled) == {
+        "seed": 1, "lora": {"rank": 4}, "optim": {"lr": 0.001},
+        "previews": {"every": 0, "prompts": ["a", "b"]},
+    }  # fmt: skip
+    assert _chosen(empty | {"seed": 0, "rate": "auto"})["optim"] == {"lr": "auto"}
 
 
 def a_card(name: str, trigger: str) -> Card:

@@ -42,7 +42,7 @@ class Order:
 
     def settings(self) -> dict[str, Any]:
         """Settings of the method that differ from the usual."""
-        return {"rank": self.rank} if self.rank else {}
+        return {} if self.rank is None else {"rank": self.rank}
 
     def can_be_foreseen(self) -> bool:
         """Whether every adapter says which word calls its concept."""
@@ -50,7 +50,7 @@ class Order:
 
 
 def order_of(
-    space: Workspace, chosen: Sequence[tuple[str, float]], method: str, rank: float | None
+    space: Workspace, chosen: Sequence[tuple[str, float]], method: str, rank: int | None
 ) -> Order:
     """The fusion of adapters by their names; StudioError says what is missing."""
     from rite_diffusion.fusion.merge import method_named
@@ -59,7 +59,7 @@ def order_of(
         raise StudioError("choose two adapters or more: one alone is fused already.")
     method_named(method)
     cards = tuple(library.find(space, name) for name, _ in chosen)
-    return Order(cards, tuple(weight for _, weight in chosen), method, int(rank) if rank else None)
+    return Order(cards, tuple(weight for _, weight in chosen), method, rank)
 
 
 def foresee(studio: Studio, space: Workspace, order: Order, listen: Listen) -> "ConflictReport":

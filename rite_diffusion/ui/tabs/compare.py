@@ -22,11 +22,7 @@ NO_SHEET = empty_state(
 )
 BASE_ALONE = "the base alone"
 ATTACHED = "attached"
-UNFUSED = {
-    ATTACHED: "side by side, all at once",
-    "switch": "one after the other, step by step",
-    "composite": "each by itself, predictions averaged",
-}
+UNFUSED = (ATTACHED, "switch", "composite")  # adapters that stay apart
 APART, TOGETHER = "each on its own", "all together"
 
 
@@ -48,9 +44,9 @@ def build(studio: Studio) -> Built:
                                      elem_id="sheet-weights")  # fmt: skip
                 seeds = gr.Textbox("0, 1, 2", label="Seeds", min_width=110, elem_id="sheet-seeds")
             methods = gr.Dropdown(
-                [*((f"{name}: {words}", name) for name, words in UNFUSED.items()),
-                 *((f"{name}: {words}", name) for name, words in METHODS.items())],
-                value=[ATTACHED], multiselect=True, label="How those that are together are joined",
+                [*UNFUSED, *METHODS], value=[ATTACHED], multiselect=True,
+                label="How those that are together are joined",
+                info="attached, switch and composite leave the adapters apart; the others fuse",
             )  # fmt: skip
             with gr.Row():
                 columns = gr.Dropdown(AXES, value="seed", label="Columns are", min_width=110)

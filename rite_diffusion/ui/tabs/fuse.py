@@ -15,6 +15,7 @@ from rite_diffusion.ui.studio import DEVICE, Studio
 from rite_diffusion.ui.tabs import Built
 from rite_diffusion.ui.tabs.adapters import MOST, Chooser, build_chooser, chosen_with_weights
 from rite_diffusion.ui.tabs.drawing import drawing, waiting_html
+from rite_diffusion.ui.tabs.fields import optional_number, whole_number
 from rite_diffusion.ui.workspace import Workspace
 
 METHODS = {
@@ -59,11 +60,12 @@ def build(studio: Studio) -> Built:
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
             chooser, refresh_adapters = build_chooser(studio)
-            choices = [(f"{name}: {words}", name) for name, words in METHODS.items()]
-            method = gr.Dropdown(choices, value="gram", label="Method", elem_id="fuse-method")
+            method = gr.Dropdown(
+                list(METHODS), value="gram", label="Method", info=METHODS["gram"],
+                elem_id="fuse-method",
+            )  # fmt: skip
             with gr.Row():
-                rank = gr.Number(None, label="Largest rank", precision=0, min_width=110,
-                                 placeholder="as the method gives it")  # fmt: skip
+                rank = optional_number("Largest rank", "fuse-rank")
                 prompt = gr.Textbox(label="Prompt to compare with", min_width=180, scale=2,
                                     placeholder="each concept, and all together")  # fmt: skip
             with gr.Row():
@@ -84,6 +86,10 @@ def build(studio: Studio) -> Built:
     panel = FusePanel(stage, report, sides, keeping, name, gr.State(""), gr.State(""))
     _connect(studio, panel, chooser, [method, rank, prompt], check, go, stop)
     _connect_keeping(studio, panel, keep)
+    method.change(
+        lambda name: gr.Dropdown(info=METHODS[name]), method, method, show_progress="hidden",
+        api_visibility="private",
+    )  # fmt: skip
     return Built([refresh_adapters])
 
 
@@ -96,12 +102,12 @@ def _connect(
     go: gr.Button,
     stop: gr.Button,
 ) -> None:
-    def ordered(space: Workspace, method: str, rank: float | None, *chosen: Any) -> fusing.Order:
+    def ordered(space: Workspace, method: str, rank: str, *chosen: Any) -> fusing.Order:
         pairs = chosen_with_weights(chosen[0], chosen[1 : MOST + 1])
-        return fusing.order_of(space, pairs, method, rank)
+        return fusing.order_of(space, pairs, method, whole_number(rank, "the largest rank"))
 
     @in_words
-    def foresee(request: gr.Request, method: str, rank: float | None, _: str, *chosen: Any):
+    def foresee(request: gr.Request, method: str, rank: str, _: str, *chosen: Any):
         space = studio.space(request)
         order = ordered(space, method, rank, *chosen)
         yield _begun(panel)
@@ -113,7 +119,7 @@ def _connect(
                 yield {panel.stage: "", panel.report: report_html(what)}
 
     @in_words
-    def fuse(request: gr.Request, method: str, rank: float | None, prompt: str, *chosen: Any):
+    def fuse(request: gr.Request, method: str, rank: str, prompt: str, *chosen: Any):
         space = studio.space(request)
         order = ordered(space, method, rank, *chosen)
         draft = fusing.new_draft(space)

@@ -47,8 +47,9 @@ def build(studio: Studio) -> tuple[Built, Chooser]:
             drop = gr.File(
                 label="Drop a picture that was made here to restore its settings",
                 file_types=[".png"],
-                height=110,
+                height=84,
                 elem_id="restore",
+                elem_classes="drop",
             )
         with gr.Column(scale=7, min_width=320):
             easel = lay_out_easel(*IDLE, "")

@@ -108,9 +108,9 @@ def _restored(space: Workspace, picture: Path) -> list[Any]:
         "fresh": False,
         "count": 1,
         "steps": facts.steps,
-        "guidance": facts.guidance,
-        "width": facts.width,
-        "height": facts.height,
+        "guidance": str(facts.guidance),
+        "width": str(facts.width),
+        "height": str(facts.height),
         "base": _base_field(space, facts.base),
     }
     known = [card.name for card in library.cards(space)]

@@ -87,7 +87,8 @@ def build(studio: Studio) -> Built:
 def _lay_out_shelf() -> Shelf:
     drop = gr.File(
         label="Drop adapters (.safetensors) to bring them in",
-        file_count="multiple", file_types=[".safetensors"], height=110, elem_id="bring-in",
+        file_count="multiple", file_types=[".safetensors"], height=84, elem_id="bring-in",
+        elem_classes="drop",
     )  # fmt: skip
     empty = gr.HTML(NO_ADAPTERS, elem_id="no-adapters")
     cards = gr.Gallery(

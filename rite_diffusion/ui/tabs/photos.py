@@ -114,13 +114,14 @@ def build_photos(studio: Studio) -> tuple[PhotoPanel, Refresh]:
 def _lay_out() -> PhotoPanel:
     with gr.Row():
         name = gr.Dropdown([], label="Photo set", scale=3, min_width=160, elem_id="photo-set")
-        example = gr.Button("Try the example", scale=1, min_width=120, elem_id="example")
+        example = gr.Button("Try the example", scale=1, min_width=150, elem_id="example")
     drop = gr.File(
         label="Drop photos here, or a zip (captions as .txt of the same name)",
         file_count="multiple",
         file_types=["image", ".zip", ".txt", ".caption"],
-        height=120,
+        height=84,
         elem_id="drop-photos",
+        elem_classes="drop",
     )
     empty = gr.HTML(NO_PHOTOS)
     thumbnails = gr.Gallery(

@@ -85,7 +85,7 @@ element.addEventListener('pointerup', () => {
 });
 """
 RATIO_JS = """(width, height) => {
-  const ratio = width && height ? width / height : 1;
+  const ratio = Number(width) > 0 && Number(height) > 0 ? width / height : 1;
   document.querySelector('#canvas').style.setProperty('--ratio', ratio);
 }"""
 

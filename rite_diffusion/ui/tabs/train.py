@@ -18,6 +18,7 @@ from rite_diffusion.ui.page import in_words, tell
 from rite_diffusion.ui.presets import PURPOSES, STANDARD, training_settings
 from rite_diffusion.ui.studio import Studio
 from rite_diffusion.ui.tabs import Built, Use
+from rite_diffusion.ui.tabs.fields import optional_number, whole_number
 from rite_diffusion.ui.tabs.photos import PhotoPanel, build_photos
 from rite_diffusion.ui.tabs.runs import RunPanel, build_runs
 from rite_diffusion.ui.workspace import Workspace, name_from
@@ -30,13 +31,13 @@ class SettingFields:
     run_name: gr.Textbox
     purpose: gr.Radio
     base: gr.Textbox
-    steps: gr.Number
-    rank: gr.Number
-    batch: gr.Number
+    steps: gr.Textbox
+    rank: gr.Textbox
+    batch: gr.Textbox
     optimizer: gr.Dropdown
     rate: gr.Textbox
     seed: gr.Number
-    every: gr.Number
+    every: gr.Textbox
     prompts: gr.Textbox
     lines: gr.Textbox
 
@@ -77,14 +78,14 @@ def _lay_out_settings() -> SettingFields:
             run_name = gr.Textbox(label="Name of the run", placeholder="the class", min_width=140)
             base = gr.Textbox(label="Base model", placeholder="pocket", min_width=140)
         with gr.Row():
-            steps = _number("Steps", "steps")
-            rank = _number("Rank", "rank")
-            batch = _number("Batch", "batch")
+            steps = optional_number("Steps", "steps")
+            rank = optional_number("Rank", "rank")
+            batch = optional_number("Batch", "batch")
             seed = gr.Number(0, label="Seed", precision=0, min_width=80)
         with gr.Row():
             optimizer = gr.Dropdown([""], value="", label="Optimizer", min_width=120)
             rate = gr.Textbox(label="Learning rate", placeholder="1e-3 or auto", min_width=120)
-            every = _number("Previews every … steps", "every")
+            every = optional_number("Previews every … steps", "every")
         prompts = gr.Textbox(
             label="Preview prompts, one a line", lines=2, placeholder="a {trigger} on the beach"
         )
@@ -97,11 +98,6 @@ def _lay_out_settings() -> SettingFields:
     return SettingFields(
         run_name, purpose, base, steps, rank, batch, optimizer, rate, seed, every, prompts, lines
     )
-
-
-def _number(label: str, name: str) -> gr.Number:
-    """A field for a whole number that may stay empty."""
-    return gr.Number(None, label=label, precision=0, min_width=80, placeholder="auto", elem_id=name)
 
 
 def _optimizers() -> gr.Dropdown:
@@ -177,18 +173,20 @@ def _chosen(wanted: dict[str, Any]) -> dict[str, Any]:
     rate = wanted["rate"].strip()
     prompts = [line.strip() for line in wanted["prompts"].splitlines() if line.strip()]
     tree = {
-        **{key: int(wanted[key]) for key in ("steps", "batch", "seed") if wanted[key] is not None},
-        "lora": {"rank": int(wanted["rank"])} if wanted["rank"] else {},
-        "optim": {
-            **({"name": wanted["optimizer"]} if wanted["optimizer"] else {}),
-            **({"lr": _number_or_word(rate)} if rate else {}),
-        },
-        "previews": {
-            **({"every": int(wanted["every"])} if wanted["every"] is not None else {}),
-            **({"prompts": prompts} if prompts else {}),
-        },
+        "steps": whole_number(wanted["steps"], "steps"),
+        "batch": whole_number(wanted["batch"], "batch"),
+        "seed": wanted["seed"],
+        "lora": {"rank": whole_number(wanted["rank"], "rank")},
+        "optim": {"name": wanted["optimizer"], "lr": _number_or_word(rate) if rate else None},
+        "previews": {"every": whole_number(wanted["every"], "previews"), "prompts": prompts},
     }
-    return {key: value for key, value in tree.items() if value != {}}
+    return _without_nothing(tree)
+
+
+def _without_nothing(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree without what was left empty."""
+    inner = {k: _without_nothing(v) if isinstance(v, dict) else v for k, v in tree.items()}
+    return {key: value for key, value in inner.items() if value not in (None, "", [], {})}
 
 
 def _number_or_word(text: str) -> float | str:
