@@ -64,7 +64,7 @@ def test_help_names_every_command(rite):
     text = rite("--help").stdout
     assert all(word in text for word in ("train", "generate", "inspect", "doctor", "demo"))
     options = rite("train", "--help").stdout
-    names = "--base --preset --steps --rank --optimizer --lr --seed --out --set --dry-run"
+    names = "--base --method --preset --steps --rank --optimizer --lr --seed --out --set --dry-run"
     assert all(name in options for name in names.split())
 
 

@@ -206,3 +206,15 @@ def test_a_word_is_no_pattern(pocket):
     vectors = {"<a.b*>": [torch.zeros(1, 1, 192)]}
     slots = tokens_of(pocket.tokenizer, "an <axb> and an <a.b*>", vectors)[1]
     assert [slot.word for slot in slots] == ["<a.b*>"]
+
+
+@pytest.mark.parametrize("layers", [1, 7])
+def test_a_conversion_shows_what_averaged_words_lose(pocket, tmp_path, layers):
+    draws = torch.Generator().manual_seed(0)
+    tokens = {"<w>": torch.randn(layers, 1, 192, generator=draws)}
+    adapter = random_adapter(pocket)
+    info = AdapterInfo(trigger="<w>", base="pocket")
+    save_adapter(tmp_path / "a.safetensors", Adapter(adapter.pairs, info, tokens))
+    export = rite.convert(tmp_path / "a.safetensors", "kohya")
+    assert export.lossy == (["<w>"] if layers > 1 else [])
+    assert export.pixels is not None and (export.pixels > 8) == (layers > 1)

@@ -132,9 +132,11 @@ class Expansion:
         if not self.vectors:
             return padded_ids(tokenizer, self.texts), []
         length = tokenizer.model_max_length
+        distinct = dict.fromkeys(self.texts)
+        tokens = {text: tokens_of(tokenizer, text, self.vectors) for text in distinct}
         ids, slots = list[list[int]](), list[list[Slot]]()
         for text in self.texts:
-            inner, own = tokens_of(tokenizer, text, self.vectors)
+            inner, own = tokens[text]
             row = [tokenizer.bos_token_id, *inner[: length - 2], tokenizer.eos_token_id]
             ids.append(row + [tokenizer.pad_token_id] * (length - len(row)))
             slots.append([slot for slot in own if slot.position < length - 1])

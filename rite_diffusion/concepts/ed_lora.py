@@ -5,6 +5,8 @@ cross-attention (Voynov et al. 2023), and LoRA in the attention of UNet and text
 The maps of the vectors are kept inside the subject's mask, as in the released code.
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +19,7 @@ from rite_diffusion.config import TrainConfig
 from rite_diffusion.photos.random import generator
 from rite_diffusion.types import Backbone
 
+CAPTIONS_KEPT = 256  # places of words in them that stay in memory
 INSIDE = 0.5  # a latent cell's mask, above which it is of the subject
 
 
@@ -33,7 +36,8 @@ class EdLora(WordMethod):
         layers = len(backbone.cross_attentions)
         learned = NewWords(backbone, config, layers=layers, alone=2)
         super().__init__(backbone, config, weights, learned)
-        self._concepts = [new_words(backbone, concept) for concept in config.concepts()]
+        self._concepts = [tuple(new_words(backbone, concept)) for concept in config.concepts()]
+        self._positions = lru_cache(CAPTIONS_KEPT)(self._find)
         watched = backbone.cross_attentions if config.attention.weight else []
         self._recorder = AttentionRecorder(watched)
 
@@ -55,7 +59,7 @@ class EdLora(WordMethod):
         self._recorder.clear()
         return settings.weight * torch.cat(parts).mean() if parts else 0.0
 
-    def _positions(self, caption: str, words: list[str]) -> list[int]:
+    def _find(self, caption: str, words: tuple[str, ...]) -> list[int]:
         """Where a concept's vectors stand in a prompt; [] where it does not say them all."""
         found = [self.backbone.token_positions(caption, word) for word in words]
         whole = [self.backbone.words[word].rows()[0].shape[1] for word in words]
