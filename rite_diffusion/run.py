@@ -200,6 +200,7 @@ def _job(plan: Plan) -> Iterator[Job]:
         yield Job(backbone, method, data, config, held_out)
     finally:
         method.remove()
+        backbone.recall()
 
 
 @dataclass(frozen=True)

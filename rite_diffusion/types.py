@@ -180,6 +180,10 @@ class Backbone(Protocol):
         """Let encoders (`vae`, `text_encoder`, …) leave memory until something needs them."""
         ...
 
+    def recall(self) -> None:
+        """Let released encoders be `components` like others."""
+        ...
+
     @property
     def components(self) -> dict[str, nn.Module]:
         """The parts that adapters attach to, by name: `unet`, `text_encoder`, …."""

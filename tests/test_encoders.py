@@ -8,6 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from rite_diffusion.adapters import attach
+from rite_diffusion.adapters.attach import lora_layers
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.text_cache import cached_conditioning
 from rite_diffusion.concepts import PlainLora
@@ -18,6 +20,7 @@ from rite_diffusion.run import measure, run_training
 from rite_diffusion.training.job import Job, keep_captions, release_encoders
 from rite_diffusion.types import RunError
 from runs import config_of
+from test_adapters import random_adapter
 
 QUIET = {"previews": {"every": 0, "steps": 2}}
 FROZEN = {"lora": {"text_encoder": False}}
@@ -86,6 +89,16 @@ def test_encoders_are_back_as_they_were_when_something_needs_them(photos, pocket
     ours, fresh = (each.encode_prompts(prompts).states for each in (plan.backbone, pocket))
     assert torch.equal(ours, fresh)
     assert not any(p.requires_grad for p in plan.backbone.text_encoder.parameters())
+
+
+def test_after_a_run_adapters_attach_to_the_text_encoder_again(photos, pocket):
+    plan = planned(photos, **FROZEN)
+    measure(plan)
+    assert encoders(plan.backbone)["text_encoder"].device.type == "meta"
+    for backbone in (plan.backbone, pocket):
+        attach(backbone, random_adapter(pocket), "other")
+    ours, fresh = (each.encode_prompts(["a cat"]).states for each in (plan.backbone, pocket))
+    assert torch.equal(ours, fresh) and lora_layers(pocket, "other")
 
 
 def test_elsewhere_than_on_a_cpu_encoders_wait_in_main_memory(pocket):

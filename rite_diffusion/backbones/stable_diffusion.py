@@ -56,6 +56,7 @@ class StableDiffusion:
         self.attention = attention
         self.unet = pipeline.unet.requires_grad_(False).eval().to(device)
         self._encoders = self._prepared(pipeline)
+        self._released = set[str]()
         self._reopen = reopen
         self.tokenizer = pipeline.tokenizer
         self.words: dict[str, Word] = {}
@@ -81,19 +82,25 @@ class StableDiffusion:
 
     @property
     def components(self) -> dict[str, nn.Module]:
-        """The UNet and the text encoders."""
-        texts = {name: each for name, each in self._encoders.items() if name != "vae"}
-        return {"unet": self.unet, **texts}
+        """The UNet and the text encoders; of released ones perhaps without their weights."""
+        names = [name for name in self.encoder_names if name != "vae"]
+        there = {n: self._encoders[n] if n in self._released else self._encoder(n) for n in names}
+        return {"unet": self.unet, **there}
 
     def release(self, names: Sequence[str]) -> None:
         """Let encoders leave the device's memory for the computer's, on a CPU altogether.
 
-        They are back as soon as something needs them.
+        They are back as soon as something is to be encoded or decoded.
         """
         place = "meta" if self.device.type == "cpu" else "cpu"
+        self._released |= set(names)
         for name in names:
             if self._encoders[name].device.type != "meta":
                 self._encoders[name].to(place)
+
+    def recall(self) -> None:
+        """Let released encoders be `components` like others, which come back when looked at."""
+        self._released.clear()
 
     def _encoder(self, name: str) -> Any:
         """An encoder on the device, brought back where it was released."""
