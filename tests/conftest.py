@@ -19,6 +19,7 @@ from models import (  # noqa: E402
 from rite_diffusion.adapters import save_adapter  # noqa: E402
 from rite_diffusion.backbones import load_backbone  # noqa: E402
 from test_adapters import random_adapter  # noqa: E402
+from test_cli import rite as command  # noqa: E402, F401 (a fixture)
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 

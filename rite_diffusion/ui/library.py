@@ -14,6 +14,7 @@ from rite_diffusion.ui.jobs import LIVE, state_of
 from rite_diffusion.ui.workspace import Workspace, checked_name, name_from
 
 SUFFIX = ".safetensors"
+SKETCH = ".sketch.safetensors"  # statistics beside an adapter, none themselves
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def cards(space: Workspace) -> list[Card]:
         (f"{run.name}{_clash(space, run.name)}", run / f"adapter{SUFFIX}", run.name)
         for run in space.folder("runs").iterdir()
     ]
-    found += [(path.stem, path, "") for path in space.folder("adapters").glob(f"*{SUFFIX}")]
+    files = space.folder("adapters").glob(f"*{SUFFIX}")
+    found += [(path.stem, path, "") for path in files if not path.name.endswith(SKETCH)]
     whole = [each for each in found if each[1].is_file()]
     whole.sort(key=lambda each: each[1].stat().st_mtime, reverse=True)
     return [card for each in whole if (card := _card(*each)) is not None]

@@ -147,7 +147,8 @@ def build(studio: Studio) -> list[Refresh]:
         concurrency_id=DEVICE,
         concurrency_limit=1,
         trigger_mode="once",
-        **quiet,
+        show_progress="hidden",
+        api_visibility="private",
     )
     stop.click(lambda: NO_PICTURE, None, stage, cancels=[event], api_visibility="private")
     return [refresh_adapters]
