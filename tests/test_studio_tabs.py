@@ -1,17 +1,25 @@
 """What the tabs work out before a recipe is called, and how a recipe is followed."""
 
 import itertools
+import shutil
 import threading
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+import rite_diffusion as rite
+from rite_diffusion.adapters import load_adapter
+from rite_diffusion.generation.metadata import read_parameters
 from rite_diffusion.types import ConfigError, StudioError
+from rite_diffusion.ui import library
 from rite_diffusion.ui.background import followed
+from rite_diffusion.ui.engine import Engine, Wish
 from rite_diffusion.ui.library import Card
 from rite_diffusion.ui.tabs.adapters import MOST, chosen_with_weights, sliders
-from rite_diffusion.ui.tabs.compare import BASE_ALONE, _axes
-from rite_diffusion.ui.tabs.fuse import together
+from rite_diffusion.ui.tabs.compare import BASE_ALONE, _axes, _drawing
+from rite_diffusion.ui.tabs.fuse import _fusing, draft, together
 from rite_diffusion.ui.tabs.regions import boxes_html, region_texts
 from rite_diffusion.ui.workspace import Workspace
 from test_studio_files import an_adapter
@@ -91,6 +99,42 @@ def test_axes_of_a_sheet(tmp_path):
         _axes(space, "a cat", [], False, "1", "x", [])
     with pytest.raises(StudioError, match="write a prompt"):
         _axes(space, " ", [], False, "1", "0", [])
+
+
+@pytest.fixture
+def stocked(tmp_path, tiny_folder, adapters) -> Workspace:
+    """A workspace with two adapters, and the base that they were made for among its models."""
+    space = Workspace(tmp_path / "studio")
+    shutil.copytree(tiny_folder, space.folder("models") / "tiny-sd")
+    for name, path in zip("ab", adapters, strict=True):
+        shutil.copy(path, space.folder("adapters") / f"{name}.safetensors")
+    return space
+
+
+def test_a_fusion_tells_of_its_pictures_and_leaves_a_draft(stocked):
+    *heard, (kind, outcome) = _fusing(stocked, [("a", 0.5), ("b", 1.0)], "gram", {"rank": 3})
+    assert kind == "made" and outcome.adapter == draft(stocked) and outcome.sheet.exists()
+    assert [what for kind, what in heard] == [(count,) for count in range(1, len(heard) + 1)]
+    assert load_adapter(draft(stocked)).ranks() == [3]
+
+
+def test_a_sheet_tells_of_its_pictures_and_is_kept(stocked):
+    axes = _axes(stocked, "a cat", ["a", "b"], True, "1", "0", ["attached", "switch"])
+    base = library.base_of(stocked, ["a", "b"])
+    *heard, (kind, sheet) = _drawing(stocked, axes, "method", 2, base)
+    assert [what for _, what in heard] == [(1, 2), (2, 2)] and kind == "made"
+    assert Path(sheet.info["path"]).parent == stocked.folder("sheets")
+
+
+def test_regions_are_drawn_by_the_open_model_as_by_the_command(stocked, tiny_folder):
+    regions = ("0,0,0.5,1: a <0>", "0.5,0,1,1: a <1>")
+    files = library.with_weights(stocked, [("a", 1.0), ("b", 1.0)])
+    *_, last = Engine().draw(stocked, [Wish("a park", steps=2, regions=regions)], files)
+    [same] = rite.generate(
+        "a park", adapters=files, regions=regions, steps=2, base=str(tiny_folder)
+    )
+    assert np.array_equal(np.asarray(last.image), np.asarray(same))
+    assert read_parameters(last.path).regions == list(regions)
 
 
 def test_a_prompt_that_calls_every_concept(tmp_path):

@@ -114,6 +114,12 @@ def with_weights(space: Workspace, chosen: Iterable[tuple[str, float]]) -> list[
     return [f"{(known.get(name) or find(space, name)).path}:{weight:g}" for name, weight in chosen]
 
 
+def base_of(space: Workspace, names: Iterable[str]) -> str | None:
+    """The base model, as the recipes take it, that the first adapter to name one was made for."""
+    named = (find(space, name).base for name in names)
+    return space.base(next((base for base in named if base), ""))
+
+
 def bring_in(space: Workspace, upload: Path) -> str:
     """Check a file as an adapter and copy it into the library; returns its name there."""
     from rite_diffusion.adapters import load_adapter

@@ -1,5 +1,6 @@
 """Compare: one sheet of pictures over prompts, adapters, weights, methods and seeds."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def build(studio: Studio) -> list[Refresh]:
         space = studio.space(request)
         axes = _axes(space, *values[:6])
         yield {stage: _waiting(0, 1)}
-        for kind, what in _drawing(space, axes, values[6], int(values[7])):
+        base = library.base_of(space, [name for name in values[1] if name != BASE_ALONE])
+        for kind, what in _drawing(space, axes, values[6], int(values[7]), base):
             if kind == "heard":
                 yield {stage: _waiting(*what)}
             else:
@@ -125,14 +127,16 @@ def _numbers(text: str, what: str, kind: type) -> list:
         raise StudioError(f"{what} are numbers with commas between them, not '{text}'.") from None
 
 
-def _drawing(space: Workspace, axes: dict[str, list], columns: str, steps: int):
+def _drawing(
+    space: Workspace, axes: dict[str, list], columns: str, steps: int, base: str | None
+) -> Iterator[tuple[str, Any]]:
     """The reports of a sheet that is being drawn, then the sheet."""
     from rite_diffusion.sheets import grid
 
     number = len(list(space.folder("sheets").glob("*.png")))
     out = space.new("sheets", f"{number:05d}", ".png")
     return followed(
-        lambda listen: grid(**axes, columns=columns, steps=steps, out=out, listen=listen)
+        lambda listen: grid(**axes, columns=columns, steps=steps, base=base, out=out, listen=listen)
     )
 
 

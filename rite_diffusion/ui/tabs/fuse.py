@@ -1,6 +1,7 @@
 """Fuse: several adapters into one, with the report of what interferes, before it is kept."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def build(studio: Studio) -> list[Refresh]:
         settings = {"rank": int(rank)} if rank else {}
         made = None
         yield {stage: _waiting("Reading the adapters…"), keeping: gr.Group(visible=False)}
-        for kind, what in _fusing(space, library.with_weights(space, pairs), method, settings):
+        for kind, what in _fusing(space, pairs, method, settings):
             if kind == "heard":
                 yield {stage: _waiting(f"Picture {what[0]} for the statistics")}
             else:
@@ -110,13 +111,17 @@ def draft(space: Workspace) -> Path:
     return space.folder("drafts") / f"fused{library.SUFFIX}"
 
 
-def _fusing(space: Workspace, adapters: list[str], method: str, settings: dict[str, Any]):
-    """The reports of a fusion into the draft, then its outcome."""
+def _fusing(
+    space: Workspace, pairs: list[tuple[str, float]], method: str, settings: dict[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    """The reports of a fusion of names and weights into the draft, then its outcome."""
     from rite_diffusion.merging import fuse_and_report
 
+    adapters = library.with_weights(space, pairs)
+    base = library.base_of(space, [name for name, _ in pairs])
     return followed(
         lambda listen: fuse_and_report(
-            adapters, method=method, out=draft(space), listen=listen, **settings
+            adapters, method=method, out=draft(space), base=base, listen=listen, **settings
         )
     )
 
