@@ -142,6 +142,18 @@ def test_training_can_leave_a_sketch(photos, tiny_folder, tmp_path, command):
     assert load_sketch(sketch_path(path)).facts.adapter == digest_of(load_adapter(path))
 
 
+def test_running_out_of_memory_for_statistics_says_what_helps(
+    adapters, tiny_folder, tmp_path, monkeypatch
+):
+    def collect(*arguments):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("rite_diffusion.fusion.measure.collect", collect)
+    with pytest.raises(FusionError, match="one adapter after the other"):
+        rite.fuse(adapters, base=str(tiny_folder), out=tmp_path / "f.safetensors")
+    assert not (tmp_path / "f.safetensors").exists()
+
+
 BAD = {
     "same adapter": ["{0}", "{0}"],
     "weight 0": ["{0}", "{1}:0"],
