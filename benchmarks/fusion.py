@@ -41,8 +41,12 @@ from rite_diffusion.adapters import load_adapter
 from rite_diffusion.demo import example_photos
 from rite_diffusion.evaluation.judge import load_judge
 from rite_diffusion.files import cache_folder
+from rite_diffusion.fusion.members import Member
+from rite_diffusion.fusion.report import report_on
+from rite_diffusion.fusion.sketch import load_sketch, sketch_path
 from rite_diffusion.plan import configure, plan_training
 from rite_diffusion.run import run_training
+from rite_diffusion.training.run_folder import RunFolder
 
 METHODS = {  # label -> method, weight of every adapter, settings
     "sum": ("concat", 1.0, {}),
@@ -61,7 +65,7 @@ ALONE = "alone"  # every concept by its own adapter: what fusing can lose
 ATTACHED = "side by side"  # the adapters unfused, for the pictures with regions
 CHIEF = (ALONE, ATTACHED, "sum", "average", "gram")
 COUNTS = (2, 3, 4)
-FIGURES = ("identity", "recognised", "leak", "binding", "binding_regions", "drift", "seconds", "mb")
+FIGURES = """identity recognised leak binding binding_regions drift error seconds mb""".split()
 LOG = RESULTS / "fusion.jsonl"
 
 
@@ -96,7 +100,7 @@ def trained(learner: str, concept: str, seed: int) -> Path:
         "precision": PRECISION,
         "previews": {"every": 0},
     }
-    if not path.exists():
+    if RunFolder(folder).state() != "finished":
         run_training(plan_training(configure(wanted)), folder)
     if not path.with_suffix(".sketch.safetensors").exists():
         sketching.sketch(path, directions=256)
@@ -128,7 +132,17 @@ def measure(task: Task, seeds: tuple[int, ...]) -> dict:
         adapters, seconds = fused(task, files, Path(folder))
         size = sum(path.stat().st_size for path in adapters) / 1e6
         figures = {"seconds": seconds, "mb": size} | look(task, adapters, seeds)
+        if task.method in METHODS:
+            figures["error"] = error_told(files, adapters[0])
     return vars(task) | {key: round(value, 4) for key, value in figures.items()}
+
+
+def error_told(files: list[Path], result: Path) -> float:
+    """The error of the concepts' outputs that the conflict report tells, their mean."""
+    members = [
+        Member(load_adapter(path), 1.0, path, load_sketch(sketch_path(path))) for path in files
+    ]
+    return statistics.mean(report_on(members, load_adapter(result)).after)
 
 
 def look(task: Task, adapters: list[Path], seeds: tuple[int, ...]) -> dict[str, float]:

@@ -8,8 +8,11 @@ Both methods get the same features, in the same chunks:
     gradient  keeps all chunks in half precision, then runs 50 L-BFGS iterations on them
 
 Each of the layers' distinct shapes is measured once in a process of its own, and counted as often
-as the network has it: seconds add up; memory is the features or Gram matrices of all layers, which
-must be there at once, plus the largest peak of one layer's fusion. Writes results/fusion_cost.json.
+as the network has it: seconds add up; memory is what all layers must keep while pictures are drawn
+(for gradient, features of every layer, or of every distinct input, as q, k and v share theirs; for
+gram, Gram matrices of the concepts and the base, and the running sums of the one being drawn) plus
+the largest peak of one layer's fusion. `--shapes` measures some, and adds them to
+results/fusion_cost.json.
 """
 
 import argparse
@@ -21,8 +24,9 @@ import time
 from dataclasses import dataclass
 
 import torch
-from machine import write_result
+from machine import RESULTS, write_result
 
+from rite_diffusion.files import read_json
 from rite_diffusion.fusion.gram import gram
 from rite_diffusion.fusion.layer import Factors, Layer, Part
 from rite_diffusion.fusion.settings import FusionSettings
@@ -37,7 +41,7 @@ class Shape:
 
     rows: int
     width: int
-    inputs: int  # distinct inputs of this shape: self q/k/v share one, then self out, q, out
+    inputs: int  # distinct ones: self q, k and v share theirs, then self out, cross q, cross out
     layers: int
 
 
@@ -132,18 +136,49 @@ def measure(method: str, shape_name: str, concepts: int) -> dict:
     return {"seconds": seconds, "peak_mb": peak, "loss": loss_of(update, shape, concepts)}
 
 
-def kept_mb(method: str, concepts: int) -> float:
+def kept_mb(what: str, concepts: int) -> float:
     """Megabytes of what all layers must keep while the pictures are drawn."""
     total = 0
     for shape in SHAPES.values():
-        rows = shape.rows * STEPS if method == "gradient" else shape.width
-        size = 2 if method == "gradient" else 8  # bytes: half precision, double precision
-        total += shape.inputs * rows * shape.width * size
-    return total * concepts / 2**20
+        if what == "gram":  # halves of the matrices in single precision, one whole in double
+            entries = shape.width * (shape.width + 1) // 2
+            total += shape.inputs * (4 * entries * (concepts + 1) + 8 * shape.width**2)
+        else:  # features in half precision
+            copies = shape.layers if what == "features per layer" else shape.inputs
+            total += copies * shape.rows * STEPS * shape.width * 2 * concepts
+    return total / 2**20
+
+
+def in_own_process(method: str, shape: str, concepts: int) -> dict:
+    """`measure` in a fresh process, whose memory is its own."""
+    command = [sys.executable, __file__, "--concepts", str(concepts), "--one", method, shape]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    print(method, shape, done.stdout.strip(), flush=True)
+    return json.loads(done.stdout)
+
+
+def totals(shapes: dict, concepts: int) -> dict:
+    """The whole network's seconds, megabytes and loss by method, from its shapes' figures."""
+    found: dict = {}
+    for method, kept in (("gram", ["gram"]), ("gradient", ["features per layer", "features once"])):
+        each = {name: shapes[name][method] for name in SHAPES}
+        peak = max(one["peak_mb"] for one in each.values())
+        found[method] = {
+            "seconds": sum(SHAPES[name].layers * one["seconds"] for name, one in each.items()),
+            "memory_mb": {what: kept_mb(what, concepts) + peak for what in kept},
+            "loss": sum(SHAPES[name].layers * one["loss"] for name, one in each.items()),
+        }
+    gram, gradient = found["gram"], found["gradient"]
+    found["faster"] = gradient["seconds"] / gram["seconds"]
+    found["less_memory"] = {
+        what: mb / gram["memory_mb"]["gram"] for what, mb in gradient["memory_mb"].items()
+    }
+    found["loss_ratio"] = gram["loss"] / gradient["loss"]
+    return found
 
 
 def main() -> None:
-    """Measure every shape with both methods."""
+    """Measure shapes with both methods, and add up when all are there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--concepts", type=int, default=3)
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=SHAPES)
@@ -152,22 +187,18 @@ def main() -> None:
     if options.one:
         print(json.dumps(measure(*options.one, options.concepts)))
         return
-    table: dict[str, dict] = {}
-    for method in ("gram", "gradient"):
-        table[method] = {"shapes": {}, "kept_mb": round(kept_mb(method, options.concepts))}
-        for name in options.shapes:
-            command = [sys.executable, __file__, "--concepts", str(options.concepts)]
-            done = subprocess.run(
-                [*command, "--one", method, name], capture_output=True, text=True, check=True
-            )
-            table[method]["shapes"][name] = json.loads(done.stdout)
-            print(method, name, done.stdout.strip(), flush=True)
-        each = table[method]["shapes"]
-        table[method]["seconds"] = sum(SHAPES[n].layers * one["seconds"] for n, one in each.items())
-        table[method]["memory_mb"] = table[method]["kept_mb"] + max(
-            one["peak_mb"] for one in each.values()
-        )
-    write_result("fusion_cost", {"concepts": options.concepts, "methods": table})
+    earlier = read_json(RESULTS / "fusion_cost.json")
+    same = earlier.get("concepts") == options.concepts
+    shapes = earlier["shapes"] if same else {}
+    for name in options.shapes:
+        shapes[name] = {
+            method: in_own_process(method, name, options.concepts)
+            for method in ("gram", "gradient")
+        }
+        result = {"concepts": options.concepts, "rank": RANK, "shapes": shapes}
+        if shapes.keys() >= SHAPES.keys():
+            result["network"] = totals(shapes, options.concepts)
+        write_result("fusion_cost", result)
 
 
 if __name__ == "__main__":

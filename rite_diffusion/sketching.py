@@ -5,8 +5,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from rite_diffusion.adapters import load_adapter
 from rite_diffusion.adapters.attach import check_base
 from rite_diffusion.backbones import StableDiffusion
@@ -17,6 +15,7 @@ from rite_diffusion.fusion.sketch import load_sketch, save_sketch, sketch_path
 from rite_diffusion.fusion.statistics import USUAL, Drawing
 from rite_diffusion.generation.output import output_target
 from rite_diffusion.recipes import open_base
+from rite_diffusion.training.memory import is_out_of_memory
 from rite_diffusion.types import Backbone, FusionError
 
 SKETCH_DIRECTIONS = 64  # per layer in a sketch file
@@ -89,7 +88,9 @@ def out_of_memory_explained() -> Iterator[None]:
     """Turn running out of memory into a FusionError that says what helps."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise FusionError(
             f"not enough memory for the statistics ({error}): make a sketch of one adapter after "
             "the other with `rite sketch`, or use a method without statistics."

@@ -20,6 +20,7 @@ from rite_diffusion.adapters import save_adapter  # noqa: E402
 from rite_diffusion.backbones import load_backbone  # noqa: E402
 from studio_server import Served, studio  # noqa: E402
 from test_adapters import random_adapter  # noqa: E402
+from test_cli import rite as command  # noqa: E402, F401 (a fixture)
 
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // _workers)))

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from rite_diffusion.adapters import Adapter, AdapterInfo
-from rite_diffusion.fusion.grams import Gram, full_gram
+from rite_diffusion.fusion.grams import Gram, from_eigen
 from rite_diffusion.fusion.layer import Layer, Part, flat
 from rite_diffusion.fusion.members import Member
 from rite_diffusion.fusion.sketch import Sketch, SketchFacts
@@ -43,7 +43,8 @@ def random_gram(width: int, seed: int, rows: int = 12) -> Gram:
     draws = torch.Generator().manual_seed(seed)
     inputs = torch.randn(rows, width, generator=draws, dtype=torch.float64)
     inputs = inputs * torch.logspace(0, -2, width, dtype=torch.float64)
-    return full_gram(inputs.mT @ inputs / rows, rows).spectral
+    values, vectors = torch.linalg.eigh(inputs.mT @ inputs / rows)
+    return from_eigen(vectors.mT.flip(0), values.flip(0).clamp(min=0), 0.0, rows)
 
 
 def width_of(name: str) -> int:

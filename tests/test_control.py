@@ -128,12 +128,13 @@ def test_conditions_and_regions_go_together(tiny_folder, networks, pose, tmp_pat
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("net", "is not"), ("net=", "is not"), ("=a.png", "is not"), ("net=nowhere.png", "no picture"),
-     ("net={pose}:3", "at most 2"), ("net={pose}:0", "above 0")],
+    [("net", "is not"), ("net=", "is not"), ("=a.png", "is not"), ("net={text}", "not a picture"),
+     ("net=nowhere.png", "no good"), ("net={pose}:3", "at most 2"), ("net={pose}:0", "above 0")],
 )  # fmt: skip
-def test_conditions_that_cannot_be_are_refused(text, words, pose):
+def test_conditions_that_cannot_be_are_refused(text, words, pose, tmp_path):
+    (tmp_path / "a.txt").write_text("no picture")
     with pytest.raises(ConfigError, match=words):
-        parse_control(text.format(pose=pose))
+        parse_control(text.format(pose=pose, text=tmp_path / "a.txt"))
 
 
 def test_networks_that_do_not_fit_are_refused(tiny, networks, pose, tmp_path):

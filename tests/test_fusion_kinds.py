@@ -12,11 +12,13 @@ from rite_diffusion.adapters.delta import adapted_weight
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.fusion import FusionSettings
 from rite_diffusion.fusion.dora import as_plain
+from rite_diffusion.fusion.measure import measure
 from rite_diffusion.fusion.members import Member, digest_of
 from rite_diffusion.fusion.merge import merge
 from rite_diffusion.fusion.statistics import Drawing
 from rite_diffusion.types import FusionError
 from test_adapters import prediction
+from test_adapters import random_adapter as random_backbone_adapter
 
 PLAIN = FusionSettings()
 CONV, LINEAR = "lora_unet_mid_block_resnets_0_conv1", next(iter(SHAPES))
@@ -103,6 +105,31 @@ def test_a_dora_is_fused_by_gram_beside_a_lora(adapters, tiny_folder, tmp_path):
     )
     fused = load_adapter(out)
     assert max(fused.ranks()) <= 6 and fused.names() == sorted(plain.names())
+
+
+def test_adapters_of_sdxl_are_fused(tiny_folder_xl, tmp_path):
+    backbone = load_backbone(str(tiny_folder_xl))
+    members = []
+    for seed in range(2):
+        adapter = random_backbone_adapter(backbone, seed=seed)
+        info = replace(adapter.info, trigger=f"<{seed}>", base_fingerprint=backbone.fingerprint)
+        members.append(Member(replace(adapter, info=info), 1.0, Path(f"{seed}")))
+    prompts = [[f"a <{seed}>"] for seed in range(2)]
+    sketches = measure(backbone, [m.adapter for m in members], prompts, Drawing(steps=1))
+    fused = merge(
+        [replace(m, sketch=s) for m, s in zip(members, sketches, strict=True)], "gram", PLAIN
+    )
+    assert any(name.startswith("lora_te2_") for name in fused.names())
+    save_adapter(tmp_path / "f.safetensors", fused)
+    attach(backbone, load_adapter(tmp_path / "f.safetensors"), "fused")
+    before = load_backbone(str(tiny_folder_xl))
+    noisy = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        each = [
+            model.denoise(noisy, torch.tensor([500]), model.encode_prompts(["a <0>"]))
+            for model in (backbone, before)
+        ]
+    assert (each[0] - each[1]).abs().max() > 1e-2 and bool(each[0].isfinite().all())
 
 
 # --- tokens and names --------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from rite_diffusion.adapters import attach, load_adapter
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.cli import app
 from rite_diffusion.evaluation.conflict_sheet import conflict_sheet, layer_label
+from rite_diffusion.fusion.members import digest_of
 from rite_diffusion.fusion.merge import merge
 from rite_diffusion.fusion.report import report_on
 from rite_diffusion.fusion.settings import FusionSettings
@@ -21,7 +22,6 @@ from rite_diffusion.fusion.statistics import Drawing
 from rite_diffusion.merging import fuse_and_report
 from rite_diffusion.types import FusionError, RiteError
 from test_adapters import prediction
-from test_cli import rite as command
 
 FEW = Drawing(steps=1)
 
@@ -120,7 +120,7 @@ def test_fuse_and_report_writes_adapter_figures_and_sheet(adapters, tiny_folder,
     assert sheet.std() > 10
 
 
-def test_the_command_fuses_and_inspects(adapters, tmp_path):
+def test_the_command_fuses_and_inspects(adapters, tmp_path, command):
     out = tmp_path / "f.safetensors"
     done = command("fuse", adapters[0], f"{adapters[1]}:0.5", "--method", "weighted", "--rank", 3,
                    "--out", out)  # fmt: skip
@@ -129,6 +129,29 @@ def test_the_command_fuses_and_inspects(adapters, tmp_path):
     shown = command("inspect", out).stdout
     concept = "<1>, , from 1.safetensors at weight 0.5"
     assert all(words in shown for words in ("fused: weighted", concept, "rank             3"))
+
+
+def test_training_can_leave_a_sketch(photos, tiny_folder, tmp_path, command):
+    done = command(
+        "train", photos, "--trigger", "<thing>", "--class", "toy", "--base", tiny_folder, "--steps",
+        1, "--rank", 2, "--out", tmp_path / "run", "--set", "previews.every=0", "--sketch",
+        "--set", "batch=1", "--set", "precision=fp32", "--set", "prior.weight=0",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "run/adapter.safetensors"
+    assert load_sketch(sketch_path(path)).facts.adapter == digest_of(load_adapter(path))
+
+
+def test_running_out_of_memory_for_statistics_says_what_helps(
+    adapters, tiny_folder, tmp_path, monkeypatch
+):
+    def collect(*arguments):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("rite_diffusion.fusion.measure.collect", collect)
+    with pytest.raises(FusionError, match="one adapter after the other"):
+        rite.fuse(adapters, base=str(tiny_folder), out=tmp_path / "f.safetensors")
+    assert not (tmp_path / "f.safetensors").exists()
 
 
 BAD = {
@@ -157,7 +180,7 @@ def test_bad_input_is_refused_and_writes_nothing(words, adapters, tmp_path, monk
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_bad_input_on_the_command_line_is_one_line(adapters):
+def test_bad_input_on_the_command_line_is_one_line(adapters, command):
     done = command("fuse", adapters[0], adapters[0])
     assert done.returncode == 2 and "holds the same adapter" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -11,6 +11,7 @@ from rite_diffusion.generation.regional import (
     encode_parts,
     regional,
     regionally_guided,
+    side_by_side,
 )
 from rite_diffusion.generation.regions import (
     Region,
@@ -112,6 +113,22 @@ def test_one_region_over_everything_is_the_plain_picture_bit_for_bit(tiny, seeds
     ours = drawn(tiny, "something else", [WHOLE], seeds, adapters)
     for one, other in zip(plain, ours, strict=True):
         assert np.array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_one_region_over_everything_is_the_plain_picture_of_sdxl_too(tiny_folder_xl):
+    backbone = load_backbone(str(tiny_folder_xl))
+    attach(backbone, random_adapter(backbone), "a", 0.8)
+    plain = sample(backbone, [WHOLE.prompt], [7], negative="dark", steps=3)
+    ours = drawn(backbone, WHOLE.prompt, [WHOLE], [7], [Attached("a", 0.8, ["cat"])])
+    assert np.array_equal(np.asarray(plain[0]), np.asarray(ours[0]))
+
+
+def test_layer_wise_states_stand_beside_those_that_all_layers_share():
+    shared, own = torch.randn(2, 3, 5), torch.randn(2, 4, 3, 5)
+    joined = side_by_side([shared, own])
+    assert joined.shape == (2, 4, 6, 5) and torch.equal(joined[:, :, 3:], own)
+    assert all(torch.equal(joined[:, layer, :3], shared) for layer in range(4))
+    assert torch.equal(side_by_side([shared, shared]), torch.cat([shared, shared], 1))
 
 
 def test_the_model_is_left_as_it_was(tiny):

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel, T2IAdapter
-from PIL import Image
+from PIL.Image import Image, Resampling
 from torch import Tensor, nn
 
 from rite_diffusion.backbones.control import ControlNetwork, load_control_network
 from rite_diffusion.generation.sampler import Predict
-from rite_diffusion.photos.images import to_tensor
+from rite_diffusion.photos.images import UnreadableImage, open_image, to_tensor
 from rite_diffusion.types import Backbone, ConfigError
 
 FORM = '"MODEL=PICTURE[:WEIGHT]", such as "lllyasviel/sd-controlnet-openpose=pose.png:0.8"'
@@ -26,16 +26,17 @@ FORM = '"MODEL=PICTURE[:WEIGHT]", such as "lllyasviel/sd-controlnet-openpose=pos
 
 @dataclass(frozen=True)
 class Wanted:
-    """A condition as a user names it."""
+    """A condition as a user names it, with its picture."""
 
     model: str
-    picture: Path
+    path: Path
+    image: Image
     weight: float
 
     def record(self) -> str:
         """What decides pixels, without a path: model, picture and the hash of its content."""
-        digest = hashlib.sha256(self.picture.read_bytes()).hexdigest()[:16]
-        return f"{Path(self.model).name}={self.picture.name}:{self.weight:g} ({digest})"
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
+        return f"{Path(self.model).name}={self.path.name}:{self.weight:g} ({digest})"
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,24 @@ class Control:
 
 def parse_control(text: str) -> Wanted:
     """The condition of `MODEL=PICTURE[:WEIGHT]`; ConfigError says what is off."""
-    model, equals, rest = text.partition("=")
-    head, colon, tail = rest.rpartition(":")
-    weighted = colon and tail.replace(".", "", 1).isdigit()
-    picture, weight = (
-        Path(head if weighted else rest).expanduser(),
-        float(tail) if weighted else 1.0,
-    )
-    if not (model and equals and rest):
+    model, _, rest = text.partition("=")
+    if not (model and rest):
         raise ConfigError(f"condition '{text}' is not {FORM}")
-    if not picture.is_file():
-        raise ConfigError(f"condition '{text}': there is no picture {picture}")
+    path, weight = _split_weight(rest)
     if not 0 < weight <= 2:
         raise ConfigError(f"condition '{text}': weight {weight:g} is not above 0 and at most 2")
-    return Wanted(model, picture, weight)
+    try:
+        return Wanted(model, path, open_image(path), weight)
+    except UnreadableImage as error:
+        raise ConfigError(f"condition '{text}': {path} is no good ({error})") from None
+
+
+def _split_weight(text: str) -> tuple[Path, float]:
+    head, _, tail = text.rpartition(":")
+    try:
+        return Path(head).expanduser(), float(tail if head else "")
+    except ValueError:
+        return Path(text).expanduser(), 1.0
 
 
 def load_controls(
@@ -78,8 +83,7 @@ def load_controls(
 def _control(backbone: Backbone, wanted: Wanted, width: int, height: int) -> Control:
     network = load_control_network(wanted.model, backbone.dtype, backbone.device)
     _check_fit(network, wanted.model, backbone)
-    with Image.open(wanted.picture) as picture:
-        small = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    small = wanted.image.resize((width, height), Resampling.LANCZOS)
     condition = (to_tensor(small)[None] + 1) / 2
     if isinstance(network, T2IAdapter) and network.config["in_channels"] == 1:
         condition = condition.mean(1, keepdim=True)

@@ -60,11 +60,12 @@ def _build_generation(studio: Studio) -> None:
         height: int | None = None,
         base: str = "",
         regions: list[str] | None = None,
+        combine: str = "sum",
         request: gr.Request = None,  # type: ignore
     ) -> list[gr.FileData]:
         """Draw pictures of a prompt; adapters are NAME or NAME:WEIGHT; returns PNG files.
 
-        Regions are `x0,y0,x1,y1: prompt`, with fractions of the sides.
+        Regions are "x0,y0,x1,y1: prompt" in fractions; combine is sum, switch or composite.
         """
         from rite_diffusion.ui.engine import Wish
 
@@ -74,10 +75,11 @@ def _build_generation(studio: Studio) -> None:
         chosen = [_weighted(item) for item in adapters or []]
         wishes = [
             Wish(
-                prompt, negative, seed + index, steps, guidance, width, height, tuple(regions or ())
+                prompt, negative, seed + index, steps, guidance, width, height,
+                tuple(regions or []), combine,
             )
             for index in range(num)
-        ]
+        ]  # fmt: skip
         frames = studio.engine.draw(space, wishes, library.with_weights(space, chosen), base)
         return [file_data(frame.path) for frame in frames if frame.path is not None]
 
