@@ -113,6 +113,7 @@ def choose(page: Page, label: str, *options: str) -> None:
         box.click()
         page.get_by_role("option", name=option, exact=True).first.click()
         page.keyboard.press("Escape")
+        box.blur()
 
 
 def set_number(page: Page, label: str, value: int) -> None:

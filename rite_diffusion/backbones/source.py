@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 import warnings
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,8 @@ PIPELINES = {
     "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
 }
 LIBRARIES = {"diffusers", "transformers", "stable_diffusion", None}  # that a model's parts are of
+
+_LOADING = threading.Lock()  # diffusers and transformers patch torch's modules while they load
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -75,7 +78,12 @@ def choose_attention(pipeline: Pipeline) -> str:
 
 
 def open_pipeline(base: str, dtype: torch.dtype) -> Pipeline:
-    """The diffusers pipeline of a base model."""
+    """The diffusers pipeline of a base model; threads take turns."""
+    with _LOADING:
+        return _open(base, dtype)
+
+
+def _open(base: str, dtype: torch.dtype) -> Pipeline:
     if base == "pocket":
         return _from_folder(POCKET, dtype)
     path = Path(base).expanduser()

@@ -238,7 +238,7 @@ def _build_library(studio: Studio) -> None:
     @in_words
     def convert_adapter(name: str, to: str, request: gr.Request = None) -> gr.FileData:  # type: ignore
         """An adapter for another program: kohya, comfyui, diffusers or peft; loaded back first."""
-        link, _ = export(library.find(studio.space(request), name), to)
+        link, _ = export(studio, studio.space(request), name, to)
         return _linked(link)
 
     for endpoint in (

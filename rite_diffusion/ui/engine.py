@@ -105,6 +105,13 @@ class Engine:
             self._detach(backbone)
             yield backbone
 
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Nothing is drawn until the block ends."""
+        with self._lock:
+            self._turn += 1
+            yield
+
     def draw(
         self,
         space: Workspace,

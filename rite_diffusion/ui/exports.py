@@ -7,8 +7,11 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from rite_diffusion.types import StudioError
-from rite_diffusion.ui.library import SUFFIX, Card
+from rite_diffusion.ui import library
+from rite_diffusion.ui.library import SUFFIX
 from rite_diffusion.ui.page import facts_html, shown
+from rite_diffusion.ui.studio import Studio
+from rite_diffusion.ui.workspace import Workspace
 
 if TYPE_CHECKING:
     from rite_diffusion.conversion import Export
@@ -22,13 +25,15 @@ PROGRAMS = {
 }
 
 
-def export(card: Card, to: str) -> tuple[str, str]:
+def export(studio: Studio, space: Workspace, name: str, to: str) -> tuple[str, str]:
     """A link to the export of an adapter, and what proves it as HTML."""
     from rite_diffusion.conversion import convert
 
     if to not in PROGRAMS:
         raise StudioError(f"no program '{to}': choose one of {', '.join(PROGRAMS)}.")
-    with TemporaryDirectory() as folder:
+    card = library.find(space, name)
+    # Conversion opens models of its own to load the export back: nothing is drawn meanwhile.
+    with TemporaryDirectory() as folder, studio.engine.pause():
         suffix = "" if to == "peft" else SUFFIX
         made = convert(card.path, to, Path(folder) / f"{card.name}-{to}{suffix}")
         return shown(_one_file(made, Path(folder))), _report(made)

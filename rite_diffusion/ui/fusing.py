@@ -14,7 +14,6 @@ from rite_diffusion.ui.studio import Studio
 from rite_diffusion.ui.workspace import Workspace, name_from
 
 if TYPE_CHECKING:
-    from rite_diffusion.backbones import StableDiffusion
     from rite_diffusion.fusion.report import ConflictReport
 
 Listen = Callable[[str], None]
@@ -44,10 +43,6 @@ class Order:
         """Settings of the method that differ from the usual."""
         return {} if self.rank is None else {"rank": self.rank}
 
-    def can_be_foreseen(self) -> bool:
-        """Whether every adapter says which word calls its concept."""
-        return all(card.triggers() for card in self.cards)
-
 
 def order_of(
     space: Workspace, chosen: Sequence[tuple[str, float]], method: str, rank: int | None
@@ -66,51 +61,49 @@ def foresee(studio: Studio, space: Workspace, order: Order, listen: Listen) -> "
     """The conflicts of the adapters, and what the method would make of them."""
     from rite_diffusion import merging
 
-    with _base(studio, space, order) as backbone:
-        _sketch_all(order, backbone, listen)
-        listen("Weighing the layers…")
-        return merging.foresee(
-            order.files(), method=order.method, base=backbone, **order.settings()
-        ).report
+    _measure(studio, space, order, listen)
+    listen("Weighing the layers…")
+    return merging.foresee(order.files(), method=order.method, **order.settings()).report
 
 
 def fuse(
     studio: Studio, space: Workspace, order: Order, out: Path, listen: Listen
 ) -> "ConflictReport | None":
-    """Write the fused adapter; its report is None where an adapter does not say what calls it."""
+    """Write the fused adapter; its report is None where nothing has been measured."""
     from rite_diffusion import merging
     from rite_diffusion.adapters import save_adapter
+    from rite_diffusion.fusion import FUSIONS
 
-    with _base(studio, space, order) as backbone:
-        if not order.can_be_foreseen():
-            merging.fuse(
-                order.files(), method=order.method, out=out, base=backbone, **order.settings()
-            )
-            return None
-        _sketch_all(order, backbone, listen)
-        listen("Fusing the layers…")
-        made = merging.foresee(
-            order.files(), method=order.method, base=backbone, **order.settings()
-        )
-        save_adapter(out, made.adapter)
-        return made.report
+    if FUSIONS[order.method].statistics:
+        _measure(studio, space, order, listen)
+    listen("Fusing the layers…")
+    if not all(_has_sketch(card.path) for card in order.cards):
+        merging.fuse(order.files(), method=order.method, out=out, **order.settings())
+        return None
+    made = merging.foresee(order.files(), method=order.method, **order.settings())
+    save_adapter(out, made.adapter)
+    return made.report
 
 
-def _base(studio: Studio, space: Workspace, order: Order):
-    return studio.engine.lend(space, "", [card.base for card in order.cards])
-
-
-def _sketch_all(order: Order, backbone: "StableDiffusion", listen: Listen) -> None:
+def _measure(studio: Studio, space: Workspace, order: Order, listen: Listen) -> None:
     """See that a sketch of its present content lies beside each adapter."""
     from rite_diffusion import sketching
 
-    for card in order.cards:
-        if not _has_sketch(card.path):
+    missing = [card for card in order.cards if not _has_sketch(card.path)]
+    for card in missing:
+        if not card.triggers():
+            raise StudioError(
+                f"'{card.name}' does not say which word calls its concept, so it cannot be "
+                "measured: choose a method without statistics, such as concat."
+            )
+    if not missing:
+        return
+    with studio.engine.lend(space, "", [card.base for card in order.cards]) as backbone:
+        for card in missing:
 
             def count(pictures: int, name: str = card.name) -> None:
                 listen(f"What flows through the layers for {name}: picture {pictures}")
 
-            count(0)
             sketching.sketch(card.path, base=backbone, listen=count)
 
 

@@ -70,6 +70,7 @@ CSS = """
 .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important;
   grid-template-rows: none !important; grid-auto-rows: auto !important; }
 .grid-container.pt-6 { padding-top: 1.9rem; }
+.end { align-items: end !important; }
 .drop .wrap { min-height: 0 !important; padding-top: 1.6rem !important; flex-wrap: wrap;
   flex-direction: row !important; gap: 0 .45rem; font-size: .9rem !important; }
 .drop .icon-wrap { display: none; }
@@ -137,7 +138,8 @@ CSS = """
 .grid-wrap img, .thumbnail-item img { background: transparent; }
 footer { opacity: .75; }
 @media (max-width: 640px) {
-  .gradio-container, .gradio-container > main { padding: .35rem !important; }
+  .gradio-container, .gradio-container main { padding: .3rem !important; }
+  #tabs .tab-container button { padding-inline: .5rem; font-size: .88rem; }
   .head p, footer .divider { display: none; }
   .grid-container { --grid-cols: 3 !important; }
   #made .grid-container, #sides .grid-container, #cards .grid-container {

@@ -31,7 +31,7 @@ def build(studio: Studio) -> Built:
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
             prompts = gr.Textbox(
-                label="Prompts, one a line", lines=3, elem_id="sheet-prompts",
+                value="", label="Prompts, one a line", lines=3, elem_id="sheet-prompts",
                 placeholder="a <robot> on a blue background\na <robot> on a green background",
             )  # fmt: skip
             names = gr.Dropdown(

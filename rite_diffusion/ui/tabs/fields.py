@@ -40,7 +40,13 @@ class Fields:
 def optional_number(label: str, name: str) -> gr.Textbox:
     """A field for a number that may stay empty; a gr.Number would show and send 0 instead."""
     return gr.Textbox(
-        label=label, placeholder="auto", max_lines=1, max_length=12, min_width=80, elem_id=name
+        value="",
+        label=label,
+        placeholder="auto",
+        max_lines=1,
+        max_length=12,
+        min_width=80,
+        elem_id=name,
     )
 
 
@@ -67,7 +73,7 @@ def decimal(text: str, label: str) -> float | None:
 
 def lay_out_fields(prompt: gr.Textbox) -> Fields:
     """Lay out all fields but the prompt, which has its place already."""
-    negative = gr.Textbox(label="Negative prompt", placeholder="what to avoid", max_lines=4)
+    negative = gr.Textbox("", label="Negative prompt", placeholder="what to avoid", max_lines=4)
     with gr.Row():
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=110)
         fresh = gr.Checkbox(True, label="New seed each time", min_width=150)
@@ -79,7 +85,7 @@ def lay_out_fields(prompt: gr.Textbox) -> Fields:
             width = optional_number("Width", "width")
             height = optional_number("Height", "height")
             guidance = optional_number("Guidance", "guidance")
-        base = gr.Textbox(label="Base model", placeholder="the adapters' own, else pocket")
+        base = gr.Textbox("", label="Base model", placeholder="the adapters' own, else pocket")
         gr.HTML("<small>What is left empty is the base model's own.</small>")
     return Fields(prompt, negative, seed, fresh, count, steps, guidance, width, height, base)
 

@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import gradio as gr
 
+from rite_diffusion.types import RiteError
 from rite_diffusion.ui import fusing
 from rite_diffusion.ui.background import followed
 from rite_diffusion.ui.conflicts import report_html
@@ -66,14 +67,16 @@ def build(studio: Studio) -> Built:
             )  # fmt: skip
             with gr.Row():
                 rank = optional_number("Largest rank", "fuse-rank")
-                prompt = gr.Textbox(label="Prompt to compare with", min_width=180, scale=2,
+                prompt = gr.Textbox("", label="Prompt to compare with", min_width=180, scale=2,
                                     placeholder="each concept, and all together")  # fmt: skip
             with gr.Row():
                 check = gr.Button("Show conflicts", min_width=130, elem_id="conflicts")
                 go = gr.Button("Fuse", variant="primary", min_width=110, elem_id="fuse")
                 stop = gr.Button("Stop", scale=0, min_width=80, elem_id="fuse-stop")
             with gr.Group(visible=False, elem_id="keeping") as keeping:
-                name = gr.Textbox(label="Name in the library", max_length=64, elem_id="fused-name")
+                name = gr.Textbox(
+                    "", label="Name in the library", max_length=64, elem_id="fused-name"
+                )
                 keep = gr.Button("Save to the library", variant="primary", elem_id="keep-fused")
         with gr.Column(scale=7, min_width=320):
             stage = gr.HTML(NO_FUSION, elem_id="fuse-stage")
@@ -130,7 +133,16 @@ def _connect(
                 yield {panel.stage: waiting_html(*what)}
             else:
                 yield {panel.report: report_html(what) if what else ""}
-        yield from _compared(studio, space, panel, order, draft, prompt)
+        try:
+            yield from _compared(studio, space, panel, order, draft, prompt)
+        except RiteError as error:  # the base may not be here; the fusion is none the worse
+            tell(f"No pictures: {error}")
+        yield {
+            panel.stage: "",
+            panel.keeping: gr.Group(visible=True),
+            panel.name: order.title(),
+            panel.draft: draft.name,
+        }
 
     events = [
         button.click(
@@ -157,6 +169,7 @@ def _begun(panel: FusePanel) -> dict[Any, Any]:
         panel.report: "",
         panel.sides: gr.Gallery(visible=False),
         panel.keeping: gr.Group(visible=False),
+        panel.preview: "",
     }
 
 
@@ -187,11 +200,7 @@ def _compared(
         for pair in ((shown(left), f"before: {text}"), (shown(right), f"after: {text}"))
     ]
     yield {
-        panel.stage: "",
         panel.sides: gr.Gallery(value=pairs, visible=bool(pairs)),
-        panel.name: order.title(),
-        panel.keeping: gr.Group(visible=True),
-        panel.draft: draft.name,
         panel.preview: after[0].name if after else "",
     }
 

@@ -45,7 +45,7 @@ def build(studio: Studio) -> tuple[Built, Chooser]:
             regions = build_regions()
             settings = lay_out_fields(prompt)
             drop = gr.File(
-                label="Drop a picture that was made here to restore its settings",
+                label="Drop a picture to restore its settings",
                 file_types=[".png"],
                 height=84,
                 elem_id="restore",
@@ -77,6 +77,7 @@ def build(studio: Studio) -> tuple[Built, Chooser]:
 
 def _lay_out_prompt() -> tuple[gr.Textbox, gr.Dataset]:
     prompt = gr.Textbox(
+        value="",
         label="Prompt",
         lines=1,
         max_lines=8,

@@ -93,7 +93,7 @@ def _lay_out_shelf() -> Shelf:
     empty = gr.HTML(NO_ADAPTERS, elem_id="no-adapters")
     cards = gr.Gallery(
         label="Adapters, newest first", columns=4, height="auto", object_fit="cover",
-        allow_preview=False, interactive=False, buttons=[], visible=False,
+        allow_preview=False, interactive=False, buttons=[], visible=False, fit_columns=False,
         elem_id="cards",
     )  # fmt: skip
     undo = gr.Button("Undo", size="sm", visible=False, elem_id="undo")
@@ -107,8 +107,8 @@ def _lay_out_detail() -> Detail:
             use = gr.Button("Draw with it", variant="primary", min_width=110, elem_id="use")
             download = gr.DownloadButton("Download", min_width=110, elem_id="download")
             delete = gr.Button("Delete", variant="stop", min_width=90, elem_id="delete")
-        with gr.Row():
-            name = gr.Textbox(label="Name", max_length=64, scale=3, elem_id="card-name")
+        with gr.Row(elem_classes="end"):
+            name = gr.Textbox("", label="Name", max_length=64, scale=3, elem_id="card-name")
             rename = gr.Button("Rename", scale=1, min_width=90, elem_id="rename")
         with gr.Accordion("For another program", open=False, elem_id="convert-fold"):
             to = gr.Dropdown(
@@ -171,7 +171,7 @@ def _connect(studio: Studio, shelf: Shelf, detail: Detail) -> None:
 def _connect_export(studio: Studio, detail: Detail) -> None:
     @in_words
     def convert(name: str, to: str, request: gr.Request):
-        link, proof = export(library.find(studio.space(request), name), to)
+        link, proof = export(studio, studio.space(request), name, to)
         return proof, gr.DownloadButton(value=link, visible=True)
 
     detail.convert.click(

@@ -223,13 +223,17 @@ def _lay_out(fold: gr.Accordion) -> tuple[RegionPanel, dict[str, gr.Button]]:
     with gr.Group(visible=False) as editor:
         title = gr.HTML("", padding=True)
         prompt = gr.Textbox(
-            label="What this box shows", placeholder="a <robot>", max_lines=4, elem_id="box-prompt"
+            value="",
+            label="What this box shows",
+            placeholder="a <robot>",
+            max_lines=4,
+            elem_id="box-prompt",
         )
         adapter = gr.Dropdown([BY_WORDS, NONE], value=BY_WORDS, label="Adapter in this box",
                               elem_id="box-adapter")  # fmt: skip
         with gr.Row():
-            negative = gr.Textbox(label="Negative prompt", min_width=120)
-            corners = gr.Textbox(label="Left, top, right, bottom", min_width=120,
+            negative = gr.Textbox("", label="Negative prompt", min_width=120)
+            corners = gr.Textbox("", label="Left, top, right, bottom", min_width=120,
                                  elem_id="box-corners")  # fmt: skip
         buttons["remove"] = gr.Button("Remove this box", size="sm", elem_id="box-remove")
     picked = gr.Number(-1, visible="hidden")

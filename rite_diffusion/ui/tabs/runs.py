@@ -102,8 +102,8 @@ def _lay_out() -> RunPanel:
     waiting = gr.HTML("", elem_id="waiting")
     with gr.Accordion("Log", open=False):
         log = gr.Textbox(
-            show_label=False, lines=8, max_lines=16, interactive=False, elem_classes="mono",
-            container=False, elem_id="log",
+            value="", show_label=False, lines=8, max_lines=16, interactive=False,
+            elem_classes="mono", container=False, elem_id="log",
         )  # fmt: skip
     return RunPanel(name, status, waiting, loss, rate, previews, log, buttons, gr.State(""))
 

@@ -56,7 +56,7 @@ def build(studio: Studio) -> Built:
                 check = gr.Button("Check first", scale=1, min_width=110, elem_id="check")
                 start = gr.Button("Start training", variant="primary", scale=2, elem_id="start")
             report = gr.Textbox(
-                label="Report", lines=10, max_lines=24, visible=False, interactive=False,
+                value="", label="Report", lines=10, max_lines=24, visible=False, interactive=False,
                 elem_classes="mono", buttons=["copy"], elem_id="report",
             )  # fmt: skip
         with gr.Column(scale=6, min_width=320):
@@ -75,8 +75,10 @@ def _lay_out_settings() -> SettingFields:
     )
     with gr.Accordion("Advanced settings", open=False, elem_id="advanced") as fold:
         with gr.Row():
-            run_name = gr.Textbox(label="Name of the run", placeholder="the class", min_width=140)
-            base = gr.Textbox(label="Base model", placeholder="pocket", min_width=140)
+            run_name = gr.Textbox(
+                "", label="Name of the run", placeholder="the class", min_width=140
+            )
+            base = gr.Textbox("", label="Base model", placeholder="pocket", min_width=140)
         with gr.Row():
             steps = optional_number("Steps", "steps")
             rank = optional_number("Rank", "rank")
@@ -84,14 +86,17 @@ def _lay_out_settings() -> SettingFields:
             seed = gr.Number(0, label="Seed", precision=0, min_width=80)
         with gr.Row():
             optimizer = gr.Dropdown([""], value="", label="Optimizer", min_width=120)
-            rate = gr.Textbox(label="Learning rate", placeholder="1e-3 or auto", min_width=120)
+            rate = gr.Textbox("", label="Learning rate", placeholder="1e-3 or auto", min_width=120)
             every = optional_number("Previews every … steps", "every")
         prompts = gr.Textbox(
-            label="Preview prompts, one a line", lines=2, placeholder="a {trigger} on the beach"
+            value="",
+            label="Preview prompts, one a line",
+            lines=2,
+            placeholder="a {trigger} on the beach",
         )
         lines = gr.Textbox(
-            label="Other settings, one a line", lines=2, placeholder="augment.flip = true",
-            elem_classes="mono",
+            value="", label="Other settings, one a line", lines=2,
+            placeholder="augment.flip = true", elem_classes="mono",
         )  # fmt: skip
         gr.HTML("<small>What is left empty follows from the purpose and the base model.</small>")
     fold.expand(_optimizers, None, optimizer, show_progress="hidden", api_visibility="private")
