@@ -1,7 +1,7 @@
 """An adapter's learned words: into a model, out of it, and by another name where one is taken."""
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -19,7 +19,7 @@ def words_of(adapter: Adapter) -> dict[str, list[Tensor]]:
     return words
 
 
-def tokens_of(words: dict[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+def tokens_of(words: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
     """An adapter's `tokens` of words with their vectors for each text encoder."""
     return {
         word + SECOND * number: rows.detach()

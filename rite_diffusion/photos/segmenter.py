@@ -22,8 +22,10 @@ class NoSubject(Exception):
 def load_segmenter(model: Path) -> Segmenter:
     """The segmenter in an `.onnx` file; one picture in, one map out. ConfigError for any other."""
     try:
-        import onnxruntime
-        from onnxruntime.capi import onnxruntime_pybind11_state as faults
+        import onnxruntime  # pyright: ignore[reportMissingImports] (an extra)
+        from onnxruntime.capi import (  # pyright: ignore[reportMissingImports]
+            onnxruntime_pybind11_state as faults,
+        )
     except ImportError:
         raise ConfigError(
             "--model needs onnxruntime: pip install 'rite-diffusion[masks]', or leave --model out "
