@@ -158,7 +158,7 @@ class Backbone(Protocol):
     words: dict[str, Word]  # learned beside the model's own
 
     @property
-    def cross_attentions(self) -> Sequence[Any]:
+    def cross_attentions(self) -> Sequence[nn.Module]:
         """The layers that look at the text (diffusers' `Attention`), as a picture passes them."""
         ...
 

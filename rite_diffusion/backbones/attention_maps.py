@@ -2,9 +2,9 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import torch
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,13 +36,16 @@ class AttentionRecorder:
     tokens that are asked for.
     """
 
-    def __init__(self, attentions: Sequence[Any]):
-        self._attentions = list(attentions)
+    def __init__(self, attentions: Sequence[nn.Module]):
+        self._attentions: list[Attention] = []
         self._queries: dict[int, Tensor] = {}
         self._keys: dict[int, Tensor] = {}
         self._handles = []
         for number, module in enumerate(attentions):
+            assert isinstance(module, Attention)
+            self._attentions.append(module)
             for layer, kept in ((module.to_q, self._queries), (module.to_k, self._keys)):
+                assert layer is not None
                 self._handles.append(layer.register_forward_hook(_keeping(kept, number)))
 
     def maps(

@@ -80,7 +80,8 @@ def attention_penalty(maps: Tensor, subjects: Tensor, subject: str) -> Tensor:
     distance from the mask. `subjects` (B, 1, H, W) is 1 in the latent cells of the subject. Where
     nothing is outside, nothing is paid for it.
     """
-    covered = F.adaptive_avg_pool2d(subjects, (maps.shape[-2], maps.shape[-1]))  # (B, 1, h, w)
+    height, width = maps.shape[-2:]
+    covered = F.adaptive_avg_pool2d(subjects, (height, width))  # (B, 1, h, w)
     maps = maps / maps.amax((-2, -1), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
     outside = (covered == 0).float()
     spread = (maps * outside).sum((-2, -1)) / outside.sum((-2, -1)).clamp(min=1)  # (B, n)

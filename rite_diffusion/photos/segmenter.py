@@ -22,7 +22,7 @@ class NoSubject(Exception):
 def load_segmenter(model: Path) -> Segmenter:
     """The segmenter in an `.onnx` file; one picture in, one map out. ConfigError for any other."""
     try:
-        import onnxruntime  # pyright: ignore[reportMissingImports]
+        import onnxruntime  # pyright: ignore[reportMissingImports] (an extra)
         from onnxruntime.capi import (  # pyright: ignore[reportMissingImports]
             onnxruntime_pybind11_state as faults,
         )
