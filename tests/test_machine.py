@@ -67,6 +67,7 @@ def test_an_absent_hub_model_is_named_and_no_socket_opened(
 
 def test_a_network_that_fails_is_one_message(hub_cache, photos, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between its tries
     with pytest.raises(BackboneError, match="'someone/other' is neither here nor on the hub"):
         plan_training(config_of(photos, base="someone/other"))
     assert hub_cache
