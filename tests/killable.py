@@ -27,6 +27,7 @@ WRITES = [
 
 def run(photos: Path, out: Path) -> None:
     """Train with a checkpoint after every other step; goes on where it was killed."""
+    torch.set_num_threads(1)  # sums depend on it, and every process has its own number
     train(photos, out, **SETTINGS)
 
 

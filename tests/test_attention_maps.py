@@ -36,7 +36,8 @@ def test_maps_equal_an_explicit_softmax(backbone, cells):
 
 
 def test_a_recorder_leaves_the_attention_as_it_is():
-    backbone = StableDiffusion(tiny_stable_diffusion_2(), "tiny", torch.device("cpu"), "sdpa")
+    model = tiny_stable_diffusion_2
+    backbone = StableDiffusion(model(), "tiny", torch.device("cpu"), "sdpa", model)
     noisy, timesteps = torch.randn(1, 4, 8, 8), torch.tensor([3])
     with torch.no_grad():
         states = backbone.encode_prompts(["a cat"])
@@ -44,7 +45,7 @@ def test_a_recorder_leaves_the_attention_as_it_is():
         recorder = AttentionRecorder(backbone.cross_attentions)
         assert torch.equal(backbone.denoise(noisy, timesteps, states), before)
         maps = recorder.maps([0], [list(range(77))], 8, 8)
-    assert [tuple(each.shape) for each in maps] == [(1, 77, 8, 8), (1, 77, 4, 4), (1, 77, 2, 2)]
+    assert [tuple(each.shape[1:]) for each in maps] == [(77, side, side) for side in (8, 4, 2, 1)]
     for each in maps:  # every cell's attention is shared out
         torch.testing.assert_close(each.sum(1), torch.ones_like(each[:, 0]))
     recorder.remove()

@@ -94,9 +94,9 @@ def test_the_report_names_what_may_be_wrong(rite, photos, tmp_path):
         "skipped     strip.png: 5000x20 is too small or too long a strip",
         "scaled up   little.png: smaller than 64 pixels",
         "alike       0.png and twin.png",
-        "is longer than 75 tokens",
+        "is longer than 30 tokens",
         'no trigger  "a <thing> on a red background" does not contain the trigger',
-        "long        <superlongtrigger> is read as 7 tokens of 75",
+        "long        <superlongtrigger> is read as 10 tokens of 30",
         "precision fp32: fp16 does not train on a CPU",
         "64 pixels, fp32, attention sdpa",
     ):

@@ -265,7 +265,8 @@ def test_mix_of_show_weights(tmp_path, tiny_folder):
     assert {word: tuple(rows.shape) for word, rows in adapter.tokens.items()} == {
         "<a1>": (16, 1, 64), "<a2>": (16, 1, 64)
     }  # fmt: skip
-    attach(load_backbone(str(tiny_folder)), adapter, "a")
+    with pytest.raises(AdapterError, match="16 cross-attentions"):
+        attach(load_backbone(str(tiny_folder)), adapter, "a")
     export = rite.convert(tmp_path / "potter.pth", "kohya", published_pickle=True)
     assert sorted(p.name for p in export.embeddings) == ["a1.safetensors", "a2.safetensors"]
     assert export.lossy == ["<a1>", "<a2>"]
