@@ -88,9 +88,7 @@ def test_the_parting_grey_equals_a_literal_search():
     assert between(otsu(greys)) == pytest.approx(between(best))
 
 
-@pytest.mark.xfail(
-    reason="overlaps of 0.27 to 0.43 measured: the base looks too widely"
-)
+@pytest.mark.xfail(reason="overlaps of 0.27 to 0.43 measured: the base looks too widely")
 @pytest.mark.parametrize(
     "name, noun", [("unicorn", "horse"), ("tractor", "truck"), ("robot", "robot")]
 )

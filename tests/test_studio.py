@@ -1,6 +1,7 @@
 """The studio through its API, with the page served by this process."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -262,6 +263,15 @@ def test_an_open_door_and_a_taken_workspace_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(StudioError, match="cannot write to /proc"):
         launch(Settings(Path("/proc/studio")))
+
+
+def test_a_container_without_a_password_ends_with_words(tmp_path):
+    script = Path(__file__).parents[1] / "app/app.py"
+    environment = os.environ | {"RITE_WORKSPACE": str(tmp_path / "space")}
+    environment.pop("RITE_AUTH", None)
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "Add --auth user:password" in done.stderr
+    assert not (tmp_path / "space").exists()
 
 
 def test_tools_for_assistants_ask_for_the_package_that_they_need(tmp_path, monkeypatch):

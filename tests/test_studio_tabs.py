@@ -96,6 +96,8 @@ def test_boxes_become_regions_and_come_back():
     assert region_texts([], ["cat"]) == ()
     assert boxes_of(["0,0,1,1: x ::  :: 0.2,-0.9"], ["cat", "dog"])[0].adapter == "dog"
     assert boxes_of(["0,0,1,1: x ::  :: 1"], [""])[0].adapter == BY_WORDS  # it is gone
+    assert boxes_of(["0,0,1,1: x ::  :: 1,1"], [])[0].adapter == BY_WORDS
+    assert canvas_html([Box(0, 0, 1, 1)] * 20, 19).count("data-index") == 20
 
 
 @pytest.mark.parametrize(

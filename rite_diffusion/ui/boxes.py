@@ -41,6 +41,11 @@ class Box:
         return tuple(float(name == self.adapter) for name in adapters)
 
 
+def colour_of(index: int) -> str:
+    """The colour of a box by its index."""
+    return COLOURS[index % len(COLOURS)]
+
+
 def checked_corners(sides: Sequence[float]) -> dict[str, Any]:
     """Left, top, right and bottom by name, inside the picture; StudioError for what is no box."""
     left, top, right, bottom = (min(max(round(float(side), 3), 0.0), 1.0) for side in sides)
@@ -97,8 +102,8 @@ def boxes_of(regions: Sequence[str], adapters: Sequence[str]) -> list[Box]:
     boxes = []
     for region in map(parse_region, regions):
         adapter = BY_WORDS
-        if region.weights is not None:
-            loud = dict(zip(adapters, map(abs, region.weights), strict=True))
+        if region.weights and adapters:
+            loud = dict(zip(adapters, map(abs, region.weights), strict=False))
             loudest = max(loud, key=lambda name: loud[name])
             adapter = (loudest or BY_WORDS) if loud[loudest] else NONE
         corners = region.left, region.top, region.right, region.bottom
@@ -123,6 +128,6 @@ def _shape(box: Box, index: int, picked: bool) -> str:
     corners = ",".join(f"{side:g}" for side in box.corners)
     return (
         f'<div class="box{" picked" if picked else ""}" data-index="{index}" '
-        f'data-box="{corners}" style="{place};--colour:{COLOURS[index]}">'
+        f'data-box="{corners}" style="{place};--colour:{colour_of(index)}">'
         f"<p><b>{index + 1}</b>{words}{adapter}</p><i class='grip'></i></div>"
     )

@@ -9,12 +9,12 @@ import gradio as gr
 from rite_diffusion.types import StudioError
 from rite_diffusion.ui.boxes import (
     BY_WORDS,
-    COLOURS,
     MOST,
     NONE,
     Box,
     canvas_html,
     checked_corners,
+    colour_of,
     read_corners,
     side_by_side,
 )
@@ -138,7 +138,7 @@ def panel_values(boxes: list[Box], picked: int, adapters: Sequence[str] | None =
         return [fold, [], -1, canvas, editor, "", "", BY_WORDS, "", ""]
     box = boxes[picked]
     fold = gr.Accordion(label=f"Regions: {_count(boxes)}", open=True)
-    title = f'<b class="box-title" style="--colour:{COLOURS[picked]}">Box {picked + 1}</b>'
+    title = f'<b class="box-title" style="--colour:{colour_of(picked)}">Box {picked + 1}</b>'
     adapter = box.adapter if adapters is None else box_adapters(adapters, box.adapter)
     corners = ", ".join(f"{side:g}" for side in box.corners)
     return [
