@@ -30,7 +30,9 @@ def load_control_network(source: str, dtype: torch.dtype, device: torch.device) 
             "config.json and .safetensors weights, or a hub id (owner/model)."
         ) from None
     assert isinstance(network, ControlNetModel | T2IAdapter)
-    return network.requires_grad_(False).eval().to(device)
+    network.requires_grad_(False).eval()
+    network.to(device=device)
+    return network
 
 
 def _kind(source: str) -> type[ControlNetwork]:

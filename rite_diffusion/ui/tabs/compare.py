@@ -128,7 +128,7 @@ def _numbers(text: str, what: str, kind: type) -> list:
 
 
 def _drawing(
-    space: Workspace, axes: dict[str, list], columns: str, steps: int, base: str | None
+    space: Workspace, axes: dict[str, Any], columns: str, steps: int, base: str | None
 ) -> Iterator[tuple[str, Any]]:
     """The reports of a sheet that is being drawn, then the sheet."""
     from rite_diffusion.sheets import grid

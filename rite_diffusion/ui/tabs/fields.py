@@ -69,6 +69,8 @@ def wishes_of(wanted: dict[str, Any]) -> list["Wish"]:
     count = min(max(int(wanted["count"]), 1), MOST_PICTURES)
     first = random.randrange(2**31) if wanted["fresh"] else int(wanted["seed"] or 0)
     kept = {key: wanted[key] for key in ("prompt", "negative", "guidance")}
-    sizes = {key: int(wanted[key]) if wanted[key] else None for key in ("width", "height")}
+    sizes: dict[str, Any] = {
+        key: int(wanted[key]) if wanted[key] else None for key in ("width", "height")
+    }
     steps = min(max(int(wanted["steps"]), 1), MOST_STEPS)
     return [Wish(**kept, **sizes, seed=first + index, steps=steps) for index in range(count)]
