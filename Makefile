@@ -21,7 +21,7 @@ demo: $(VENV)/.installed  ## learn a concept on the embedded model, draw before 
 	$(BIN)/rite demo
 
 test: $(VENV)/.installed-dev  ## run the test suite
-	$(BIN)/pytest -q
+	$(BIN)/pytest -q -n 2 --dist worksteal
 
 lint: $(VENV)/.installed-dev  ## ruff, pyright and the import contracts
 	$(BIN)/ruff check .

@@ -1,10 +1,13 @@
 """How well and how fast each optimizer learns a concept, over learning rates and seeds.
 
 `python benchmarks/optimizer_quality.py` trains every example concept on the pocket base with every
-optimizer, at nine rates over four decades and three seeds, and has the judge score pictures at
-fixed steps: identity with the photos, and how far pictures of other things drift. Each finished run
-is a line of results/optimizer_quality.jsonl; started again, it does what is missing. At the end
-(or with --report alone) it writes results/optimizer_quality.json and .png.
+optimizer, at rates over four decades: a rate per decade, then the two half decades beside each
+optimizer's best. In a round every concept is learned with one seed; three rounds are all concepts
+with all seeds. Then whole trainings of fixed lengths, with a rate that decays, at the best rate and
+half a decade above. The judge scores pictures at fixed steps: identity with the photos,
+and how far pictures of other things drift. Each finished run is a line of
+results/optimizer_quality.jsonl; started again, it does what is missing. At the end (or with
+--report alone) it writes results/optimizer_quality.json and .png.
 """
 
 import argparse
@@ -19,6 +22,7 @@ from pathlib import Path
 
 import torch
 from machine import RESULTS, write_result
+from PIL.Image import Image
 from prompts import CONCEPTS, article
 
 from rite_diffusion.concepts import METHODS
@@ -28,33 +32,61 @@ from rite_diffusion.generation.sampler import sample
 from rite_diffusion.photos.dataset import encode_photos
 from rite_diffusion.photos.images import to_tensor
 from rite_diffusion.plan import Plan, configure, plan_training
-from rite_diffusion.training.loop import Job, train_steps
+from rite_diffusion.training.job import Job
+from rite_diffusion.training.loop import train_steps
 
 # The lowest rate of each, as a power of ten; the sweep covers four decades from there.
 LOWEST = {"sgd": -3, "adamw": -5, "scaled_sgd": -4, "scaled_adamw": -5, "rite": -4}
 DECADES = 4
-CHECKS = (25, 50, 100, 150)  # steps at which the pictures are judged
-BATCH = 4
+CHECKS = (12, 25, 50, 100)  # steps at which the pictures are judged
+BATCH = 2
+DECAYED = ("adamw", "scaled_adamw", "rite")  # trained at fixed lengths, the rate falling to zero
+SAMPLING_STEPS = 8
 SEEDS = (0, 1, 2)
 OTHERS = ("dog", "apple", "house", "fish")  # drawn without the trigger, to see the drift
 LOG = RESULTS / "optimizer_quality.jsonl"
 
 
-def rates(optimizer: str, per_decade: int = 2) -> list[float]:
-    """Rates over four decades."""
-    powers = [LOWEST[optimizer] + step / per_decade for step in range(DECADES * per_decade + 1)]
-    return [float(f"{10**power:.3g}") for power in powers]
+def rates(optimizer: str) -> list[float]:
+    """A rate per decade."""
+    return [rounded(LOWEST[optimizer] + step) for step in range(DECADES + 1)]
 
 
-def runs(concepts: list[str], seeds: tuple[int, ...]) -> list[dict]:
-    """Every run of the benchmark, seed by seed, so that a stopped one is balanced."""
+def rounded(power: float) -> float:
+    """Ten to a power, to three digits."""
+    return float(f"{10**power:.3g}")
+
+
+def runs(concepts: list[str], rounds: int, grid: dict[str, list[float]]) -> list[dict]:
+    """Every run at the rates of `grid`: in each round all concepts, in all rounds all seeds."""
     return [
-        {"concept": concept, "optimizer": optimizer, "rate": rate, "seed": seed}
-        for seed in seeds
-        for concept in concepts
-        for optimizer in LOWEST
-        for rate in rates(optimizer)
+        {"concept": concept, "optimizer": optimizer, "rate": rate, "seed": SEEDS[seed]}
+        for turn in range(rounds)
+        for index, concept in enumerate(concepts)
+        for seed in [(index + turn) % len(SEEDS)]
+        for optimizer, chosen in grid.items()
+        for rate in chosen
     ]
+
+
+def decayed_runs(tasks: list[dict]) -> list[dict]:
+    """The runs' twins at every length in CHECKS, their rate on a cosine."""
+    return [task | {"length": length} for length in CHECKS for task in tasks]
+
+
+def best_rate(rows: list[dict], optimizer: str) -> float:
+    """The rate with the highest identity at the last step."""
+    curve = by_rate(rows, optimizer, max(CHECKS))
+    return max(curve, key=lambda rate: curve[rate])
+
+
+def beside_best(rows: list[dict]) -> dict[str, list[float]]:
+    """The half decades below and above each optimizer's best rate."""
+    grid = {}
+    for optimizer in LOWEST:
+        power = round(math.log10(best_rate(rows, optimizer)))
+        grid[optimizer] = [rounded(power - 0.5), rounded(power + 0.5)]
+    return grid
 
 
 @cache
@@ -66,14 +98,19 @@ def plan_of(concept: str) -> Plan:
 
 
 def prompts_of(concept: str) -> list[str]:
-    """Eight prompts: four backgrounds that the photos lack, twice."""
-    return [f"a <{concept}> on {article(c)} background" for c in CONCEPTS[concept][1]] * 2
+    """Four backgrounds that the photos lack."""
+    return [f"a <{concept}> on {article(c)} background" for c in CONCEPTS[concept][1]]
+
+
+def drawn(plan: Plan, prompts: list[str]) -> list[Image]:
+    """A picture per prompt at fixed seeds."""
+    seeds = list(range(50, 50 + len(prompts)))
+    return sample(plan.backbone, prompts, seeds, steps=SAMPLING_STEPS)
 
 
 def other_pictures(plan: Plan) -> torch.Tensor:
     """Pictures of other things at fixed seeds, (n, 3, 64, 64)."""
-    prompts = [f"{article(noun)} on a blue background" for noun in OTHERS]
-    images = sample(plan.backbone, prompts, list(range(len(prompts))), steps=15)
+    images = drawn(plan, [f"{article(noun)} on a blue background" for noun in OTHERS])
     return torch.stack([to_tensor(image) for image in images])
 
 
@@ -82,9 +119,12 @@ def run(task: dict) -> dict:
     torch.set_num_threads(1)
     plan, judge = plan_of(task["concept"]), load_judge()
     photos = [photo.image for photo in plan.folder.photos]
-    optim = {"name": task["optimizer"], "lr": task["rate"], "schedule": "constant", "warmup": 0}
+    length = task.get("length")
+    checks = (length,) if length else CHECKS
+    schedule = "cosine" if length else "constant"
+    optim = {"name": task["optimizer"], "lr": task["rate"], "schedule": schedule, "warmup": 0}
     settings = plan.config.model_dump(exclude={"optim"}, exclude_none=True)
-    settings |= {"optim": optim, "seed": task["seed"], "steps": max(CHECKS), "batch": BATCH}
+    settings |= {"optim": optim, "seed": task["seed"], "steps": max(checks), "batch": BATCH}
     config = configure(settings)
     before = other_pictures(plan)
     data = encode_photos(plan.backbone, plan.photos, plan.encoding)
@@ -92,8 +132,8 @@ def run(task: dict) -> dict:
     prompts, identity, recognised = prompts_of(task["concept"]), {}, {}
 
     def after(report) -> None:
-        if report.step in CHECKS:
-            images = sample(plan.backbone, prompts, list(range(50, 58)), steps=15)
+        if report.step in checks:
+            images = drawn(plan, prompts)
             identity[report.step] = round(judge.identity(photos, images), 4)
             recognised[report.step] = sum(judge.recognised(photos, images)) / len(images)
 
@@ -112,7 +152,7 @@ def run(task: dict) -> dict:
 
 def key(task: dict) -> tuple:
     """What makes a run that run."""
-    return task["concept"], task["optimizer"], task["rate"], task["seed"]
+    return *(task[name] for name in ("concept", "optimizer", "rate", "seed")), task.get("length")
 
 
 def finished() -> list[dict]:
@@ -125,6 +165,11 @@ def score(row: dict, step: int) -> float:
     return row["identity"].get(str(step), 0.0)
 
 
+def swept(rows: list[dict]) -> list[dict]:
+    """The rows of the sweep at constant rates."""
+    return [row for row in rows if "length" not in row]
+
+
 def by_rate(rows: list[dict], optimizer: str, step: int) -> dict[float, float]:
     """Rate -> mean identity over concepts and seeds at a step."""
     found = defaultdict(list)
@@ -135,14 +180,44 @@ def by_rate(rows: list[dict], optimizer: str, step: int) -> dict[float, float]:
 
 
 def usable_range(curve: dict[float, float], base: float, share: float = 0.95) -> float:
-    """Largest over smallest rate whose gain over the untrained base is ≥ 95 % of the best."""
-    best = max(curve.values()) - base
-    good = [rate for rate, value in curve.items() if value - base >= share * best]
-    return max(good) / min(good)
+    """Largest over smallest rate whose gain over the untrained base is ≥ 95 % of the best.
+
+    Between the rates that were tried, identity is taken to be linear in the rate's logarithm.
+    """
+    powers = [math.log10(rate) for rate in curve]
+    values = list(curve.values())
+    bar = base + share * (max(values) - base)
+    top = values.index(max(values))
+
+    def crossing(indices: range) -> float:
+        """Where the curve falls below the bar, going away from the best rate."""
+        last = top
+        for i in indices:
+            if values[i] < bar:
+                part = (values[last] - bar) / (values[last] - values[i])
+                return powers[last] + part * (powers[i] - powers[last])
+            last = i
+        return powers[last]
+
+    low, high = crossing(range(top - 1, -1, -1)), crossing(range(top + 1, len(values)))
+    return 10 ** (high - low)
+
+
+def decayed(rows: list[dict]) -> dict[str, dict]:
+    """Optimizer -> rate -> length -> mean identity of trainings of that length."""
+    table: dict[str, dict] = {}
+    for optimizer in DECAYED:
+        for length in CHECKS:
+            here = [row for row in rows if row.get("length") == length]
+            for rate, value in by_rate(here, optimizer, length).items():
+                table.setdefault(optimizer, {}).setdefault(f"{rate:g}", {})[length] = round(
+                    value, 4
+                )
+    return table
 
 
 def report(rows: list[dict]) -> dict:
-    """The figures that the README quotes."""
+    """The sweep's figures."""
     last = max(CHECKS)
     base = statistics.mean(
         base_identity(concept) for concept in sorted({r["concept"] for r in rows})
@@ -174,7 +249,7 @@ def report(rows: list[dict]) -> dict:
 def base_identity(concept: str) -> float:
     """Identity of the untrained base's pictures with the photos."""
     plan = plan_of(concept)
-    images = sample(plan.backbone, prompts_of(concept), list(range(50, 58)), steps=15)
+    images = drawn(plan, prompts_of(concept))
     return load_judge().identity([photo.image for photo in plan.folder.photos], images)
 
 
@@ -203,42 +278,58 @@ def plot(rows: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
+def work(tasks: list[dict], processes: int, deadline: float) -> bool:
+    """Do the runs that are missing in the log; False where time was up before the last."""
+    done = {key(row) for row in finished()}
+    missing = [task for task in tasks if key(task) not in done]
+    if not missing:
+        return True
+    RESULTS.mkdir(exist_ok=True)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(processes) as pool, LOG.open("a") as log:
+        for count, row in enumerate(pool.imap_unordered(run, missing), 1):
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            print(f"{count}/{len(missing)}", *key(row), row["identity"], flush=True)
+            if time.time() > deadline:
+                pool.terminate()
+                return False
+    return True
+
+
+def rough_rows(tasks: list[dict]) -> list[dict]:
+    """The finished rows of some runs."""
+    wanted = {key(task) for task in tasks}
+    return [row for row in finished() if key(row) in wanted]
+
+
 def main() -> None:
     """Do the runs that are missing, then write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--concepts", nargs="+", default=list(CONCEPTS), choices=CONCEPTS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
+    parser.add_argument("--rounds", type=int, default=len(SEEDS), choices=range(1, len(SEEDS) + 1))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after this long")
     parser.add_argument("--report", action="store_true", help="only write the figures")
     options = parser.parse_args()
-    done = {key(row) for row in finished()}
-    tasks = [t for t in runs(options.concepts, tuple(options.seeds)) if key(t) not in done]
-    start = time.time()
-    if tasks and not options.report:
-        RESULTS.mkdir(exist_ok=True)
-        context = multiprocessing.get_context("spawn")
-        with context.Pool(options.processes) as pool, LOG.open("a") as log:
-            for count, row in enumerate(pool.imap_unordered(run, tasks), 1):
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                minutes = (time.time() - start) / 60
-                print(
-                    f"{count}/{len(tasks)} {minutes:.0f} min",
-                    *key(row),
-                    row["identity"],
-                    flush=True,
-                )
-                if minutes > options.minutes:
-                    pool.terminate()
-                    break
+    deadline = time.time() + 60 * options.minutes
+    if not options.report:
+        grid = {optimizer: rates(optimizer) for optimizer in LOWEST}
+        rough = runs(options.concepts, options.rounds, grid)
+        if work(rough, options.processes, deadline):
+            fine = runs(options.concepts, options.rounds, beside_best(rough_rows(rough)))
+            if work(fine, options.processes, deadline):
+                rows = swept(finished())
+                best = {each: [rate, rounded(math.log10(rate) + 0.5)] for each in DECAYED
+                        for rate in [best_rate(rows, each)]}  # fmt: skip
+                whole = runs(options.concepts, 1, best)
+                work(decayed_runs(whole), options.processes, deadline)
     rows = finished()
     torch.set_num_threads(2)
-    write_result(
-        "optimizer_quality",
-        {"settings": {"batch": BATCH, "checks": CHECKS}, "figures": report(rows)},
-    )
-    plot(rows, RESULTS / "optimizer_quality.png")
+    settings = {"batch": BATCH, "checks": CHECKS, "rounds": options.rounds}
+    figures = {"figures": report(swept(rows)), "decayed": decayed(rows)}
+    write_result("optimizer_quality", {"settings": settings} | figures)
+    plot(swept(rows), RESULTS / "optimizer_quality.png")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,8 @@ class Run:
     """What was seen of one run."""
 
     images_per_second: float
-    peak_mib_of_steps: float  # most memory up to the last step
+    mib_of_steps: float  # most memory held after the early steps and before the last
+    peak_mib_of_steps: float  # most memory up to the last step, the start's included
     peak_mib: float  # of the whole process; the peer opens its model once more at its end
     seconds: float  # of the whole process
 
@@ -127,7 +128,7 @@ def _watch(command: list[str], log: Path, steps_done: Callable[[], int], case: C
             [sys.executable, *command], stdout=out, stderr=out, env=environment
         )
     seen: dict[int, float] = {}  # steps done -> when
-    peak_of_steps = 0.0
+    held, peak_of_steps = 0.0, 0.0
     while True:
         ended, status, usage = os.wait4(process.pid, os.WNOHANG)
         if ended:
@@ -135,20 +136,23 @@ def _watch(command: list[str], log: Path, steps_done: Callable[[], int], case: C
         done = steps_done()
         seen.setdefault(done, time.perf_counter())
         if done < case.steps:
-            peak_of_steps = _resident_peak(process.pid)
+            peak_of_steps = _memory(process.pid, "VmHWM")
+        if EARLY <= done < case.steps:
+            held = max(held, _memory(process.pid, "VmRSS"))
         time.sleep(0.01)
     if status:
         raise RuntimeError(f"{command[:2]} ended with status {status}:\n{log.read_text()[-3000:]}")
     first = min(step for step in seen if step >= EARLY)
     return Run(
         case.batch * (case.steps - first) / (seen[case.steps] - seen[first]),
+        held,
         peak_of_steps,
         usage.ru_maxrss / 1024,
         time.perf_counter() - start,
     )
 
 
-def _resident_peak(pid: int) -> float:
-    """Most memory in MiB that a process has held so far; 0 once it has ended."""
-    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+def _memory(pid: int, key: str) -> float:
+    """MiB that a process holds (VmRSS) or has held at most so far (VmHWM); 0 once it has ended."""
+    found = re.search(rf"{key}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     return int(found[1]) / 1024 if found else 0.0

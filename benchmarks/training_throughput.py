@@ -9,10 +9,13 @@ package and tensorboard; both sides run under the same interpreter.
 Both train on the same model folder, photos and caption with the same batch, resolution, rank,
 precision and AdamW, one after the other, in alternating order over several rounds. A ratio is that
 of one round, so that a busy machine slows both its sides. trainers.py tells how steps are counted.
+
+Each round is written as it ends, and the next call adds its own to those that were measured alike.
 """
 
 import argparse
 import hashlib
+import json
 import shutil
 import statistics
 import tempfile
@@ -29,8 +32,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from machine import write_result
-from trainers import CONCEPT, EARLY, PRECISIONS, Case, Run, preset, run_ours, run_peer
+from machine import RESULTS, write_result
+from trainers import CONCEPT, EARLY, PRECISIONS, Case, preset, run_ours, run_peer
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from rite_diffusion.backbones import StableDiffusion
@@ -43,9 +46,11 @@ from rite_diffusion.run import run_training
 from rite_diffusion.training import loop
 from rite_diffusion.training.loop import StepReport
 
+NAME = "training_throughput"
 PHOTOS = 24  # a multiple of every batch, so that the peer's epochs end with a whole one
-# Of each model: resolution in pixels, batch, steps of a run.
-MODELS = {"pocket": (64, 8, 85), "sd15_half": (256, 1, 30)}
+SIZES = ("resolution", "batch", "steps")
+MODELS = {"pocket": (64, 8, 30), "sd15_half": (256, 1, 20)}
+TEXT = ("trained", "frozen")  # the text encoder
 PACKAGES = ("torchvision", "diffusers", "transformers", "peft", "accelerate")
 # Of our step: the functions whose time counts as each part's.
 PARTS = {
@@ -154,57 +159,81 @@ def spread(values: list[float]) -> dict[str, float]:
     return {name: round(value, 3) for name, value in figures.items()}
 
 
-def compare(case: Case, peer: Path, rounds: int, folder: Path) -> dict:
-    """Figures of both sides over the rounds, the rounds' ratios, and the parts of our step."""
+def measure_round(case: Case, peer: Path, ours_first: bool, folder: Path) -> dict[str, dict]:
+    """What was seen of both sides, one after the other."""
     sides = {"ours": run_ours, "peer": lambda case, place: run_peer(peer, case, place)}
-    runs: dict[str, list[Run]] = {side: [] for side in sides}
-    for turn in range(rounds):
-        for side in sorted(sides, reverse=turn % 2 == 1):
-            runs[side].append(sides[side](case, Path(tempfile.mkdtemp(dir=folder))))
-            print(f"  {side} {runs[side][-1].images_per_second:.3f} images/s", flush=True)
-    pairs = zip(runs["ours"], runs["peer"], strict=True)
-    ratio = spread([ours.images_per_second / peer.images_per_second for ours, peer in pairs])
-    figures = {
-        side: {key: spread([asdict(run)[key] for run in seen]) for key in asdict(seen[0])}
-        for side, seen in runs.items()
+    seen = {}
+    for side in sorted(sides, reverse=not ours_first):
+        seen[side] = asdict(sides[side](case, Path(tempfile.mkdtemp(dir=folder))))
+        print(f"  {side} {seen[side]['images_per_second']:.3f} images/s", flush=True)
+    return seen
+
+
+def summary(rounds: list[dict[str, dict]]) -> dict:
+    """Figures of both sides over the rounds, and the rounds' ratios."""
+    speeds = [[seen[side]["images_per_second"] for side in ("ours", "peer")] for seen in rounds]
+    sides = {
+        side: {key: spread([seen[side][key] for seen in rounds]) for key in rounds[0][side]}
+        for side in ("ours", "peer")
     }
-    parts = step_parts(case, Path(tempfile.mkdtemp(dir=folder)))
-    print(f"  ratio {ratio}\n  our step in ms {parts}", flush=True)
-    return {"ratio": ratio, **figures, "our_step_ms": parts}
+    return {"ratio": spread([ours / peer for ours, peer in speeds]), **sides}
 
 
-def cases(options: argparse.Namespace, folder: Path) -> dict[str, Case]:
-    """Every wanted model with its text encoder trained along and frozen."""
+def cases(wanted: argparse.Namespace, folder: Path) -> dict[str, Case]:
+    """Every wanted model, its text encoder trained along or frozen as wanted."""
     photos, found = copied_photos(folder / "photos"), {}
-    for model in options.models:
+    for model in wanted.models:
         resolution, batch, steps = MODELS[model]
         base = POCKET if model == "pocket" else half_width_sd15(folder / model)
-        sizes = (resolution, batch, options.steps or steps, options.rank, options.precision)
-        for words, trained in (("trained", True), ("frozen", False)):
-            found[f"{model}, text encoder {words}"] = Case(base, photos, *sizes, trained)
+        sizes = (resolution, batch, steps, wanted.rank, wanted.precision)
+        for state in wanted.text_encoder:
+            case = Case(base, photos, *sizes, text_encoder=state == "trained")
+            found[f"{model}, text encoder {state}"] = case
     return found
+
+
+def earlier(setup: dict) -> dict[str, dict]:
+    """The results that were measured alike before."""
+    path = RESULTS / f"{NAME}.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    return known["results"] if known.get("setup") == setup else {}
+
+
+def command_line() -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peer", type=Path, required=True, help="train_dreambooth_lora.py")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--text-encoder", nargs="+", default=list(TEXT), choices=TEXT)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
+    return parser.parse_args()
 
 
 def main() -> None:
     """Measure and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--peer", type=Path, required=True, help="train_dreambooth_lora.py")
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, help=f"of a run, more than {EARLY}")
-    parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--precision", default="fp32", choices=PRECISIONS)
-    options = parser.parse_args()
-    results = {}
-    with tempfile.TemporaryDirectory() as name:
-        for words, case in cases(options, Path(name)).items():
-            print(f"{words}: {case.resolution} pixels, batch {case.batch}", flush=True)
-            results[words] = compare(case, options.peer, options.rounds, Path(name))
-    facts = {
-        "peer_sha256": hashlib.sha256(options.peer.read_bytes()).hexdigest(),
+    wanted = command_line()
+    setup = {
+        "peer_sha256": hashlib.sha256(wanted.peer.read_bytes()).hexdigest(),
         "versions": {package: version(package) for package in PACKAGES},
+        "rank": wanted.rank,
+        "precision": wanted.precision,
+        "models": {name: dict(zip(SIZES, sizes, strict=True)) for name, sizes in MODELS.items()},
     }
-    write_result("training_throughput", facts | {"results": results})
+    results = earlier(setup)
+    with tempfile.TemporaryDirectory() as name:
+        for words, case in cases(wanted, Path(name)).items():
+            print(f"{words}: {case.resolution} pixels, batch {case.batch}", flush=True)
+            rounds = results.get(words, {}).get("rounds", [])
+            for _ in range(wanted.rounds):
+                rounds.append(measure_round(case, wanted.peer, len(rounds) % 2 == 0, Path(name)))
+                results[words] = {**results.get(words, {}), **summary(rounds), "rounds": rounds}
+                write_result(NAME, {"setup": setup, "results": results})
+            parts = step_parts(case, Path(tempfile.mkdtemp(dir=name)))
+            results[words]["our_step_ms"] = parts
+            write_result(NAME, {"setup": setup, "results": results})
+            print(f"  ratio {results[words]['ratio']}\n  our step in ms {parts}", flush=True)
 
 
 if __name__ == "__main__":

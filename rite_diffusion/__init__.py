@@ -20,6 +20,7 @@ __all__ = [
     "generate",
     "grid",
     "inspect",
+    "make_masks",
     "sketch",
     "train",
 ]
@@ -32,11 +33,13 @@ _HOMES = {
     "fuse": "rite_diffusion.merging",
     "sketch": "rite_diffusion.sketching",
     "grid": "rite_diffusion.sheets",
+    "make_masks": "rite_diffusion.masking",
     "RiteError": "rite_diffusion.types",
 }
 
 if TYPE_CHECKING:
     from rite_diffusion.conversion import convert
+    from rite_diffusion.masking import make_masks
     from rite_diffusion.merging import fuse
     from rite_diffusion.recipes import generate, inspect, train
     from rite_diffusion.sheets import grid

@@ -62,6 +62,9 @@ def train(
     base: Annotated[
         str | None, typer.Option(help="pocket, a diffusers folder, a .safetensors or a hub id.")
     ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="lora, pivotal, custom_diffusion or ed_lora.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="Preset name or .toml file.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the LoRA pairs.")] = None,
@@ -89,6 +92,7 @@ def train(
         "trigger": trigger,
         "class_noun": class_noun,
         "base": base,
+        "method": method,
         "steps": steps,
         "lora.rank": rank,
         "optim.name": optimizer,
@@ -192,6 +196,26 @@ def generate(
 
 
 @app.command()
+def mask(
+    photos: Annotated[Path, typer.Argument(help="Folder that holds the photos.")],
+    class_noun: Annotated[str, typer.Option("--class", help="What they show: robot, dog, cake.")],
+    base: Annotated[str, typer.Option(help="Base model whose attention is asked.")] = "pocket",
+    model: Annotated[
+        Path | None, typer.Option(help="A segmenter's .onnx file, to be asked instead of the base.")
+    ] = None,
+    override: Annotated[bool, typer.Option("--override", help="Replace masks.")] = False,
+) -> None:
+    """Write masks of the subject beside the photos, for `rite train` to look at."""
+    from rite_diffusion.masking import make_masks
+
+    report = make_masks(photos, class_noun, base=base, model=model, override=override)
+    for path in report.written:
+        print(path)
+    for name, reason in report.left:
+        print(f"left out    {name}: {reason}")
+
+
+@app.command()
 def inspect(file: Annotated[Path, typer.Argument(help="An adapter, .safetensors.")]) -> None:
     """Show what an adapter file holds and how it was trained."""
     from rite_diffusion import recipes
@@ -271,7 +295,7 @@ def studio(
         bool, typer.Option("--mcp", help="Also serve as tools for assistants (MCP).")
     ] = False,
 ) -> None:
-    """Open the web page: train, generate, look after adapters."""
+    """Open the web page: train, generate, fuse, compare, look after adapters."""
     from rite_diffusion.ui.serve import Settings, launch
 
     page = launch(Settings(workspace, host, port, tuple(auth or ()), share, mcp))

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +76,8 @@ def convert(
             shutil.rmtree(partial)
         partial.unlink(missing_ok=True)
     files = embeddings.write(target.parent, adapter)
-    pixels = _pixel_difference(backbone, adapter, load_adapter(target)) if backbone else None
+    export = replace(load_adapter(target), tokens=embeddings.averaged(adapter))
+    pixels = _pixel_difference(backbone, adapter, export) if backbone else None
     return Export(adapter, target, files, checks, embeddings.lossy_words(adapter), pixels)
 
 

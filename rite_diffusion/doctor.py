@@ -14,6 +14,7 @@ from rite_diffusion.backbones.source import POCKET, default_device
 NEEDED = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "gradio")
 OPTIONAL = {
     "xformers": "xformers",
+    "onnxruntime": "masks",
     "tensorboard": "tracking",
     "wandb": "tracking",
     "trackio": "tracking",

@@ -12,6 +12,7 @@ from PIL.Image import Image
 from rite_diffusion.adapters import Adapter, attach, detach, save_adapter
 from rite_diffusion.adapters.attach import base_weights, check_base, check_fit
 from rite_diffusion.adapters.choice import choose_adapters
+from rite_diffusion.backbones import StableDiffusion
 from rite_diffusion.evaluation.conflict_sheet import ConceptPictures, conflict_sheet
 from rite_diffusion.fusion.dora import as_plain, has_dora
 from rite_diffusion.fusion.members import Member, checked
@@ -38,12 +39,20 @@ class Outcome:
     sheet: Path
 
 
+@dataclass(frozen=True)
+class Forecast:
+    """What `foresee` tells: the adapter that a fusion would write, and its conflicts."""
+
+    adapter: Adapter
+    report: ConflictReport
+
+
 def fuse(
     adapters: Sequence[str | Path],
     *,
     method: str = "gram",
     out: str | Path = "fused.safetensors",
-    base: str | None = None,
+    base: str | StableDiffusion | None = None,
     drawing: Drawing = USUAL,
     listen: Callable[[int], None] = lambda pictures: None,
     **settings: Any,
@@ -69,7 +78,7 @@ def fuse_and_report(
     *,
     method: str = "gram",
     out: str | Path = "fused.safetensors",
-    base: str | None = None,
+    base: str | StableDiffusion | None = None,
     drawing: Drawing = USUAL,
     listen: Callable[[int], None] = lambda pictures: None,
     **settings: Any,
@@ -95,6 +104,30 @@ def fuse_and_report(
     return Outcome(path, report, figures, sheet)
 
 
+def foresee(
+    adapters: Sequence[str | Path],
+    *,
+    method: str = "gram",
+    base: str | StableDiffusion | None = None,
+    drawing: Drawing = USUAL,
+    listen: Callable[[int], None] = lambda pictures: None,
+    **settings: Any,
+) -> Forecast:
+    """What interferes between adapters, and what a fusion would make of it; nothing is written.
+
+    Arguments are those of `fuse`. Statistics come from sketches beside the files, else from a few
+    pictures that the base model draws.
+    """
+    chosen_settings = checked_settings(settings)
+    method_named(method)
+    members = _chosen_members(adapters)
+    open_backbone = _opener(base, members)
+    members = with_plain_updates(members, open_backbone)
+    members = with_sketches(members, open_backbone, drawing, listen)
+    fused = merge(members, method, chosen_settings)
+    return Forecast(fused, report_on(members, fused))
+
+
 def checked_settings(settings: dict[str, Any]) -> FusionSettings:
     """The settings; FusionError names an unknown one."""
     unknown = settings.keys() - vars(FusionSettings()).keys()
@@ -108,16 +141,20 @@ def _members(adapters: Sequence[str | Path], out: Path) -> list[Member]:
     """The adapters in the order of their content, after every check that needs no base model."""
     if out.suffix != ".safetensors":
         raise FusionError(f"{out} is no .safetensors file: name one as --out.")
-    chosen = choose_adapters(adapters)
-    if out.resolve() in {each.path.resolve() for each in chosen}:
+    members = _chosen_members(adapters)
+    if out.resolve() in {member.file.resolve() for member in members}:
         raise FusionError(f"{out} is one of the adapters to fuse: choose another --out.")
-    members = [Member(each.adapter, each.weight, each.path) for each in chosen]
-    members = checked(members)
     output_target(out.expanduser().parent, 1)
     return members
 
 
-def _opener(base: str | None, members: list[Member]) -> Callable[[], Backbone]:
+def _chosen_members(adapters: Sequence[str | Path]) -> list[Member]:
+    return checked(
+        [Member(each.adapter, each.weight, each.path) for each in choose_adapters(adapters)]
+    )
+
+
+def _opener(base: str | StableDiffusion | None, members: list[Member]) -> Callable[[], Backbone]:
     """A function that opens the base model, and checks that it is theirs, when first called."""
 
     @cache

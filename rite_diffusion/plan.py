@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rite_diffusion.backbones import StableDiffusion, load_backbone
+from rite_diffusion.backbones.source import default_device, usable_precision
 from rite_diffusion.config import PhotoSource, TrainConfig, load_preset, merge, resolve
 from rite_diffusion.files import cache_folder
 from rite_diffusion.generation.class_pictures import class_pictures
@@ -21,6 +22,8 @@ from rite_diffusion.training.probe import with_rates
 from rite_diffusion.training.resume import inputs_of
 from rite_diffusion.types import Concept, ConfigError, Photo
 
+PAIR_RATES = ("lr", "lr_unet", "lr_text_encoder")
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -32,6 +35,7 @@ class Plan:
     photos: list[Photo]  # what the steps draw from, balanced
     class_photos: list[Photo]  # those of `photos` that show the class, for prior preservation
     held_out: list[Photo]  # for the validation loss
+    fallbacks: list[str]  # what this machine cannot do, and what is done instead
 
     @property
     def encoding(self) -> Encoding:
@@ -75,15 +79,15 @@ class Plan:
 def configure(settings: dict[str, Any], preset: str | None = None) -> TrainConfig:
     """The resolved configuration: settings over a preset, every rate filled in.
 
-    The preset defaults to `pocket` on the pocket base and to `sd15` elsewhere. A preset's rates
-    belong to its optimizer: another optimizer without a rate takes its own default. With
+    The preset defaults to `pocket` on the pocket base and to `sd15` elsewhere, for other methods
+    than LoRA to `pocket-pivotal` and the like. A preset's rates belong to its optimizer: another
+    optimizer without a rate takes its own default, but for new words, which AdamW trains. With
     `optim.lr = "auto"` the rates stay open until the probe has found them.
     """
-    on_pocket = settings.get("base", "pocket") == "pocket"
-    low = load_preset(preset or ("pocket" if on_pocket else "sd15"))
+    low = load_preset(preset or _default_preset(settings))
     chosen = settings.get("optim", {}).get("name")
     if chosen and chosen != low.get("optim", {}).get("name"):
-        kept = {k: v for k, v in low["optim"].items() if not k.startswith("lr")}
+        kept = {k: v for k, v in low["optim"].items() if k not in PAIR_RATES}
         low = low | {"optim": kept}
     if "lr" in settings.get("optim", {}):
         low.get("optim", {}).pop("lr_text_encoder", None)
@@ -99,6 +103,12 @@ def configure(settings: dict[str, Any], preset: str | None = None) -> TrainConfi
     return filled.model_copy(update={"optim": filled.optim.model_copy(update=rates)})
 
 
+def _default_preset(settings: dict[str, Any]) -> str:
+    base = "pocket" if settings.get("base", "pocket") == "pocket" else "sd15"
+    method = settings.get("method", "lora")
+    return base if method == "lora" else f"{base}-{method}"
+
+
 def plan_training(config: TrainConfig, listen: Callable[[str], None] = lambda line: None) -> Plan:
     """Read the photos and open the base; raises a RiteError for all that cannot be trained on.
 
@@ -106,24 +116,27 @@ def plan_training(config: TrainConfig, listen: Callable[[str], None] = lambda li
     `listen` hears of it.
     """
     folders = [_read(source) for source in config.sources()]
-    backbone = load_backbone(config.base, config.precision)
+    precision, fallback = usable_precision(config.precision, default_device())
+    backbone = load_backbone(config.base, precision)
     for concept in config.concepts():
-        if backbone.is_known_word(concept.trigger):
+        if all(backbone.is_known_word(word) for word in concept.trigger.split()):
             raise ConfigError(
                 f"trigger '{concept.trigger}' is a word that {config.base} already knows, and "
-                f"training would overwrite it: use a new word such as '<{concept.trigger}>'."
+                "training would overwrite it: use a new word such as "
+                f"'<{'-'.join(concept.trigger.split())}>'."
             )
     side = config.resolution or backbone.resolution
     if side % backbone.multiple:
         raise ConfigError(f"resolution {side} is not a multiple of {backbone.multiple} pixels")
     _check_rank(backbone, config)
-    config = config.model_copy(update={"resolution": side})
+    config = config.model_copy(update={"resolution": side, "precision": precision})
     groups, held_out = _hold_out(folders, config)
     photos = balanced(groups) if config.balance else [photo for group in groups for photo in group]
     class_photos = _class_photos(backbone, config, listen) if config.prior.weight else []
     if class_photos:
         photos = balanced([photos, class_photos])
-    return Plan(config, backbone, joined(folders), photos, class_photos, held_out)
+    fallbacks = [fallback] if fallback else []
+    return Plan(config, backbone, joined(folders), photos, class_photos, held_out, fallbacks)
 
 
 def _check_rank(backbone: StableDiffusion, config: TrainConfig) -> None:

@@ -1,5 +1,6 @@
 """The whole flow on one screen: a photo folder becomes an adapter, a prompt becomes pictures."""
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from PIL.Image import Image
 
 from rite_diffusion.adapters import Adapter, AdapterInfo, attach, load_adapter
 from rite_diffusion.adapters.attach import check_base
-from rite_diffusion.adapters.choice import Chosen, choose_adapters
+from rite_diffusion.adapters.choice import Chosen, choose_adapters, renamings
 from rite_diffusion.backbones import StableDiffusion, load_backbone
 from rite_diffusion.generation.attached import as_attached, attached_name
 from rite_diffusion.generation.composition import SUM
@@ -46,8 +47,13 @@ def train(
     return run_training(plan, Path(out) if out else default_run(plan), listen, override)
 
 
-def open_base(base: str | None, infos: Sequence[AdapterInfo]) -> StableDiffusion:
-    """The base model; it defaults to the one that the adapters were made for, else to `pocket`."""
+def open_base(base: str | StableDiffusion | None, infos: Sequence[AdapterInfo]) -> StableDiffusion:
+    """The base model; it defaults to the one that the adapters were made for, else to `pocket`.
+
+    A model that is open already comes back as it is.
+    """
+    if isinstance(base, StableDiffusion):
+        return base
     recorded = [info.base for info in infos if info.base]
     base = base or (recorded[0] if recorded else "pocket")
     if base in recorded and base != "pocket" and "/" not in base and not Path(base).exists():
@@ -96,9 +102,12 @@ def generate(
     `composite`; `controls` are `MODEL=PICTURE[:WEIGHT]`, ControlNets and T2I-Adapters. Pictures
     are made one at a time, so each depends on its own parameters alone. With `out`, a folder or
     for one picture a `.png`, they are written as PNGs that carry their parameters;
-    `image.info["path"]` tells where. Adapters of another base are refused, unless `other_base`.
+    `image.info["path"]` tells where. Adapters of another base are refused, unless `other_base`;
+    where two have learned the same word, the second's gets a new name, which stderr tells.
     """
     chosen = choose_adapters(adapters)
+    for line in renamings(chosen):
+        print(line, file=sys.stderr)
     attached = as_attached(chosen)
     parts = [parse_region(text) for text in regions]
     adapter_weights(parts, prompt, [each.triggers for each in attached])  # complains early

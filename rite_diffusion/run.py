@@ -7,13 +7,15 @@ from pathlib import Path
 
 import rite_diffusion
 from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
+from rite_diffusion.adapters.words import tokens_of
 from rite_diffusion.concepts import METHODS, Method
 from rite_diffusion.config import AugmentSection, to_toml, without_paths
 from rite_diffusion.generation.sampler import sample
 from rite_diffusion.photos.dataset import encode_photos
 from rite_diffusion.plan import Plan
 from rite_diffusion.training.interrupt import stop_on_signal
-from rite_diffusion.training.loop import Job, StepReport, optimizer_spec, train_steps
+from rite_diffusion.training.job import Job, release_encoders
+from rite_diffusion.training.loop import StepReport, optimizer_spec, train_steps
 from rite_diffusion.training.memory import is_out_of_memory, peak_memory
 from rite_diffusion.training.probe import probe_rates, with_rates
 from rite_diffusion.training.processes import is_main_process, process_count
@@ -21,7 +23,7 @@ from rite_diffusion.training.resume import begin_or_continue, changes, with_earl
 from rite_diffusion.training.run_folder import RunFolder
 from rite_diffusion.training.snapshot import Snapshot
 from rite_diffusion.training.trackers import open_trackers
-from rite_diffusion.types import ConfigError, RiteError, RunError
+from rite_diffusion.types import BackboneError, ConfigError, RiteError, RunError
 
 LICENCE = "unspecified"
 
@@ -51,11 +53,11 @@ def _adapter(plan: Plan, method: Method, step: int) -> Adapter:
         licence=LICENCE,
         version=rite_diffusion.__version__,
     )
-    return Adapter(method.pairs(), info)
+    return Adapter(method.pairs(), info, tokens_of(method.words()))
 
 
 def _write_previews(plan: Plan, run: RunFolder, step: int) -> None:
-    """Pictures of every preview prompt and concept; without memory for them, a line in the log."""
+    """Pictures of every preview prompt and concept; where none can be made, a line in the log."""
     previews, concepts = plan.config.previews, plan.config.concepts()
     prompts = [p.replace("{trigger}", c.trigger) for c in concepts for p in previews.prompts]
     for index, prompt in enumerate(prompts):
@@ -71,6 +73,9 @@ def _write_previews(plan: Plan, run: RunFolder, step: int) -> None:
             if not is_out_of_memory(error):
                 raise
             run.log(f"out of memory for the previews of step {step}: left out")
+            return
+        except BackboneError as error:  # the base's files are read again where parts had left
+            run.log(f"no previews of step {step}: {error}")
             return
         image.save(run.path / "previews" / f"step-{step:06d}-{index}.png")
 
@@ -93,7 +98,7 @@ def run_training(
     with RunFolder(out) as run, stop_on_signal() as request:
         config = with_earlier_rates(run, plan.config)
         resume = begin_or_continue(run, config, plan.inputs(), override)
-        run.log(f"rite_diffusion {rite_diffusion.__version__}, {len(plan.folder.photos)} photos")
+        _log_beginning(run, replace(plan, config=config))
         run.write_status("preparing", resume.step if resume else 0, total)
         try:
             plan = _with_rates(replace(plan, config=config), run)
@@ -111,6 +116,15 @@ def run_training(
         if request.signal is not None and done < total:
             raise Stopped(run.adapter_path, done, request.signal)
     return run.adapter_path
+
+
+def _log_beginning(run: RunFolder, plan: Plan) -> None:
+    """What trains where."""
+    run.log(f"rite_diffusion {rite_diffusion.__version__}, {len(plan.folder.photos)} photos")
+    base, precision = plan.backbone, plan.config.precision
+    run.log(f"{plan.config.base} on {base.device}, {precision}, attention {base.attention}")
+    for fallback in plan.fallbacks:
+        run.log(fallback)
 
 
 def _with_rates(plan: Plan, run: RunFolder) -> Plan:
@@ -150,6 +164,7 @@ def _learn(
         due = config.previews.every and step % config.previews.every == 0
         if run.take_request("sample") or due:
             _write_previews(plan, run, step)
+            release_encoders(job)
         listen(report)
 
     def save(snapshot: Snapshot, last: bool) -> None:
@@ -185,6 +200,7 @@ def _job(plan: Plan) -> Iterator[Job]:
         yield Job(backbone, method, data, config, held_out)
     finally:
         method.remove()
+        backbone.recall()
 
 
 @dataclass(frozen=True)

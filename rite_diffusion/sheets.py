@@ -14,7 +14,8 @@ from PIL.Image import Image
 import rite_diffusion
 from rite_diffusion.adapters import Adapter, attach, detach
 from rite_diffusion.adapters.attach import check_base
-from rite_diffusion.adapters.choice import Chosen, choose_adapters
+from rite_diffusion.adapters.choice import Chosen, choose_adapters, split_weight
+from rite_diffusion.backbones import StableDiffusion
 from rite_diffusion.fusion import FUSIONS
 from rite_diffusion.fusion.members import Member, checked
 from rite_diffusion.fusion.merge import merge, method_named
@@ -44,7 +45,7 @@ class Cell:
     """What one picture of a sheet is made of."""
 
     prompt: str
-    adapter: str  # FILE[:WEIGHT] items joined by +, or "" for the base alone
+    adapter: tuple[str, ...]  # FILE[:WEIGHT] items; none for the base alone
     weight: float  # on top of the files' own
     method: str
     seed: int
@@ -52,15 +53,27 @@ class Cell:
     def label(self, axis: str) -> str:
         """The cell's value on an axis, in words."""
         if axis == "adapter":
-            files = [Path(item).name for item in self.adapter.split("+")]
-            return " + ".join(files).replace(".safetensors", "") or "base alone"
+            return " + ".join(map(_adapter_label, self.adapter)) or "base alone"
         value = getattr(self, axis)
         return {"weight": f"weight {value}", "seed": f"seed {value}"}.get(axis, str(value))
 
     def chosen(self) -> list[Chosen]:
         """The adapters at their full weights."""
-        items = choose_adapters([item for item in self.adapter.split("+") if item])
+        items = choose_adapters(self.adapter)
         return [replace(each, weight=each.weight * self.weight) for each in items]
+
+
+def _items(adapters: str | Sequence[str]) -> tuple[str, ...]:
+    """`FILE[:WEIGHT]` items, of a sequence or joined by +."""
+    items = adapters.split("+") if isinstance(adapters, str) else adapters
+    return tuple(item for item in items if item)
+
+
+def _adapter_label(item: str) -> str:
+    """An adapter's name, that of its run where the file has none of its own, and its weight."""
+    path, weight = split_weight(item)
+    name = path.resolve().parent.name if path.name == "adapter.safetensors" else path.stem
+    return name if weight == 1 else f"{name}:{weight:g}"
 
 
 @dataclass(frozen=True)
@@ -104,6 +117,7 @@ def plan_sheet(values: dict[str, Sequence], columns: str) -> Sheet:
     for method in values["method"]:
         if method not in UNFUSED:
             method_named(method)
+    values = values | {"adapter": [_items(each) for each in values["adapter"]]}
     down = [axis for axis in AXES if axis != columns]
     points = [
         dict(zip(down, point, strict=True))
@@ -119,12 +133,12 @@ def plan_sheet(values: dict[str, Sequence], columns: str) -> Sheet:
 def grid(
     prompts: Sequence[str],
     *,
-    adapters: Sequence[str] = ("",),
+    adapters: Sequence[str | Sequence[str]] = ("",),
     weights: Sequence[float] = (1.0,),
     methods: Sequence[str] = (ATTACHED,),
     seeds: Sequence[int] = (0,),
     columns: str = "seed",
-    base: str | None = None,
+    base: str | StableDiffusion | None = None,
     steps: int = 25,
     guidance: float | None = None,
     negative: str = "",
@@ -137,10 +151,10 @@ def grid(
 ) -> Image:
     """A sheet of pictures of all combinations, `columns` (an axis of AXES) from left to right.
 
-    Each of `adapters` is a `FILE[:WEIGHT]`, several joined by `+`, or "" for the base alone; a
-    weight multiplies those of its files; a method says how several are combined: `attached`,
-    `switch`, `composite` or one of FUSIONS. With `out`, a `.png` whose text holds every picture's
-    parameters.
+    Each of `adapters` is a `FILE[:WEIGHT]`, several in a list or joined by `+`, or "" for the base
+    alone; a weight multiplies those of its files; a method says how several are combined:
+    `attached`, `switch`, `composite` or one of FUSIONS. With `out`, a `.png` whose text holds every
+    picture's parameters.
     """
     axes = {
         "prompt": prompts,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rite_diffusion.adapters import load_adapter
 from rite_diffusion.adapters.attach import check_base
+from rite_diffusion.backbones import StableDiffusion
 from rite_diffusion.fusion.measure import measure
 from rite_diffusion.fusion.members import Member
 from rite_diffusion.fusion.prompts import concept_prompts
@@ -24,7 +25,7 @@ def sketch(
     adapter: str | Path,
     *,
     out: str | Path | None = None,
-    base: str | None = None,
+    base: str | StableDiffusion | None = None,
     prompts: Sequence[str] = (),
     directions: int = SKETCH_DIRECTIONS,
     drawing: Drawing = USUAL,

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rite_diffusion.adapters import Adapter, load_adapter
+from rite_diffusion.concepts import METHODS
 from rite_diffusion.conversion import Export
 from rite_diffusion.demo import DemoResult
 from rite_diffusion.doctor import Finding
@@ -19,6 +20,8 @@ from rite_diffusion.merging import Outcome
 from rite_diffusion.plan import Plan
 from rite_diffusion.run import Cost
 from rite_diffusion.training.loop import StepReport
+
+LONG_TRIGGER = 5  # tokens; "<dog>" has three
 
 
 def _line(label: str, text: str) -> None:
@@ -33,7 +36,9 @@ def describe_plan(plan: Plan) -> None:
     for concept in config.concepts():
         _line("concept", f"{concept.trigger}, class {concept.class_noun}")
     where = f"{backbone.device}, {config.resolution} pixels, {config.precision}"
-    _line("base", f"{config.base} on {where}")
+    _line("base", f"{config.base} on {where}, attention {backbone.attention}")
+    for fallback in plan.fallbacks:
+        _line("", fallback)
     _line("adapter", f"{config.method}, rank {config.lora.rank}")
     rates = f"{optim.name}, rate auto: tried out before the first step"
     if optim.lr_unet is not None:
@@ -68,10 +73,18 @@ def _describe_doubts(plan: Plan) -> None:
         _line("skipped", f"{path.name}: {reason}")
     for caption in plan.captions_without_trigger():
         _line("no trigger", f'"{caption}" does not contain the trigger')
+    for concept in plan.config.concepts():
+        tokens = plan.backbone.token_count(concept.trigger)
+        if tokens > LONG_TRIGGER:
+            of = f"of {plan.backbone.token_budget} that a caption may have"
+            _line("long", f"{concept.trigger} is read as {tokens} tokens {of}")
     for caption in plan.cut_captions():
         _line("cut", f'"{caption}" is longer than {plan.backbone.token_budget} tokens')
     for one, other in folder.near_duplicates():
         _line("alike", f"{one} and {other}")
+    wanted = METHODS[plan.config.method].wants_masks
+    if wanted and not any(photo.mask is not None for photo in folder.photos):
+        _line("no masks", f"{plan.config.method} learns better with them: see `rite mask --help`")
     small = folder.smaller_than(plan.encoding.resolution)
     if small:
         _line("scaled up", f"{', '.join(small)}: smaller than {plan.encoding.resolution} pixels")

@@ -18,16 +18,26 @@ from models import (  # noqa: E402
 )
 from rite_diffusion.adapters import save_adapter  # noqa: E402
 from rite_diffusion.backbones import load_backbone  # noqa: E402
+from studio_server import Served, studio  # noqa: E402
 from test_adapters import random_adapter  # noqa: E402
 from test_cli import rite as command  # noqa: E402, F401 (a fixture)
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // _workers)))
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     """A cache of the test's own; the user's stays as it is."""
     monkeypatch.setenv("RITE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """A studio that its tests share: one page, one workspace, one open base."""
+    workspace = tmp_path_factory.mktemp("studio") / "space"
+    with studio(workspace) as page:
+        yield Served(page, workspace)
 
 
 @pytest.fixture
@@ -58,6 +68,14 @@ def tiny_folder_xl(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "tiny-sdxl"
     tiny_stable_diffusion_xl().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(params=["pocket", "sd", "sdxl"])
+def backbone(request):
+    """Each kind of base model, small and fresh."""
+    folders = {"sd": "tiny_folder", "sdxl": "tiny_folder_xl"}
+    name = folders.get(request.param)
+    return load_backbone(str(request.getfixturevalue(name)) if name else "pocket", "fp32")
 
 
 @pytest.fixture

@@ -104,7 +104,7 @@ def tiny_stable_diffusion_2() -> StableDiffusionPipeline:
         unet=unet,
         vae=vae,
         text_encoder=clip,
-        tokenizer=clip_tokenizer(),
+        tokenizer=clip_tokenizer(pad_token="!"),
         scheduler=_sd1_scheduler(prediction_type="v_prediction"),
         safety_checker=None,
         feature_extractor=None,

@@ -5,7 +5,9 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from rite_diffusion.files import read_json
 from rite_diffusion.ui.jobs import LIVE, read_order, state_of
@@ -23,6 +25,18 @@ checkpoints.every = 2
 ENDLESS = SHORT.replace("steps = 4", "steps = 100000").replace(
     "previews.every = 2", "previews.every = 0"
 )
+
+
+@dataclass(frozen=True)
+class Served:
+    """A studio at work: Gradio's page, and the folder that it works in."""
+
+    page: Any
+    workspace: Path
+
+    @property
+    def url(self) -> str:
+        return self.page.local_url
 
 
 @contextmanager
@@ -85,3 +99,18 @@ def step_of(run: Path) -> int:
 def pid_of(run: Path) -> int:
     """The process that the status file names."""
     return read_json(run / "status.json")["pid"]
+
+
+def pocket_adapter(path: Path, trigger: str, seed: int) -> Path:
+    """An adapter of the pocket base that has learned nothing but noise."""
+    from rite_diffusion.adapters import save_adapter
+    from rite_diffusion.backbones import load_backbone
+    from test_adapters import random_adapter
+
+    backbone = load_backbone("pocket")
+    adapter = random_adapter(backbone, 2, 0.2, seed)
+    info = replace(
+        adapter.info, trigger=trigger, base="pocket", base_fingerprint=backbone.fingerprint
+    )
+    save_adapter(path, replace(adapter, info=info))
+    return path

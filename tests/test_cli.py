@@ -7,6 +7,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
 import pytest
+from PIL import Image
 
 from rite_diffusion.cli import main
 from rite_diffusion.config import resolve
@@ -63,7 +64,7 @@ def test_help_names_every_command(rite):
     text = rite("--help").stdout
     assert all(word in text for word in ("train", "generate", "inspect", "doctor", "demo"))
     options = rite("train", "--help").stdout
-    names = "--base --preset --steps --rank --optimizer --lr --seed --out --set --dry-run"
+    names = "--base --method --preset --steps --rank --optimizer --lr --seed --out --set --dry-run"
     assert all(name in options for name in names.split())
 
 
@@ -77,6 +78,29 @@ def test_dry_run_reports_and_writes_nothing(rite, photos, tmp_path):
         r"cost        about 0:\d\d:\d\d \(\d+\.\d\d s a step\), \d\.\d GB", done.stdout
     )
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_the_report_names_what_may_be_wrong(rite, photos, tmp_path):
+    Image.new("RGB", (5000, 20)).save(photos / "strip.png")
+    Image.new("RGB", (32, 32), "pink").save(photos / "little.png")
+    Image.new("RGB", (80, 70), "red").save(photos / "twin.png")
+    (photos / "twin.txt").write_text("a <superlongtrigger>, " + "very " * 500)
+    done = rite(
+        "train", photos, "--trigger", "<superlongtrigger>", "--class", "toy", "--dry-run",
+        "--set", "precision=fp16", *ALONE,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for words in (
+        "skipped     strip.png: 5000x20 is too small or too long a strip",
+        "scaled up   little.png: smaller than 64 pixels",
+        "alike       0.png and twin.png",
+        "is longer than 75 tokens",
+        'no trigger  "a <thing> on a red background" does not contain the trigger',
+        "long        <superlongtrigger> is read as 7 tokens of 75",
+        "precision fp32: fp16 does not train on a CPU",
+        "64 pixels, fp32, attention sdpa",
+    ):
+        assert words in done.stdout, words
 
 
 def test_photo_folder_to_picture(rite, photos, tmp_path):

@@ -1,9 +1,11 @@
 """What goes wrong while a run is under way: nothing is lost, and a line says what to do."""
 
+import itertools
 import json
 import multiprocessing
 import os
 import resource
+import shutil
 import signal
 import sys
 
@@ -14,7 +16,9 @@ from safetensors.torch import load_file
 import killable
 import rite_diffusion as rite
 from rite_diffusion import run as run_module
+from rite_diffusion.adapters import load_adapter
 from rite_diffusion.training import loop
+from rite_diffusion.training.run_folder import RunFolder
 from rite_diffusion.types import ConfigError, RunError
 from runs import Stop, crash_at, same_run, train
 
@@ -107,6 +111,50 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(photos, tmp_path, monkeypat
     killable.run(photos, full)
     killable.run(photos, whole)
     same_run(whole, full)
+
+
+@pytest.mark.parametrize("step", [1, 2], ids=["the same step again", "the next step"])
+def test_a_kill_at_any_write_leaves_a_whole_checkpoint(tmp_path, monkeypatch, step):
+    killable.save_step(tmp_path / "first", 1)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killable"])
+    for point in itertools.count():
+        folder = tmp_path / str(point)
+        shutil.copytree(tmp_path / "first", folder)
+        arguments = (folder, step, point)
+        process = context.Process(target=killable.save_step_and_die, args=arguments)
+        process.start()
+        process.join()
+        with RunFolder(folder) as run:
+            snapshot = run.newest_snapshot()
+            assert snapshot.step in (1, step)
+            assert (snapshot.tensors["weights/a"] == snapshot.step).all()
+            [newest] = run.checkpoints()[-1:]
+            saved = load_adapter(newest / "adapter.safetensors")
+            assert saved.info.steps == str(snapshot.step) and (saved.pairs[0].up > 0).all()
+            assert load_adapter(run.adapter_path).info.steps in ("1", str(snapshot.step))
+            assert run.state() == "running"
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+    assert point > 8 and snapshot.step == step
+
+
+def test_losses_that_stay_no_number_keep_the_last_good_checkpoint(photos, tmp_path, monkeypatch):
+    settings = {"steps": 9, "previews": {"every": 0}, "checkpoints": {"every": 1, "keep": 9}}
+    real, calls = loop.batch_loss, itertools.count()
+
+    def loss(*arguments):
+        return real(*arguments) * (torch.nan if next(calls) >= 2 else 1)
+
+    monkeypatch.setattr(loop, "batch_loss", loss)
+    with pytest.raises(RunError, match=r"5 steps up to 7 .*\.png.*lower optim.lr"):
+        train(photos, tmp_path / "run", **settings)
+    folders = sorted((tmp_path / "run/checkpoints").iterdir())
+    weights = [load_file(folder / "adapter.safetensors") for folder in folders]
+    assert all(torch.isfinite(value).all() for each in weights for value in each.values())
+    assert all(torch.equal(weights[-1][key], value) for key, value in weights[1].items())
 
 
 def test_a_tracker_that_is_not_installed_is_named(photos, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
 
 from rite_diffusion.config import AugmentSection
@@ -161,6 +161,26 @@ def test_colours_of_every_mode(tmp_path):
     assert _saved(tmp_path, deep, "d.png").getpixel((4, 4)) == (127, 127, 127)
     grey = Image.new("L", (8, 8), 77)
     assert _saved(tmp_path, grey, "e.png").getpixel((4, 4)) == (77, 77, 77)
+    half = Image.merge("LA", (grey, Image.new("L", (8, 8), 51)))  # a fifth of it, on white
+    assert _saved(tmp_path, half, "f.png").getpixel((4, 4)) == (219, 219, 219)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
+def test_of_an_animation_the_first_frame_is_taken(tmp_path, suffix):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
+    options = {"save_all": True, "append_images": frames[1:], "lossless": True}
+    image = _saved(tmp_path, frames[0], f"a.{suffix}", **options)
+    assert image.mode == "RGB" and image.getpixel((4, 4)) == (255, 0, 0)
+
+
+def test_an_empty_caption_file_leaves_the_template(photos):
+    (photos / "0.txt").write_text(" \n")
+    (photos / "1.txt").write_bytes(b"")
+    found = read_folder(photos, CONCEPT, TEMPLATES)
+    assert [photo.caption for photo in found.photos] == [
+        "a <thing>", "a photo of a <thing>, a toy", "a <thing>",
+    ]  # fmt: skip
+    assert found.captioned == 0
 
 
 def test_exif_orientation_is_applied_once(tmp_path):
@@ -170,8 +190,9 @@ def test_exif_orientation_is_applied_once(tmp_path):
     assert _saved(tmp_path, image, "a.jpg", exif=exif).size == (10, 20)
 
 
-def test_a_bomb_is_refused_before_it_is_decoded(tmp_path):
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
     with pytest.raises(UnreadableImage, match="too large"):
         open_image(tmp_path / "bomb.png")
 

@@ -92,7 +92,7 @@ def pushed(file, address, offline="0"):
                                 "HF_HUB_OFFLINE": offline}  # fmt: skip
     return subprocess.run(
         [sys.executable, "-c", code, "push", str(file), "me/dog"],
-        capture_output=True, text=True, env=environment, timeout=120,
+        capture_output=True, text=True, env=environment, timeout=600,
     )  # fmt: skip
 
 

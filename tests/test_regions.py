@@ -96,6 +96,8 @@ def test_adapters_act_where_they_are_called():
     assert adapter_weights([Region(0, 0, 1, 1, "masks")], "", [["sks"]]) == [[1], [1]]
     own = [Region(0, 0, 1, 1, "a <cat>", weights=(0.3,))]
     assert adapter_weights(own, "", [["<cat>"]]) == [[0], [0.3]]
+    foreign = [Region(0, 0, 0.5, 1, "a cat", weights=(0.7, 0)), Region(0.5, 0, 1, 1, "a dog")]
+    assert adapter_weights(foreign, "a park", [[], []]) == [[0, 1], [0.7, 0], [0, 1]]
     with pytest.raises(ConfigError, match="1 weights for 2 adapters"):
         adapter_weights(own, "", [["<cat>"], []])
 

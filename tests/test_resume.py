@@ -18,7 +18,8 @@ from rite_diffusion.concepts import PlainLora
 from rite_diffusion.optim import OPTIMIZERS
 from rite_diffusion.photos.dataset import Encoding, encode_photos
 from rite_diffusion.photos.folder import read_folder
-from rite_diffusion.training.loop import Job, train_steps
+from rite_diffusion.training.job import Job
+from rite_diffusion.training.loop import train_steps
 from rite_diffusion.training.run_folder import RunFolder
 from rite_diffusion.types import Concept, RunError
 from runs import Stop, config_of, crash_at, same_run, train
@@ -138,24 +139,66 @@ def test_the_same_command_goes_on_and_a_new_one_takes_a_new_folder(photos, tmp_p
     assert train(photos, None) == Path("runs/photos-3/adapter.safetensors")
 
 
+def test_another_version_or_base_is_shown_and_refused(
+    photos, tmp_path, monkeypatch, tiny_folder, tiny_folder_2
+):
+    base, run = tmp_path / "base", tmp_path / "run"
+    base.symlink_to(tiny_folder)
+    settings = {"base": str(base), "resolution": 64, "precision": "fp32", "previews": {"every": 0}}
+    with pytest.raises(Stop):
+        train(photos, run, listen=crash_at(2), **settings)
+    adapter = run / "checkpoints/step-000001/adapter.safetensors"
+    before = adapter.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(rite, "__version__", "99.0")
+        with pytest.raises(RunError, match=r"version: \S+ -> 99.0.*--override"):
+            train(photos, run, **settings)
+    base.unlink()
+    base.symlink_to(tiny_folder_2)
+    with pytest.raises(RunError, match=r"base: \w{16} -> \w{16}.*--override"):
+        train(photos, run, **settings)
+    assert adapter.read_bytes() == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_ends_the_run_within_the_step(photos, tmp_path, number):
+    process = _rite_train(photos, tmp_path / "run", "batch=32")
+    _wait_for(tmp_path / "run/metrics.jsonl")
+    for _ in range(2):
+        time.sleep(0.1)
+        process.send_signal(number)
+    _, errors = process.communicate(timeout=600)
+    assert process.returncode in (128 + number, -number)  # a shell tells 143 of the second too
+    assert "stopped at step" not in errors and "Traceback" not in errors
+    assert not (tmp_path / "run/adapter.safetensors").exists()
+    with RunFolder(tmp_path / "run") as run:  # the lock is free, or a dead process's
+        assert run.state() != "finished"
+
+
+def _rite_train(photos, run, *assignments):
+    """`rite train` in a process of its own, for many steps."""
+    line = ["train", str(photos), "--trigger", "<t>", "--class", "toy", "--steps", "5000"]
+    for assignment in ("prior.weight=0", "previews.every=0", *assignments):
+        line += ["--set", assignment]
+    code = "from rite_diffusion.cli import main; main()"
+    command = [sys.executable, "-c", code, *line, "--out", str(run)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_valid_adapter_and_says_so(photos, tmp_path, number):
     run = tmp_path / "run"
-    line = ["train", str(photos), "--trigger", "<t>", "--class", "toy", "--steps", "5000"]
-    line += ["--set", "prior.weight=0"]
-    code = "from rite_diffusion.cli import main; main()"
-    command = [sys.executable, "-c", code, *line, "--out", str(run)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = _rite_train(photos, run)
     _wait_for(run / "metrics.jsonl")
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 128 + number
     assert "stopped at step" in errors and "Traceback" not in errors
     assert len(rite.inspect(run / "adapter.safetensors").pairs) == 64
     assert json.loads((run / "status.json").read_text())["state"] == "stopped"
 
 
-def _wait_for(path: Path, seconds: float = 60) -> None:
+def _wait_for(path: Path, seconds: float = 300) -> None:
     end = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < end, f"no {path}"

@@ -30,9 +30,13 @@ def test_rows_run_through_all_axes_but_the_columns():
     assert plan_sheet(ONE, "weight").row_labels() == ["a cat"]
 
 
-def test_an_adapters_label_is_its_files_names():
-    sheet = plan_sheet(ONE | {"adapter": ["", "x/dog.safetensors:0.5+cat.safetensors"]}, "adapter")
-    assert sheet.column_labels() == ["base alone", "dog:0.5 + cat"]
+@pytest.mark.parametrize(
+    ("adapter", "label"),
+    [("", "base alone"), ("x/dog.safetensors:0.5+cat.safetensors", "dog:0.5 + cat"),
+     (["a+b/adapter.safetensors", "c.safetensors:2"], "a+b + c:2")],
+)  # fmt: skip
+def test_an_adapters_label_is_its_files_names_or_its_runs(adapter, label):
+    assert plan_sheet(ONE | {"adapter": [adapter]}, "adapter").column_labels() == [label]
 
 
 def test_every_cell_is_the_picture_of_its_parameters(adapters, tiny_folder, tmp_path):

@@ -1,6 +1,8 @@
+import asyncio
 import os
 import stat
 import struct
+import time
 import zipfile
 from pathlib import Path
 
@@ -159,6 +161,10 @@ def test_too_many_or_too_much_is_refused_and_leaves_nothing(space, tmp_path, mon
     with pytest.raises(StudioError, match="choose fewer"):
         keep_photos(sources, folder)
     assert list(folder.iterdir()) == []
+    archive = zip_of(tmp_path / "many.zip", {f"{i}.txt": b"" for i in range(9)})
+    monkeypatch.setattr(uploads, "MOST_ENTRIES", 8)
+    with pytest.raises(StudioError, match="over 8 files"):
+        keep_photos([archive], folder)
     (tmp_path / "not.zip").write_bytes(b"PK no")
     with pytest.raises(StudioError, match="zip archive is damaged"):
         keep_photos([str(tmp_path / "not.zip")], folder)
@@ -226,8 +232,26 @@ def test_rename_delete_and_undo(space, tmp_path):
     assert library.rename(space, "cat", "kitten") == "kitten"
     library.delete(space, "bot")
     assert [card.name for card in library.cards(space)] == ["kitten"]
+    assert space.thrown_away() == "bot"
     space.put_back()
-    assert (space.root / "runs/bot/adapter.safetensors").exists()
+    assert (space.root / "runs/bot/adapter.safetensors").exists() and not space.thrown_away()
+
+
+def test_what_lies_beside_an_adapter_goes_where_it_goes(space, tmp_path):
+    library.bring_in(space, an_adapter(tmp_path / "cat.safetensors"))
+    home = space.folder("adapters")
+    picture(home / "cat.png")
+    (home / "cat.sketch.safetensors").write_bytes(b"statistics")
+    library.rename(space, "cat", "kitten")
+    names = ["kitten.png", "kitten.safetensors", "kitten.sketch.safetensors"]
+    assert sorted(path.name for path in home.iterdir()) == names
+    assert [card.name for card in library.cards(space)] == ["kitten"]
+    library.delete(space, "kitten")
+    assert list(home.iterdir()) == [] and space.thrown_away() == "kitten"
+    space.put_back()
+    assert sorted(path.name for path in home.iterdir()) == names
+    with pytest.raises(StudioError, match="would name a sketch"):
+        library.rename(space, "kitten", "kitten.sketch")
 
 
 # --- who may come in, and what a run is asked for ----------------------------------------------
@@ -256,8 +280,24 @@ def test_a_login_is_a_plain_user_and_a_real_password(text):
 def test_the_gatekeeper_knows_each_user_and_no_other(monkeypatch):
     monkeypatch.setattr("rite_diffusion.ui.access.PAUSE", 0)
     admit = gatekeeper({"me": "long enough", "you": "something else"})
-    assert admit("me", "long enough") and admit("you", "something else")
-    assert not admit("me", "something else") and not admit("nobody", "")
+
+    async def answers(*logins: tuple[str, str]) -> list[bool]:
+        return [await admit(*login) for login in logins]
+
+    assert all(asyncio.run(answers(("me", "long enough"), ("you", "something else"))))
+    assert not any(asyncio.run(answers(("me", "something else"), ("nobody", ""))))
+
+
+def test_guesses_at_one_users_password_are_answered_one_after_another(monkeypatch):
+    monkeypatch.setattr("rite_diffusion.ui.access.PAUSE", 0.05)
+    admit = gatekeeper({"me": "long enough"})
+
+    async def guess(count: int) -> list[bool]:
+        return await asyncio.gather(*(admit("me", f"guess {i}") for i in range(count)))
+
+    start = time.monotonic()
+    assert not any(asyncio.run(guess(6)))
+    assert time.monotonic() - start >= 6 * 0.05
 
 
 @pytest.mark.parametrize("purpose", PURPOSES)

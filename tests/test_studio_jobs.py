@@ -153,7 +153,7 @@ def test_asking_a_stopping_run_again_after_a_while_kills_it(runs, monkeypatch):
     assert process.poll() is None
     write_order(run, replace(read_order(run), since=time.time() - 60))
     queue.stop(run)
-    assert process.wait(timeout=30) == -signal.SIGKILL
+    assert process.wait(timeout=600) == -signal.SIGKILL
     process.stdin.close()
     process.stdout.close()
 

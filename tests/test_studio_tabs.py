@@ -1,26 +1,39 @@
 """What the tabs work out before a recipe is called, and how a recipe is followed."""
 
 import itertools
-import shutil
+import math
+import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-import rite_diffusion as rite
-from rite_diffusion.adapters import load_adapter
-from rite_diffusion.generation.metadata import read_parameters
+from rite_diffusion.adapters.dialects import DIALECTS
+from rite_diffusion.fusion import FUSIONS
+from rite_diffusion.fusion.report import ConflictReport, LayerConflict
 from rite_diffusion.types import ConfigError, StudioError
-from rite_diffusion.ui import library
 from rite_diffusion.ui.background import followed
-from rite_diffusion.ui.engine import Engine, Wish
-from rite_diffusion.ui.library import Card
+from rite_diffusion.ui.boxes import (
+    BY_WORDS,
+    NONE,
+    Box,
+    boxes_of,
+    canvas_html,
+    read_corners,
+    region_texts,
+    side_by_side,
+)
+from rite_diffusion.ui.conflicts import report_html, verdict
+from rite_diffusion.ui.exports import PROGRAMS
+from rite_diffusion.ui.fusing import keep, new_draft, prompts_to_compare
+from rite_diffusion.ui.library import Card, cards
 from rite_diffusion.ui.tabs.adapters import MOST, chosen_with_weights, sliders
-from rite_diffusion.ui.tabs.compare import BASE_ALONE, _axes, _drawing
-from rite_diffusion.ui.tabs.fuse import _fusing, draft, together
-from rite_diffusion.ui.tabs.regions import boxes_html, region_texts
+from rite_diffusion.ui.tabs.compare import APART, BASE_ALONE, TOGETHER, groups_of, numbers_in
+from rite_diffusion.ui.tabs.fields import decimal, whole_number
+from rite_diffusion.ui.tabs.fuse import METHODS
+from rite_diffusion.ui.tabs.train import _chosen
 from rite_diffusion.ui.workspace import Workspace
 from test_studio_files import an_adapter
 
@@ -68,78 +81,127 @@ def test_an_adapter_that_stays_chosen_keeps_its_weight():
     assert chosen_with_weights(["b", "c"], [0.7, 1.0, 0.2]) == [("b", 0.7), ("c", 1.0)]
 
 
-def test_boxes_become_regions_and_their_words_stay_text():
-    rows = [[0, 0, 0.5, 1, "a <cat>", ""], [0.5, 0, 1, 1, "a dog", "red"], [None] * 6]
-    assert region_texts(rows) == ["0,0,0.5,1: a <cat>", "0.5,0,1,1: a dog :: red"]
-    svg = boxes_html(rows)
-    assert svg.count("<rect") == 2 and "a &lt;cat&gt;" in svg
-    for bad in ([], [[0, 0, 1, 1, "", ""]], [["x", 0, 1, 1, "a cat", ""]]):
-        with pytest.raises(StudioError):
-            region_texts(bad)
-
-
-def test_axes_of_a_sheet(tmp_path):
-    space = Workspace(tmp_path)
-    for name in ("one", "two"):
-        an_adapter(space.folder("adapters") / f"{name}.safetensors")
-    files = [f"{space.root / 'adapters' / name}.safetensors:1" for name in ("one", "two")]
-    given = ("a cat\n\na dog", [BASE_ALONE, "one", "two"], False, "0.5; 1", "0,1,2", [])
-    assert _axes(space, *given) == {
-        "prompts": ["a cat", "a dog"],
-        "adapters": ["", *files],
-        "weights": [0.5, 1.0],
-        "methods": ["attached"],
-        "seeds": [0, 1, 2],
-    }
-    together_now = _axes(space, "a cat", ["one", "two"], True, "1", "0", ["gram"])
-    assert together_now["adapters"] == ["+".join(files)]
-    with pytest.raises(StudioError, match="300 pictures"):
-        _axes(space, "\n".join("a" * 300), ["one"], False, "1", "0", [])
-    with pytest.raises(StudioError, match="numbers with commas"):
-        _axes(space, "a cat", [], False, "1", "x", [])
-    with pytest.raises(StudioError, match="write a prompt"):
-        _axes(space, " ", [], False, "1", "0", [])
-
-
-@pytest.fixture
-def stocked(tmp_path, tiny_folder, adapters) -> Workspace:
-    """A workspace with two adapters, and the base that they were made for among its models."""
-    space = Workspace(tmp_path / "studio")
-    shutil.copytree(tiny_folder, space.folder("models") / "tiny-sd")
-    for name, path in zip("ab", adapters, strict=True):
-        shutil.copy(path, space.folder("adapters") / f"{name}.safetensors")
-    return space
-
-
-def test_a_fusion_tells_of_its_pictures_and_leaves_a_draft(stocked):
-    *heard, (kind, outcome) = _fusing(stocked, [("a", 0.5), ("b", 1.0)], "gram", {"rank": 3})
-    assert kind == "made" and outcome.adapter == draft(stocked) and outcome.sheet.exists()
-    assert [what for kind, what in heard] == [(count,) for count in range(1, len(heard) + 1)]
-    assert load_adapter(draft(stocked)).ranks() == [3]
-
-
-def test_a_sheet_tells_of_its_pictures_and_is_kept(stocked):
-    axes = _axes(stocked, "a cat", ["a", "b"], True, "1", "0", ["attached", "switch"])
-    base = library.base_of(stocked, ["a", "b"])
-    *heard, (kind, sheet) = _drawing(stocked, axes, "method", 2, base)
-    assert [what for _, what in heard] == [(1, 2), (2, 2)] and kind == "made"
-    assert Path(sheet.info["path"]).parent == stocked.folder("sheets")
-
-
-def test_regions_are_drawn_by_the_open_model_as_by_the_command(stocked, tiny_folder):
-    regions = ("0,0,0.5,1: a <0>", "0.5,0,1,1: a <1>")
-    files = library.with_weights(stocked, [("a", 1.0), ("b", 1.0)])
-    *_, last = Engine().draw(stocked, [Wish("a park", steps=2, regions=regions)], files)
-    [same] = rite.generate(
-        "a park", adapters=files, regions=regions, steps=2, base=str(tiny_folder)
-    )
-    assert np.array_equal(np.asarray(last.image), np.asarray(same))
-    assert read_parameters(last.path).regions == list(regions)
-
-
-def test_a_prompt_that_calls_every_concept(tmp_path):
-    cards = [
-        Card(word, tmp_path, "", f"<{word}>", "", "", "", "", 0, None) for word in ("a", "b", "c")
+def test_boxes_become_regions_and_come_back():
+    boxes = [
+        Box(0, 0, 0.5, 1, "a <cat>", adapter="cat"),
+        Box(0.5, 0, 1, 1, "a  dog\n", "red", NONE),
+        Box(0, 0, 1, 0.2, "the sky"),
     ]
-    assert together(cards[:2]) == ("a <a> on the left and a <b> on the right on a blue background")
-    assert together(cards) == "a <a> and a <b> and a <c> on a blue background"
+    texts = region_texts(boxes, ["cat", "dog"])
+    assert texts == (
+        "0,0,0.5,1: a <cat> ::  :: 1,0", "0.5,0,1,1: a dog :: red :: 0,0", "0,0,1,0.2: the sky",
+    )  # fmt: skip
+    back = boxes_of(texts, ["cat", "dog"])
+    assert back == [boxes[0], replace(boxes[1], prompt="a dog"), boxes[2]]
+    assert region_texts([], ["cat"]) == ()
+    assert boxes_of(["0,0,1,1: x ::  :: 0.2,-0.9"], ["cat", "dog"])[0].adapter == "dog"
+    assert boxes_of(["0,0,1,1: x ::  :: 1"], [""])[0].adapter == BY_WORDS  # it is gone
+
+
+@pytest.mark.parametrize(
+    ("box", "words"),
+    [(Box(0, 0, 1, 1, " "), "box 1 has no prompt"), (Box(0, 0, 1, 1, "a :: b"), "a meaning"),
+     (Box(0, 0, 1, 1, "a", adapter="gone"), "not among the adapters")],
+)  # fmt: skip
+def test_boxes_that_cannot_be_drawn_are_refused(box, words):
+    with pytest.raises(StudioError, match=words):
+        region_texts([box], ["cat"])
+
+
+def test_corners_stay_inside_and_are_four():
+    assert read_corners("-1, 0.1, 0.5, 3") == {"left": 0, "top": 0.1, "right": 0.5, "bottom": 1}
+    for text in ("0, 0, 1", "0,0,x,1", "nan,0,1,1", "0.5,0,0.5,1"):
+        with pytest.raises(StudioError):
+            read_corners(text)
+
+
+def test_boxes_stand_side_by_side_with_their_words():
+    columns = side_by_side([Box(0.1, 0.1, 0.2, 0.2, "a cat")])
+    assert [box.corners for box in columns] == [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
+    assert [box.prompt for box in columns] == ["a cat", ""]
+    assert [box.left for box in side_by_side([Box(0, 0, 1, 1)] * 3)] == [0, 0.333, 0.667]
+
+
+def test_words_in_boxes_stay_text():
+    html = canvas_html([Box(0, 0, 1, 1, "a <cat>", adapter="<b>")], 0)
+    assert "a &lt;cat&gt;" in html and "&lt;b&gt;" in html and html.count('class="box picked"') == 1
+
+
+def test_every_method_and_dialect_has_its_words():
+    assert set(METHODS) == set(FUSIONS) and set(PROGRAMS) == set(DIALECTS)
+
+
+def test_adapters_of_a_sheet_stand_alone_or_together():
+    assert groups_of([BASE_ALONE, "one", "two"], APART) == [[], ["one"], ["two"]]
+    assert groups_of([BASE_ALONE, "one", "two"], TOGETHER) == [[], ["one", "two"]]
+    assert groups_of(["one"], TOGETHER) == [["one"]] and groups_of([], APART) == [[]]
+
+
+def test_numbers_have_commas_between_them():
+    assert numbers_in("0.5; 1,", "weights", float) == [0.5, 1.0]
+    with pytest.raises(StudioError, match="numbers with commas"):
+        numbers_in("0, x", "seeds", int)
+
+
+def test_fields_that_may_stay_empty():
+    assert whole_number(" ", "steps") is None and whole_number(" 20 ", "steps") == 20
+    assert decimal("", "guidance") is None and decimal("2.5", "guidance") == 2.5
+    for read, text in ((whole_number, "2.5"), (decimal, "x"), (decimal, "nan"), (decimal, "inf")):
+        with pytest.raises(StudioError, match=f"not '{text}'"):
+            read(text, "guidance")
+
+
+def test_what_is_left_empty_does_not_reach_the_settings():
+    empty = dict.fromkeys(("steps", "batch", "rank", "optimizer", "rate", "every", "prompts"), "")
+    assert _chosen(empty | {"seed": 0}) == {"seed": 0}
+    filled = empty | {"seed": 1, "rank": "4", "rate": "1e-3", "every": "0", "prompts": "a\n\nb"}
+    assert _chosen(filled) == {
+        "seed": 1, "lora": {"rank": 4}, "optim": {"lr": 0.001},
+        "previews": {"every": 0, "prompts": ["a", "b"]},
+    }  # fmt: skip
+    assert _chosen(empty | {"seed": 0, "rate": "auto"})["optim"] == {"lr": "auto"}
+
+
+def a_card(name: str, trigger: str) -> Card:
+    return Card(name, Path(name), "", trigger, "", "", "", "", 0, None)
+
+
+def test_what_is_compared_calls_every_concept():
+    a, b, c = (a_card(word, f"<{word}>") for word in "abc")
+    both, *alone = prompts_to_compare([a, b])
+    assert both == "a <a> on the left and a <b> on the right on a blue background"
+    assert alone == ["a <a> on a blue background", "a <b> on a blue background"]
+    assert prompts_to_compare([a, b, c])[0] == "a <a> and a <b> and a <c> on a blue background"
+    assert prompts_to_compare([a_card("x", "")]) == ["a blue background"]
+
+
+def a_report(before: list[float], after: list[float]) -> ConflictReport:
+    layer = LayerConflict("lora_unet_<mid>", [[1, 0.4], [math.nan, 1]], before, after, 1.0, 0.3)
+    return ConflictReport("gram", ["<a>", "<b>"], layer.crosstalk, before, after, 1.0, 0.3, [layer])
+
+
+def test_a_report_says_what_to_do_and_keeps_names_as_text():
+    html = report_html(a_report([0.9, 0.4], [0.1, math.nan]))
+    assert "fit together by gram; side by side, without fusion, they would not" in html
+    assert "&lt;a&gt;" in html and "<a>" not in html and "lora_unet_&lt;mid&gt;" in html
+    assert "nan" not in html and "–" in html
+    assert "Some of <b> is lost" in verdict(a_report([0.9, 0.9], [0.1, 0.6]))
+    assert "Most of <a> is lost" in verdict(a_report([0.9, 0.9], [1.2, 0.6]))
+    assert "also would side by side" in verdict(a_report([0.1, 0.2], [0.1, 0.2]))
+
+
+def test_a_fused_adapter_that_is_kept_has_its_picture_and_old_drafts_go(tmp_path):
+    space = Workspace(tmp_path)
+    draft = an_adapter(new_draft(space))
+    picture = tmp_path / "p.png"
+    picture.write_bytes(b"picture")
+    assert keep(space, draft.name, " both ", picture) == "both"
+    [card] = cards(space)
+    assert card.preview.read_bytes() == b"picture"
+    with pytest.raises(StudioError, match="nothing to save"):
+        keep(space, "", "x", None)
+    with pytest.raises(StudioError):
+        keep(space, "../adapters/both.safetensors", "x", None)
+    old = an_adapter(new_draft(space))
+    os.utime(old, (0, 0))
+    assert new_draft(space) == old and not old.exists()

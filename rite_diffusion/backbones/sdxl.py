@@ -1,42 +1,66 @@
 """Stable Diffusion XL (Podell et al. 2023): two text encoders, and the picture's size is told."""
 
-import torch
-from torch import Tensor, nn
+from collections.abc import Callable
+from typing import Any
 
-from rite_diffusion.backbones.stable_diffusion import Pipeline, StableDiffusion, token_ids
+import torch
+from torch import Tensor
+
+from rite_diffusion.backbones.stable_diffusion import Pipeline, StableDiffusion
+from rite_diffusion.backbones.words import Expansion
 from rite_diffusion.types import Conditioning
 
 
 class StableDiffusionXL(StableDiffusion):
     """An SDXL model behind the Backbone protocol; its weights are frozen."""
 
-    def __init__(self, pipeline: Pipeline, name: str, device: torch.device, attention: str):
-        super().__init__(pipeline, name, device, attention)
-        self.text_encoder_2 = pipeline.text_encoder_2.requires_grad_(False).eval().to(device)
+    encoder_names = ("vae", "text_encoder", "text_encoder_2")
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        name: str,
+        device: torch.device,
+        attention: str,
+        reopen: Callable[[], Pipeline],
+    ):
+        super().__init__(pipeline, name, device, attention, reopen)
         self.tokenizer_2 = pipeline.tokenizer_2
         self._empty_is_zero: bool = pipeline.config["force_zeros_for_empty_prompt"]
 
     @property
-    def components(self) -> dict[str, nn.Module]:
-        """The UNet and both text encoders."""
-        return super().components | {"text_encoder_2": self.text_encoder_2}
+    def text_encoder_2(self) -> Any:
+        """The second text encoder, a CLIPTextModelWithProjection."""
+        return self._encoder("text_encoder_2")
+
+    @property
+    def text_fingerprint(self) -> str:
+        """Of both encoders and tokenizers, the dtype, and what the empty prompt is."""
+        return super().text_fingerprint + ("-zeros" if self._empty_is_zero else "")
+
+    @property
+    def token_tables(self) -> list[Tensor]:
+        """Both encoders' embeddings (tokens, width)."""
+        return [*super().token_tables, self.text_encoder_2.get_input_embeddings().weight]
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """Both encoders' last hidden states but one, side by side, and the second's pooled one.
 
-        The empty prompt is all zeros where the model was trained so.
+        The empty prompt is all zeros where the model was trained so. States are (B, layers, tokens,
+        width) where a prompt says a word that differs from layer to layer; the pooled one, of which
+        the UNet takes one, is then the mean over the layers.
         """
-        first = self._hidden(self.text_encoder, self.tokenizer, prompts)
-        second = self._hidden(self.text_encoder_2, self.tokenizer_2, prompts)
+        expansion = Expansion(prompts, self.words, len(self.cross_attentions))
+        hidden = {"output_hidden_states": True}
+        first = expansion.encode(self.text_encoder, self.tokenizer, 0, **hidden)
+        second = expansion.encode(self.text_encoder_2, self.tokenizer_2, 1, **hidden)
         states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        pooled = second.text_embeds  # (B, width)
+        pooled = second.text_embeds  # (N, width)
         if self._empty_is_zero:
-            said = torch.tensor([bool(prompt) for prompt in prompts], device=self.device)
+            said = torch.tensor([bool(text) for text in expansion.texts], device=self.device)
             states, pooled = states * said[:, None, None], pooled * said[:, None]
-        return Conditioning(states, {"pooled": pooled})
-
-    def _hidden(self, encoder, tokenizer, prompts: list[str]):
-        return encoder(token_ids(tokenizer, prompts).to(self.device), output_hidden_states=True)
+        states, pooled = expansion.gathered(states), expansion.gathered(pooled)
+        return Conditioning(states, {"pooled": pooled.mean(1) if pooled.ndim == 3 else pooled})
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The UNet's prediction (B, C, h, w) for latents at timesteps (B,).

@@ -2,7 +2,9 @@
 
 import json
 import os
+import threading
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +22,8 @@ PIPELINES = {
     "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
 }
 LIBRARIES = {"diffusers", "transformers", "stable_diffusion", None}  # that a model's parts are of
+
+_LOADING = threading.Lock()  # diffusers and transformers patch torch's modules while they load
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -41,25 +45,45 @@ def load_backbone(
     """
     device = device or default_device()
     precision = precision or ("fp16" if device.type == "cuda" else "fp32")
-    pipeline = open_pipeline(base, DTYPES[precision])
+    reopen = partial(open_pipeline, base, DTYPES[precision])
+    pipeline = reopen()
     xl = isinstance(pipeline, StableDiffusionXLPipeline)
     kind = StableDiffusionXL if xl else StableDiffusion
-    return kind(pipeline, base, device, choose_attention(pipeline))
+    return kind(pipeline, base, device, choose_attention(pipeline), reopen)
+
+
+def usable_precision(wanted: str, device: torch.device) -> tuple[str, str]:
+    """The precision that a device can train in, and why it is not the wanted one, or ""."""
+    if wanted == "fp16" and device.type == "cpu":
+        return "fp32", "precision fp32: fp16 does not train on a CPU"
+    on_cuda = wanted == "bf16" and device.type == "cuda"
+    if on_cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "fp16", f"precision fp16: {torch.cuda.get_device_name(device)} has no bf16"
+    return wanted, ""
 
 
 def choose_attention(pipeline: Pipeline) -> str:
-    """The attention backend now in use: xformers where it is installed and CUDA is there."""
+    """The attention backend now in use: xformers where CUDA is there and it works, else SDPA.
+
+    Of an xformers that does not work, the reason is told.
+    """
     if not torch.cuda.is_available():
         return "sdpa"
     try:
         pipeline.enable_xformers_memory_efficient_attention()
-    except (ModuleNotFoundError, ImportError, ValueError, RuntimeError):
-        return "sdpa"
+    except (ImportError, OSError, ValueError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        return f"sdpa (no xformers: {reason})"
     return "xformers"
 
 
 def open_pipeline(base: str, dtype: torch.dtype) -> Pipeline:
-    """The diffusers pipeline of a base model."""
+    """The diffusers pipeline of a base model; threads take turns."""
+    with _LOADING:
+        return _open(base, dtype)
+
+
+def _open(base: str, dtype: torch.dtype) -> Pipeline:
     if base == "pocket":
         return _from_folder(POCKET, dtype)
     path = Path(base).expanduser()

@@ -1,14 +1,28 @@
 """Stable Diffusion 1.x and 2.x, and the pocket base: one CLIP text encoder, UNet, autoencoder."""
 
 import hashlib
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import (
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
 from torch import Tensor, nn
 
+from rite_diffusion.backbones.cross_attention import cross_attentions, take_own_states
 from rite_diffusion.backbones.fingerprint import fingerprint
-from rite_diffusion.types import BackboneError, Conditioning, PredictionType
+from rite_diffusion.backbones.schedule import (
+    FlowSampler,
+    noise_schedule,
+    prediction_type,
+    sampler,
+)
+from rite_diffusion.backbones.words import Expansion, ids_of, positions_of, said, tokens_of
+from rite_diffusion.types import Conditioning, PredictionType, Word
 
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
@@ -21,41 +35,97 @@ PROJECTIONS = {
 
 
 class StableDiffusion:
-    """A Stable Diffusion model behind the Backbone protocol; its weights are frozen."""
+    """A Stable Diffusion model behind the Backbone protocol; its weights are frozen.
+
+    `reopen` reads the pipeline again, for encoders that were released and are needed once more.
+    """
 
     multiple = 8
+    encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
 
-    def __init__(self, pipeline: Pipeline, name: str, device: torch.device, attention: str):
-        for model in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
-            model.requires_grad_(False).eval().to(device)
-        if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
-            pipeline.vae.float()  # SDXL's overflows in half precision
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        name: str,
+        device: torch.device,
+        attention: str,
+        reopen: Callable[[], Pipeline],
+    ):
         self.name = name
         self.device = device
         self.attention = attention
-        self.unet = pipeline.unet
-        self.vae = pipeline.vae
-        self.text_encoder = pipeline.text_encoder
+        self.unet = pipeline.unet.requires_grad_(False).eval().to(device)
+        self._encoders = self._prepared(pipeline)
+        self._released = set[str]()
+        self._reopen = reopen
         self.tokenizer = pipeline.tokenizer
+        self.words: dict[str, Word] = {}
+        self.cross_attentions = cross_attentions(self.unet)
+        take_own_states(self.cross_attentions)
         self.dtype: torch.dtype = self.unet.dtype
         self.latent_channels: int = self.unet.config.in_channels
-        self.alphas_cumprod: Tensor = pipeline.scheduler.alphas_cumprod.to(device)
-        self.prediction_type: PredictionType = pipeline.scheduler.config.prediction_type
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise BackboneError(f"{name} predicts '{self.prediction_type}', which is not supported")
+        self.prediction_type: PredictionType = prediction_type(pipeline.scheduler, name)
+        self.noise_schedule = noise_schedule(pipeline.scheduler, name).to(device)
         self._scheduler_config = pipeline.scheduler.config
         self.resolution: int = self.unet.config.sample_size * self.pixels_per_latent
         self.fingerprint = fingerprint([self.unet.conv_in.weight, self.unet.conv_out.weight])
 
+    def _prepared(self, pipeline: Pipeline) -> dict[str, Any]:
+        """The pipeline's autoencoder and text encoders on the device."""
+        encoders = {
+            name: getattr(pipeline, name).requires_grad_(False).eval().to(self.device)
+            for name in self.encoder_names
+        }
+        if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
+            pipeline.vae.float()  # SDXL's overflows in half precision
+        return encoders
+
     @property
     def components(self) -> dict[str, nn.Module]:
-        """The UNet and the text encoder."""
-        return {"unet": self.unet, "text_encoder": self.text_encoder}
+        """The UNet and the text encoders; of released ones perhaps without their weights."""
+        names = [name for name in self.encoder_names if name != "vae"]
+        there = {n: self._encoders[n] if n in self._released else self._encoder(n) for n in names}
+        return {"unet": self.unet, **there}
+
+    def release(self, names: Sequence[str]) -> None:
+        """Let encoders leave the device's memory for the computer's, on a CPU altogether.
+
+        They are back as soon as something is to be encoded or decoded.
+        """
+        place = "meta" if self.device.type == "cpu" else "cpu"
+        self._released |= set(names)
+        for name in names:
+            if self._encoders[name].device.type != "meta":
+                self._encoders[name].to(place)
+
+    def recall(self) -> None:
+        """Let released encoders be `components` like others, which come back when looked at."""
+        self._released.clear()
+
+    def _encoder(self, name: str) -> Any:
+        """An encoder on the device, brought back where it was released."""
+        if self._encoders[name].device.type == "meta":
+            fresh = self._prepared(self._reopen())
+            gone = [key for key, each in self._encoders.items() if each.device.type == "meta"]
+            self._encoders |= {key: fresh[key] for key in gone}
+        elif self._encoders[name].device.type != self.device.type:
+            self._encoders[name].to(self.device)
+        return self._encoders[name]
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder between pictures and latents, an AutoencoderKL."""
+        return self._encoder("vae")
+
+    @property
+    def text_encoder(self) -> Any:
+        """The first text encoder, a CLIPTextModel."""
+        return self._encoder("text_encoder")
 
     @property
     def pixels_per_latent(self) -> int:
         """Pixels along one side of a latent cell."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return 2 ** (len(self._encoders["vae"].config.block_out_channels) - 1)
 
     @property
     def token_budget(self) -> int:
@@ -69,6 +139,24 @@ class StableDiffusion:
             if not name.startswith(("decoder.", "post_quant_conv.")):
                 digest.update(weight.detach().cpu().float().numpy().tobytes())
         return f"{digest.hexdigest()[:16]}-{self.vae.dtype}".replace("torch.", "")
+
+    @property
+    def text_fingerprint(self) -> str:
+        """First 16 hex digits of a SHA-256 over the text encoders and tokenizers, and the dtype."""
+        return f"{self._text_digest}-{self.dtype}".replace("torch.", "")
+
+    @cached_property
+    def _text_digest(self) -> str:
+        digest = hashlib.sha256()
+        for name, encoder in self._encoders.items():
+            if name == "vae":
+                continue
+            tokenizer = getattr(self, name.replace("text_encoder", "tokenizer"))
+            facts = [encoder.config.to_json_string(), tokenizer.special_tokens_map]
+            digest.update(f"{facts} {sorted(tokenizer.get_vocab().items())}".encode())
+            for weight in encoder.state_dict().values():
+                digest.update(weight.cpu().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:16]
 
     def lora_targets(self, component: str) -> list[str]:
         """Paths of the q, k, v and output projections of every attention of a component."""
@@ -102,37 +190,41 @@ class StableDiffusion:
         latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
         return self.vae.decode(latents).sample
 
+    @property
+    def token_tables(self) -> list[Tensor]:
+        """Each text encoder's embeddings (tokens, width)."""
+        return [self.text_encoder.get_input_embeddings().weight]
+
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """The text encoder's last hidden states (B, tokens, width); over-long prompts are cut."""
-        ids = token_ids(self.tokenizer, prompts).to(self.device)
-        return Conditioning(self.text_encoder(ids).last_hidden_state)
+        """The text encoder's last hidden states (B, tokens, width); over-long prompts are cut.
+
+        (B, layers, tokens, width) where a prompt says a word that differs from layer to layer.
+        """
+        expansion = Expansion(prompts, self.words, len(self.cross_attentions))
+        states = expansion.encode(self.text_encoder, self.tokenizer, 0).last_hidden_state
+        return Conditioning(expansion.gathered(states))
+
+    def token_ids(self, text: str) -> list[int]:
+        """The tokens of ordinary text, without begin and end marks."""
+        return ids_of(self.tokenizer, text)
 
     def token_count(self, prompt: str) -> int:
         """Number of the prompt's tokens, begin and end marks excluded."""
-        return len(self.tokenizer(prompt, truncation=False).input_ids) - 2
+        return len(tokens_of(self.tokenizer, prompt, said([prompt], self.words))[0])
+
+    def token_positions(self, prompt: str, word: str) -> list[int]:
+        """Where a word's tokens stand in the encoded prompt, at its first mention."""
+        return positions_of(self.tokenizer, prompt, word, self.words)
 
     def is_known_word(self, word: str) -> bool:
         """Whether the tokenizer holds the word whole, as it does what the model already knows."""
-        return word.isalpha() and self.token_count(word) == 1
+        return word.isalpha() and len(self.token_ids(word)) == 1
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The UNet's prediction (B, C, h, w) for latents at timesteps (B,)."""
         states = conditioning.states.to(self.dtype)
         return self.unet(noisy.to(self.dtype), timesteps, encoder_hidden_states=states).sample
 
-    def new_scheduler(self) -> DDIMScheduler:
-        """A deterministic sampler (Song et al. 2021) on the model's own noise schedule."""
-        scheduler = DDIMScheduler.from_config(self._scheduler_config, clip_sample=False)
-        assert isinstance(scheduler, DDIMScheduler)
-        return scheduler
-
-
-def token_ids(tokenizer: Any, prompts: list[str]) -> Tensor:
-    """The prompts' tokens (B, length), padded or cut to the tokenizer's length."""
-    return tokenizer(
-        prompts,
-        padding="max_length",
-        max_length=tokenizer.model_max_length,
-        truncation=True,
-        return_tensors="pt",
-    ).input_ids
+    def new_scheduler(self) -> DDIMScheduler | FlowSampler:
+        """A deterministic sampler on the model's own noise schedule."""
+        return sampler(self.prediction_type, self._scheduler_config)

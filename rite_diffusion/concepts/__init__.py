@@ -1,8 +1,16 @@
 """How a concept is learned: METHODS by name."""
 
+from rite_diffusion.concepts.custom_diffusion import CustomDiffusion
+from rite_diffusion.concepts.ed_lora import EdLora
 from rite_diffusion.concepts.lora import PlainLora
 from rite_diffusion.concepts.method import Method
+from rite_diffusion.concepts.pivotal import Pivotal
 
-METHODS: dict[str, type[Method]] = {"lora": PlainLora}
+METHODS: dict[str, type[Method]] = {
+    "lora": PlainLora,
+    "pivotal": Pivotal,
+    "custom_diffusion": CustomDiffusion,
+    "ed_lora": EdLora,
+}
 
 __all__ = ["METHODS", "Method", "PlainLora"]

@@ -1,15 +1,16 @@
 """Plain LoRA (Hu et al. 2021) on the attention of UNet and text encoder."""
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
-from rite_diffusion.adapters import detach, inject, read_pairs
+from rite_diffusion.backbones.text_cache import cached_conditioning
 from rite_diffusion.concepts.method import Method
+from rite_diffusion.concepts.weights import LoraWeights, attention_paths
 from rite_diffusion.config import TrainConfig
+from rite_diffusion.files import cache_folder
 from rite_diffusion.types import Backbone, Conditioning, LoraPair
 
-NAME = "concept"
 CAPTIONS_KEPT = 256  # states that stay in memory where the text encoder does not train
 
 
@@ -18,31 +19,19 @@ class PlainLora(Method):
 
     def __init__(self, backbone: Backbone, config: TrainConfig):
         super().__init__(backbone, config)
-        self.components = list(backbone.components) if config.lora.text_encoder else ["unet"]
-        targets = {name: backbone.lora_targets(name) for name in self.components}
-        rank, alpha = config.lora.rank, config.lora.alpha or config.lora.rank
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            inject(backbone, NAME, targets, rank, alpha)
-        # Alone, so that a caption's states do not depend on which others came with it.
-        self._frozen_states = lru_cache(CAPTIONS_KEPT)(lambda text: backbone.encode_prompts([text]))
+        self._weights = LoraWeights(backbone, config, attention_paths(backbone, config))
+        folder = cache_folder() / "captions" if config.cache else None
+        encode = partial(cached_conditioning, backbone, folder=folder)
+        self._frozen_states = lru_cache(CAPTIONS_KEPT)(encode)
 
     def groups(self) -> list[dict]:
         """A group for the UNet's pairs and one for each text encoder's."""
-        optim = self.config.optim
-        return [
-            {
-                "name": component,
-                "params": [
-                    (f"{component}.{name}", parameter)
-                    for name, parameter in self.backbone.components[component].named_parameters()
-                    if parameter.requires_grad
-                ],
-                "lr": optim.lr_unet if component == "unet" else optim.lr_text_encoder,
-                "weight_decay": optim.weight_decay,
-            }
-            for component in self.components
-        ]
+        return self._weights.groups()
+
+    @property
+    def text_is_frozen(self) -> bool:
+        """Whether no text encoder is adapted."""
+        return not self.config.lora.text_encoder
 
     def conditioning(self, captions: list[str]) -> Conditioning:
         """The text encoder's states of the captions, of equal ones encoded once.
@@ -50,19 +39,19 @@ class PlainLora(Method):
         Where the text encoder does not train, the states of past captions are kept.
         """
         distinct = list(dict.fromkeys(captions))
-        if "text_encoder" in self.components:
-            encoded = self.backbone.encode_prompts(distinct)
-        else:
+        if self.text_is_frozen:
             encoded = _joined([self._frozen_states(text) for text in distinct])
+        else:
+            encoded = self.backbone.encode_prompts(distinct)
         return encoded.rows([distinct.index(text) for text in captions])
 
     def pairs(self) -> list[LoraPair]:
         """The pairs in training."""
-        return read_pairs(self.backbone, NAME)
+        return self._weights.pairs()
 
     def remove(self) -> None:
         """Take the LoRA layers out."""
-        detach(self.backbone, NAME)
+        self._weights.remove()
 
 
 def _joined(parts: list[Conditioning]) -> Conditioning:

@@ -36,6 +36,9 @@ class OptimSection(Section):
     )
     lr_unet: Rate | None = Field(default=None, description="of the UNet's pairs; default: lr")
     lr_text_encoder: Rate | None = Field(default=None, description="default: half of lr")
+    lr_tokens: Rate = Field(
+        default=1e-3, description="of new words' embeddings, which LoRA optimizers leave to AdamW"
+    )
     options: dict[str, Any] = Field(
         default={}, description="the optimizer's own, such as {damping = 1e-4}"
     )
@@ -43,6 +46,43 @@ class OptimSection(Section):
     clip_norm: float = Field(default=1.0, gt=0, description="bound on the norm of all gradients")
     warmup: int = Field(default=10, ge=0, description="steps")
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
+
+
+class TokenSection(Section):
+    """New words, for the methods that learn their embeddings."""
+
+    init: str = Field(
+        default="{class_noun}",
+        description="word as whose embedding a concept's last vector starts; empty: random",
+    )
+    vectors: int | None = Field(
+        default=None, ge=1, le=16, description="per new word; default: 1, ed_lora's only word: 2"
+    )
+    deviation: float | None = Field(
+        default=None, gt=0, le=1, description="of random starts; default: that of all embeddings"
+    )
+    first: int = Field(default=0, ge=0, description="pivotal: steps in which words train alone")
+    stop_norm: float | None = Field(
+        default=None, gt=0, description="mean norm of the vectors at which they are held"
+    )
+
+
+class CustomDiffusionSection(Section):
+    """What trains in the cross-attentions' keys and values."""
+
+    weights: Literal["full", "lora"] = Field(
+        default="full", description="whole matrices, or pairs of lora.rank"
+    )
+
+
+class AttentionSection(Section):
+    """Where new words may look, by the subject's mask."""
+
+    weight: float = Field(default=0.01, ge=0, description="of the loss on attention maps; 0: none")
+    subject: Literal["outside", "fit"] = Field(
+        default="outside",
+        description="a concept's last vector: kept inside the mask, or fitted to it",
+    )
 
 
 class CaptionSection(Section):
@@ -193,7 +233,7 @@ class TrainConfig(SourceSection):
     balance: bool = Field(
         default=True, description="show several concepts equally often, whatever their photos"
     )
-    method: Literal["lora"] = "lora"
+    method: Literal["lora", "pivotal", "custom_diffusion", "ed_lora"] = "lora"
     steps: int = Field(default=300, ge=1, le=1_000_000)
     batch: int = Field(default=4, ge=1, le=1024)
     accumulate: int = Field(
@@ -222,6 +262,9 @@ class TrainConfig(SourceSection):
     augment: AugmentSection = AugmentSection()
     prior: PriorSection = PriorSection()
     lora: LoraSection = LoraSection()
+    tokens: TokenSection = TokenSection()
+    custom_diffusion: CustomDiffusionSection = CustomDiffusionSection()
+    attention: AttentionSection = AttentionSection()
     optim: OptimSection = OptimSection()
     objective: ObjectiveSection = ObjectiveSection()
     validation: ValidationSection = ValidationSection()
@@ -237,6 +280,21 @@ class TrainConfig(SourceSection):
                     raise ValueError(f"'{key}' is missing{where}")
             if found["class_photos"] and not self.prior.weight:
                 raise ValueError("class_photos train along only with prior.weight above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _method_uses_its_tables(self):
+        users = {
+            "tokens": ("pivotal", "custom_diffusion", "ed_lora"),
+            "custom_diffusion": ("custom_diffusion",),
+            "attention": ("ed_lora",),
+        }
+        for table, methods in users.items():
+            changed = getattr(self, table) != type(self).model_fields[table].default
+            if changed and self.method not in methods:
+                raise ValueError(f"[{table}] is for method {' or '.join(methods)}")
+        if self.tokens.first and (self.method != "pivotal" or self.tokens.first >= self.steps):
+            raise ValueError("tokens.first is for method pivotal, and less than its steps")
         return self
 
     def _tables(self) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
+from rite_diffusion.cache import writing
 from rite_diffusion.files import cache_folder
 from rite_diffusion.generation.sampler import default_guidance, sample
 from rite_diffusion.types import Backbone
@@ -22,15 +23,17 @@ def class_pictures(
     facts = f"{prompts}\n{count}\n{STEPS}\n{guidance}\n{backbone.resolution}\n{backbone.dtype}"
     name = sha256(facts.encode()).hexdigest()[:16]
     folder = cache_folder() / "class_pictures" / backbone.fingerprint / name
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     missing = [seed for seed in range(count) if not (folder / f"{seed:05d}.png").exists()]
     if missing:
         listen(f'drawing {len(missing)} pictures of "{prompts[0]}" and the like')
     for seed in missing:
         prompt = prompts[seed % len(prompts)]
-        (folder / f"{seed:05d}.txt").write_text(prompt, encoding="utf-8")
         [image] = sample(backbone, [prompt], [seed], steps=STEPS, guidance=guidance)
         partial = folder / f".{seed:05d}.png.partial"
-        image.save(partial, "PNG")
-        partial.replace(folder / f"{seed:05d}.png")
+        with writing(folder):
+            (folder / f"{seed:05d}.txt").write_text(prompt, encoding="utf-8")
+            image.save(partial, "PNG")
+            partial.replace(folder / f"{seed:05d}.png")
     return folder

@@ -5,6 +5,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
+from pydantic import TypeAdapter
+
+from rite_diffusion.adapters.choice import Record
 
 KEY = "rite"
 
@@ -22,9 +25,10 @@ class Parameters:
     height: int
     base: str
     base_fingerprint: str
-    adapters: list[dict]  # file name, weight, sha256 of each
+    adapters: list[Record]
     version: str
     regions: list[str] = field(default_factory=list)  # as `--region` takes them
+    sampler: str = "DDIM"
     combine: str = "sum"  # how several adapters act together
     controls: list[str] = field(default_factory=list)  # condition pictures and their networks
 
@@ -34,8 +38,8 @@ class Parameters:
         if self.negative:
             lines.append(f"Negative prompt: {self.negative}")
         lines.append(
-            f"Steps: {self.steps}, Sampler: DDIM, CFG scale: {self.guidance:g}, Seed: {self.seed}, "
-            f"Size: {self.width}x{self.height}, Model: {self.base}"
+            f"Steps: {self.steps}, Sampler: {self.sampler}, CFG scale: {self.guidance:g}, "
+            f"Seed: {self.seed}, Size: {self.width}x{self.height}, Model: {self.base}"
         )
         return "\n".join(lines)
 
@@ -49,6 +53,9 @@ def save_png(image: Image.Image, path: Path, parameters: Parameters) -> None:
 
 
 def read_parameters(path: Path) -> Parameters:
-    """The parameters that `save_png` wrote; KeyError where a picture has none."""
+    """The parameters that `save_png` wrote.
+
+    KeyError where a picture has none, ValueError where they are not what they should be.
+    """
     with Image.open(path, formats=("PNG",)) as image:
-        return Parameters(**json.loads(image.info[KEY]))
+        return TypeAdapter(Parameters).validate_json(image.info[KEY])

@@ -6,6 +6,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 import rite_diffusion
+from rite_diffusion.adapters.choice import Record
 from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.composition import COMPOSITIONS, SUM
 from rite_diffusion.generation.control import Control, under_control
@@ -26,7 +27,7 @@ LONGEST_SIDE = 4096  # pixels
 
 def complete(
     backbone: Backbone,
-    adapters: Sequence[dict],
+    adapters: Sequence[Record],
     *,
     prompt: str,
     negative: str,
@@ -67,6 +68,7 @@ def complete(
         adapters=list(adapters),
         version=rite_diffusion.__version__,
         regions=[str(parse_region(text)) for text in regions],
+        sampler="Euler" if backbone.prediction_type == "flow" else "DDIM",
         combine=combine,
         controls=list(controls),
     )

@@ -96,24 +96,33 @@ def adapter_weights(
 ) -> list[list[float]]:
     """Factors [1 + regions][adapters] on the adapters' weights, the whole picture's first.
 
-    `triggers` are each adapter's. An adapter that some region's prompt calls acts in those regions
-    alone, and in the whole if the prompt calls it too; one that no region calls acts everywhere.
-    A region's own `weights` stand above that. ConfigError where their number is wrong.
+    `triggers` are each adapter's. A region's own `weights` stand above what follows. An adapter
+    that some region calls, by its prompt or its weights, acts in those regions alone, and in the
+    whole if the prompt calls it too; one that no region calls acts everywhere.
+    ConfigError where the number of weights is wrong.
     """
     for region in regions:
         if region.weights is not None and len(region.weights) != len(triggers):
             raise ConfigError(
                 f"region '{region}' has {len(region.weights)} weights for {len(triggers)} adapters"
             )
+    routed = [
+        any(_asks_for(region, index, words) for region in regions)
+        for index, words in enumerate(triggers)
+    ]
     rows = []
-    for text in (prompt, *(region.prompt for region in regions)):
+    for text, own in [(prompt, None), *((each.prompt, each.weights) for each in regions)]:
         called = [_calls(text, words) for words in triggers]
-        routed = [any(_calls(region.prompt, words) for region in regions) for words in triggers]
-        rows.append([float(c or not r) for c, r in zip(called, routed, strict=True)])
-    for index, region in enumerate(regions, start=1):
-        if region.weights is not None:
-            rows[index] = list(region.weights)
+        usual = [float(c or not r) for c, r in zip(called, routed, strict=True)]
+        rows.append(usual if own is None else list(own))
     return rows
+
+
+def _asks_for(region: Region, index: int, words: Sequence[str]) -> bool:
+    """Whether a region calls the adapter at a place, whose triggers are `words`."""
+    if region.weights is not None and region.weights[index] != 0:
+        return True
+    return _calls(region.prompt, words)
 
 
 def _calls(prompt: str, triggers: Sequence[str]) -> bool:

@@ -46,4 +46,4 @@ class ScaledAdamW(LoraOptimizer):
         return values
 
 
-SCALED_ADAMW = OptimizerSpec(ScaledAdamW, lr=1e-3)
+SCALED_ADAMW = OptimizerSpec(ScaledAdamW, lr=3e-3)

@@ -65,4 +65,4 @@ class ScaledSGD(LoraOptimizer):
         return [state["momentum"] for state in stack.state]
 
 
-SCALED_SGD = OptimizerSpec(ScaledSGD, lr=1e-2)
+SCALED_SGD = OptimizerSpec(ScaledSGD, lr=0.3)

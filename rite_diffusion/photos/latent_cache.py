@@ -7,12 +7,9 @@ an edited photo, another cut or another model is another entry, and none is ever
 from hashlib import sha256
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
-from rite_diffusion.files import write_atomically
+from rite_diffusion.cache import kept
 from rite_diffusion.types import Backbone
 
 
@@ -21,23 +18,11 @@ def cached_latents(backbone: Backbone, pixels: Tensor, folder: Path | None) -> T
 
     An entry that cannot be read is made again.
     """
+
+    def encode() -> dict[str, Tensor]:
+        return {"latents": backbone.encode_images(pixels).float().cpu()}
+
     if folder is None:
-        return backbone.encode_images(pixels).float().cpu()
+        return encode()["latents"]
     digest = sha256(str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()).hexdigest()
-    path = folder / f"{digest}.safetensors"
-    known = _read(path)
-    if known is not None:
-        return known
-    latents = backbone.encode_images(pixels).float().cpu().contiguous()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, save({"latents": latents}))
-    return latents
-
-
-def _read(path: Path) -> Tensor | None:
-    """The latents of an entry; None where there is none, or a damaged one."""
-    try:
-        latents = load(path.read_bytes())["latents"]
-    except (OSError, SafetensorError, KeyError):
-        return None
-    return latents if bool(torch.isfinite(latents).all()) else None
+    return kept(folder / f"{digest}.safetensors", "latents", encode)["latents"]

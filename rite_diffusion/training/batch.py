@@ -25,7 +25,7 @@ class Batch:
     latents: Tensor  # (B, C, h, w)
     noise: Tensor  # of the same shape
     seen: Tensor  # the noise that the model sees; differs with input perturbation
-    timesteps: Tensor  # (B,)
+    timesteps: Tensor  # (B,) places in the noise schedule
     weights: Tensor  # (B,) of the samples' losses
     masks: Tensor | None  # (B, 1, h, w) weights of the latent cells' errors
 
@@ -64,7 +64,7 @@ def draw_batch(
     density = (goal.timestep_mean, goal.timestep_deviation)
     timesteps = stratified_timesteps(
         count,
-        len(backbone.alphas_cumprod),
+        len(backbone.noise_schedule),
         stream(TIMESTEPS),
         density if goal.timesteps == "logit_normal" else None,
     )

@@ -12,9 +12,9 @@ from accelerate.state import AcceleratorState
 from rite_diffusion.concepts import Method
 from rite_diffusion.config import OptimSection, TrainConfig
 from rite_diffusion.optim import OPTIMIZERS
-from rite_diffusion.photos.dataset import LatentSet
 from rite_diffusion.training.average import WeightAverage
 from rite_diffusion.training.batch import Batch, draw_batch
+from rite_diffusion.training.job import Job, keep_captions, release_encoders
 from rite_diffusion.training.loss import batch_loss
 from rite_diffusion.training.memory import is_out_of_memory, out_of_memory
 from rite_diffusion.training.processes import average_gradients, mean_over_processes
@@ -35,17 +35,6 @@ class StepReport:
     images_per_second: float
     skipped: list[str]  # names of the photos of a step that was left out; no number came of them
     validation: float | None  # loss on the held-out photos, where it was measured
-
-
-@dataclass(frozen=True)
-class Job:
-    """What trains on what."""
-
-    backbone: Backbone
-    method: Method
-    data: LatentSet
-    config: TrainConfig
-    held_out: LatentSet | None = None  # for the validation loss
 
 
 def rate_factor(optim: OptimSection, steps: int) -> Callable[[int], float]:
@@ -92,7 +81,6 @@ class Trainer:
         self.accelerator = new_accelerator(job.backbone, job.config)
         self.optimizer = build_optimizer(job.method, job.config)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.factor = rate_factor(job.config.optim, job.config.steps)
         named = [named for group in job.method.groups() for named in group["params"]]
         self.average = WeightAverage(named, job.config.ema)
         self.parameters = [parameter for _, parameter in named]
@@ -104,8 +92,11 @@ class Trainer:
         A loss or a gradient that is no number changes nothing.
         """
         job, accelerator = self.job, self.accelerator
+        job.method.begin(step)
+        start, length = job.method.schedule(step)
+        factor = rate_factor(job.config.optim, length)(step - start)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
-            group["lr"] = peak * self.factor(step)
+            group["lr"] = peak * factor
         batch = draw_batch(job.backbone, job.data, job.config, step, accelerator.num_processes)
         loss = self._gradients(batch)
         norm = accelerator.clip_grad_norm_(self.parameters, job.config.optim.clip_norm)
@@ -173,6 +164,9 @@ def train_steps(
             return resume.step
     job.backbone.checkpoint_gradients(config.gradient_checkpointing)
     job.backbone.compile_denoiser(config.compile)
+    with trainer.accelerator.autocast():
+        keep_captions(job)
+    release_encoders(job)
     bad = 0
     for step in range(resume.step if resume else 0, config.steps):
         start = time.perf_counter()

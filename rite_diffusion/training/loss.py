@@ -6,11 +6,11 @@ from rite_diffusion.concepts import Method
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.training.batch import Batch
 from rite_diffusion.training.objective import (
+    TARGETS,
     add_noise,
     huber_error,
     masked_mean,
     squared_error,
-    target_of,
     timestep_weight,
 )
 from rite_diffusion.types import Backbone
@@ -18,14 +18,17 @@ from rite_diffusion.types import Backbone
 
 def batch_loss(backbone: Backbone, method: Method, batch: Batch, config: TrainConfig) -> Tensor:
     """The mean loss of a batch (Ho et al. 2020, Alg. 1, on latents)."""
-    goal, kind = config.objective, backbone.prediction_type
-    signal = backbone.alphas_cumprod[batch.timesteps]  # (B,)
-    noisy = add_noise(batch.latents, batch.seen, signal)
-    prediction = backbone.denoise(noisy, batch.timesteps, method.conditioning(batch.captions))
-    target = target_of(kind, batch.latents, batch.noise, signal)
+    goal, kind, schedule = config.objective, backbone.prediction_type, backbone.noise_schedule
+    at = batch.timesteps
+    signal, sigma, snr = schedule.signal[at], schedule.sigma[at], schedule.snr[at]  # (B,) each
+    noisy = add_noise(batch.latents, batch.seen, signal, sigma)
+    conditioning = method.conditioning(batch.captions)
+    prediction = backbone.denoise(noisy, schedule.times[at], conditioning)
+    target = TARGETS[kind](batch.latents, batch.noise, signal, sigma)
     if goal.loss == "huber":
         error = huber_error(prediction, target, goal.huber_delta)
     else:
         error = squared_error(prediction, target)
-    weight = batch.weights * timestep_weight(kind, signal, goal.weighting, goal.min_snr_gamma)
-    return (masked_mean(error, batch.masks) * weight).mean()
+    weight = batch.weights * timestep_weight(kind, snr, goal.weighting, goal.min_snr_gamma)
+    loss = (masked_mean(error, batch.masks) * weight).mean()
+    return loss + method.penalty(batch.captions, batch.masks)

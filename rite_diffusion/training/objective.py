@@ -1,7 +1,9 @@
 """What the denoiser is asked for and how its errors are weighed.
 
-With signal share a_t (`alphas_cumprod`): x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise.
+Noisy latents are x_t = signal x_0 + sigma noise, with coefficients from the model's noise schedule.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,18 +15,31 @@ def _broadcast(values: Tensor, like: Tensor) -> Tensor:
     return values.view(-1, *[1] * (like.ndim - 1))
 
 
-def add_noise(latents: Tensor, noise: Tensor, signal: Tensor) -> Tensor:
-    """Noisy latents at signal shares (B,) (Ho et al. 2020, Eq. 4)."""
-    signal = _broadcast(signal, latents)
-    return signal.sqrt() * latents + (1 - signal).sqrt() * noise
+def add_noise(latents: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+    """Noisy latents at signal and noise coefficients (B,) (Ho et al. 2020, Eq. 4)."""
+    return _broadcast(signal, latents) * latents + _broadcast(sigma, latents) * noise
 
 
-def target_of(kind: PredictionType, latents: Tensor, noise: Tensor, signal: Tensor) -> Tensor:
-    """What the model should predict: the noise, or the velocity (Salimans & Ho 2022, Sec. 4)."""
-    if kind == "epsilon":
-        return noise
-    signal = _broadcast(signal, latents)
-    return signal.sqrt() * noise - (1 - signal).sqrt() * latents
+def noise_target(latents: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+    """The noise itself (Ho et al. 2020, Eq. 14)."""
+    return noise
+
+
+def velocity_target(latents: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+    """The velocity signal * noise - sigma * x_0 (Salimans & Ho 2022, Sec. 4)."""
+    return _broadcast(signal, latents) * noise - _broadcast(sigma, latents) * latents
+
+
+def flow_target(latents: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
+    """The straight way noise - x_0 (Liu et al. 2023, Eq. 1, from the picture to the noise)."""
+    return noise - latents
+
+
+TARGETS: dict[PredictionType, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
+    "epsilon": noise_target,
+    "v_prediction": velocity_target,
+    "flow": flow_target,
+}
 
 
 def offset_noise(noise: Tensor, offset: float, generator: torch.Generator) -> Tensor:
@@ -41,19 +56,19 @@ def perturb(noise: Tensor, amount: float, generator: torch.Generator) -> Tensor:
     return noise + amount * torch.randn(noise.shape, generator=generator).to(noise)
 
 
-def timestep_weight(kind: PredictionType, signal: Tensor, weighting: str, gamma: float) -> Tensor:
-    """Weights (B,) of the prediction's squared error.
+def timestep_weight(kind: PredictionType, snr: Tensor, weighting: str, gamma: float) -> Tensor:
+    """Weights (B,) of the prediction's squared error at signal-to-noise ratios (B,).
 
     On the clean latents' error the weight is min(SNR, gamma) (`min_snr`, Hang et al. 2023,
-    Sec. 3.4) or sqrt(SNR) (`debiased`, Yu et al. 2023); the error of predicted noise is SNR times
-    the clean latents', that of a predicted velocity SNR + 1 times.
+    Sec. 3.4) or sqrt(SNR) (`debiased`, Yu et al. 2023). The error of predicted noise is SNR times
+    the clean latents', that of a predicted velocity 1 / sigma^2 times: SNR + 1 times where
+    signal^2 + sigma^2 = 1, (sqrt(SNR) + 1)^2 times where signal + sigma = 1, as in a flow.
     """
     if weighting == "none":
-        return torch.ones_like(signal)
-    snr = signal / (1 - signal).clamp(min=1e-8)
+        return torch.ones_like(snr)
     wanted = snr.clamp(max=gamma) if weighting == "min_snr" else snr.sqrt()
-    divisor = snr if kind == "epsilon" else snr + 1
-    return wanted / divisor.clamp(min=1e-8)
+    divisors = {"epsilon": snr, "v_prediction": snr + 1, "flow": (snr.sqrt() + 1).square()}
+    return wanted / divisors[kind].clamp(min=1e-8)
 
 
 def stratified_timesteps(

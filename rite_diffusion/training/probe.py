@@ -5,7 +5,8 @@ from collections.abc import Callable
 from rite_diffusion.concepts import Method
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.photos.dataset import LatentSet
-from rite_diffusion.training.loop import Job, Trainer
+from rite_diffusion.training.job import Job
+from rite_diffusion.training.loop import Trainer
 from rite_diffusion.training.validation import held_out_loss
 from rite_diffusion.types import Backbone
 

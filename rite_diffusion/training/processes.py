@@ -8,7 +8,9 @@ import os
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
+
+from rite_diffusion.types import RunError
 
 
 def process_count() -> int:
@@ -23,12 +25,13 @@ def is_main_process() -> bool:
 
 @torch.no_grad()
 def average_gradients(accelerator: Accelerator, parameters: list[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the processes."""
+    """Replace the gradient of all that trains now by its mean over the processes."""
     if accelerator.num_processes == 1:
         return
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
     gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
     flat = torch.cat([gradient.flatten() for gradient in gradients])
-    parts = accelerator.reduce(flat, "mean").split([gradient.numel() for gradient in gradients])  # pyright: ignore[reportAttributeAccessIssue]
+    parts = _mean(accelerator, flat).split([gradient.numel() for gradient in gradients])
     for parameter, part in zip(parameters, parts, strict=True):
         parameter.grad = part.view_as(parameter).clone()
 
@@ -38,4 +41,15 @@ def mean_over_processes(accelerator: Accelerator, value: float) -> float:
     if accelerator.num_processes == 1:
         return value
     tensor = torch.tensor(value, device=accelerator.device, dtype=torch.float32)
-    return accelerator.reduce(tensor, "mean").item()  # pyright: ignore[reportAttributeAccessIssue]
+    return _mean(accelerator, tensor).item()
+
+
+def _mean(accelerator: Accelerator, tensor: Tensor) -> Tensor:
+    """The mean of a tensor over the processes; RunError where one of them does not answer."""
+    try:
+        return accelerator.reduce(tensor, "mean")  # pyright: ignore[reportReturnType]
+    except RuntimeError as error:
+        raise RunError(
+            "another process of this run has died or hangs (its own messages say why). The newest "
+            "checkpoint is whole: the same command goes on from it."
+        ) from error

@@ -161,8 +161,13 @@ class RunFolder:
     def save_checkpoint(
         self, adapter: Adapter, snapshot: Snapshot, keep: int, milestones: Sequence[int] = ()
     ) -> Path:
-        """Write adapter and snapshot of a step; drop old ones beyond `keep` and `milestones`."""
+        """Write adapter and snapshot of a step; drop old ones beyond `keep` and `milestones`.
+
+        A whole checkpoint of that step stays: nothing may be lost between its end and the new one.
+        """
         final = self.path / "checkpoints" / f"step-{snapshot.step:06d}"
+        if final.exists() and self._snapshot(final) is not None:
+            return final
         partial = final.with_name(final.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
@@ -179,14 +184,17 @@ class RunFolder:
 
     def newest_snapshot(self) -> Snapshot | None:
         """The newest snapshot that can be read; the log names those that cannot."""
-        for folder in reversed(self.checkpoints()):
-            try:
-                tensors = load((folder / "training.safetensors").read_bytes())
-            except (OSError, SafetensorError, ValueError) as error:
-                self.log(f"{folder.name} cannot be read ({error}): going back to the one before")
-                continue
-            return Snapshot(int(folder.name.removeprefix("step-")), tensors)
-        return None
+        snapshots = map(self._snapshot, reversed(self.checkpoints()))
+        return next((snapshot for snapshot in snapshots if snapshot is not None), None)
+
+    def _snapshot(self, folder: Path) -> Snapshot | None:
+        """A checkpoint's snapshot; None, and a line in the log, where it cannot be read."""
+        try:
+            tensors = load((folder / "training.safetensors").read_bytes())
+        except (OSError, SafetensorError, ValueError) as error:
+            self.log(f"{folder.name} cannot be read ({error}): going back to the one before")
+            return None
+        return Snapshot(int(folder.name.removeprefix("step-")), tensors)
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""

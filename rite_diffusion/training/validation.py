@@ -20,7 +20,7 @@ def held_out_loss(
     backbone: Backbone, method: Method, data: LatentSet, config: TrainConfig
 ) -> float:
     """The mean loss of all samples of `data`, each at 8 evenly spaced timesteps."""
-    total, length = 0.0, len(backbone.alphas_cumprod)
+    total, length = 0.0, len(backbone.noise_schedule)
     timesteps = ((torch.arange(LEVELS) + 0.5) * length / LEVELS).long()
     for index in range(len(data.samples)):
         indices = [index] * LEVELS

@@ -1,9 +1,10 @@
 """Who may reach the studio."""
 
+import asyncio
 import hmac
 import ipaddress
-import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
 
 from rite_diffusion.types import StudioError
 from rite_diffusion.ui.workspace import checked_name
@@ -45,15 +46,16 @@ def refuse_open_door(host: str, share: bool, logins: dict[str, str]) -> None:
     )
 
 
-def gatekeeper(logins: dict[str, str]) -> Callable[[str, str], bool]:
-    """What Gradio asks for each login; a wrong one takes a while."""
+def gatekeeper(logins: dict[str, str]) -> Callable[[str, str], Awaitable[bool]]:
+    """What Gradio asks for each login; those of one user are answered in turn, wrong ones late."""
+    turns: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
-    def admit(user: str, password: str) -> bool:
+    async def admit(user: str, password: str) -> bool:
         expected = logins.get(user, "")
-        same = hmac.compare_digest(expected.encode(), password.encode())
-        if same and expected:
-            return True
-        time.sleep(PAUSE)
-        return False
+        async with turns[user if expected else ""]:
+            if expected and hmac.compare_digest(expected.encode(), password.encode()):
+                return True
+            await asyncio.sleep(PAUSE)
+            return False
 
     return admit

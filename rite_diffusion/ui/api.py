@@ -13,11 +13,13 @@ from typing import Any
 import gradio as gr
 
 from rite_diffusion.types import StudioError
-from rite_diffusion.ui import library
+from rite_diffusion.ui import fusing, library
+from rite_diffusion.ui.exports import export
 from rite_diffusion.ui.page import in_words, shown, uploaded
 from rite_diffusion.ui.presets import STANDARD, training_settings
+from rite_diffusion.ui.sheet_orders import SheetOrder, draw_sheet
 from rite_diffusion.ui.studio import DEVICE, Studio
-from rite_diffusion.ui.workspace import name_from
+from rite_diffusion.ui.workspace import name_from, title_of
 
 MOST_PICTURES = 64  # of one request
 
@@ -27,11 +29,21 @@ def build(studio: Studio) -> None:
     _build_generation(studio)
     _build_training(studio)
     _build_library(studio)
+    _build_fusion(studio)
 
 
-def file_data(path: Path, name: str | None = None) -> dict[str, Any]:
+def file_data(path: Path, name: str | None = None) -> Any:
     """A file as Gradio's clients fetch it."""
-    return {"path": shown(path, name), "meta": {"_type": "gradio.FileData"}}
+    return _linked(shown(path, name))
+
+
+def _linked(link: str) -> Any:
+    return {"path": link, "meta": {"_type": "gradio.FileData"}}
+
+
+def path_in(file: Any) -> Path:
+    """Where an uploaded file lies; Gradio's FileData is a dictionary by then."""
+    return uploaded(file["path"])
 
 
 def _build_generation(studio: Studio) -> None:
@@ -71,7 +83,42 @@ def _build_generation(studio: Studio) -> None:
         frames = studio.engine.draw(space, wishes, library.with_weights(space, chosen), base)
         return [file_data(frame.path) for frame in frames if frame.path is not None]
 
-    gr.api(generate, api_name="generate", concurrency_id=DEVICE, concurrency_limit=1)
+    @in_words
+    def compare(
+        prompts: list[str],
+        adapters: list[list[str]] | None = None,
+        weights: list[float] | None = None,
+        methods: list[str] | None = None,
+        seeds: list[int] | None = None,
+        columns: str = "seed",
+        steps: int = 25,
+        request: gr.Request = None,  # type: ignore
+    ) -> gr.FileData:
+        """Draw a sheet of every combination; returns a PNG file.
+
+        Each of adapters is a list of names that act together, [] for the base alone; methods say
+        how: attached, or one of `rite fuse`. Columns are prompt, adapter, weight, method or seed.
+        """
+        order = SheetOrder(
+            prompts, adapters or [[]], weights or [1.0], methods or ["attached"], seeds or [0],
+            columns, steps,
+        )  # fmt: skip
+        return file_data(draw_sheet(studio, studio.space(request), order, _unheard))
+
+    @in_words
+    def read_picture(file: gr.FileData) -> dict:
+        """The parameters that a picture of this studio carries."""
+        from rite_diffusion.ui.history import parameters_of
+
+        return asdict(parameters_of(path_in(file)))
+
+    for endpoint in (generate, compare):
+        gr.api(endpoint, concurrency_id=DEVICE, concurrency_limit=1)
+    gr.api(read_picture, concurrency_limit=None)
+
+
+def _unheard(*_: Any) -> None:
+    """Progress that nobody follows."""
 
 
 def _weighted(item: str) -> tuple[str, float]:
@@ -114,7 +161,7 @@ def _build_training(studio: Studio) -> None:
         }
         tree = training_settings(purpose, needed, {}, settings)
         configure(tree)
-        keep_photos([str(uploaded(file["path"])) for file in photos], folder)
+        keep_photos([str(path_in(file)) for file in photos], folder)
         run = space.new("runs", stem)
         studio.queue.submit(run, tree)
         return run.name
@@ -164,7 +211,7 @@ def _build_library(studio: Studio) -> None:
     @in_words
     def import_adapter(file: gr.FileData, request: gr.Request = None) -> str:  # type: ignore
         """Check an adapter file and bring it into the library; returns its name there."""
-        return library.bring_in(studio.space(request), uploaded(file["path"]))
+        return library.bring_in(studio.space(request), path_in(file))
 
     @in_words
     def download_adapter(name: str, request: gr.Request = None) -> gr.FileData:  # type: ignore
@@ -186,9 +233,49 @@ def _build_library(studio: Studio) -> None:
     @in_words
     def undo_delete(request: gr.Request = None) -> str:  # type: ignore
         """Put back what was deleted last."""
-        return studio.space(request).put_back().name
+        return title_of(studio.space(request).put_back())
+
+    @in_words
+    def convert_adapter(name: str, to: str, request: gr.Request = None) -> gr.FileData:  # type: ignore
+        """An adapter for another program: kohya, comfyui, diffusers or peft; loaded back first."""
+        link, _ = export(studio, studio.space(request), name, to)
+        return _linked(link)
 
     for endpoint in (
         adapters, import_adapter, download_adapter, rename_adapter, delete_adapter, undo_delete,
     ):  # fmt: skip
         gr.api(endpoint, concurrency_limit=None)
+    gr.api(convert_adapter, concurrency_id=DEVICE, concurrency_limit=1)
+
+
+def _build_fusion(studio: Studio) -> None:
+    @in_words
+    def conflicts(
+        adapters: list[str],
+        method: str = "gram",
+        rank: int | None = None,
+        request: gr.Request = None,  # type: ignore
+    ) -> dict:
+        """What interferes between adapters (NAME or NAME:WEIGHT) before and after a fusion."""
+        space = studio.space(request)
+        order = fusing.order_of(space, [_weighted(item) for item in adapters], method, rank)
+        return fusing.foresee(studio, space, order, _unheard).as_dict()
+
+    @in_words
+    def fuse(
+        adapters: list[str],
+        method: str = "gram",
+        rank: int | None = None,
+        name: str = "",
+        request: gr.Request = None,  # type: ignore
+    ) -> str:
+        """Fuse adapters (NAME or NAME:WEIGHT) into one in the library; returns its name there."""
+        space = studio.space(request)
+        order = fusing.order_of(space, [_weighted(item) for item in adapters], method, rank)
+        wanted = library.checked_title(name) if name else order.title()
+        draft = fusing.new_draft(space)
+        fusing.fuse(studio, space, order, draft, _unheard)
+        return fusing.keep(space, draft.name, wanted, None)
+
+    for endpoint in (conflicts, fuse):
+        gr.api(endpoint, concurrency_id=DEVICE, concurrency_limit=1)

@@ -2,10 +2,9 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from queue import Queue
+from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import Any
-
-from rite_diffusion.types import RiteError
 
 
 class _Closed(Exception):
@@ -16,31 +15,29 @@ def followed(work: Callable[[Callable[..., None]], Any]) -> Iterator[tuple[str, 
     """("heard", arguments) of each call of the listener that `work` is given, and ("made", result).
 
     The work runs in a thread of its own and ends at its next report when the iterator is closed.
-    A RiteError of the work is raised here.
+    What it raises is raised here.
     """
-    told: Queue[tuple[str, Any]] = Queue()
+    told: SimpleQueue[tuple[Any, ...] | None] = SimpleQueue()
     closed = threading.Event()
+    result: Future[Any] = Future()
 
     def listen(*values: Any) -> None:
         if closed.is_set():
             raise _Closed
-        told.put(("heard", values))
+        told.put(values)
 
     def run() -> None:
         try:
-            told.put(("made", work(listen)))
-        except RiteError as error:
-            told.put(("fault", error))
-        except _Closed:
-            pass
+            result.set_result(work(listen))
+        except BaseException as error:
+            result.set_exception(error)
         finally:
-            told.put(("end", None))
+            told.put(None)
 
     threading.Thread(target=run, daemon=True, name="recipe").start()
     try:
-        while (item := told.get())[0] != "end":
-            if item[0] == "fault":
-                raise item[1]
-            yield item
+        while (values := told.get()) is not None:
+            yield "heard", values
+        yield "made", result.result()
     finally:
         closed.set()

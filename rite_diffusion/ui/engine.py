@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -78,14 +79,38 @@ class Engine:
     def _attach(self, backbone: StableDiffusion, chosen: list[Chosen]) -> None:
         wanted = [(each.path, each.path.stat().st_mtime_ns) for each in chosen]
         if wanted != self._attached:
-            for index in range(len(self._attached)):
-                detach(backbone, attached_name(index))
-            self._attached = []
+            self._detach(backbone)
             for index, each in enumerate(chosen):
                 attach(backbone, each.adapter, attached_name(index), each.weight)
                 self._attached = wanted[: index + 1]
         for index, each in enumerate(chosen):
             set_weight(backbone, attached_name(index), each.weight)
+
+    def _detach(self, backbone: StableDiffusion) -> None:
+        for index in range(len(self._attached)):
+            detach(backbone, attached_name(index))
+        self._attached = []
+
+    @contextmanager
+    def lend(
+        self, space: Workspace, base: str, recorded: Sequence[str]
+    ) -> Iterator[StableDiffusion]:
+        """The base model alone, for a recipe, until the block ends; drawings wait that long.
+
+        The base is what a user calls it, by default the first that the adapters were made for.
+        """
+        with self._lock:
+            self._turn += 1
+            backbone = self._open(_named(space, base, recorded))
+            self._detach(backbone)
+            yield backbone
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Nothing is drawn until the block ends."""
+        with self._lock:
+            self._turn += 1
+            yield
 
     def draw(
         self,
@@ -105,7 +130,8 @@ class Engine:
             self._turn += 1
             turn = self._turn
             backbone, chosen = self._prepare(space, base, adapters)
-        records, attached = [each.record() for each in chosen], as_attached(chosen)
+        records = [each.record() for each in chosen]
+        attached = as_attached(chosen)
         for parameters in [complete(backbone, records, **vars(wish)) for wish in wishes]:
             frames = _frames(backbone, parameters, attached, space.folder("outputs"))
             while frame := self._next(frames, turn):
@@ -115,9 +141,8 @@ class Engine:
         self, space: Workspace, base: str, adapters: Sequence[str]
     ) -> tuple[StableDiffusion, list[Chosen]]:
         chosen = choose_adapters(adapters)
-        recorded = [each.adapter.info.base for each in chosen if each.adapter.info.base]
-        named = space.base(base) or space.base(next(iter(recorded), ""))
-        backbone = self._open(named or "pocket")
+        recorded = [each.adapter.info.base for each in chosen]
+        backbone = self._open(_named(space, base, recorded))
         self._attach(backbone, chosen)
         return backbone, chosen
 
@@ -125,6 +150,11 @@ class Engine:
         """The next frame of the drawing whose turn it is, None at its end."""
         with self._lock:
             return next(frames, None) if turn == self._turn else None
+
+
+def _named(space: Workspace, base: str, recorded: Sequence[str]) -> str:
+    """The base that is asked for, else the first that is recorded, else pocket."""
+    return space.base(base) or space.base(next(filter(None, recorded), "")) or "pocket"
 
 
 def _frames(

@@ -14,12 +14,24 @@ SHOWN = 60  # newest pictures
 
 
 @dataclass(frozen=True)
+class Used:
+    """An adapter of a picture; `name` is empty where the library does not have it."""
+
+    file: str
+    weight: float
+    name: str
+
+
+@dataclass(frozen=True)
 class Restored:
-    """A picture's parameters with its adapters as the library knows them."""
+    """A picture's parameters, and its adapters as the library knows them."""
 
     parameters: Parameters
-    adapters: list[tuple[str, float]]
-    missing: list[str]  # adapters that the library does not have
+    adapters: list[Used]
+
+    def missing(self) -> list[str]:
+        """Files of the adapters that the library does not have."""
+        return [each.file for each in self.adapters if not each.name]
 
 
 def newest(space: Workspace) -> list[Path]:
@@ -28,19 +40,21 @@ def newest(space: Workspace) -> list[Path]:
     return sorted(made, key=lambda path: int(path.stem), reverse=True)[:SHOWN]
 
 
-def restore(space: Workspace, picture: Path) -> Restored:
+def parameters_of(picture: Path) -> Parameters:
     """What a picture was made with; StudioError where the file does not say."""
     try:
-        parameters = read_parameters(picture)
-        chosen = [(each["sha256"], each["file"], each["weight"]) for each in parameters.adapters]
-    except (KeyError, TypeError, ValueError, Image.UnidentifiedImageError, OSError):
+        return read_parameters(picture)
+    except (KeyError, ValueError, Image.UnidentifiedImageError, OSError):
         raise StudioError(
             f"{picture.name} does not tell how it was made: drop a PNG that was made here. "
             "Other programs take such notes out."
         ) from None
-    known = by_digest(space)
-    return Restored(
-        parameters,
-        [(known[digest], float(weight)) for digest, _, weight in chosen if digest in known],
-        [str(file) for digest, file, _ in chosen if digest not in known],
-    )
+
+
+def restore(space: Workspace, picture: Path) -> Restored:
+    """`parameters_of` a picture, with its adapters as the library knows them."""
+    parameters, known = parameters_of(picture), by_digest(space)
+    adapters = [
+        Used(each.file, each.weight, known.get(each.sha256, "")) for each in parameters.adapters
+    ]
+    return Restored(parameters, adapters)

@@ -14,7 +14,7 @@ from rite_diffusion.ui.jobs import LIVE, state_of
 from rite_diffusion.ui.workspace import Workspace, checked_name, name_from
 
 SUFFIX = ".safetensors"
-SKETCH = ".sketch.safetensors"  # statistics beside an adapter, none themselves
+SKETCH = ".sketch.safetensors"  # statistics beside an adapter, for fusions
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,14 @@ class Card:
         """What is renamed and deleted: the run's folder, or the file."""
         return self.path.parent if self.run else self.path
 
+    def beside(self) -> list[Path]:
+        """What belongs to a file and lies beside it: its picture, its statistics."""
+        own = [self.path.with_suffix(".png"), self.path.with_name(f"{self.path.stem}{SKETCH}")]
+        return [] if self.run else [path for path in own if path.exists()]
+
     def triggers(self) -> list[str]:
         """The words that call its concepts."""
         return [word for word in self.trigger.split(", ") if word]
-
-    def facts(self) -> str:
-        """Method, rank and size in one line."""
-        rank = f"rank {self.ranks}" if self.ranks else ""
-        made = " · ".join(fact for fact in (self.method, rank) if fact)
-        return " · ".join(fact for fact in (made, f"{self.size / 1e6:.1f} MB") if fact)
 
 
 def cards(space: Workspace) -> list[Card]:
@@ -54,8 +53,11 @@ def cards(space: Workspace) -> list[Card]:
         (f"{run.name}{_clash(space, run.name)}", run / f"adapter{SUFFIX}", run.name)
         for run in space.folder("runs").iterdir()
     ]
-    files = space.folder("adapters").glob(f"*{SUFFIX}")
-    found += [(path.stem, path, "") for path in files if not path.name.endswith(SKETCH)]
+    found += [
+        (path.stem, path, "")
+        for path in space.folder("adapters").glob(f"*{SUFFIX}")
+        if not path.name.endswith(SKETCH)
+    ]
     whole = [each for each in found if each[1].is_file()]
     whole.sort(key=lambda each: each[1].stat().st_mtime, reverse=True)
     return [card for each in whole if (card := _card(*each)) is not None]
@@ -108,16 +110,18 @@ def find(space: Workspace, name: str) -> Card:
     raise StudioError(f"there is no adapter '{name}' in the library: choose one from the list.")
 
 
+def of_run(space: Workspace, run: str) -> Card:
+    """The card of the adapter that a run made; StudioError where it has made none yet."""
+    for card in cards(space):
+        if card.run == run:
+            return card
+    raise StudioError(f"'{run}' has written no adapter yet: wait for its end, or stop it.")
+
+
 def with_weights(space: Workspace, chosen: Iterable[tuple[str, float]]) -> list[str]:
     """`FILE:WEIGHT` of each name and weight, as the recipes take them."""
     known = {card.name: card for card in cards(space)}
     return [f"{(known.get(name) or find(space, name)).path}:{weight:g}" for name, weight in chosen]
-
-
-def base_of(space: Workspace, names: Iterable[str]) -> str | None:
-    """The base model, as the recipes take it, that the first adapter to name one was made for."""
-    named = (find(space, name).base for name in names)
-    return space.base(next((base for base in named if base), ""))
 
 
 def bring_in(space: Workspace, upload: Path) -> str:
@@ -129,7 +133,8 @@ def bring_in(space: Workspace, upload: Path) -> str:
             f"{upload.name} is no {SUFFIX} file: only those are taken, never pickles."
         )
     load_adapter(upload)
-    target = space.new("adapters", name_from(upload.stem, "adapter"), SUFFIX)
+    stem = upload.stem.removesuffix(".sketch")
+    target = space.new("adapters", name_from(stem, "adapter"), SUFFIX)
     partial = target.with_suffix(".partial")
     shutil.copyfile(upload, partial)
     partial.rename(target)
@@ -146,18 +151,28 @@ def _idle(card: Card) -> Card:
 def rename(space: Workspace, old: str, new: str) -> str:
     """Give an adapter another name; returns it."""
     card = _idle(find(space, old))
-    target = card.home.with_name(checked_name(new.strip()) + ("" if card.run else SUFFIX))
-    if target.exists() or new in {each.name for each in cards(space)}:
-        raise StudioError(f"there is another '{new}': choose a name that is free.")
-    if not card.run and card.preview:
-        card.preview.rename(target.with_suffix(".png"))
+    name = checked_title(new)
+    target = card.home.with_name(name + ("" if card.run else SUFFIX))
+    if target.exists() or name in {each.name for each in cards(space)}:
+        raise StudioError(f"there is another '{name}': choose a name that is free.")
+    for path in card.beside():
+        path.rename(target.with_name(name + path.name.removeprefix(card.path.stem)))
     card.home.rename(target)
-    return new.strip()
+    return name
+
+
+def checked_title(text: str) -> str:
+    """The text, if it can name an adapter; StudioError otherwise."""
+    name = checked_name(text.strip())
+    if f"{name}{SUFFIX}".endswith(SKETCH):
+        raise StudioError(f"'{name}' would name a sketch: leave '.sketch' out.")
+    return name
 
 
 def delete(space: Workspace, name: str) -> None:
     """Move an adapter, and the run that made it, into the trash."""
-    space.throw_away(_idle(find(space, name)).home)
+    card = _idle(find(space, name))
+    space.throw_away(card.home, *card.beside())
 
 
 def by_digest(space: Workspace) -> dict[str, str]:

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 
@@ -17,6 +18,7 @@ from rite_diffusion.ui.workspace import Workspace
 
 LARGEST_UPLOAD = "1gb"  # of one file; an SDXL adapter of rank 128 has this size
 WAITING = 64  # requests that may wait
+KNOWN_HOSTS = ["127.0.0.1", "localhost"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ def launch(settings: Settings):
     shutil.rmtree(root / ".page", ignore_errors=True)
     os.environ["GRADIO_TEMP_DIR"] = str(root / ".page")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    os.environ["GRADIO_RUN_HISTORY"] = "False"  # prompts are kept here, not in browsers
 
     from rite_diffusion.ui.app import build
     from rite_diffusion.ui.studio import Studio
@@ -60,7 +63,7 @@ def launch(settings: Settings):
         page.launch(
             server_name=settings.host,
             server_port=settings.port,
-            auth=gatekeeper(logins) if logins else None,
+            auth=cast(Any, gatekeeper(logins)) if logins else None,  # it may be a coroutine
             share=settings.share,
             mcp_server=settings.mcp,
             max_file_size=LARGEST_UPLOAD,
@@ -69,6 +72,7 @@ def launch(settings: Settings):
             css=CSS,
             footer_links=["api", "settings"],
             ssr_mode=False,
+            app_kwargs=_only_known_hosts(settings, logins),
             quiet=True,
             prevent_thread_lock=True,
         )
@@ -76,6 +80,19 @@ def launch(settings: Settings):
         raise StudioError(f"cannot listen on port {settings.port}: {error}") from None
     studio.work()
     return page
+
+
+def _only_known_hosts(settings: Settings, logins: dict[str, str]) -> dict[str, Any]:
+    """Settings of the server that refuse other names for this machine, where nobody has to log in.
+
+    Otherwise a stranger's page whose domain is made to lead to 127.0.0.1 could use the studio.
+    """
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    if logins or settings.host not in KNOWN_HOSTS:
+        return {}
+    return {"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=KNOWN_HOSTS)]}
 
 
 def _take(root: Path) -> Path:

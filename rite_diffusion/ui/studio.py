@@ -63,12 +63,16 @@ class Studio:
             return self._engine
 
     def work(self) -> None:
-        """Start the thread that gets the engine ready and gives waiting runs their turn."""
-        threading.Thread(target=self._work, daemon=True, name="studio").start()
+        """Start the threads that get the engine ready and give waiting runs their turn."""
+        for work in (self._warm_up, self._give_turns):
+            threading.Thread(target=work, daemon=True, name=work.__name__).start()
 
-    def _work(self) -> None:
+    def _warm_up(self) -> None:
         self._visited.wait(GRACE)
         self.engine.warm_up()
+
+    def _give_turns(self) -> None:
+        self._visited.wait(GRACE)
         while True:
             try:
                 self.queue.turn()

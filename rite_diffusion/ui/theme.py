@@ -48,13 +48,32 @@ def theme() -> gr.themes.Base:
         button_primary_background_fill_dark="#6d5ef0",
         button_primary_background_fill_hover_dark="#7f72f5",
         button_primary_text_color="white",
+        button_secondary_background_fill_dark="#1c2540",
+        button_secondary_background_fill_hover_dark="#28345a",
+        button_secondary_border_color_dark="#2c3860",
+        checkbox_label_background_fill_dark="#1c2540",
+        checkbox_label_background_fill_hover_dark="#28345a",
         button_large_radius="*radius_lg",
+        button_large_text_size="*text_md",
+        button_large_padding="0.6rem 1rem",
         slider_color="#6d5ef0",
     )
 
 
 CSS = """
-.gradio-container { max-width: 1360px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1360px !important;
+  margin: 0 auto !important; }
+.gradio-container button.lg { white-space: nowrap; }
+.gr-group > .styler { background: var(--block-background-fill) !important; }
+.grid-wrap.fixed-height { min-height: 0 !important; max-height: none !important; }
+.gallery-container:has(> .preview) { min-height: 420px; }
+.grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important;
+  grid-template-rows: none !important; grid-auto-rows: auto !important; }
+.grid-container.pt-6 { padding-top: 1.9rem; }
+.end { align-items: end !important; }
+.drop .wrap { min-height: 0 !important; padding-top: 1.6rem !important; flex-wrap: wrap;
+  flex-direction: row !important; gap: 0 .45rem; font-size: .9rem !important; }
+.drop .icon-wrap { display: none; }
 .head { display: flex; align-items: center; gap: .8rem; padding: .2rem 0 .1rem; }
 .head svg { width: 34px; height: 34px; flex: none; }
 .head h1 { font-size: 1.25rem; font-weight: 650; margin: 0; letter-spacing: -.01em; }
@@ -63,7 +82,8 @@ CSS = """
   text-align: center; gap: .4rem; min-height: 190px; padding: 1.6rem; border-radius: 14px;
   border: 1.5px dashed var(--border-color-primary); color: var(--body-text-color-subdued); }
 .empty b { color: var(--body-text-color); font-size: 1.02rem; }
-.empty span { max-width: 34rem; line-height: 1.5; }
+.empty span { max-width: 34rem; line-height: 1.5;
+  color: var(--body-text-color-subdued) !important; }
 .stage { display: flex; flex-direction: column; align-items: center; gap: .7rem; }
 .stage img { width: min(100%, 384px); border-radius: 14px; display: block; }
 .stage p, .run p { margin: 0; color: var(--body-text-color-subdued); font-size: .9rem; }
@@ -91,14 +111,39 @@ CSS = """
   font-size: .9rem; }
 .facts dt { color: var(--body-text-color-subdued); margin: 0; }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
+.box-title { display: block; padding: .5rem .8rem 0; color: var(--colour); }
+.conflicts { display: flex; flex-direction: column; gap: .6rem; font-size: .92rem; }
+.conflicts p, .conflicts h4 { margin: 0; }
+.conflicts > p:first-child { font-size: 1.05rem; font-weight: 600; color: var(--body-text-color); }
+.conflicts h4 { margin-top: .6rem; font-size: .95rem; }
+.conflicts small { font-weight: 400; color: var(--body-text-color-subdued); }
+.conflicts dl { display: grid; grid-template-columns: minmax(5rem, max-content) 1fr;
+  gap: .5rem 1rem; margin: 0; align-items: center; }
+.conflicts dt { overflow-wrap: anywhere; } .conflicts dd { margin: 0; }
+.conflicts dd span { display: flex; align-items: center; gap: .5rem; height: 1.15rem;
+  font-size: .8rem; color: var(--body-text-color-subdued); }
+.conflicts i { display: inline-block; height: .7rem; border-radius: 3px; }
+.conflicts i.before { background: #d9a05b; } .conflicts i.after { background: #6d5ef0; }
+.conflicts .key { font-size: .82rem; color: var(--body-text-color-subdued); }
+.conflicts .key i { width: .7rem; margin: 0 .3rem 0 .6rem; vertical-align: -1px; }
+.conflicts table { border-collapse: separate; border-spacing: 3px; width: auto; }
+.conflicts th { font-weight: 500; padding: .2rem .5rem; text-align: left; }
+.conflicts td { padding: .3rem .6rem; border-radius: 5px; text-align: center; min-width: 3.2rem;
+  background: color-mix(in srgb, #e02424 var(--loud, 0%), rgb(100 116 139 / .12)); }
+.conflicts td:first-child:empty { background: none; }
+.conflicts details td { text-align: left; overflow-wrap: anywhere; font-size: .82rem; }
+.conflicts summary { cursor: pointer; color: var(--body-text-color-subdued); }
 .mono textarea { font-family: var(--font-mono); font-size: .82rem; line-height: 1.5; }
 .queue { margin: 0; padding-left: 1.2rem; font-size: .9rem; }
-.small-drop { min-height: 0 !important; }
 .grid-wrap img, .thumbnail-item img { background: transparent; }
 footer { opacity: .75; }
 @media (max-width: 640px) {
-  .gradio-container { padding: .5rem !important; }
-  .head p { display: none; }
+  .gradio-container, .gradio-container main { padding: .3rem !important; }
+  #tabs .tab-container button { padding-inline: .5rem; font-size: .88rem; }
+  .head p, footer .divider { display: none; }
+  .grid-container { --grid-cols: 3 !important; }
+  #made .grid-container, #sides .grid-container, #cards .grid-container {
+    --grid-cols: 2 !important; }
 }
 """
 

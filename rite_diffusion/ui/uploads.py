@@ -10,6 +10,7 @@ from rite_diffusion.types import StudioError
 from rite_diffusion.ui.workspace import name_from
 
 MOST_FILES = 500  # photos and captions of one set
+MOST_ENTRIES = 10_000  # of an archive, whatever they are
 LARGEST_FILE = 64_000_000  # bytes
 LARGEST_SET = 1_000_000_000  # bytes
 CAPTIONS = {".txt", ".caption"}
@@ -55,6 +56,8 @@ def _files(uploads: Sequence[str]) -> Iterator[tuple[Path | tuple[zipfile.ZipFil
 
 def _entries(archive: zipfile.ZipFile) -> list[str]:
     """Names of an archive's photos and captions; StudioError for one that is built to harm."""
+    if len(archive.infolist()) > MOST_ENTRIES:
+        raise StudioError(f"the zip archive holds over {MOST_ENTRIES} files: choose fewer photos.")
     names = []
     for entry in archive.infolist():
         path = PurePosixPath(entry.filename.replace("\\", "/"))

@@ -80,12 +80,18 @@ class Workspace:
             f"or folder in {self.folder('models')}."
         )
 
-    def throw_away(self, path: Path) -> None:
-        """Move a file or folder into the trash."""
+    def throw_away(self, home: Path, *beside: Path) -> None:
+        """Move a file or folder into the trash, with what belongs to it in the same folder."""
         place = self.folder("trash") / f"{time.time_ns()}"
-        place.mkdir()
-        (place / "from").write_text(str(path.relative_to(self.root)), encoding="utf-8")
-        shutil.move(path, place / path.name)
+        (place / "held").mkdir(parents=True)
+        (place / "from").write_text(str(home.relative_to(self.root)), encoding="utf-8")
+        for path in (home, *beside):
+            shutil.move(path, place / "held" / path.name)
+
+    def thrown_away(self) -> str:
+        """The name of what `put_back` would bring back, "" for nothing."""
+        places = sorted(self.folder("trash").iterdir())
+        return title_of((places[-1] / "from").read_text(encoding="utf-8")) if places else ""
 
     def put_back(self) -> Path:
         """Undo the newest `throw_away`; StudioError where that cannot be."""
@@ -94,10 +100,16 @@ class Workspace:
             raise StudioError("nothing was deleted that could be put back.")
         home = self.root / (places[-1] / "from").read_text(encoding="utf-8")
         if home.exists():
-            raise StudioError(f"'{home.stem}' is there again: rename it first, then undo.")
-        shutil.move(places[-1] / home.name, home)
+            raise StudioError(f"'{title_of(home)}' is there again: rename it first, then undo.")
+        for path in (places[-1] / "held").iterdir():
+            shutil.move(path, home.with_name(path.name))
         shutil.rmtree(places[-1])
         return home
+
+
+def title_of(path: str | Path) -> str:
+    """What a page calls a file or folder: its name, without the suffix of adapters."""
+    return Path(path).name.removesuffix(".safetensors")
 
 
 def _changed(path: Path) -> float:

@@ -78,18 +78,23 @@ def own_tensors(adapter: Adapter) -> dict[str, Tensor]:
     return {OWN + word: checked_token(word, rows.detach()) for word, rows in adapter.tokens.items()}
 
 
+def averaged(adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's tokens with one layer, the mean, as other tools have them."""
+    return {word: rows.mean(0, keepdim=True) for word, rows in adapter.tokens.items()}
+
+
 def embedding_files(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
     """A1111's file content for each word, by file name; layers are averaged."""
-    files = {}
-    for word, rows in adapter.tokens.items():
+    files, tokens = {}, averaged(adapter)
+    for word, rows in tokens.items():
         if word.endswith(SECOND):
             continue
-        second = adapter.tokens.get(word + SECOND)
+        second = tokens.get(word + SECOND)
         name = re.sub(r"[^\w\-]", "", word) or "token"
         if second is None:
-            files[f"{name}.safetensors"] = {"emb_params": rows.mean(0)}
+            files[f"{name}.safetensors"] = {"emb_params": rows[0]}
         else:
-            files[f"{name}.safetensors"] = {"clip_l": rows.mean(0), "clip_g": second.mean(0)}
+            files[f"{name}.safetensors"] = {"clip_l": rows[0], "clip_g": second[0]}
     return files
 
 

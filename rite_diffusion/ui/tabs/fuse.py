@@ -1,155 +1,219 @@
-"""Fuse: several adapters into one, with the report of what interferes, before it is kept."""
+"""Fuse: several adapters into one; what interferes is shown before, pictures before and after."""
 
-import shutil
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 
-from rite_diffusion.types import StudioError
-from rite_diffusion.ui import library
+from rite_diffusion.types import RiteError
+from rite_diffusion.ui import fusing
 from rite_diffusion.ui.background import followed
-from rite_diffusion.ui.library import Card
-from rite_diffusion.ui.page import empty_state, in_words, progress_bar, shown, tell
+from rite_diffusion.ui.conflicts import report_html
+from rite_diffusion.ui.page import empty_state, in_words, shown, tell
 from rite_diffusion.ui.studio import DEVICE, Studio
-from rite_diffusion.ui.tabs import Refresh
-from rite_diffusion.ui.tabs.adapters import MOST, build_chooser, chosen_with_weights
-from rite_diffusion.ui.workspace import Workspace, checked_name, name_from
+from rite_diffusion.ui.tabs import Built
+from rite_diffusion.ui.tabs.adapters import MOST, Chooser, build_chooser, chosen_with_weights
+from rite_diffusion.ui.tabs.drawing import drawing, waiting_html
+from rite_diffusion.ui.tabs.fields import optional_number, whole_number
+from rite_diffusion.ui.workspace import Workspace
 
-STANDARD = "gram"
+METHODS = {
+    "gram": "keeps what each concept does with its own inputs",
+    "concat": "the plain sum, which side by side is",
+    "weighted": "the plain sum in as few ranks as it needs",
+    "svd": "the plain sum cut to a rank",
+    "ties": "large entries whose signs agree",
+    "dare": "entries left out at random",
+    "knots": "ties in directions that the updates share",
+    "custom_diffusion": "a few inputs of each come out exactly",
+    "gradient": "what gram solves, by slow descent",
+}
 NO_FUSION = empty_state(
     "Choose two adapters or more",
-    "The report shows what would interfere and what the fusion makes of it. Nothing is kept until "
-    "you save it.",
+    "“Show conflicts” tells what would interfere and what the fusion makes of it. “Fuse” draws the "
+    "same prompts before and after. Nothing is kept until you save it.",
 )
 
 
-def build(studio: Studio) -> list[Refresh]:
+@dataclass(frozen=True)
+class FusePanel:
+    """What a fusion fills."""
+
+    stage: gr.HTML
+    report: gr.HTML
+    sides: gr.Gallery
+    keeping: gr.Group
+    name: gr.Textbox
+    draft: gr.State  # name of the fused adapter's file
+    preview: gr.State  # name of the first picture drawn with it
+
+    def shown(self) -> list[Any]:
+        """The components in order."""
+        return [
+            self.stage, self.report, self.sides, self.keeping, self.name, self.draft, self.preview
+        ]  # fmt: skip
+
+
+def build(studio: Studio) -> Built:
     """Lay the tab out and connect it."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
             chooser, refresh_adapters = build_chooser(studio)
+            method = gr.Dropdown(
+                list(METHODS), value="gram", label="Method", info=METHODS["gram"],
+                elem_id="fuse-method",
+            )  # fmt: skip
             with gr.Row():
-                method = gr.Dropdown([STANDARD], value=STANDARD, label="Method", min_width=140)
-                rank = gr.Number(None, label="Largest rank", precision=0, min_width=110)
-            prompt = gr.Textbox(
-                label="Prompt to compare with", placeholder="all triggers beside each other"
-            )
+                rank = optional_number("Largest rank", "fuse-rank")
+                prompt = gr.Textbox("", label="Prompt to compare with", min_width=180, scale=2,
+                                    placeholder="each concept, and all together")  # fmt: skip
             with gr.Row():
-                go = gr.Button("Fuse", variant="primary", scale=2, elem_id="fuse")
-                stop = gr.Button("Stop", scale=1, min_width=80)
-            with gr.Group(visible=False) as keeping:
-                name = gr.Textbox(label="Name in the library", max_length=64)
+                check = gr.Button("Show conflicts", min_width=130, elem_id="conflicts")
+                go = gr.Button("Fuse", variant="primary", min_width=110, elem_id="fuse")
+                stop = gr.Button("Stop", scale=0, min_width=80, elem_id="fuse-stop")
+            with gr.Group(visible=False, elem_id="keeping") as keeping:
+                name = gr.Textbox(
+                    "", label="Name in the library", max_length=64, elem_id="fused-name"
+                )
                 keep = gr.Button("Save to the library", variant="primary", elem_id="keep-fused")
         with gr.Column(scale=7, min_width=320):
             stage = gr.HTML(NO_FUSION, elem_id="fuse-stage")
-            sides = gr.ImageSlider(
-                label="Side by side without fusion (left), fused (right)", type="filepath",
-                visible=False, interactive=False, elem_id="sides",
+            sides = gr.Gallery(
+                label="Before (left): side by side, not fused. After (right): fused.",
+                columns=2, height="auto", object_fit="contain", visible=False, interactive=False,
+                buttons=["fullscreen"], elem_id="sides",
             )  # fmt: skip
-            report = gr.Image(
-                label="Conflict report", type="filepath", visible=False, interactive=False,
-                buttons=["download", "fullscreen"], elem_id="conflicts",
-            )  # fmt: skip
+            report = gr.HTML("", elem_id="conflict-report")
+    panel = FusePanel(stage, report, sides, keeping, name, gr.State(""), gr.State(""))
+    _connect(studio, panel, chooser, [method, rank, prompt], check, go, stop)
+    _connect_keeping(studio, panel, keep)
+    method.change(
+        lambda name: gr.Dropdown(info=METHODS[name]), method, method, show_progress="hidden",
+        api_visibility="private",
+    )  # fmt: skip
+    return Built([refresh_adapters])
+
+
+def _connect(
+    studio: Studio,
+    panel: FusePanel,
+    chooser: Chooser,
+    fields: list[Any],
+    check: gr.Button,
+    go: gr.Button,
+    stop: gr.Button,
+) -> None:
+    def ordered(space: Workspace, method: str, rank: str, *chosen: Any) -> fusing.Order:
+        pairs = chosen_with_weights(chosen[0], chosen[1 : MOST + 1])
+        return fusing.order_of(space, pairs, method, whole_number(rank, "the largest rank"))
 
     @in_words
-    def fuse(request: gr.Request, method: str, rank: float | None, prompt: str, *chosen: Any):
+    def foresee(request: gr.Request, method: str, rank: str, _: str, *chosen: Any):
         space = studio.space(request)
-        pairs = chosen_with_weights(chosen[0], chosen[1 : MOST + 1])
-        if len(pairs) < 2:
-            raise StudioError("choose two adapters or more: one alone is fused already.")
-        settings = {"rank": int(rank)} if rank else {}
-        made = None
-        yield {stage: _waiting("Reading the adapters…"), keeping: gr.Group(visible=False)}
-        for kind, what in _fusing(space, pairs, method, settings):
+        order = ordered(space, method, rank, *chosen)
+        yield _begun(panel)
+        work = followed(lambda listen: fusing.foresee(studio, space, order, listen))
+        for kind, what in work:
             if kind == "heard":
-                yield {stage: _waiting(f"Picture {what[0]} for the statistics")}
+                yield {panel.stage: waiting_html(*what)}
             else:
-                made = what
-        if made is None:
-            return
-        yield {stage: _waiting("Drawing the comparison…"), report: _image(made.sheet)}
-        cards = [library.find(space, each) for each, _ in pairs]
+                yield {panel.stage: "", panel.report: report_html(what)}
+
+    @in_words
+    def fuse(request: gr.Request, method: str, rank: str, prompt: str, *chosen: Any):
+        space = studio.space(request)
+        order = ordered(space, method, rank, *chosen)
+        draft = fusing.new_draft(space)
+        yield _begun(panel)
+        work = followed(lambda listen: fusing.fuse(studio, space, order, draft, listen))
+        for kind, what in work:
+            if kind == "heard":
+                yield {panel.stage: waiting_html(*what)}
+            else:
+                yield {panel.report: report_html(what) if what else ""}
+        try:
+            yield from _compared(studio, space, panel, order, draft, prompt)
+        except RiteError as error:  # the base may not be here; the fusion is none the worse
+            tell(f"No pictures: {error}")
         yield {
-            stage: "",
-            sides: _compared(studio, space, prompt or together(cards), pairs, made.adapter),
-            name: name_from(" + ".join(each for each, _ in pairs), "fused"),
-            keeping: gr.Group(visible=True),
+            panel.stage: "",
+            panel.keeping: gr.Group(visible=True),
+            panel.name: order.title(),
+            panel.draft: draft.name,
         }
 
-    @in_words
-    def save(name: str, request: gr.Request):
-        space = studio.space(request)
-        source = draft(space)
-        if not source.exists():
-            raise StudioError("fuse some adapters first: there is nothing to save.")
-        target = space.new("adapters", checked_name(name.strip()), library.SUFFIX)
-        shutil.move(source, target)
-        tell(f"'{target.stem}' is in the library.")
-        return gr.Group(visible=False)
-
-    event = go.click(
-        fuse, [method, rank, prompt, *chooser.inputs()],
-        [stage, sides, report, name, keeping],
-        show_progress="hidden", concurrency_id=DEVICE, concurrency_limit=1,
-        trigger_mode="once", api_visibility="private",
-    )  # fmt: skip
-    stop.click(lambda: NO_FUSION, None, stage, cancels=[event], api_visibility="private")
-    keep.click(save, name, keeping, api_visibility="private")
-    return [refresh_adapters, Refresh(_methods, [method])]
-
-
-def _methods() -> gr.Dropdown:
-    from rite_diffusion.fusion import FUSIONS
-
-    return gr.Dropdown(choices=list(FUSIONS))
-
-
-def draft(space: Workspace) -> Path:
-    """Where a fused adapter lies until it is saved."""
-    return space.folder("drafts") / f"fused{library.SUFFIX}"
-
-
-def _fusing(
-    space: Workspace, pairs: list[tuple[str, float]], method: str, settings: dict[str, Any]
-) -> Iterator[tuple[str, Any]]:
-    """The reports of a fusion of names and weights into the draft, then its outcome."""
-    from rite_diffusion.merging import fuse_and_report
-
-    adapters = library.with_weights(space, pairs)
-    base = library.base_of(space, [name for name, _ in pairs])
-    return followed(
-        lambda listen: fuse_and_report(
-            adapters, method=method, out=draft(space), base=base, listen=listen, **settings
+    events = [
+        button.click(
+            handler, [*fields, *chooser.inputs()], panel.shown(), show_progress="hidden",
+            concurrency_id=DEVICE, concurrency_limit=1, trigger_mode="once",
+            api_visibility="private",
         )
-    )
+        for button, handler in ((check, foresee), (go, fuse))
+    ]  # fmt: skip
+    for event in events:
+        event.failure(
+            lambda: NO_FUSION, None, panel.stage, show_progress="hidden", api_visibility="private"
+        )
+    stop.click(
+        lambda: NO_FUSION, None, panel.stage, cancels=cast(Any, events), queue=False,
+        api_visibility="private",
+    )  # fmt: skip
 
 
-def together(cards: list[Card]) -> str:
-    """A prompt that calls every adapter's first concept."""
-    words = [card.triggers()[0] for card in cards if card.triggers()]
-    if len(words) == 2:
-        return f"a {words[0]} on the left and a {words[1]} on the right on a blue background"
-    return f"{' and '.join(f'a {word}' for word in words)} on a blue background"
+def _begun(panel: FusePanel) -> dict[Any, Any]:
+    """What was there goes."""
+    return {
+        panel.stage: waiting_html("Reading the adapters…"),
+        panel.report: "",
+        panel.sides: gr.Gallery(visible=False),
+        panel.keeping: gr.Group(visible=False),
+        panel.preview: "",
+    }
 
 
 def _compared(
-    studio: Studio, space: Workspace, prompt: str, pairs: list[tuple[str, float]], fused: Path
-) -> gr.ImageSlider:
-    """The same prompt and seed with the adapters side by side and with the fused one."""
+    studio: Studio,
+    space: Workspace,
+    panel: FusePanel,
+    order: fusing.Order,
+    draft: Path,
+    prompt: str,
+) -> Iterator[dict[Any, Any]]:
+    """The same prompts and seed with the adapters side by side, then with the fused one."""
     from rite_diffusion.ui.engine import Wish
 
-    paths = []
-    for adapters in (library.with_weights(space, pairs), [f"{fused}:1"]):
-        frames = studio.engine.draw(space, [Wish(prompt)], adapters)
-        paths += [shown(frame.path) for frame in frames if frame.path]
-    return gr.ImageSlider(value=(paths[0], paths[1]), visible=True)
+    prompts = [prompt.strip()] if prompt.strip() else fusing.prompts_to_compare(order.cards)
+    wishes = [Wish(text) for text in prompts]
+    halves: list[list[Path]] = []
+    for adapters in (order.files(), [f"{draft}:1"]):
+        done: list[Path] = []
+        for state in drawing(studio, space, wishes, adapters, ""):
+            done = state.done
+            yield {panel.stage: state.stage}
+        halves.append(done)
+    before, after = halves
+    pairs = [
+        pair
+        for text, left, right in zip(prompts, before, after, strict=False)
+        for pair in ((shown(left), f"before: {text}"), (shown(right), f"after: {text}"))
+    ]
+    yield {
+        panel.sides: gr.Gallery(value=pairs, visible=bool(pairs)),
+        panel.preview: after[0].name if after else "",
+    }
 
 
-def _image(path: Path) -> gr.Image:
-    return gr.Image(value=shown(path), visible=True)
+def _connect_keeping(studio: Studio, panel: FusePanel, keep: gr.Button) -> None:
+    @in_words
+    def save(name: str, draft: str, preview: str, request: gr.Request):
+        space = studio.space(request)
+        picture = space.find("outputs", preview) if preview else None
+        tell(f"'{fusing.keep(space, draft, name, picture)}' is in the library.")
+        return gr.Group(visible=False), ""
 
-
-def _waiting(text: str) -> str:
-    return f'<div class="stage">{progress_bar(0)}<p>{text}</p></div>'
+    gr.on(
+        [keep.click, panel.name.submit], save, [panel.name, panel.draft, panel.preview],
+        [panel.keeping, panel.draft], api_visibility="private",
+    )  # fmt: skip

@@ -1,40 +1,51 @@
 """Pictures that were made: their facts, their history, and their settings back in the fields."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from rite_diffusion.ui import library
+from rite_diffusion.ui.boxes import boxes_of
 from rite_diffusion.ui.page import facts_html, in_words, shown_all, tell, uploaded
 from rite_diffusion.ui.studio import Studio
 from rite_diffusion.ui.tabs.adapters import MOST, Chooser, sliders
+from rite_diffusion.ui.tabs.drawing import Easel
 from rite_diffusion.ui.tabs.fields import Fields
+from rite_diffusion.ui.tabs.regions import RegionPanel, panel_values
 from rite_diffusion.ui.workspace import Workspace
 
 
-def connect_pictures(
-    studio: Studio,
-    settings: Fields,
-    chooser: Chooser,
-    drop: gr.File,
-    made: gr.Gallery,
-    names: gr.State,
-    fold: gr.Accordion,
-    history: gr.Gallery,
-    facts: gr.HTML,
-    again: gr.Button,
-) -> None:
+@dataclass(frozen=True)
+class Recall:
+    """Where pictures are clicked or dropped, and the fields that their settings come back to."""
+
+    settings: Fields
+    chooser: Chooser
+    regions: RegionPanel
+    drop: gr.File
+    again: gr.Button
+    fold: gr.Accordion
+    history: gr.Gallery
+    easel: Easel
+
+    def filled(self) -> list[Any]:
+        """What `_restored` has values for."""
+        own = [*self.settings.all(), self.chooser.before, *self.chooser.inputs()]
+        return [*own, *self.regions.shown()]
+
+
+def connect_recall(studio: Studio, recall: Recall) -> None:
     """Show the facts of a picture that is clicked; restore those of one that is dropped."""
     picked = gr.State("")  # the picture whose facts are shown
-    listed = gr.State([])  # of the pictures in `history`
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
+    listed = gr.State([])  # of the pictures in the history
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
     @in_words
     def look(names: list[str], request: gr.Request, event: gr.SelectData):
-        name = names[event.index]
-        picture = studio.space(request).find("outputs", name)
-        return name, _facts(picture), gr.Button(visible=True)
+        name, space = names[event.index], studio.space(request)
+        return name, _facts(space, space.find("outputs", name)), gr.Button(visible=True)
 
     @in_words
     def load(request: gr.Request):
@@ -52,22 +63,24 @@ def connect_pictures(
     def restore_dropped(path: str, request: gr.Request):
         return [*_restored(studio.space(request), uploaded(path)), None]
 
-    fold.expand(load, None, [history, listed], **quiet)
-    made.select(look, names, [picked, facts, again], **quiet)
-    history.select(look, listed, [picked, facts, again], **quiet)
-    filled = [*settings.all(), chooser.before, *chooser.inputs()]
-    again.click(restore_picked, picked, filled, **quiet)
-    drop.upload(restore_dropped, drop, [*filled, drop], **quiet)
+    easel, told = recall.easel, [picked, recall.easel.facts, recall.again]
+    recall.fold.expand(load, None, [recall.history, listed], **quiet)
+    easel.made.select(look, easel.names, told, **quiet)
+    recall.history.select(look, listed, told, **quiet)
+    recall.again.click(restore_picked, picked, recall.filled(), **quiet)
+    recall.drop.upload(restore_dropped, recall.drop, [*recall.filled(), recall.drop], **quiet)
 
 
-def _facts(picture: Path) -> str:
-    from rite_diffusion.generation.metadata import read_parameters
+def _facts(space: Workspace, picture: Path) -> str:
+    from rite_diffusion.ui.history import restore
 
-    facts = read_parameters(picture)
-    used = ", ".join(f"{each['file']} at {each['weight']:g}" for each in facts.adapters)
+    found = restore(space, picture)
+    facts = found.parameters
+    used = ", ".join(f"{each.name or each.file} at {each.weight:g}" for each in found.adapters)
     size = f"{facts.width} x {facts.height}"
     how = f"seed {facts.seed}, {facts.steps} steps, guidance {facts.guidance:g}, {size}"
     rows = [("Prompt", facts.prompt), ("Negative", facts.negative), ("Made with", how)]
+    rows += [(f"Box {number}", text) for number, text in enumerate(facts.regions, 1)]
     return facts_html([*rows, ("Adapters", used), ("Base", facts.base), ("File", picture.name)])
 
 
@@ -79,15 +92,15 @@ def _base_field(space: Workspace, base: str) -> str:
 
 
 def _restored(space: Workspace, picture: Path) -> list[Any]:
-    """Values of every field, of the adapters' list, and of the sliders."""
+    """Values of `Recall.filled`."""
     from rite_diffusion.ui.history import restore
 
     found = restore(space, picture)
     facts = found.parameters
-    if found.missing:
-        tell(f"Not in the library any more: {', '.join(found.missing)}.")
-    names = [name for name, _ in found.adapters][:MOST]
-    weights = [weight for _, weight in found.adapters][:MOST]
+    if found.missing():
+        tell(f"Not in the library any more: {', '.join(found.missing())}.")
+    present = [each for each in found.adapters if each.name][:MOST]
+    names, weights = [each.name for each in present], [each.weight for each in present]
     values = {
         "prompt": facts.prompt,
         "negative": facts.negative,
@@ -95,11 +108,13 @@ def _restored(space: Workspace, picture: Path) -> list[Any]:
         "fresh": False,
         "count": 1,
         "steps": facts.steps,
-        "guidance": facts.guidance,
-        "width": facts.width,
-        "height": facts.height,
+        "guidance": str(facts.guidance),
+        "width": str(facts.width),
+        "height": str(facts.height),
         "base": _base_field(space, facts.base),
     }
     known = [card.name for card in library.cards(space)]
     pool = sliders(names, names, *weights)
-    return [*values.values(), pool[0], gr.Dropdown(choices=known, value=names), *pool[1:]]
+    chosen = [pool[0], gr.Dropdown(choices=known, value=names), *pool[1:]]
+    boxes = boxes_of(facts.regions, [each.name for each in found.adapters])
+    return [*values.values(), *chosen, *panel_values(boxes, 0, names)]

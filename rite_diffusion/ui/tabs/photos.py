@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 THUMBNAIL = 224  # pixels of the longer side
 NO_PHOTOS = empty_state(
     "Start with five to ten photos of one thing",
-    "Vary background and distance. Drop them above, or a zip of them, or try the example.",
+    "Vary background and distance. Drop them above, with captions as .txt files of the same names "
+    "if you have them, or try the example.",
 )
 
 
@@ -47,7 +48,7 @@ def build_photos(studio: Studio) -> tuple[PhotoPanel, Refresh]:
     """Lay the photos out and connect them."""
     panel = _lay_out()
     picked = gr.State("")  # the photo that "Remove" takes
-    quiet = {"api_visibility": "private", "show_progress": "hidden"}
+    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
     @in_words
     def add(files: list[str], name: str | None, request: gr.Request):
@@ -112,15 +113,16 @@ def build_photos(studio: Studio) -> tuple[PhotoPanel, Refresh]:
 
 
 def _lay_out() -> PhotoPanel:
-    with gr.Row():
+    with gr.Row(elem_classes="end"):
         name = gr.Dropdown([], label="Photo set", scale=3, min_width=160, elem_id="photo-set")
-        example = gr.Button("Try the example", scale=1, min_width=120, elem_id="example")
+        example = gr.Button("Try the example", scale=1, min_width=150, elem_id="example")
     drop = gr.File(
-        label="Drop photos here, or a zip (captions as .txt of the same name)",
+        label="Drop photos and captions, or a zip of them",
         file_count="multiple",
         file_types=["image", ".zip", ".txt", ".caption"],
-        height=120,
+        height=84,
         elem_id="drop-photos",
+        elem_classes="drop",
     )
     empty = gr.HTML(NO_PHOTOS)
     thumbnails = gr.Gallery(
@@ -144,11 +146,11 @@ def _lay_out() -> PhotoPanel:
     remove = gr.Button("Remove a photo: click it first", size="sm", visible=False)
     with gr.Row():
         trigger = gr.Textbox(
-            label="Trigger", placeholder="<robot>", info="a new word that will call it",
+            value="", label="Trigger", placeholder="<robot>", info="a new word that will call it",
             max_length=64, min_width=140, elem_id="trigger",
         )  # fmt: skip
         class_noun = gr.Textbox(
-            label="What it is", placeholder="robot", info="one plain noun",
+            value="", label="What it is", placeholder="robot", info="one plain noun",
             max_length=64, min_width=140, elem_id="class-noun",
         )  # fmt: skip
     return PhotoPanel(name, drop, example, empty, thumbnails, captions, remove, trigger, class_noun)

@@ -1,186 +1,250 @@
-"""Regions: boxes on a canvas, each with a prompt of its own and the adapters that it calls."""
+"""Regions: boxes on a canvas, each with a prompt and an adapter. A fold of the Generate tab."""
 
-from html import escape
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import gradio as gr
 
 from rite_diffusion.types import StudioError
-from rite_diffusion.ui import library
-from rite_diffusion.ui.page import empty_state, in_words, shown_all
-from rite_diffusion.ui.studio import DEVICE, Studio
-from rite_diffusion.ui.tabs import Refresh
-from rite_diffusion.ui.tabs.adapters import MOST, build_chooser, chosen_with_weights
-from rite_diffusion.ui.tabs.stage import forming, opening
-
-MOST_REGIONS = 8
-COLOURS = (
-    "#6d5ef0", "#0e9f6e", "#f59e0b", "#e02424", "#0ea5e9", "#be185d", "#84cc16", "#64748b",
-)  # fmt: skip
-NO_PICTURE = empty_state(
-    "Draw boxes on the canvas",
-    "Drag from corner to corner, then write what each box shows. What lies outside of all boxes "
-    "follows the prompt.",
+from rite_diffusion.ui.boxes import (
+    BY_WORDS,
+    COLOURS,
+    MOST,
+    NONE,
+    Box,
+    canvas_html,
+    checked_corners,
+    read_corners,
+    side_by_side,
 )
-CANVAS = '<div class="pad"><svg viewBox="0 0 100 100">${value}</svg><i class="band"></i></div>'
+from rite_diffusion.ui.page import in_words
+
+NEXT = (0.25, 0.25, 0.75, 0.75)  # where a box is put that nobody has drawn
 CANVAS_CSS = """
-.pad { position: relative; width: 100%; aspect-ratio: 1; border-radius: 14px; touch-action: none;
-  cursor: crosshair; background: var(--input-background-fill); overflow: hidden;
-  border: 1.5px dashed var(--border-color-primary); }
-.pad svg { position: absolute; inset: 0; width: 100%; height: 100%; }
-.pad .band { position: absolute; display: none; border: 2px solid #6d5ef0; border-radius: 4px;
-  background: rgb(109 94 240 / .15); }
+.pad { position: relative; width: 100%; aspect-ratio: var(--ratio, 1); border-radius: 14px;
+  touch-action: none; user-select: none; cursor: crosshair; overflow: hidden;
+  background: var(--input-background-fill); border: 1.5px dashed var(--border-color-primary); }
+.pad > span { position: absolute; inset: 0; display: grid; place-items: center;
+  color: var(--body-text-color-subdued); }
+.band, .box { position: absolute; border-radius: 8px; box-sizing: border-box; }
+.band { display: none; border: 2px solid #6d5ef0; background: rgb(109 94 240 / .15); }
+.box { border: 2px solid var(--colour); cursor: move; overflow: hidden; opacity: .85;
+  background: color-mix(in srgb, var(--colour) 16%, transparent); }
+.box.picked { opacity: 1; box-shadow: 0 0 0 2px color-mix(in srgb, var(--colour) 45%, transparent);
+  background: color-mix(in srgb, var(--colour) 28%, transparent); }
+.box p { margin: 0; padding: .35rem .5rem; font-size: .85rem; line-height: 1.35;
+  color: var(--body-text-color); pointer-events: none; overflow-wrap: anywhere; }
+.box b { display: inline-block; min-width: 1.35em; margin-right: .4em; border-radius: 99px;
+  background: var(--colour); color: white; text-align: center; font-size: .78rem; }
+.box em { color: var(--body-text-color-subdued); }
+.box small { display: block; opacity: .75; }
+.grip { position: absolute; right: 0; bottom: 0; width: 22px; height: 22px; cursor: nwse-resize;
+  background: linear-gradient(135deg, transparent 55%, var(--colour) 55%); }
 """
-# Reports a box, as fractions of the canvas, once it is drawn.
+# A drag on the empty canvas draws a box, one on a box moves it, one on its corner resizes it; a
+# click picks. The server is told the box's index, -1 for a new one, and its corners as fractions.
 CANVAS_JS = """
-let start = null;
+let drag = null;
+const inside = (value) => Math.min(1, Math.max(0, value));
 const at = (event) => {
   const frame = element.querySelector('.pad').getBoundingClientRect();
-  const part = (value) => Math.min(1, Math.max(0, value));
-  return [part((event.clientX - frame.left) / frame.width),
-          part((event.clientY - frame.top) / frame.height)];
+  return [inside((event.clientX - frame.left) / frame.width),
+          inside((event.clientY - frame.top) / frame.height)];
 };
-const box = (a, b) => [Math.min(a[0], b[0]), Math.min(a[1], b[1]),
-                       Math.max(a[0], b[0]), Math.max(a[1], b[1])];
+const dragged = ([x, y]) => {
+  const [left, top, right, bottom] = drag.box;
+  if (drag.index < 0)
+    return [Math.min(left, x), Math.min(top, y), Math.max(left, x), Math.max(top, y)];
+  if (drag.grip) return [left, top, Math.max(left + .06, x), Math.max(top + .06, y)];
+  const across = Math.min(1 - right, Math.max(-left, x - drag.start[0]));
+  const down = Math.min(1 - bottom, Math.max(-top, y - drag.start[1]));
+  return [left + across, top + down, right + across, bottom + down];
+};
 element.addEventListener('pointerdown', (event) => {
   if (!event.target.closest('.pad')) return;
-  start = at(event);
+  const node = event.target.closest('.box'), start = at(event);
+  const box = node ? node.dataset.box.split(',').map(Number) : [...start, ...start];
+  drag = { start, box, now: box, index: node ? Number(node.dataset.index) : -1,
+           grip: event.target.matches('.grip'), node: node || element.querySelector('.band') };
   element.setPointerCapture(event.pointerId);
 });
 element.addEventListener('pointermove', (event) => {
-  if (!start) return;
-  const [left, top, right, bottom] = box(start, at(event));
-  const style = element.querySelector('.band').style;
-  style.display = 'block';
-  style.left = 100 * left + '%'; style.top = 100 * top + '%';
-  style.width = 100 * (right - left) + '%'; style.height = 100 * (bottom - top) + '%';
+  if (!drag) return;
+  const [left, top, right, bottom] = drag.now = dragged(at(event));
+  Object.assign(drag.node.style, { display: 'block', left: 100 * left + '%', top: 100 * top + '%',
+    width: 100 * (right - left) + '%', height: 100 * (bottom - top) + '%' });
 });
-element.addEventListener('pointerup', (event) => {
-  if (!start) return;
-  const drawn = box(start, at(event));
-  start = null;
-  element.querySelector('.band').style.display = 'none';
-  if (drawn[2] - drawn[0] > 0.05 && drawn[3] - drawn[1] > 0.05) trigger('select', {box: drawn});
+element.addEventListener('pointerup', () => {
+  if (!drag) return;
+  const { index, now, node } = drag;
+  drag = null;
+  if (index < 0) node.style.display = 'none';
+  if (index >= 0 || (now[2] - now[0] >= .05 && now[3] - now[1] >= .05))
+    trigger('select', { index, box: now });
 });
 """
-HEADERS = ["left", "top", "right", "bottom", "prompt", "negative"]
+RATIO_JS = """(width, height) => {
+  const ratio = Number(width) > 0 && Number(height) > 0 ? width / height : 1;
+  document.querySelector('#canvas').style.setProperty('--ratio', ratio);
+}"""
 
 
-def build(studio: Studio) -> list[Refresh]:
-    """Lay the tab out and connect it."""
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=5, min_width=320):
-            prompt = gr.Textbox(
-                label="Prompt of the whole picture", placeholder="on a blue background",
-                max_lines=4, elem_id="region-prompt",
-            )  # fmt: skip
-            canvas = gr.HTML(
-                "", html_template=CANVAS, css_template=CANVAS_CSS, js_on_load=CANVAS_JS,
-                elem_id="canvas",
-            )  # fmt: skip
-            table = gr.Dataframe(
-                headers=HEADERS, datatype=["number"] * 4 + ["str"] * 2, type="array", value=[],
-                label="Boxes, in fractions of the sides", column_count=6, wrap=True,
-                interactive=True, buttons=[], elem_id="regions",
-                column_widths=["11%"] * 4 + ["34%", "22%"],
-            )  # fmt: skip
-            undo = gr.Button("Remove the last box", size="sm")
-        with gr.Column(scale=7, min_width=320):
-            chooser, refresh_adapters = build_chooser(studio)
-            with gr.Row():
-                seed = gr.Number(0, label="Seed", precision=0, min_width=90)
-                count = gr.Slider(1, 16, value=2, step=1, label="Pictures", min_width=120)
-                steps = gr.Slider(1, 100, value=25, step=1, label="Steps", min_width=120)
-            with gr.Row():
-                go = gr.Button("Draw", variant="primary", scale=2, elem_id="draw-regions")
-                stop = gr.Button("Stop", scale=1, min_width=80)
-            stage = gr.HTML(NO_PICTURE, elem_id="region-stage")
-            made = gr.Gallery(
-                label="Pictures", columns=2, height="auto", object_fit="contain", visible=False,
-                interactive=False, buttons=["download", "fullscreen"], elem_id="region-made",
-            )  # fmt: skip
+LABEL = "Regions: parts of the picture with prompts of their own"
+
+
+@dataclass(frozen=True)
+class RegionPanel:
+    """The canvas, and the fields of the box that is picked."""
+
+    fold: gr.Accordion
+    boxes: gr.State  # list[Box]
+    picked: gr.Number  # index of a box or -1; a component, so that it travels with the fields
+    canvas: gr.HTML
+    editor: gr.Group
+    title: gr.HTML
+    prompt: gr.Textbox
+    adapter: gr.Dropdown
+    negative: gr.Textbox
+    corners: gr.Textbox
+
+    def inputs(self) -> list[Any]:
+        """What `edited` takes."""
+        return [self.boxes, self.picked, self.prompt, self.adapter, self.negative]
+
+    def shown(self) -> list[Any]:
+        """What `panel_values` fills."""
+        return [
+            self.fold, self.boxes, self.picked, self.canvas, self.editor, self.title,
+            self.prompt, self.adapter, self.negative, self.corners,
+        ]  # fmt: skip
+
+
+def edited(
+    boxes: Sequence[Box], picked: float, prompt: str, adapter: str, negative: str
+) -> list[Box]:
+    """The boxes with what the fields say of the one that is picked."""
+    return [
+        replace(box, prompt=prompt, adapter=adapter, negative=negative) if index == picked else box
+        for index, box in enumerate(boxes)
+    ]
+
+
+def panel_values(boxes: list[Box], picked: int, adapters: Sequence[str] | None = None) -> list[Any]:
+    """Values of `RegionPanel.shown`; `adapters` are those to choose from, if they changed."""
+    canvas = canvas_html(boxes, picked)
+    if not boxes:
+        fold, editor = gr.Accordion(label=LABEL), gr.Group(visible=False)
+        return [fold, [], -1, canvas, editor, "", "", BY_WORDS, "", ""]
+    box = boxes[picked]
+    fold = gr.Accordion(label=f"Regions: {_count(boxes)}", open=True)
+    title = f'<b class="box-title" style="--colour:{COLOURS[picked]}">Box {picked + 1}</b>'
+    adapter = box.adapter if adapters is None else box_adapters(adapters, box.adapter)
+    corners = ", ".join(f"{side:g}" for side in box.corners)
+    return [
+        fold, boxes, picked, canvas, gr.Group(visible=True), title, box.prompt, adapter,
+        box.negative, corners,
+    ]  # fmt: skip
+
+
+def _count(boxes: Sequence[Box]) -> str:
+    return "one box" if len(boxes) == 1 else f"{len(boxes)} boxes"
+
+
+def build_regions() -> RegionPanel:
+    """Lay the canvas out and connect it."""
+    with gr.Accordion(LABEL, open=False, elem_id="regions") as fold:
+        panel, buttons = _lay_out(fold)
+    quiet = {
+        "show_progress": "hidden", "api_visibility": "private",
+        "concurrency_id": "canvas", "concurrency_limit": 1,
+    }  # fmt: skip
 
     @in_words
-    def add(rows: list[list[Any]], event: gr.EventData):
-        corners = [round(float(value), 3) for value in event.box]
-        kept = [row for row in rows if any(row)]
-        if len(kept) >= MOST_REGIONS:
-            raise StudioError(f"{MOST_REGIONS} boxes at most: remove one first.")
-        kept.append([*corners, "", ""])
-        return kept, boxes_html(kept)
+    def draw(event: gr.EventData, *fields: Any):
+        boxes, index = edited(*fields), int(event.index)
+        if index >= len(boxes):  # of a box that was removed meanwhile
+            return panel_values(boxes, len(boxes) - 1)
+        if index >= 0:
+            boxes[index] = replace(boxes[index], **checked_corners(event.box))
+            return panel_values(boxes, index)
+        return panel_values(*_with_box(boxes, event.box))
 
     @in_words
-    def draw(
-        request: gr.Request, prompt: str, rows: list[list[Any]], seed: float, count: float,
-        steps: float, *chosen: Any,
-    ):  # fmt: skip
-        space = studio.space(request)
-        regions = tuple(region_texts(rows))
-        adapters = library.with_weights(space, chosen_with_weights(chosen[0], chosen[1 : MOST + 1]))
-        yield {stage: opening()}
-        from rite_diffusion.ui.engine import Wish
+    def add(*fields: Any):
+        return panel_values(*_with_box(edited(*fields), NEXT))
 
-        wishes = [
-            Wish(prompt, seed=int(seed) + index, steps=int(steps), regions=regions)
-            for index in range(int(count))
-        ]
-        done: list[Path] = []
-        for frame in studio.engine.draw(space, wishes, adapters):
-            if frame.path is not None:
-                done.append(frame.path)
-                gallery = gr.Gallery(value=shown_all(done), visible=True)
-                yield {stage: forming(frame, len(done), len(wishes)), made: gallery}
-            elif frame.image is not None:
-                yield {stage: forming(frame, len(done), len(wishes))}
-        yield {stage: "" if done else NO_PICTURE}
+    def columns(*fields: Any):
+        boxes = side_by_side(edited(*fields))
+        return panel_values(boxes, min(max(int(fields[1]), 0), len(boxes) - 1))
 
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
-    canvas.select(add, table, [table, canvas], **quiet)
-    table.input(lambda rows: boxes_html(rows), table, canvas, **quiet)
-    undo.click(lambda rows: (rows[:-1], boxes_html(rows[:-1])), table, [table, canvas], **quiet)
-    event = gr.on(
-        [go.click, prompt.submit],
-        draw,
-        [prompt, table, seed, count, steps, *chooser.inputs()],
-        [stage, made],
-        concurrency_id=DEVICE,
-        concurrency_limit=1,
-        trigger_mode="once",
-        show_progress="hidden",
-        api_visibility="private",
+    def remove(*fields: Any):
+        boxes = [box for index, box in enumerate(fields[0]) if index != fields[1]]
+        return panel_values(boxes, len(boxes) - 1)
+
+    @in_words
+    def move(corners: str, *fields: Any):
+        boxes, picked = edited(*fields), int(fields[1])
+        boxes[picked] = replace(boxes[picked], **read_corners(corners))
+        return panel_values(boxes, picked)
+
+    def keep(*fields: Any):
+        boxes = edited(*fields)
+        return boxes, canvas_html(boxes, int(fields[1]))
+
+    panel.canvas.select(draw, panel.inputs(), panel.shown(), **quiet)
+    buttons["add"].click(add, panel.inputs(), panel.shown(), **quiet)
+    buttons["columns"].click(columns, panel.inputs(), panel.shown(), **quiet)
+    buttons["remove"].click(remove, panel.inputs(), panel.shown(), **quiet)
+    panel.corners.submit(move, [panel.corners, *panel.inputs()], panel.shown(), **quiet)
+    gr.on(
+        [panel.prompt.input, panel.adapter.input, panel.negative.input],
+        keep, panel.inputs(), [panel.boxes, panel.canvas], trigger_mode="always_last", **quiet,
+    )  # fmt: skip
+    return panel
+
+
+def _with_box(boxes: list[Box], corners: Sequence[float]) -> tuple[list[Box], int]:
+    """The boxes with a new one, and its index."""
+    if len(boxes) >= MOST:
+        raise StudioError(f"{MOST} boxes at most: remove one first.")
+    return [*boxes, Box(**checked_corners(corners))], len(boxes)
+
+
+def _lay_out(fold: gr.Accordion) -> tuple[RegionPanel, dict[str, gr.Button]]:
+    canvas = gr.HTML(
+        canvas_html([], -1), css_template=CANVAS_CSS, js_on_load=CANVAS_JS, elem_id="canvas"
     )
-    stop.click(lambda: NO_PICTURE, None, stage, cancels=[event], api_visibility="private")
-    return [refresh_adapters]
-
-
-def region_texts(rows: list[list[Any]]) -> list[str]:
-    """The regions of the table's rows as `rite generate --region` takes them."""
-    texts = []
-    for number, row in enumerate((row for row in rows if any(row)), 1):
-        *corners, prompt, negative = row
-        if not str(prompt or "").strip():
-            raise StudioError(f"box {number} has no prompt: write what it shows.")
-        try:
-            box = ",".join(f"{float(corner):g}" for corner in corners)
-        except (TypeError, ValueError):
-            raise StudioError(f"box {number}: its corners are numbers from 0 to 1.") from None
-        texts.append(f"{box}: {prompt}" + (f" :: {negative}" if negative else ""))
-    if not texts:
-        raise StudioError("draw a box on the canvas first.")
-    return texts
-
-
-def boxes_html(rows: list[list[Any]]) -> str:
-    """The rows' boxes as SVG, numbered and named."""
-    shapes = []
-    for index, row in enumerate(row for row in rows if any(row)):
-        left, top, right, bottom = (100 * float(corner or 0) for corner in row[:4])
-        colour, words = COLOURS[index % len(COLOURS)], escape(str(row[4] or ""))
-        shapes.append(
-            f'<rect x="{left:g}" y="{top:g}" width="{right - left:g}" height="{bottom - top:g}" '
-            f'rx="1.5" fill="{colour}" fill-opacity=".18" stroke="{colour}" stroke-width=".6"/>'
-            f'<text x="{left + 2:g}" y="{top + 6:g}" font-size="4" fill="{colour}">'
-            f"{index + 1} {words}</text>"
+    with gr.Row():
+        buttons = {
+            "add": gr.Button("Add a box", size="sm", min_width=90),
+            "columns": gr.Button("Side by side", size="sm", min_width=90, elem_id="columns"),
+        }
+    with gr.Group(visible=False) as editor:
+        title = gr.HTML("", padding=True)
+        prompt = gr.Textbox(
+            value="",
+            label="What this box shows",
+            placeholder="a <robot>",
+            max_lines=4,
+            elem_id="box-prompt",
         )
-    return "".join(shapes)
+        adapter = gr.Dropdown([BY_WORDS, NONE], value=BY_WORDS, label="Adapter in this box",
+                              elem_id="box-adapter")  # fmt: skip
+        with gr.Row():
+            negative = gr.Textbox("", label="Negative prompt", min_width=120)
+            corners = gr.Textbox("", label="Left, top, right, bottom", min_width=120,
+                                 elem_id="box-corners")  # fmt: skip
+        buttons["remove"] = gr.Button("Remove this box", size="sm", elem_id="box-remove")
+    picked = gr.Number(-1, visible="hidden")
+    boxes = gr.State([])
+    panel = RegionPanel(
+        fold, boxes, picked, canvas, editor, title, prompt, adapter, negative, corners
+    )
+    return panel, buttons
+
+
+def box_adapters(names: Sequence[str], chosen: str) -> gr.Dropdown:
+    """The list of what can act in a box, for the adapters that are chosen."""
+    known = [BY_WORDS, NONE, *names]
+    return gr.Dropdown(choices=known, value=chosen if chosen in known else BY_WORDS)

@@ -18,6 +18,10 @@ from rite_diffusion.ui.workspace import Workspace
 
 EVERY = 2.0  # seconds between looks at a run
 MOST_PREVIEWS = 24
+BUTTONS = {
+    "use": "Draw with it", "stop": "Stop", "save": "Save now", "sample": "Sample now",
+    "resume": "Resume",
+}  # fmt: skip
 NO_RUNS = empty_state(
     "No training yet",
     "Choose photos on the left and press “Start training”. It is a process of its own: closing "
@@ -49,7 +53,11 @@ def build_runs(studio: Studio) -> tuple[RunPanel, Refresh]:
     """Lay the runs out and connect them."""
     panel = _lay_out()
     timer = gr.Timer(EVERY)
-    quiet = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
+    quiet: dict[str, Any] = {
+        "show_progress": "hidden",
+        "api_visibility": "private",
+        "concurrency_limit": None,
+    }
 
     @in_words
     def show(name: str | None, seen: str, request: gr.Request):
@@ -75,10 +83,9 @@ def _lay_out() -> RunPanel:
     name = gr.Dropdown([], label="Run", elem_id="run", visible=False)
     status = gr.HTML(NO_RUNS, elem_id="status")
     with gr.Row():
-        labels = {"stop": "Stop", "save": "Save now", "sample": "Sample now", "resume": "Resume"}
         buttons = {
             what: gr.Button(label, size="sm", min_width=84, visible=False, elem_id=f"run-{what}")
-            for what, label in labels.items()
+            for what, label in BUTTONS.items()
         }
     loss = gr.LinePlot(
         x="step", y="loss", color="curve", color_map=CURVES, title="Loss", height=230,
@@ -95,8 +102,8 @@ def _lay_out() -> RunPanel:
     waiting = gr.HTML("", elem_id="waiting")
     with gr.Accordion("Log", open=False):
         log = gr.Textbox(
-            show_label=False, lines=8, max_lines=16, interactive=False, elem_classes="mono",
-            container=False, elem_id="log",
+            value="", show_label=False, lines=8, max_lines=16, interactive=False,
+            elem_classes="mono", container=False, elem_id="log",
         )  # fmt: skip
     return RunPanel(name, status, waiting, loss, rate, previews, log, buttons, gr.State(""))
 
@@ -145,13 +152,16 @@ def _show(studio: Studio, space: Workspace, name: str | None, seen: str) -> list
     """Values for `RunPanel.shown`; plots and pictures only where something has changed."""
     if not name or name not in space.names("runs"):
         nothing = [gr.skip()] * 4 if seen == "none" else [gr.update(visible=False)] * 3 + [""]
-        return [NO_RUNS, "", *nothing, *[gr.Button(visible=False)] * 4, "none"]
-    run = read_progress(space.find("runs", name))
+        return [NO_RUNS, "", *nothing, *[gr.Button(visible=False)] * len(BUTTONS), "none"]
+    folder = space.find("runs", name)
+    run = read_progress(folder)
     sign = f"{name} {run.state} {run.step} {len(run.previews)} {len(run.log)} {run.words}"
     waiting = _waiting(studio, space)
     if sign == seen:
-        return [gr.skip(), waiting, *[gr.skip()] * 8, seen]
+        return [gr.skip(), waiting, *[gr.skip()] * (4 + len(BUTTONS)), seen]
+    at_rest = run.state not in (*LIVE, "queued")
     possible = {
+        "use": at_rest and (folder / "adapter.safetensors").exists(),
         "stop": run.state in (*LIVE, "queued"),
         "save": run.state == "running",
         "sample": run.state == "running",
@@ -166,7 +176,7 @@ def _show(studio: Studio, space: Workspace, name: str | None, seen: str) -> list
         gr.LinePlot(value=rate_curve(run.metrics) if measured else None, visible=measured),
         gr.Gallery(value=pictures, visible=bool(pictures)),
         run.log,
-        *[gr.Button(visible=possible[what]) for what in possible],
+        *[gr.Button(visible=possible[what]) for what in BUTTONS],
         sign,
     ]
 

@@ -12,11 +12,13 @@ import gradio as gr
 import tomlkit
 
 from rite_diffusion.types import StudioError
+from rite_diffusion.ui import library
 from rite_diffusion.ui.jobs import environment
 from rite_diffusion.ui.page import in_words, tell
 from rite_diffusion.ui.presets import PURPOSES, STANDARD, training_settings
 from rite_diffusion.ui.studio import Studio
-from rite_diffusion.ui.tabs import Refresh
+from rite_diffusion.ui.tabs import Built, Use
+from rite_diffusion.ui.tabs.fields import optional_number, whole_number
 from rite_diffusion.ui.tabs.photos import PhotoPanel, build_photos
 from rite_diffusion.ui.tabs.runs import RunPanel, build_runs
 from rite_diffusion.ui.workspace import Workspace, name_from
@@ -29,13 +31,13 @@ class SettingFields:
     run_name: gr.Textbox
     purpose: gr.Radio
     base: gr.Textbox
-    steps: gr.Number
-    rank: gr.Number
-    batch: gr.Number
+    steps: gr.Textbox
+    rank: gr.Textbox
+    batch: gr.Textbox
     optimizer: gr.Dropdown
     rate: gr.Textbox
     seed: gr.Number
-    every: gr.Number
+    every: gr.Textbox
     prompts: gr.Textbox
     lines: gr.Textbox
 
@@ -44,7 +46,7 @@ class SettingFields:
         return [getattr(self, field.name) for field in fields(self)]
 
 
-def build(studio: Studio) -> list[Refresh]:
+def build(studio: Studio) -> Built:
     """Lay the tab out and connect it."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=6, min_width=320):
@@ -54,13 +56,14 @@ def build(studio: Studio) -> list[Refresh]:
                 check = gr.Button("Check first", scale=1, min_width=110, elem_id="check")
                 start = gr.Button("Start training", variant="primary", scale=2, elem_id="start")
             report = gr.Textbox(
-                label="Report", lines=10, max_lines=24, visible=False, interactive=False,
+                value="", label="Report", lines=10, max_lines=24, visible=False, interactive=False,
                 elem_classes="mono", buttons=["copy"], elem_id="report",
             )  # fmt: skip
         with gr.Column(scale=6, min_width=320):
             runs, refresh_runs = build_runs(studio)
     _connect(studio, panel, settings, check, start, report, runs)
-    return [refresh_photos, refresh_runs]
+    use = Use(runs.buttons["use"], runs.name, library.of_run)
+    return Built([refresh_photos, refresh_runs], use)
 
 
 def _lay_out_settings() -> SettingFields:
@@ -72,23 +75,28 @@ def _lay_out_settings() -> SettingFields:
     )
     with gr.Accordion("Advanced settings", open=False, elem_id="advanced") as fold:
         with gr.Row():
-            run_name = gr.Textbox(label="Name of the run", placeholder="the class", min_width=140)
-            base = gr.Textbox(label="Base model", placeholder="pocket", min_width=140)
+            run_name = gr.Textbox(
+                "", label="Name of the run", placeholder="the class", min_width=140
+            )
+            base = gr.Textbox("", label="Base model", placeholder="pocket", min_width=140)
         with gr.Row():
-            steps = gr.Number(None, label="Steps", precision=0, min_width=80, elem_id="steps")
-            rank = gr.Number(None, label="Rank", precision=0, min_width=80)
-            batch = gr.Number(None, label="Batch", precision=0, min_width=80)
+            steps = optional_number("Steps", "steps")
+            rank = optional_number("Rank", "rank")
+            batch = optional_number("Batch", "batch")
             seed = gr.Number(0, label="Seed", precision=0, min_width=80)
         with gr.Row():
             optimizer = gr.Dropdown([""], value="", label="Optimizer", min_width=120)
-            rate = gr.Textbox(label="Learning rate", placeholder="1e-3 or auto", min_width=120)
-            every = gr.Number(None, label="Previews every … steps", precision=0, min_width=120)
+            rate = gr.Textbox("", label="Learning rate", placeholder="1e-3 or auto", min_width=120)
+            every = optional_number("Previews every … steps", "every")
         prompts = gr.Textbox(
-            label="Preview prompts, one a line", lines=2, placeholder="a {trigger} on the beach"
+            value="",
+            label="Preview prompts, one a line",
+            lines=2,
+            placeholder="a {trigger} on the beach",
         )
         lines = gr.Textbox(
-            label="Other settings, one a line", lines=2, placeholder="augment.flip = true",
-            elem_classes="mono",
+            value="", label="Other settings, one a line", lines=2,
+            placeholder="augment.flip = true", elem_classes="mono",
         )  # fmt: skip
         gr.HTML("<small>What is left empty follows from the purpose and the base model.</small>")
     fold.expand(_optimizers, None, optimizer, show_progress="hidden", api_visibility="private")
@@ -170,18 +178,20 @@ def _chosen(wanted: dict[str, Any]) -> dict[str, Any]:
     rate = wanted["rate"].strip()
     prompts = [line.strip() for line in wanted["prompts"].splitlines() if line.strip()]
     tree = {
-        **{key: int(wanted[key]) for key in ("steps", "batch", "seed") if wanted[key] is not None},
-        "lora": {"rank": int(wanted["rank"])} if wanted["rank"] else {},
-        "optim": {
-            **({"name": wanted["optimizer"]} if wanted["optimizer"] else {}),
-            **({"lr": _number_or_word(rate)} if rate else {}),
-        },
-        "previews": {
-            **({"every": int(wanted["every"])} if wanted["every"] is not None else {}),
-            **({"prompts": prompts} if prompts else {}),
-        },
+        "steps": whole_number(wanted["steps"], "steps"),
+        "batch": whole_number(wanted["batch"], "batch"),
+        "seed": wanted["seed"],
+        "lora": {"rank": whole_number(wanted["rank"], "rank")},
+        "optim": {"name": wanted["optimizer"], "lr": _number_or_word(rate) if rate else None},
+        "previews": {"every": whole_number(wanted["every"], "previews"), "prompts": prompts},
     }
-    return {key: value for key, value in tree.items() if value != {}}
+    return _without_nothing(tree)
+
+
+def _without_nothing(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree without what was left empty."""
+    inner = {k: _without_nothing(v) if isinstance(v, dict) else v for k, v in tree.items()}
+    return {key: value for key, value in inner.items() if value not in (None, "", [], {})}
 
 
 def _number_or_word(text: str) -> float | str:

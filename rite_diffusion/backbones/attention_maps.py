@@ -1,0 +1,91 @@
+"""Cross-attention maps: how much each cell of a picture looks at a token of its prompt."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from diffusers.models.attention_processor import Attention
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def attention_map(query: Tensor, key: Tensor, positions: Tensor, scale: float) -> Tensor:
+    """Attention (B, cells, n), mean over heads, that cells give to n tokens of their own prompt.
+
+    softmax(scale q k^T), from queries (B, heads, cells, d) and keys (B, heads, tokens, d);
+    positions (B, n).
+    """
+    shares = F.softmax(scale * query.float() @ key.float().mT, dim=-1)  # (B, heads, cells, tokens)
+    places = positions[:, None, None, :].expand(*shares.shape[:3], -1)
+    return shares.gather(-1, places).mean(1)
+
+
+def grid_of(cells: int, height: int, width: int) -> tuple[int, int]:
+    """Height and width of a map of so many cells: the latents' halved some times, rounded up."""
+    while height * width > cells:
+        height, width = -(-height // 2), -(-width // 2)
+    if height * width != cells:
+        raise ValueError(f"{cells} cells are no map of these latents")
+    return height, width
+
+
+class AttentionRecorder:
+    """Keeps the queries and keys of the last pass through cross-attentions, with their graph.
+
+    The attention itself is computed as ever; maps are made of what was kept, for the samples and
+    tokens that are asked for.
+    """
+
+    def __init__(self, attentions: Sequence[nn.Module]):
+        self._attentions: list[Attention] = []
+        self._queries: dict[int, Tensor] = {}
+        self._keys: dict[int, Tensor] = {}
+        self._handles = []
+        for number, module in enumerate(attentions):
+            assert isinstance(module, Attention)
+            self._attentions.append(module)
+            for layer, kept in ((module.to_q, self._queries), (module.to_k, self._keys)):
+                assert layer is not None
+                self._handles.append(layer.register_forward_hook(_keeping(kept, number)))
+
+    def maps(
+        self, samples: list[int], positions: list[list[int]], height: int, width: int
+    ) -> list[Tensor]:
+        """Maps (samples, n, h, w) at each resolution, mean over its layers and their heads.
+
+        `positions` holds n tokens of each sample; height and width are the latents'.
+        """
+        sums: dict[int, Tensor] = {}
+        heads: dict[int, int] = defaultdict(int)
+        for number, module in enumerate(self._attentions):
+            query, key = (
+                kept[number][samples].unflatten(-1, (module.heads, -1)).transpose(1, 2)
+                for kept in (self._queries, self._keys)
+            )
+            places = torch.tensor(positions, device=query.device)
+            own = attention_map(query, key, places, module.scale) * module.heads
+            cells = own.shape[1]
+            sums[cells] = sums[cells] + own if cells in sums else own
+            heads[cells] += module.heads
+        return [
+            (total / heads[cells]).mT.unflatten(-1, grid_of(cells, height, width))
+            for cells, total in sums.items()
+        ]
+
+    def clear(self) -> None:
+        """Let go of what was kept."""
+        self._queries.clear()
+        self._keys.clear()
+
+    def remove(self) -> None:
+        """Take the hooks out."""
+        self.clear()
+        for handle in self._handles:
+            handle.remove()
+
+
+def _keeping(kept: dict[int, Tensor], number: int):
+    def hook(module: nn.Module, arguments: tuple, output: Tensor) -> None:
+        kept[number] = output
+
+    return hook

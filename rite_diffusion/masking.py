@@ -1,0 +1,146 @@
+"""Masks of the subject beside the photos: by a segmenter, or by the base model's own attention."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.attention_maps import AttentionRecorder
+from rite_diffusion.files import write_atomically
+from rite_diffusion.photos.buckets import bucket_of, bucket_sizes
+from rite_diffusion.photos.folder import read_folder
+from rite_diffusion.photos.images import to_tensor
+from rite_diffusion.photos.random import generator
+from rite_diffusion.photos.segmenter import NoSubject, Segmenter, load_segmenter
+from rite_diffusion.training.objective import add_noise
+from rite_diffusion.types import Backbone, Concept, ConfigError, Photo
+
+LEVELS = (0.2, 0.35, 0.5, 0.65)  # of the noise schedule, at which the base looks at a photo
+DRAWS = 4  # noises at each
+
+
+@dataclass(frozen=True)
+class MaskReport:
+    """What was written, and why a photo got none."""
+
+    written: list[Path]
+    left: list[tuple[str, str]]  # photo's name, reason
+
+
+def make_masks(
+    photos: str | Path,
+    class_noun: str,
+    *,
+    base: str = "pocket",
+    model: str | Path | None = None,
+    override: bool = False,
+    listen: Callable[[int], None] = lambda done: None,
+) -> MaskReport:
+    """Write `masks/<name>.png` in the photos' folder, white where the subject is.
+
+    `model` is a segmenter's `.onnx` file; without one the base is asked where it sees the class
+    noun. Photos that have a mask keep it, unless `override`.
+    """
+    folder = Path(photos).expanduser()
+    found = read_folder(folder, Concept(class_noun, class_noun), ["a {class_noun}"]).photos
+    if model is None:
+        segment = attention_segmenter(load_backbone(base), class_noun)
+    else:
+        segment = load_segmenter(Path(model).expanduser())
+    written, left = list[Path](), list[tuple[str, str]]()
+    for done, photo in enumerate(found, 1):
+        if photo.mask is not None and not override:
+            left.append((photo.path.name, "has a mask already"))
+        else:
+            try:
+                written.append(_write(photo, segment))
+            except NoSubject:
+                left.append((photo.path.name, f"no {class_noun} stands out"))
+        listen(done)
+    return MaskReport(written, left)
+
+
+def _write(photo: Photo, segment: Segmenter) -> Path:
+    target = photo.path.parent / "masks" / f"{photo.path.stem}.png"
+    content = BytesIO()
+    segment(photo.image).save(content, "PNG")
+    target.parent.mkdir(exist_ok=True)
+    write_atomically(target, content.getvalue())
+    return target
+
+
+def attention_segmenter(backbone: Backbone, class_noun: str) -> Segmenter:
+    """Finds what the base's cross-attention takes for the class noun."""
+    prompt = f"a {class_noun}"
+    positions = backbone.token_positions(prompt, class_noun)
+    if not positions:
+        raise ConfigError(f"'{class_noun}' is no word that {backbone.name} reads")
+
+    def segment(photo: Image.Image) -> Image.Image:
+        size = bucket_of(photo.size, bucket_sizes(backbone.resolution, backbone.multiple))
+        pixels = to_tensor(photo.resize(size, Image.Resampling.LANCZOS))
+        scores = attention_scores(backbone, pixels, prompt, positions)
+        return _cut(scores, photo.size)
+
+    return segment
+
+
+@torch.no_grad()
+def attention_scores(
+    backbone: Backbone, pixels: Tensor, prompt: str, positions: list[int]
+) -> Tensor:
+    """How much (h, w), from 0 to 1, each latent cell of a picture (3, H, W) looks at some tokens.
+
+    Mean over noise levels, layers, heads and tokens; each resolution counts by its own range.
+    """
+    latents = backbone.encode_images(pixels[None])
+    schedule = backbone.noise_schedule
+    count, length = len(LEVELS) * DRAWS, len(schedule)
+    at = torch.tensor([int(level * length) for level in LEVELS for _ in range(DRAWS)])
+    at = at.to(backbone.device)
+    noise = torch.randn((count, *latents.shape[1:]), generator=generator(0)).to(latents)
+    clean = latents.expand(count, -1, -1, -1)
+    noisy = add_noise(clean, noise, schedule.signal[at], schedule.sigma[at])
+    recorder = AttentionRecorder(backbone.cross_attentions)
+    try:
+        backbone.denoise(noisy, schedule.times[at], backbone.encode_prompts([prompt] * count))
+        maps = recorder.maps(list(range(count)), [positions] * count, *latents.shape[-2:])
+    finally:
+        recorder.remove()
+    scores = torch.zeros(latents.shape[-2:], device=backbone.device)
+    for each in maps:
+        mean = each.mean((0, 1))[None, None]
+        scores += _ranged(F.interpolate(mean, latents.shape[-2:], mode="bicubic")[0, 0])
+    return _ranged(scores)
+
+
+def _ranged(values: Tensor) -> Tensor:
+    """The values from 0 to 1."""
+    low, high = values.min(), values.max()
+    if not high > low:
+        raise NoSubject
+    return (values - low) / (high - low)
+
+
+def _cut(scores: Tensor, size: tuple[int, int]) -> Image.Image:
+    """The mask of a size that parts the scores best in two."""
+    greys = Image.fromarray((scores.cpu().numpy() * 255).astype(np.uint8))
+    smooth = np.asarray(greys.resize(size, Image.Resampling.BICUBIC))
+    return Image.fromarray(np.where(smooth > otsu(smooth), 255, 0).astype(np.uint8))
+
+
+def otsu(greys: np.ndarray) -> int:
+    """The grey that parts a picture into two classes farthest apart (Otsu 1979, Eq. 18)."""
+    counts = np.bincount(greys.ravel(), minlength=256).astype(float)
+    weights = counts.cumsum() / counts.sum()  # of the lower class
+    means = (counts * np.arange(256)).cumsum() / counts.sum()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = (means[-1] * weights - means) ** 2 / (weights * (1 - weights))
+    return int(np.nan_to_num(between, posinf=0.0).argmax())

@@ -1,0 +1,186 @@
+"""What encoders say is kept on disk, and they leave memory while nothing needs them."""
+
+import gc
+import weakref
+from unittest.mock import patch
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rite_diffusion.adapters import attach
+from rite_diffusion.adapters.attach import lora_layers
+from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.text_cache import cached_conditioning
+from rite_diffusion.concepts import PlainLora
+from rite_diffusion.files import cache_folder
+from rite_diffusion.photos.dataset import encode_photos
+from rite_diffusion.plan import plan_training
+from rite_diffusion.run import measure, run_training
+from rite_diffusion.training.job import Job, keep_captions, release_encoders
+from rite_diffusion.types import RunError
+from runs import config_of
+from test_adapters import random_adapter
+
+QUIET = {"previews": {"every": 0, "steps": 2}}
+FROZEN = {"lora": {"text_encoder": False}}
+
+
+def planned(photos, **settings):
+    return plan_training(config_of(photos, **QUIET | settings))
+
+
+def encoders(backbone):
+    """The encoders as they lie, without calling them back."""
+    return backbone._encoders
+
+
+def job_of(plan):
+    data = encode_photos(plan.backbone, plan.photos, plan.encoding)
+    return Job(plan.backbone, PlainLora(plan.backbone, plan.config), data, plan.config)
+
+
+def entries():
+    return sorted(path.name for path in (cache_folder() / "captions").rglob("*.safetensors"))
+
+
+def test_encoders_leave_memory_and_the_adapter_is_the_same(photos, tmp_path):
+    settings = FROZEN | {"validation": {"photos": 1}, "captions": {"dropout": 0.4}}
+    kept = planned(photos, **settings)
+    watched = [weakref.ref(next(part.parameters())) for part in encoders(kept.backbone).values()]
+    with_cache = run_training(kept, tmp_path / "kept")
+    gc.collect()
+    assert [reference() for reference in watched] == [None, None]
+    for part in encoders(kept.backbone).values():
+        assert {value.device.type for value in part.state_dict().values()} == {"meta"}
+    without = planned(photos, **settings, cache=False)
+    plain = run_training(without, tmp_path / "plain")
+    assert encoders(without.backbone)["text_encoder"].device.type == "cpu"
+    one, other = (load_file(path) for path in (with_cache, plain))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("settings", "gone"),
+    [
+        ({}, {"vae"}),  # the text encoder trains
+        (FROZEN, {"vae", "text_encoder"}),
+        (FROZEN | {"captions": {"shuffle": True}}, {"vae"}),  # captions cannot be listed
+        (FROZEN | {"previews": {"every": 100}}, set()),
+    ],
+    ids=["trained", "frozen", "shuffled", "previews"],
+)
+def test_what_steps_or_previews_need_stays(photos, settings, gone):
+    job = job_of(planned(photos, **settings))
+    keep_captions(job)
+    release_encoders(job)
+    meta = {n for n, part in encoders(job.backbone).items() if part.device.type == "meta"}
+    assert meta == gone
+
+
+def test_encoders_are_back_as_they_were_when_something_needs_them(photos, pocket):
+    plan = planned(photos, **FROZEN)
+    measure(plan)
+    assert encoders(plan.backbone)["vae"].device.type == "meta"
+    latents = torch.randn(1, 8, 16, 16)
+    assert torch.equal(plan.backbone.decode(latents), pocket.decode(latents))
+    prompts = ["a cat", "a <thing>"]
+    ours, fresh = (each.encode_prompts(prompts).states for each in (plan.backbone, pocket))
+    assert torch.equal(ours, fresh)
+    assert not any(p.requires_grad for p in plan.backbone.text_encoder.parameters())
+
+
+def test_after_a_run_adapters_attach_to_the_text_encoder_again(photos, pocket):
+    plan = planned(photos, **FROZEN)
+    measure(plan)
+    assert encoders(plan.backbone)["text_encoder"].device.type == "meta"
+    for backbone in (plan.backbone, pocket):
+        attach(backbone, random_adapter(pocket), "other")
+    ours, fresh = (each.encode_prompts(["a cat"]).states for each in (plan.backbone, pocket))
+    assert torch.equal(ours, fresh) and lora_layers(pocket, "other")
+
+
+def test_elsewhere_than_on_a_cpu_encoders_wait_in_main_memory(pocket):
+    pocket.device = torch.device("meta")  # stands in for an accelerator
+    pocket.release(["vae"])
+    assert encoders(pocket)["vae"].device.type == "cpu"
+    assert pocket.vae.device.type == "meta"
+
+
+def test_previews_that_a_run_is_asked_for_bring_the_encoders_back(photos, tmp_path):
+    plan, run = planned(photos, **FROZEN), tmp_path / "run"
+    (run / "requests").mkdir(parents=True)
+    (run / "requests/sample").touch()
+    run_training(plan, run)
+    assert len(list((run / "previews").iterdir())) == 2
+    assert encoders(plan.backbone)["vae"].device.type == "meta"
+
+
+def test_a_base_that_is_gone_costs_the_previews_and_not_the_run(photos, tmp_path, tiny_folder):
+    base = tmp_path / "base"
+    base.symlink_to(tiny_folder)
+    plan = planned(photos, **FROZEN, base=str(base), resolution=64, precision="fp32")
+    run = tmp_path / "run"
+    (run / "requests").mkdir(parents=True)
+    (run / "requests/sample").touch()
+    base.unlink()
+    assert run_training(plan, run).exists()
+    assert "no previews of step 1" in (run / "log.txt").read_text()
+
+
+def test_an_edited_caption_is_encoded_and_the_others_are_not(photos):
+    keep_captions(job_of(planned(photos, **FROZEN)))
+    before = entries()
+    assert len(before) == 3
+    (photos / "0.txt").write_text("a <thing> on a purple background")
+    job = job_of(planned(photos, **FROZEN))
+    with patch.object(job.backbone, "encode_prompts", wraps=job.backbone.encode_prompts) as encode:
+        keep_captions(job)
+    encode.assert_called_once_with(["a <thing> on a purple background"])
+    assert len(set(entries()) - set(before)) == 1
+
+
+@pytest.mark.parametrize("damage", [b"", b"no tensors", None], ids=["empty", "text", "nan"])
+def test_a_damaged_entry_is_made_again(pocket, tmp_path, damage):
+    whole = cached_conditioning(pocket, "a cat", tmp_path).states
+    [path] = tmp_path.rglob("*.safetensors")
+    content = path.read_bytes()
+    path.write_bytes(content[:-4] + b"\xff\xff\xff\x7f" if damage is None else damage)
+    assert torch.equal(cached_conditioning(pocket, "a cat", tmp_path).states, whole)
+    assert path.read_bytes() == content
+
+
+def test_sdxl_keeps_its_pooled_embedding(tiny_folder_xl, tmp_path):
+    backbone = load_backbone(str(tiny_folder_xl))
+    for prompt in ("a cat", ""):
+        made, read = (cached_conditioning(backbone, prompt, tmp_path) for _ in range(2))
+        expected = backbone.encode_prompts([prompt])
+        assert torch.equal(read.states, expected.states) and torch.equal(made.states, read.states)
+        assert torch.equal(read.extra["pooled"], expected.extra["pooled"])
+    backbone.release(["text_encoder_2"])
+    assert encoders(backbone)["text_encoder_2"].device.type == "meta"
+    assert torch.equal(backbone.encode_prompts(["a cat"]).states, _states(tiny_folder_xl))
+
+
+def _states(folder):
+    return load_backbone(str(folder)).encode_prompts(["a cat"]).states
+
+
+def test_another_text_encoder_or_precision_is_another_entry(tmp_path, tiny_folder, tiny_folder_2):
+    names = {load_backbone(str(each)).text_fingerprint for each in (tiny_folder, tiny_folder_2)}
+    names |= {load_backbone(str(tiny_folder), "bf16").text_fingerprint}
+    changed = load_backbone(str(tiny_folder))
+    with torch.no_grad():
+        changed.text_encoder.get_input_embeddings().weight[5, 5] += 1
+    assert len(names | {changed.text_fingerprint}) == 4
+    assert load_backbone(str(tiny_folder)).text_fingerprint in names
+
+
+def test_a_cache_that_cannot_be_written_is_named(photos, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("RITE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(RunError, match=r"cannot write to the cache .*file.*RITE_CACHE"):
+        run_training(planned(photos), tmp_path / "run")
+    with pytest.raises(RunError, match=r"cannot write to the cache .*file.*RITE_CACHE"):
+        planned(photos, prior={"weight": 1.0, "count": 1})
