@@ -157,9 +157,9 @@ def test_a_sheet_is_that_of_the_recipe(client, pair, served):
 
 
 def test_an_adapter_is_converted_for_other_programs(client, pair, served):
-    file = Path(client.predict(name=pair[0], to="comfyui", api_name="/convert_adapter"))
+    file = Path(client.predict(name=pair[0], to="kohya", api_name="/convert_adapter"))
     original = load_adapter(served.workspace / "adapters/left.safetensors")
-    assert file.name == "left-comfyui.safetensors"
+    assert file.name == "left-kohya.safetensors"
     assert load_adapter(file).ranks() == original.ranks()
     folder = client.predict(name=pair[0], to="peft", api_name="/convert_adapter")
     with zipfile.ZipFile(folder) as archive:

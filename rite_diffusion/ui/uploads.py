@@ -86,17 +86,24 @@ def _keep(source: Path | tuple[zipfile.ZipFile, str], name: str, folder: Path) -
             raise StudioError(f"{name} is over {LARGEST_FILE // 10**6} MB: make it smaller.")
         shutil.copyfile(source, target)
         return target
-    archive, entry = source
+    try:
+        _unpack(*source, target)
+    except (StudioError, zipfile.BadZipFile, OSError):
+        target.unlink(missing_ok=True)
+        raise
+    return target
+
+
+def _unpack(archive: zipfile.ZipFile, entry: str, target: Path) -> None:
+    """Write an archive's entry, up to LARGEST_FILE bytes whatever the archive's directory says."""
+    left = LARGEST_FILE
     with archive.open(entry) as stream, target.open("wb") as out:
-        left = LARGEST_FILE  # whatever the archive's directory says
         while chunk := stream.read(_CHUNK):
             left -= len(chunk)
             if left < 0:
-                out.close()
-                target.unlink()
-                raise StudioError(f"{name} is over {LARGEST_FILE // 10**6} MB: make it smaller.")
+                size = LARGEST_FILE // 10**6
+                raise StudioError(f"{target.name} is over {size} MB: make it smaller.")
             out.write(chunk)
-    return target
 
 
 def _free(folder: Path, stem: str, suffix: str) -> Path:

@@ -122,7 +122,7 @@ def _connect(
                 yield {panel.stage: "", panel.report: report_html(what)}
 
     @in_words
-    def fuse(request: gr.Request, method: str, rank: str, prompt: str, *chosen: Any):
+    def fuse_and_compare(request: gr.Request, method: str, rank: str, prompt: str, *chosen: Any):
         space = studio.space(request)
         order = ordered(space, method, rank, *chosen)
         draft = fusing.new_draft(space)
@@ -150,7 +150,7 @@ def _connect(
             concurrency_id=DEVICE, concurrency_limit=1, trigger_mode="once",
             api_visibility="private",
         )
-        for button, handler in ((check, foresee), (go, fuse))
+        for button, handler in ((check, foresee), (go, fuse_and_compare))
     ]  # fmt: skip
     for event in events:
         event.failure(
