@@ -117,7 +117,10 @@ def choose(page: Page, label: str, *options: str) -> None:
 
 
 def set_number(page: Page, label: str, value: int) -> None:
-    page.get_by_label(label, exact=True).locator("visible=true").first.fill(str(value))
+    """Fill a number's field of the open tab, or the field beside a slider."""
+    plain = page.get_by_label(label, exact=True)
+    beside = page.get_by_label(f"number input for {label}", exact=True)
+    plain.or_(beside).locator("visible=true").first.fill(str(value))
     page.keyboard.press("Tab")
 
 
@@ -184,7 +187,7 @@ def test_the_page_can_be_used_five_seconds_after_the_command(browser, unused_por
     empty = seconds_until_usable(browser, EMPTY_PAGE, unused_port, tmp_path)
     ours = seconds_until_usable(browser, STUDIO, unused_port, tmp_path)
     print(f"usable after {ours:.1f} s, an empty page of Gradio after {empty:.1f} s")
-    assert ours < max(5, 1.5 * empty)  # where the machine is busy with other things
+    assert ours < max(5, 2 * empty)  # where the machine is busy with other things
 
 
 def test_the_whole_way_from_photos_to_a_fused_adapter(view, served, second, tmp_path):
@@ -231,7 +234,7 @@ def fuse_two(page: Page, served: Served, second: str, tmp_path: Path) -> None:
     tab(page, "Fuse")
     choose(page, "Adapters", "robot", second)
     page.locator("#conflicts").click()
-    expect(page.locator("#conflict-report")).to_contain_text("Crosstalk")
+    expect(page.locator("#conflict-report")).to_contain_text("Crosstalk", timeout=240_000)
     assert list(served.workspace.glob("drafts/*")) == []  # nothing is fused yet
     page.locator("#fuse").click()
     expect(page.locator("#keep-fused")).to_be_visible()
@@ -256,7 +259,7 @@ def take_it_away_and_back(page: Page, tmp_path: Path) -> None:
     assert load_adapter(tmp_path / "down.safetensors").info.triggers() == ["<robot>", "<unicorn>"]
     page.locator("#convert-fold").get_by_text("For another program").click()
     page.locator("#convert").click()
-    expect(page.locator("#proof")).to_contain_text("together-comfyui.safetensors")
+    expect(page.locator("#proof")).to_contain_text("together-kohya.safetensors")
     with page.expect_download() as download:
         page.locator("#converted").click()
     download.value.save_as(tmp_path / "converted.safetensors")
@@ -280,6 +283,17 @@ def test_a_dropped_picture_brings_its_settings_and_its_pixels_back(view, served,
     again = drawn(served)[-1]
     assert again != made and read_parameters(again) == read_parameters(made)
     assert Image.open(again).tobytes() == Image.open(made).tobytes()
+
+
+def test_a_page_that_nobody_touches_asks_for_little(view, second):
+    page = view()
+    choose(page, "Adapters", second)
+    expect(page.get_by_label(f"Weight of {second}").first).to_be_visible()
+    page.wait_for_timeout(1000)
+    asked = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.wait_for_timeout(3000)
+    assert len(asked) <= 12  # the runs' timer, and nothing that answers itself
 
 
 def test_boxes_are_drawn_filled_drawn_with_and_restored(view, served, second, tmp_path):
@@ -432,7 +446,8 @@ def test_every_tab_fits_a_phone_and_a_laptop(view, size, scheme, tmp_path):
         assert fits(page), name
         width = "phone" if size is PHONE else "wide"
         picture_of(page, f"{name.lower()}_{width}_{scheme}", tmp_path)
-    assert ("dark" in page.locator("body").get_attribute("class")) == (scheme == "dark")
+    dark = page.evaluate("document.body.classList.contains('dark')")
+    assert dark == (scheme == "dark")
 
 
 def test_the_choice_of_light_or_dark_outlives_the_page(view):

@@ -71,9 +71,10 @@ def _connect_use(studio: Studio, tabs: gr.Tabs, chooser: Chooser, use: Use) -> N
     def go_on(name: str, request: gr.Request):
         space = studio.space(request)
         known = [card.name for card in library.cards(space)]
-        chosen = gr.Dropdown(choices=known, value=[use.find(space, name).name])
-        return gr.Tabs(selected="Generate"), chosen
+        chosen = [use.find(space, name).name]
+        return gr.Tabs(selected="Generate"), gr.Dropdown(choices=known, value=chosen), chosen
 
     use.button.click(
-        go_on, use.name, [tabs, chooser.names], show_progress="hidden", api_visibility="private"
-    )
+        go_on, use.name, [tabs, chooser.names, chooser.chosen],
+        show_progress="hidden", api_visibility="private",
+    )  # fmt: skip

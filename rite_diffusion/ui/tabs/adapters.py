@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import gradio as gr
 
@@ -15,11 +16,16 @@ MOST = 6  # adapters at once
 
 @dataclass(frozen=True)
 class Chooser:
-    """The adapters' list, their weights' sliders, and the list that the sliders are for."""
+    """The adapters' list, what it says, their weights' sliders, and the list that those are for.
+
+    What hangs on the choice listens to `chosen`: a list of several tells of a change at every
+    touch of the page, also of what it tells itself. Whoever fills `names` fills `chosen` as well.
+    """
 
     names: gr.Dropdown
+    chosen: gr.State
     weights: list[gr.Slider]
-    before: gr.State
+    weighted: gr.State
 
     def inputs(self) -> list:
         """What a handler gets: the names, then every slider."""
@@ -35,28 +41,24 @@ def build_chooser(studio: Studio) -> tuple[Chooser, Refresh]:
         gr.Slider(-1, 2, value=1, step=0.05, visible=False, label=f"Weight {index + 1}")
         for index in range(MOST)
     ]
-    before = gr.State([])
-    chooser = Chooser(names, weights, before)
-
-    names.change(
-        sliders,
-        [before, *chooser.inputs()],
-        [before, *weights],
-        show_progress="hidden",
-        api_visibility="private",
-    )
+    chosen, weighted = gr.State([]), gr.State([])
+    chooser = Chooser(names, chosen, weights, weighted)
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    names.input(list, names, chosen, **quiet)
+    chosen.change(sliders, [weighted, *chooser.inputs()], [weighted, *weights], **quiet)
 
     @in_words
-    def refresh(chosen: list[str], request: gr.Request):
+    def refresh(names: list[str], request: gr.Request):
         known = [card.name for card in library.cards(studio.space(request))]
-        return gr.Dropdown(choices=known, value=[name for name in chosen if name in known])
+        present = [name for name in names if name in known]
+        return gr.Dropdown(choices=known, value=present), present
 
-    return chooser, Refresh(refresh, [names], [names])
+    return chooser, Refresh(refresh, [names, chosen], [names])
 
 
-def sliders(before: list[str], names: list[str], *weights: float):
-    """The sliders of the chosen adapters; one that was chosen already keeps its weight."""
-    kept = dict(zip(before, weights, strict=False))
+def sliders(weighted: list[str], names: list[str], *weights: float):
+    """The sliders of the chosen adapters; one that had a slider already keeps its weight."""
+    kept = dict(zip(weighted, weights, strict=False))
     fresh = [
         gr.Slider(visible=True, label=f"Weight of {name}", value=kept.get(name, 1.0))
         for name in names

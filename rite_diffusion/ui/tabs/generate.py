@@ -42,7 +42,7 @@ def build(studio: Studio) -> tuple[Built, Chooser]:
                 go = gr.Button("Generate", variant="primary", scale=3, elem_id="generate")
                 stop = gr.Button("Stop", scale=1, min_width=80, elem_id="stop")
             chooser, refresh_adapters = build_chooser(studio)
-            regions = build_regions()
+            regions = build_regions(chooser.names)
             settings = lay_out_fields(prompt)
             drop = gr.File(
                 label="Drop a picture to restore its settings",
@@ -68,7 +68,7 @@ def build(studio: Studio) -> tuple[Built, Chooser]:
         [settings.width.change, settings.height.change], None, [settings.width, settings.height],
         js=RATIO_JS, api_visibility="private",
     )  # fmt: skip
-    chooser.names.change(
+    chooser.chosen.change(
         box_adapters, [chooser.names, regions.adapter], regions.adapter,
         show_progress="hidden", api_visibility="private",
     )  # fmt: skip
@@ -109,7 +109,7 @@ def _connect_chips(
         return f"{text.rstrip()} {sample[0]}".lstrip() + " "
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    chooser.names.change(triggers, chooser.names, chips, **quiet)
+    chooser.chosen.change(triggers, chooser.names, chips, **quiet)
     chips.click(insert, [prompt, chips], prompt, **quiet)
     return Refresh(triggers, [chips], [chooser.names])
 

@@ -32,7 +32,8 @@ class Recall:
 
     def filled(self) -> list[Any]:
         """What `_restored` has values for."""
-        own = [*self.settings.all(), self.chooser.before, *self.chooser.inputs()]
+        chooser = self.chooser
+        own = [*self.settings.all(), chooser.chosen, chooser.weighted, *chooser.inputs()]
         return [*own, *self.regions.shown()]
 
 
@@ -114,7 +115,7 @@ def _restored(space: Workspace, picture: Path) -> list[Any]:
         "base": _base_field(space, facts.base),
     }
     known = [card.name for card in library.cards(space)]
-    pool = sliders(names, names, *weights)
-    chosen = [pool[0], gr.Dropdown(choices=known, value=names), *pool[1:]]
+    weighted, *fresh = sliders(names, names, *weights)
+    chosen = [names, weighted, gr.Dropdown(choices=known, value=names), *fresh]
     boxes = boxes_of(facts.regions, [each.name for each in found.adapters])
-    return [*values.values(), *chosen, *panel_values(boxes, 0, names)]
+    return [*values.values(), *chosen, *panel_values(names, boxes, 0)]

@@ -113,7 +113,7 @@ def _lay_out_detail() -> Detail:
         with gr.Accordion("For another program", open=False, elem_id="convert-fold"):
             to = gr.Dropdown(
                 [(words, dialect) for dialect, words in PROGRAMS.items()],
-                value="comfyui", label="Program", elem_id="convert-to",
+                value="kohya", label="Program", elem_id="convert-to",
             )  # fmt: skip
             convert = gr.Button("Convert", elem_id="convert")
             proof = gr.HTML("", padding=True, elem_id="proof")

@@ -130,20 +130,19 @@ def edited(
     ]
 
 
-def panel_values(boxes: list[Box], picked: int, adapters: Sequence[str] | None = None) -> list[Any]:
-    """Values of `RegionPanel.shown`; `adapters` are those to choose from, if they changed."""
+def panel_values(names: Sequence[str], boxes: list[Box], picked: int) -> list[Any]:
+    """Values of `RegionPanel.shown`, where the adapters of these names can act in a box."""
     canvas = canvas_html(boxes, picked)
     if not boxes:
         fold, editor = gr.Accordion(label=LABEL), gr.Group(visible=False)
-        return [fold, [], -1, canvas, editor, "", "", BY_WORDS, "", ""]
+        return [fold, [], -1, canvas, editor, "", "", box_adapters(names, BY_WORDS), "", ""]
     box = boxes[picked]
     fold = gr.Accordion(label=f"Regions: {_count(boxes)}", open=True)
     title = f'<b class="box-title" style="--colour:{colour_of(picked)}">Box {picked + 1}</b>'
-    adapter = box.adapter if adapters is None else box_adapters(adapters, box.adapter)
     corners = ", ".join(f"{side:g}" for side in box.corners)
     return [
-        fold, boxes, picked, canvas, gr.Group(visible=True), title, box.prompt, adapter,
-        box.negative, corners,
+        fold, boxes, picked, canvas, gr.Group(visible=True), title, box.prompt,
+        box_adapters(names, box.adapter), box.negative, corners,
     ]  # fmt: skip
 
 
@@ -151,8 +150,8 @@ def _count(boxes: Sequence[Box]) -> str:
     return "one box" if len(boxes) == 1 else f"{len(boxes)} boxes"
 
 
-def build_regions() -> RegionPanel:
-    """Lay the canvas out and connect it."""
+def build_regions(names: gr.Dropdown) -> RegionPanel:
+    """Lay the canvas out and connect it; `names` are the adapters that can act in a box."""
     with gr.Accordion(LABEL, open=False, elem_id="regions") as fold:
         panel, buttons = _lay_out(fold)
     quiet = {
@@ -161,42 +160,43 @@ def build_regions() -> RegionPanel:
     }  # fmt: skip
 
     @in_words
-    def draw(event: gr.EventData, *fields: Any):
+    def draw(event: gr.EventData, names: list[str], *fields: Any):
         boxes, index = edited(*fields), int(event.index)
         if index >= len(boxes):  # of a box that was removed meanwhile
-            return panel_values(boxes, len(boxes) - 1)
+            return panel_values(names, boxes, len(boxes) - 1)
         if index >= 0:
             boxes[index] = replace(boxes[index], **checked_corners(event.box))
-            return panel_values(boxes, index)
-        return panel_values(*_with_box(boxes, event.box))
+            return panel_values(names, boxes, index)
+        return panel_values(names, *_with_box(boxes, event.box))
 
     @in_words
-    def add(*fields: Any):
-        return panel_values(*_with_box(edited(*fields), NEXT))
+    def add(names: list[str], *fields: Any):
+        return panel_values(names, *_with_box(edited(*fields), NEXT))
 
-    def columns(*fields: Any):
+    def columns(names: list[str], *fields: Any):
         boxes = side_by_side(edited(*fields))
-        return panel_values(boxes, min(max(int(fields[1]), 0), len(boxes) - 1))
+        return panel_values(names, boxes, min(max(int(fields[1]), 0), len(boxes) - 1))
 
-    def remove(*fields: Any):
+    def remove(names: list[str], *fields: Any):
         boxes = [box for index, box in enumerate(fields[0]) if index != fields[1]]
-        return panel_values(boxes, len(boxes) - 1)
+        return panel_values(names, boxes, len(boxes) - 1)
 
     @in_words
-    def move(corners: str, *fields: Any):
+    def move(corners: str, names: list[str], *fields: Any):
         boxes, picked = edited(*fields), int(fields[1])
         boxes[picked] = replace(boxes[picked], **read_corners(corners))
-        return panel_values(boxes, picked)
+        return panel_values(names, boxes, picked)
 
     def keep(*fields: Any):
         boxes = edited(*fields)
         return boxes, canvas_html(boxes, int(fields[1]))
 
-    panel.canvas.select(draw, panel.inputs(), panel.shown(), **quiet)
-    buttons["add"].click(add, panel.inputs(), panel.shown(), **quiet)
-    buttons["columns"].click(columns, panel.inputs(), panel.shown(), **quiet)
-    buttons["remove"].click(remove, panel.inputs(), panel.shown(), **quiet)
-    panel.corners.submit(move, [panel.corners, *panel.inputs()], panel.shown(), **quiet)
+    inputs = [names, *panel.inputs()]
+    panel.canvas.select(draw, inputs, panel.shown(), **quiet)
+    buttons["add"].click(add, inputs, panel.shown(), **quiet)
+    buttons["columns"].click(columns, inputs, panel.shown(), **quiet)
+    buttons["remove"].click(remove, inputs, panel.shown(), **quiet)
+    panel.corners.submit(move, [panel.corners, *inputs], panel.shown(), **quiet)
     gr.on(
         [panel.prompt.input, panel.adapter.input, panel.negative.input],
         keep, panel.inputs(), [panel.boxes, panel.canvas], trigger_mode="always_last", **quiet,
