@@ -45,7 +45,7 @@ SCORES = (
 )  # fmt: skip
 LOG = RESULTS / "concept_methods.jsonl"
 
-# Each experiment: (method, settings as `key=value`), which all optimizers and concepts go through.
+# Each experiment: (method, settings as `key=value key=value`) for all optimizers and concepts.
 EXPERIMENTS = {
     "methods": [(method, "") for method in METHODS],
     "text_rates": [("lora", f"optim.lr_text_encoder=1e-{power}") for power in (6, 5, 4, 3, 2)],
@@ -97,8 +97,7 @@ def scores(task: dict, folder: Path) -> dict:
     wanted = {"photos": str(photos_of(task, folder)), "trigger": trigger, "class_noun": noun}
     wanted |= {"method": task["method"], "seed": task["seed"], "previews": {"every": 0}}
     wanted = merge(wanted, {"optim": {"name": task["optimizer"]}})
-    lines = [task["settings"]] if task["settings"] else []
-    plan = plan_training(configure(merge(wanted, parse_assignments(lines))))
+    plan = plan_training(configure(merge(wanted, parse_assignments(task["settings"].split()))))
     before = other_pictures(plan)
     start = time.perf_counter()
     path = run_training(plan, folder / "run")

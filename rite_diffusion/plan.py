@@ -10,6 +10,7 @@ from torch import nn
 
 from rite_diffusion.backbones import StableDiffusion, load_backbone
 from rite_diffusion.backbones.source import default_device, usable_precision
+from rite_diffusion.concepts.weights import adapted_paths
 from rite_diffusion.config import PhotoSource, TrainConfig, load_preset, merge, resolve
 from rite_diffusion.files import cache_folder
 from rite_diffusion.generation.class_pictures import class_pictures
@@ -141,13 +142,13 @@ def plan_training(config: TrainConfig, listen: Callable[[str], None] = lambda li
 
 def _check_rank(backbone: StableDiffusion, config: TrainConfig) -> None:
     """ConfigError for a rank that the narrowest adapted layer cannot have."""
-    parts = ["unet", "text_encoder"] if config.lora.text_encoder else ["unet"]
     layers = [
         backbone.components[part].get_submodule(path)
-        for part in parts
-        for path in backbone.lora_targets(part)
+        for part, paths in adapted_paths(backbone, config).items()
+        for path in paths
     ]
-    widths = [min(e.in_features, e.out_features) for e in layers if isinstance(e, nn.Linear)]
+    weights = [each.weight for each in layers if isinstance(each, nn.Linear | nn.Conv2d)]
+    widths = [min(len(weight), weight[0].numel()) for weight in weights]
     if config.lora.rank > min(widths):
         raise ConfigError(
             f"lora.rank = {config.lora.rank} is more than the narrowest layer of {config.base} has "

@@ -189,8 +189,8 @@ class Backbone(Protocol):
         """The parts that adapters attach to, by name: `unet`, `text_encoder`, …."""
         ...
 
-    def lora_targets(self, component: str) -> list[str]:
-        """Paths of the attention projections within a component."""
+    def lora_targets(self, component: str, blocks: bool = False) -> list[str]:
+        """Paths of the attention projections within a component; or of all its blocks' layers."""
         ...
 
     def encode_images(self, pixels: Tensor) -> Tensor:

@@ -1,15 +1,17 @@
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 
 from rite_diffusion.adapters import Adapter, AdapterInfo, attach, load_adapter, save_adapter
 from rite_diffusion.adapters.words import tokens_of
 from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.source import POCKET
 from rite_diffusion.concepts import METHODS
 from rite_diffusion.concepts.new_words import new_words
 from rite_diffusion.optim import OPTIMIZERS
 from rite_diffusion.plan import configure, plan_training
 from rite_diffusion.training.loop import Job, train_steps
-from rite_diffusion.types import Concept, ConfigError
+from rite_diffusion.types import Concept, ConfigError, LoraPair
 from runs import QUICK, Stop, config_of, crash_at, same_run, train
 from test_adapters import prediction
 from wordy import RATES, random_data, steps_of, wordy_config
@@ -73,6 +75,29 @@ def test_the_file_acts_as_what_was_trained(pocket, tmp_path, name):
     loaded = pocket.denoise(noisy, timesteps, pocket.encode_prompts(prompt))
     torch.testing.assert_close(loaded, trained, rtol=1e-4, atol=1e-4)
     assert (plain - trained).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "rite"])
+def test_all_layers_of_the_blocks_train_and_other_tools_read_them(pocket, tmp_path, optimizer):
+    lora, optim = {"layers": "blocks", "rank": 2}, {"name": optimizer, "lr": 1e-2}
+    method, trainer = steps_of(pocket, wordy_config("lora", lora=lora, optim=optim | RATES))
+    plain = prediction(pocket)
+    for step in range(2):
+        trainer.step(step)
+    pairs = [LoraPair(p.name, p.down.detach(), p.up.detach(), p.scale) for p in method.pairs()]
+    kinds = {tuple(pair.down.shape[2:]) for pair in pairs}
+    assert kinds == {(), (1, 1), (3, 3)} and all(pair.up.abs().max() > 0 for pair in pairs)
+    save_adapter(tmp_path / "a.safetensors", Adapter(pairs, AdapterInfo(trigger="<thing>")))
+    ours = prediction(pocket)
+    method.remove()
+    assert (ours - plain).abs().max() > 1e-2
+    pipeline = StableDiffusionPipeline.from_pretrained(POCKET, torch_dtype=torch.float32)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="a.safetensors", use_safetensors=True)
+    noisy = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        states, _ = pipeline.encode_prompt("a red cat", "cpu", 1, False)
+        theirs = pipeline.unet(noisy, torch.tensor([500]), states).sample
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", METHODS)

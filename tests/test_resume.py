@@ -162,10 +162,12 @@ def test_another_version_or_base_is_shown_and_refused(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_the_run_within_the_step(photos, tmp_path, number):
-    process = _rite_train(photos, tmp_path / "run", "batch=32")
+    process = _rite_train(
+        photos, tmp_path / "run", "batch=1", "accumulate=300"
+    )  # a long step of short parts
     _wait_for(tmp_path / "run/metrics.jsonl")
     for _ in range(2):
-        time.sleep(0.1)
+        time.sleep(0.3)  # or two of a kind become one
         process.send_signal(number)
     _, errors = process.communicate(timeout=600)
     assert process.returncode in (128 + number, -number)  # a shell tells 143 of the second too

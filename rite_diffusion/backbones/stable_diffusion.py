@@ -32,6 +32,12 @@ PROJECTIONS = {
     "text_encoder": _CLIP,
     "text_encoder_2": _CLIP,
 }
+# Beside the attention, the linear layers and convolutions of the UNet's blocks: what LyCORIS calls
+# LoCon adapts.
+BLOCKS = (
+    "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut",
+    "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv",
+)  # fmt: skip
 
 
 class StableDiffusion:
@@ -158,9 +164,14 @@ class StableDiffusion:
                 digest.update(weight.cpu().flatten().view(torch.uint8).numpy().data)
         return digest.hexdigest()[:16]
 
-    def lora_targets(self, component: str) -> list[str]:
-        """Paths of the q, k, v and output projections of every attention of a component."""
+    def lora_targets(self, component: str, blocks: bool = False) -> list[str]:
+        """Paths of the q, k, v and output projections of every attention of a component.
+
+        With `blocks`, also those of the other layers of the UNet's blocks.
+        """
         wanted = PROJECTIONS[component]
+        if blocks and component == "unet":
+            wanted += BLOCKS
         modules = self.components[component].named_modules()
         return [path for path, _ in modules if path.endswith(tuple(f".{name}" for name in wanted))]
 

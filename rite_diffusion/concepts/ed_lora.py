@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from rite_diffusion.backbones.attention_maps import AttentionRecorder
 from rite_diffusion.concepts.new_words import STREAM, NewWords, new_words
-from rite_diffusion.concepts.weights import LoraWeights, attention_paths
+from rite_diffusion.concepts.weights import LoraWeights, adapted_paths
 from rite_diffusion.concepts.word_method import WordMethod
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.photos.random import generator
@@ -29,7 +29,7 @@ class EdLora(WordMethod):
     wants_masks = True
 
     def __init__(self, backbone: Backbone, config: TrainConfig):
-        weights = LoraWeights(backbone, config, attention_paths(backbone, config))
+        weights = LoraWeights(backbone, config, adapted_paths(backbone, config))
         for number, pair in enumerate(weights.pairs()):  # as a linear layer's own start
             draws = generator(config.seed, STREAM, number)
             nn.init.kaiming_uniform_(pair.down, a=5**0.5, generator=draws)

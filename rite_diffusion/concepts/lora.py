@@ -1,4 +1,4 @@
-"""Plain LoRA (Hu et al. 2021) on the attention of UNet and text encoder."""
+"""Plain LoRA (Hu et al. 2021) on the attention of UNet and text encoder, or on more layers."""
 
 from functools import lru_cache, partial
 
@@ -6,7 +6,7 @@ import torch
 
 from rite_diffusion.backbones.text_cache import cached_conditioning
 from rite_diffusion.concepts.method import Method
-from rite_diffusion.concepts.weights import LoraWeights, attention_paths
+from rite_diffusion.concepts.weights import LoraWeights, adapted_paths
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.files import cache_folder
 from rite_diffusion.types import Backbone, Conditioning, LoraPair
@@ -15,11 +15,11 @@ CAPTIONS_KEPT = 256  # states that stay in memory where the text encoder does no
 
 
 class PlainLora(Method):
-    """Pairs on the q, k, v and output projections; each component has its own learning rate."""
+    """Pairs on the layers that `lora.layers` names; each component has its own learning rate."""
 
     def __init__(self, backbone: Backbone, config: TrainConfig):
         super().__init__(backbone, config)
-        self._weights = LoraWeights(backbone, config, attention_paths(backbone, config))
+        self._weights = LoraWeights(backbone, config, adapted_paths(backbone, config))
         folder = cache_folder() / "captions" if config.cache else None
         encode = partial(cached_conditioning, backbone, folder=folder)
         self._frozen_states = lru_cache(CAPTIONS_KEPT)(encode)

@@ -5,7 +5,7 @@ is a word (Gal et al. 2022) and the tuning LoRA. With `tokens.first` = 0 both tr
 """
 
 from rite_diffusion.concepts.new_words import NewWords
-from rite_diffusion.concepts.weights import LoraWeights, attention_paths
+from rite_diffusion.concepts.weights import LoraWeights, adapted_paths
 from rite_diffusion.concepts.word_method import WordMethod
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.types import Backbone, LoraPair
@@ -15,7 +15,7 @@ class Pivotal(WordMethod):
     """New words for `tokens.first` steps, then LoRA with the words held; or both together."""
 
     def __init__(self, backbone: Backbone, config: TrainConfig):
-        weights = LoraWeights(backbone, config, attention_paths(backbone, config))
+        weights = LoraWeights(backbone, config, adapted_paths(backbone, config))
         super().__init__(backbone, config, weights, NewWords(backbone, config))
 
     def schedule(self, step: int) -> tuple[int, int]:

@@ -29,10 +29,11 @@ class Weights(Protocol):
         ...
 
 
-def attention_paths(backbone: Backbone, config: TrainConfig) -> dict[str, list[str]]:
-    """Paths per component of all attention projections; without text encoders if so configured."""
+def adapted_paths(backbone: Backbone, config: TrainConfig) -> dict[str, list[str]]:
+    """Paths per component of the layers that `lora.layers` and `lora.text_encoder` choose."""
     components = list(backbone.components) if config.lora.text_encoder else ["unet"]
-    return {name: backbone.lora_targets(name) for name in components}
+    blocks = config.lora.layers == "blocks"
+    return {name: backbone.lora_targets(name, blocks) for name in components}
 
 
 class LoraWeights:

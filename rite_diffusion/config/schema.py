@@ -25,6 +25,9 @@ class LoraSection(Section):
         default=None, gt=0, description="scale = alpha / rank; default: rank"
     )
     text_encoder: bool = Field(default=True, description="adapt the text encoder's attention too")
+    layers: Literal["attention", "blocks"] = Field(
+        default="attention", description="or all layers of the UNet's blocks, convolutions too"
+    )
 
 
 class OptimSection(Section):
