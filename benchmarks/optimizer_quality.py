@@ -93,7 +93,8 @@ def beside_best(rows: list[dict]) -> dict[str, list[float]]:
 def plan_of(concept: str) -> Plan:
     """The concept's photos and the base."""
     wanted = {"photos": str(example_photos(concept)), "trigger": f"<{concept}>"}
-    wanted |= {"prior": {"weight": 0}}  # nothing but the optimizer holds the base's own pictures
+    # Nothing but the optimizer holds the base's own pictures; attention alone is adapted.
+    wanted |= {"prior": {"weight": 0}, "lora": {"layers": "attention", "rank": 8}}
     return plan_training(configure(wanted | {"class_noun": CONCEPTS[concept][0]}))
 
 

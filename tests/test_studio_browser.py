@@ -221,7 +221,7 @@ def train_the_robot(page: Page, served: Served, tmp_path: Path) -> None:
     wait_for(lambda: run.exists(), "the run folder")
     expect(page.locator("#status")).to_contain_text("robot")
     wait_for_state(run, "finished")
-    assert load_adapter(run / "adapter.safetensors").ranks() == [8]  # what was left empty
+    assert load_adapter(run / "adapter.safetensors").ranks() == [16]  # what was left empty
     expect(page.locator("#status .state")).to_have_text("finished")
     expect(page.locator("#status")).to_contain_text(f"step {STEPS} of {STEPS}")
     expect(page.locator("#loss canvas, #loss svg").first).to_be_visible()
