@@ -124,6 +124,24 @@ def test_plain_diffusers_reads_the_file_at_the_same_strength(tmp_path, pocket):
     torch.testing.assert_close(theirs, prediction(pocket), rtol=1e-4, atol=1e-4)
 
 
+def test_plain_diffusers_reads_ranks_and_scales_of_all_kinds(tmp_path, pocket):
+    from diffusers import StableDiffusionPipeline
+
+    from rite_diffusion.backbones.source import POCKET
+
+    one, other = random_adapter(pocket, rank=4, alpha=2.0), random_adapter(pocket, rank=6, seed=1)
+    pairs = [*one.pairs[::2], *other.pairs[1::2]]
+    save_adapter(tmp_path / "a.safetensors", Adapter(pairs, one.info))
+    attach(pocket, Adapter(pairs, one.info), "a")
+    pipeline = StableDiffusionPipeline.from_pretrained(POCKET, torch_dtype=torch.float32)
+    pipeline.load_lora_weights(str(tmp_path), weight_name="a.safetensors", use_safetensors=True)
+    noisy = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        states, _ = pipeline.encode_prompt("a red cat", "cpu", 1, False)
+        theirs = pipeline.unet(noisy, torch.tensor([500]), states).sample
+    torch.testing.assert_close(theirs, prediction(pocket), rtol=1e-4, atol=1e-4)
+
+
 def _break(path, **changes):
     tensors = load_file(path)
     for key, value in changes.items():

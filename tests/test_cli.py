@@ -121,7 +121,13 @@ def test_photo_folder_to_picture(rite, photos, tmp_path):
     assert made.returncode == 0, made.stderr
     assert [line.rsplit("/", 1)[1] for line in made.stdout.split()] == ["00000.png", "00001.png"]
     shown = rite("inspect", adapter).stdout
-    for words in ("<thing>", "pocket", "rank             2", "64 (56 UNet, 8 text encoder)", "sgd"):
+    for words in (
+        "<thing>",
+        "pocket",
+        "rank             2",
+        "137 (129 UNet, 8 text encoder)",
+        "sgd",
+    ):
         assert words in shown
 
 

@@ -120,8 +120,8 @@ def test_changed_settings_or_photos_are_shown_and_need_an_override(photos, tmp_p
     run = tmp_path / "run"
     with pytest.raises(Stop):
         train(photos, run, listen=crash_at(2))
-    with pytest.raises(RunError, match="optim.lr: 0.001 -> 0.002") as fault:
-        train(photos, run, optim={"lr": 2e-3})
+    with pytest.raises(RunError, match="optim.lr: 0.002 -> 0.003") as fault:
+        train(photos, run, optim={"lr": 3e-3})
     assert "--override" in str(fault.value)
     (photos / "0.txt").write_text("a <thing> on a purple background")
     with pytest.raises(RunError, match=r"photo photos/0.png: \w+ -> \w+"):
@@ -162,12 +162,11 @@ def test_another_version_or_base_is_shown_and_refused(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_the_run_within_the_step(photos, tmp_path, number):
-    process = _rite_train(
-        photos, tmp_path / "run", "batch=1", "accumulate=300"
-    )  # a long step of short parts
+    # A long step of short parts: two signals of a kind that wait for the same call become one.
+    process = _rite_train(photos, tmp_path / "run", "batch=1", "accumulate=600")
     _wait_for(tmp_path / "run/metrics.jsonl")
     for _ in range(2):
-        time.sleep(0.3)  # or two of a kind become one
+        time.sleep(2)
         process.send_signal(number)
     _, errors = process.communicate(timeout=600)
     assert process.returncode in (128 + number, -number)  # a shell tells 143 of the second too
@@ -196,7 +195,7 @@ def test_a_signal_leaves_a_valid_adapter_and_says_so(photos, tmp_path, number):
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 128 + number
     assert "stopped at step" in errors and "Traceback" not in errors
-    assert len(rite.inspect(run / "adapter.safetensors").pairs) == 64
+    assert len(rite.inspect(run / "adapter.safetensors").pairs) == 137
     assert json.loads((run / "status.json").read_text())["state"] == "stopped"
 
 

@@ -106,7 +106,8 @@ def test_other_schedules_are_refused_by_name(scheduler, words):
 def test_a_flow_model_learns_its_photos(flow_folder, photos):
     optim = {"lr": 3e-2, "schedule": "constant"}
     config = config_of(
-        photos, base=flow_folder, resolution=64, steps=40, batch=4, precision="fp32", optim=optim
+        photos, base=flow_folder, resolution=64, steps=40, batch=4, precision="fp32", optim=optim,
+        lora={"layers": "attention", "rank": 8},
     )  # fmt: skip
     plan = plan_training(config)
     assert plan.backbone.prediction_type == "flow"

@@ -87,7 +87,7 @@ def test_a_photo_becomes_an_adapter_becomes_a_picture(client, photos, served):
     caption = served.workspace / "photos/api toy/0.txt"
     assert caption.read_text() == "a <thing> on a red background"
     [card] = [each for each in client.predict(api_name="/adapters") if each["run"] == run]
-    assert card["trigger"] == "<thing>" and card["ranks"] == "8"
+    assert card["trigger"] == "<thing>" and card["ranks"] == "16"
     [file] = client.predict(
         prompt="a <thing>", adapters=[f"{run}:0.8"], steps=2, seed=5, api_name="/generate"
     )

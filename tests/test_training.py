@@ -41,7 +41,7 @@ def test_a_run_leaves_the_folder_that_the_design_names(photos, tmp_path):
     ]
     assert not (run / "lock").exists()
     config = from_toml((run / "config.toml").read_text())
-    assert (config.steps, config.resolution, config.optim.lr) == (3, 64, 1e-3)
+    assert (config.steps, config.resolution, config.optim.lr) == (3, 64, 2e-3)
     info = rite.inspect(adapter).info
     assert (info.trigger, info.class_noun, info.base, info.steps) == (
         "<thing>",

@@ -47,9 +47,11 @@ def random_data(backbone, captions, cells=(16, 16), masked=False) -> LatentSet:
 
 
 def wordy_config(method, trigger="<thing>", **settings):
-    """A configuration without photos."""
+    """A configuration without photos that adapts attention."""
     wanted = {"photos": "none", "trigger": trigger, "class_noun": "dog", "method": method}
-    return configure(wanted | QUICK | settings, "pocket")
+    wanted |= QUICK | settings
+    wanted["lora"] = {"layers": "attention"} | wanted.get("lora", {})
+    return configure(wanted, "pocket")
 
 
 def steps_of(backbone, config, masked=False, cells=(16, 16)):

@@ -18,7 +18,8 @@ from rite_diffusion.adapters.attach import places
 from rite_diffusion.fusion.grams import AnyGram, FullGram, Gram, from_eigen, full_gram
 from rite_diffusion.types import Backbone
 
-EXACT_WIDTH = 2048  # inputs; a wider layer's Gram is sketched as it streams
+EXACT_WIDTH = 2048  # inputs of a linear layer; a wider one's Gram is sketched as it streams
+EXACT_WIDTH_CONVOLUTION = 768  # unfolded; a model has dozens, and neighbours' inputs are alike
 SKETCH_WIDTH = 256  # directions of such a sketch
 ROUNDING = 1e-6  # of products in single precision, relative to the largest
 CHUNK = 8192  # rows in one product
@@ -87,9 +88,10 @@ def _sum_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # which knows no float64
 
 
-def running_sum(width: int, device: torch.device) -> ExactSum | SketchSum:
-    """The sum that suits a width."""
-    return (ExactSum if width <= EXACT_WIDTH else SketchSum)(width, device)
+def running_sum(layer: nn.Module, width: int, device: torch.device) -> ExactSum | SketchSum:
+    """The sum that suits a layer and the width of its rows."""
+    most = EXACT_WIDTH if isinstance(layer, nn.Linear) else EXACT_WIDTH_CONVOLUTION
+    return (ExactSum if width <= most else SketchSum)(width, device)
 
 
 # --- layers' inputs ----------------------------------------------------------------------------
@@ -218,7 +220,7 @@ def collect(
     def see(name: str, layer: nn.Module, inputs: Tensor) -> None:
         for rows in input_rows(layer, inputs):
             if name not in sums:
-                sums[name] = running_sum(rows.shape[1], rows.device)
+                sums[name] = running_sum(layer, rows.shape[1], rows.device)
             sums[name].add(rows)
 
     with _watch({name: layers[name] for name in sorted(set(led.values()))}, see):

@@ -9,7 +9,9 @@ Text encoders are `lora_te_` (SD1, SD2) or `lora_te1_` and `lora_te2_` (SDXL). T
 diffusers' for SD1 and SD2, SGM's for SDXL. rsLoRA needs nothing: its scale is in the alpha.
 """
 
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -66,12 +68,31 @@ def pair_tensors(stem: str, pair: LoraPair) -> Iterator[tuple[str, Tensor]]:
         yield f"{stem}.dora_scale", pair.magnitude.reshape(-1, *[1] * (pair.down.ndim - 1))
 
 
+def of_one_alpha(pairs: Sequence[LoraPair]) -> list[LoraPair]:
+    """The same updates with one alpha per component: `up` takes up the difference.
+
+    Where alphas differ within a UNet, diffusers 0.42 reads the most frequent one for all.
+    """
+    alphas = defaultdict(Counter)
+    for pair in pairs:
+        alphas[split_name(pair.name)[0]][pair.scale * pair.rank] += 1
+    return [_with_alpha(pair, alphas[split_name(pair.name)[0]]) for pair in pairs]
+
+
+def _with_alpha(pair: LoraPair, known: Counter[float]) -> LoraPair:
+    alpha, _ = known.most_common(1)[0]
+    share = pair.scale * pair.rank / alpha if alpha else 1.0
+    if share == 1 or not alpha:
+        return pair
+    return replace(pair, up=pair.up * share, scale=alpha / pair.rank)
+
+
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     """The adapter's pairs as a file's tensors."""
     family = family_of(adapter.names())
     return {
         key: value
-        for pair in adapter.pairs
+        for pair in of_one_alpha(adapter.pairs)
         for key, value in pair_tensors(stem_of(pair.name, family), pair)
     }
 
