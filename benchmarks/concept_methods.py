@@ -5,16 +5,15 @@ three optimizers and three seeds, and has the judge look at pictures: is the con
 background right, how far are pictures of other things from the base's own. ED-LoRA gets masks from
 the base's attention. Further experiments, with --experiments: `text_rates`, LoRA with the text
 encoder's rate over four decades; `keys_and_values`, Custom Diffusion as LoRA, where the optimizers
-differ; `parts`, ED-LoRA without one of its parts. Each finished run is a line of
-results/concept_methods.jsonl; started again, it does what is missing. At the end (or with --report
-alone) it writes results/concept_methods.json.
+differ; `parts`, ED-LoRA without one of its parts; `layers`, methods on other layers.
+Each finished run is a line of results/concept_methods.jsonl; started again, it does what is
+missing. At the end (or with --report alone) it writes results/concept_methods.json.
 """
 
 import argparse
 import json
 import math
 import multiprocessing
-import resource
 import shutil
 import statistics
 import tempfile
@@ -24,7 +23,7 @@ from pathlib import Path
 
 import torch
 from concepts import draw, new_prompts, share
-from machine import RESULTS, write_result
+from machine import RESULTS, memory_mib, write_result
 from optimizer_quality import other_pictures
 from prompts import CONCEPTS, article
 
@@ -55,10 +54,17 @@ EXPERIMENTS = {
         ("ed_lora", "tokens.vectors=1"),
         ("ed_lora", "optim.lr_tokens=1e-9"),
     ],
+    "layers": [
+        ("lora", "lora.layers=attention lora.rank=8 optim.lr=1e-3"),
+        ("pivotal", "lora.layers=blocks lora.rank=16 optim.lr=2e-3"),
+        ("ed_lora", "lora.layers=blocks lora.rank=16 optim.lr=2e-3"),
+    ],
 }
 
 
-def runs(experiments: list[str], concepts: list[str], seeds: list[int]) -> list[dict]:
+def runs(
+    experiments: list[str], optimizers: list[str], concepts: list[str], seeds: list[int]
+) -> list[dict]:
     """Every run, seed by seed, so that a stopped benchmark is balanced."""
     return [
         {"method": method, "settings": line, "optimizer": optimizer, "concept": name, "seed": seed}
@@ -66,7 +72,7 @@ def runs(experiments: list[str], concepts: list[str], seeds: list[int]) -> list[
         for name in concepts
         for experiment in experiments
         for method, line in EXPERIMENTS[experiment]
-        for optimizer in OPTIMIZERS
+        for optimizer in optimizers
     ]
 
 
@@ -117,7 +123,7 @@ def scores(task: dict, folder: Path) -> dict:
         "class_kept": share([found == noun for found in judge.nouns(classes)]),
         "bytes": path.stat().st_size,
         "seconds": round(seconds, 1),
-        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+        "peak_mib": round(memory_mib("self", "VmHWM")),
     }
 
 
@@ -158,6 +164,7 @@ def main() -> None:
     """Do the runs that are missing, then write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--experiments", nargs="+", default=["methods"], choices=EXPERIMENTS)
+    parser.add_argument("--optimizers", nargs="+", default=OPTIMIZERS, choices=OPTIMIZERS)
     parser.add_argument("--concepts", nargs="+", default=list(CONCEPTS), choices=CONCEPTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS)
     parser.add_argument("--processes", type=int, default=2)
@@ -165,7 +172,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only write the figures")
     options = parser.parse_args()
     done = {key(row) for row in finished()}
-    wanted = runs(options.experiments, options.concepts, options.seeds)
+    wanted = runs(options.experiments, options.optimizers, options.concepts, options.seeds)
     tasks = [task for task in wanted if key(task) not in done]
     start = time.time()
     if tasks and not options.report:

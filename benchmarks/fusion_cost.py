@@ -17,14 +17,13 @@ results/fusion_cost.json.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 
 import torch
-from machine import RESULTS, write_result
+from machine import RESULTS, memory_mib, write_result
 
 from rite_diffusion.files import read_json
 from rite_diffusion.fusion.gram import gram
@@ -130,9 +129,9 @@ def measure(method: str, shape_name: str, concepts: int) -> dict:
     """Seconds, peak memory beyond the start and loss of one layer; run in its own process."""
     shape = SHAPES[shape_name]
     features(shape, 0, 0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = memory_mib("self", "VmHWM")
     update, seconds = {"gram": by_gram, "gradient": by_gradient}[method](shape, concepts)
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    peak = memory_mib("self", "VmHWM") - before
     return {"seconds": seconds, "peak_mb": peak, "loss": loss_of(update, shape, concepts)}
 
 

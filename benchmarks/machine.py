@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,15 @@ def describe() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def memory_mib(pid: int | str, key: str) -> float:
+    """MiB that a process holds (VmRSS) or has held at most so far (VmHWM); 0 once it has ended.
+
+    Unlike getrusage's peak, these do not begin with what the parent held when it forked.
+    """
+    found = re.search(rf"{key}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) / 1024 if found else 0.0
 
 
 def write_result(name: str, figures: dict[str, Any]) -> Path:

@@ -1,7 +1,8 @@
 """What a training step of each method costs on the pocket base, beside one of plain LoRA.
 
 `python benchmarks/method_steps.py` takes turns: in every round each method does the same number of
-steps, and its time is divided by plain LoRA's of that round. Writes results/method_steps.json.
+steps, and its time is divided by plain LoRA's of that round. All adapt the attention layers alone.
+Writes results/method_steps.json.
 """
 
 import argparse
@@ -24,7 +25,7 @@ def open_trainer(method: str, folder: Path) -> Trainer:
     """A trainer of a method on the robot, in a base of its own."""
     photos = photos_of({"concept": "robot", "method": method}, folder)
     wanted = {"photos": str(photos), "trigger": "<robot>", "class_noun": "robot", "method": method}
-    plan = plan_training(configure(wanted))
+    plan = plan_training(configure(wanted | {"lora": {"layers": "attention"}}))
     data = encode_photos(plan.backbone, plan.photos, plan.encoding)
     learning = MAKERS[method](plan.backbone, plan.config)
     return Trainer(Job(plan.backbone, learning, data, plan.config))

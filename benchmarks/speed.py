@@ -5,7 +5,6 @@
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import write_result
+from machine import memory_mib, write_result
 
 from rite_diffusion.demo import example_photos
 
@@ -22,12 +21,14 @@ CLI = "from rite_diffusion.cli import main; main()"
 
 def run(code: str, *arguments: str) -> tuple[float, float]:
     """Wall seconds and peak memory in MiB of one Python process."""
-    start = time.perf_counter()
+    start, peak = time.perf_counter(), 0.0
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
+    while (status := process.poll()) is None:
+        peak = max(peak, memory_mib(process.pid, "VmHWM"))
+        time.sleep(0.002)
     if status:
         raise RuntimeError(f"{arguments} ended with status {status}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1024
+    return time.perf_counter() - start, peak
 
 
 def median_run(times: int, code: str, *arguments: str) -> dict[str, float]:

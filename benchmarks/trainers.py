@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tomlkit
+from machine import memory_mib
 
 CLI = "from rite_diffusion.cli import main; main()"
 CONCEPT = {"trigger": "<thing>", "class_noun": "thing"}
@@ -45,7 +46,6 @@ class Run:
     images_per_second: float
     mib_of_steps: float  # most memory held after the early steps and before the last
     peak_mib_of_steps: float  # most memory up to the last step, the start's included
-    peak_mib: float  # of the whole process; the peer opens its model once more at its end
     seconds: float  # of the whole process
 
 
@@ -130,15 +130,15 @@ def _watch(command: list[str], log: Path, steps_done: Callable[[], int], case: C
     seen: dict[int, float] = {}  # steps done -> when
     held, peak_of_steps = 0.0, 0.0
     while True:
-        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+        ended, status, _ = os.wait4(process.pid, os.WNOHANG)
         if ended:
             break
         done = steps_done()
         seen.setdefault(done, time.perf_counter())
         if done < case.steps:
-            peak_of_steps = _memory(process.pid, "VmHWM")
+            peak_of_steps = memory_mib(process.pid, "VmHWM")
         if EARLY <= done < case.steps:
-            held = max(held, _memory(process.pid, "VmRSS"))
+            held = max(held, memory_mib(process.pid, "VmRSS"))
         time.sleep(0.01)
     if status:
         raise RuntimeError(f"{command[:2]} ended with status {status}:\n{log.read_text()[-3000:]}")
@@ -147,12 +147,5 @@ def _watch(command: list[str], log: Path, steps_done: Callable[[], int], case: C
         case.batch * (case.steps - first) / (seen[case.steps] - seen[first]),
         held,
         peak_of_steps,
-        usage.ru_maxrss / 1024,
         time.perf_counter() - start,
     )
-
-
-def _memory(pid: int, key: str) -> float:
-    """MiB that a process holds (VmRSS) or has held at most so far (VmHWM); 0 once it has ended."""
-    found = re.search(rf"{key}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    return int(found[1]) / 1024 if found else 0.0

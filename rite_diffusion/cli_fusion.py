@@ -31,12 +31,12 @@ def fuse(
     """Fuse several adapters into one."""
     from rite_diffusion import merging
     from rite_diffusion.fusion.statistics import Drawing
-    from rite_diffusion.terminal import describe_conflicts, describe_fused, picture_count
+    from rite_diffusion.terminal import describe_conflicts, describe_fused, picture_progress
 
     settings = settings_tree({"rank": rank}, set_ or [])
     drawing = Drawing(steps=steps, seed=seed)
     settings |= {"method": method, "out": out, "base": base, "drawing": drawing}
-    with picture_count() as listen:
+    with picture_progress("statistics") as listen:
         if not report:
             describe_fused(merging.fuse(adapters, listen=listen, **settings))
             return
@@ -58,9 +58,9 @@ def sketch(
     """Write an adapter's statistics beside it, so that others fuse it without drawing."""
     from rite_diffusion import sketching
     from rite_diffusion.fusion.statistics import Drawing
-    from rite_diffusion.terminal import picture_count
+    from rite_diffusion.terminal import picture_progress
 
-    with picture_count() as listen:
+    with picture_progress("statistics") as listen:
         path = sketching.sketch(
             adapter,
             out=out,

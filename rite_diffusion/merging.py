@@ -54,14 +54,14 @@ def fuse(
     out: str | Path = "fused.safetensors",
     base: str | StableDiffusion | None = None,
     drawing: Drawing = USUAL,
-    listen: Callable[[int], None] = lambda pictures: None,
+    listen: Callable[[int, int], None] = lambda done, total: None,
     **settings: Any,
 ) -> Path:
     """Fuse adapters, `FILE` or `FILE:WEIGHT`, into one file and return its path.
 
     `settings` are those of `FusionSettings`: `rank=8`, `preserve=0.5`. Methods that need statistics
     take them from sketches beside the files, else from a few pictures that the base model draws;
-    `listen` hears how many are drawn. Raises FusionError or AdapterError before a file is written.
+    `listen` hears how many of how many are drawn. Raises FusionError or AdapterError before a file is written.
     """
     chosen_settings = checked_settings(settings)
     needs_statistics = method_named(method).statistics
@@ -80,7 +80,7 @@ def fuse_and_report(
     out: str | Path = "fused.safetensors",
     base: str | StableDiffusion | None = None,
     drawing: Drawing = USUAL,
-    listen: Callable[[int], None] = lambda pictures: None,
+    listen: Callable[[int, int], None] = lambda done, total: None,
     **settings: Any,
 ) -> Outcome:
     """Like `fuse`, and write the conflict report beside it: `.report.json` and `.report.png`.
@@ -110,7 +110,7 @@ def foresee(
     method: str = "gram",
     base: str | StableDiffusion | None = None,
     drawing: Drawing = USUAL,
-    listen: Callable[[int], None] = lambda pictures: None,
+    listen: Callable[[int, int], None] = lambda done, total: None,
     **settings: Any,
 ) -> Forecast:
     """What interferes between adapters, and what a fusion would make of it; nothing is written.

@@ -29,7 +29,7 @@ def sketch(
     prompts: Sequence[str] = (),
     directions: int = SKETCH_DIRECTIONS,
     drawing: Drawing = USUAL,
-    listen: Callable[[int], None] = lambda pictures: None,
+    listen: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Write `FILE.sketch.safetensors` beside an adapter: what others need to fuse it.
 
@@ -54,7 +54,7 @@ def with_sketches(
     members: list[Member],
     open_backbone: Callable[[], Backbone],
     drawing: Drawing,
-    listen: Callable[[int], None],
+    listen: Callable[[int, int], None],
 ) -> list[Member]:
     """The members with their sketches: from files beside the adapters, the others measured now."""
     members = [_with_file(member) for member in members]

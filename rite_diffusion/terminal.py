@@ -165,20 +165,12 @@ def describe_adapter(path: Path, adapter: Adapter) -> None:
 
 
 @contextmanager
-def picture_progress() -> Iterator[Callable[[int, int], None]]:
+def picture_progress(what: str = "pictures") -> Iterator[Callable[[int, int], None]]:
     """A progress bar of pictures; yields what to call with those done and their total."""
-    columns = (TextColumn("pictures  "), BarColumn(bar_width=24), MofNCompleteColumn())
+    columns = (TextColumn(f"{what:<10}"), BarColumn(bar_width=24), MofNCompleteColumn())
     with Progress(*columns, TimeRemainingColumn(), transient=True) as progress:
         task = progress.add_task("", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-@contextmanager
-def picture_count() -> Iterator[Callable[[int], None]]:
-    """A count of pictures drawn for statistics; yields what to call after each."""
-    with Progress(TextColumn("statistics  {task.completed} pictures"), transient=True) as progress:
-        task = progress.add_task("", total=None, visible=False)
-        yield lambda pictures: progress.update(task, completed=pictures, visible=True)
 
 
 def describe_fused(path: Path) -> None:

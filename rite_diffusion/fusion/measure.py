@@ -20,7 +20,7 @@ def measure_concept(
     prompts: Sequence[str],
     names: Sequence[str],
     drawing: Drawing,
-    listen: Callable[[int], None] = lambda pictures: None,
+    listen: Callable[[int, int], None] = lambda done, total: None,
 ) -> Grams:
     """What flows into the named layers while the adapter, at weight 1, draws the prompts."""
     attach(backbone, adapter, NAME)
@@ -35,20 +35,21 @@ def measure(
     adapters: Sequence[Adapter],
     prompts: Sequence[Sequence[str]],
     drawing: Drawing,
-    listen: Callable[[int], None] = lambda pictures: None,
+    listen: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Sketch]:
     """A sketch of each adapter, all with the same base, over all layers that one may adapt."""
     names = sketched_layers(backbone, adapters)
+    ordinary = unique(prompt for adapter in adapters for prompt in ordinary_prompts(adapter.info))
+    total = (sum(map(len, prompts)) + len(ordinary)) * drawing.pictures
     done = 0
 
-    def count(pictures: int) -> None:
-        listen(done + pictures)
+    def count(pictures: int, _: int) -> None:
+        listen(done + pictures, total)
 
     concepts = []
     for adapter, each in zip(adapters, prompts, strict=True):
         concepts.append(measure_concept(backbone, adapter, each, names, drawing, count))
         done += len(each) * drawing.pictures
-    ordinary = unique(prompt for adapter in adapters for prompt in ordinary_prompts(adapter.info))
     base = collect(backbone, ordinary, names, drawing, count)
     return [
         Sketch(concept, base, facts(backbone, adapter, each))

@@ -210,7 +210,7 @@ def collect(
     prompts: Sequence[str],
     names: Sequence[str],
     drawing: Drawing,
-    listen: Callable[[int], None] = lambda pictures: None,
+    listen: Callable[[int, int], None] = lambda done, total: None,
 ) -> Grams:
     """The Gram of each named layer while the backbone, as it is now, draws the prompts."""
     layers = watched(backbone, names)
@@ -224,9 +224,10 @@ def collect(
             sums[name].add(rows)
 
     with _watch({name: layers[name] for name in sorted(set(led.values()))}, see):
-        for index in range(len(prompts) * drawing.pictures):
+        total = len(prompts) * drawing.pictures
+        for index in range(total):
             prompt = prompts[index // drawing.pictures]
             _draw(backbone, prompt, drawing.seed + index, drawing.steps)
-            listen(index + 1)
+            listen(index + 1, total)
     grams = {name: total.gram() for name, total in sums.items()}
     return {name: grams[led[name]] for name in names if name in led}

@@ -16,7 +16,7 @@ from rite_diffusion.ui.workspace import Workspace, name_from
 if TYPE_CHECKING:
     from rite_diffusion.fusion.report import ConflictReport
 
-Listen = Callable[[str], None]
+Listen = Callable[[str, float], None]  # words, and the share that is done
 OLD = 24 * 3600  # seconds after which a draft that nobody saved is thrown away
 BACKGROUND = "on a blue background"
 
@@ -62,7 +62,7 @@ def foresee(studio: Studio, space: Workspace, order: Order, listen: Listen) -> "
     from rite_diffusion import merging
 
     _measure(studio, space, order, listen)
-    listen("Weighing the layers…")
+    listen("Weighing the layers…", 1.0)
     return merging.foresee(order.files(), method=order.method, **order.settings()).report
 
 
@@ -76,7 +76,7 @@ def fuse(
 
     if FUSIONS[order.method].statistics:
         _measure(studio, space, order, listen)
-    listen("Fusing the layers…")
+    listen("Fusing the layers…", 1.0)
     if not all(_has_sketch(card.path) for card in order.cards):
         merging.fuse(order.files(), method=order.method, out=out, **order.settings())
         return None
@@ -99,10 +99,11 @@ def _measure(studio: Studio, space: Workspace, order: Order, listen: Listen) -> 
     if not missing:
         return
     with studio.engine.lend(space, "", [card.base for card in order.cards]) as backbone:
-        for card in missing:
+        for index, card in enumerate(missing):
 
-            def count(pictures: int, name: str = card.name) -> None:
-                listen(f"What flows through the layers for {name}: picture {pictures}")
+            def count(done: int, total: int, index: int = index, name: str = card.name) -> None:
+                words = f"What flows through the layers for {name}: picture {done} of {total}"
+                listen(words, (index + done / total) / len(missing))
 
             sketching.sketch(card.path, base=backbone, listen=count)
 

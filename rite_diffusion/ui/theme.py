@@ -70,10 +70,13 @@ CSS = """
 .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important;
   grid-template-rows: none !important; grid-auto-rows: auto !important; }
 .grid-container.pt-6 { padding-top: 1.9rem; }
+.block:has(> .html-container > .prose:empty) { display: none; }
+.label-wrap > span:first-child { text-align: left; }
 .end { align-items: end !important; }
 .drop .wrap { min-height: 0 !important; padding-top: 1.6rem !important; flex-wrap: wrap;
   flex-direction: row !important; gap: 0 .45rem; font-size: .9rem !important; }
 .drop .icon-wrap { display: none; }
+@media (max-width: 480px) { .drop .wrap { padding-top: 2.7rem !important; } }
 .head { display: flex; align-items: center; gap: .8rem; padding: .2rem 0 .1rem; }
 .head svg { width: 34px; height: 34px; flex: none; }
 .head h1 { font-size: 1.25rem; font-weight: 650; margin: 0; letter-spacing: -.01em; }
@@ -127,6 +130,7 @@ CSS = """
 .conflicts .key { font-size: .82rem; color: var(--body-text-color-subdued); }
 .conflicts .key i { width: .7rem; margin: 0 .3rem 0 .6rem; vertical-align: -1px; }
 .conflicts table { border-collapse: separate; border-spacing: 3px; width: auto; }
+.conflicts :is(table, tr, th, td) { border: none !important; }
 .conflicts th { font-weight: 500; padding: .2rem .5rem; text-align: left; }
 .conflicts td { padding: .3rem .6rem; border-radius: 5px; text-align: center; min-width: 3.2rem;
   background: color-mix(in srgb, #e02424 var(--loud, 0%), rgb(100 116 139 / .12)); }
