@@ -25,7 +25,7 @@ def run(code: str, *arguments: str) -> tuple[float, float]:
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.DEVNULL)
     while (status := process.poll()) is None:
         peak = max(peak, memory_mib(process.pid, "VmHWM"))
-        time.sleep(0.002)
+        time.sleep(0.01)
     if status:
         raise RuntimeError(f"{arguments} ended with status {status}")
     return time.perf_counter() - start, peak

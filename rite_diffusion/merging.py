@@ -61,7 +61,8 @@ def fuse(
 
     `settings` are those of `FusionSettings`: `rank=8`, `preserve=0.5`. Methods that need statistics
     take them from sketches beside the files, else from a few pictures that the base model draws;
-    `listen` hears how many of how many are drawn. Raises FusionError or AdapterError before a file is written.
+    `listen` hears how many of how many are drawn. Raises FusionError or AdapterError before a file
+    is written.
     """
     chosen_settings = checked_settings(settings)
     needs_statistics = method_named(method).statistics
