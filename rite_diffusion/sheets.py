@@ -224,7 +224,7 @@ def _present(backbone: Backbone, chosen: list[Chosen], method: str) -> list[tupl
     members = checked([Member(each.adapter, each.weight, each.path) for each in chosen])
     members = with_plain_updates(members, lambda: backbone)
     if FUSIONS[method].statistics:
-        members = with_sketches(members, lambda: backbone, USUAL, lambda pictures: None)
+        members = with_sketches(members, lambda: backbone, USUAL, lambda done, total: None)
     return [(merge(members, method, FusionSettings()), 1.0)]
 
 
