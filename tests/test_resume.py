@@ -162,12 +162,14 @@ def test_another_version_or_base_is_shown_and_refused(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_second_signal_ends_the_run_within_the_step(photos, tmp_path, number):
-    # A long step of short parts: two signals of a kind that wait for the same call become one.
+    # A long step of short parts: two signals that wait for the same call become one, and
+    # then the next is the second.
     process = _rite_train(photos, tmp_path / "run", "batch=1", "accumulate=600")
     _wait_for(tmp_path / "run/metrics.jsonl")
-    for _ in range(2):
-        time.sleep(2)
-        process.send_signal(number)
+    for _ in range(4):
+        time.sleep(3)
+        if process.poll() is None:
+            process.send_signal(number)
     _, errors = process.communicate(timeout=600)
     assert process.returncode in (128 + number, -number)  # a shell tells 143 of the second too
     assert "stopped at step" not in errors and "Traceback" not in errors
