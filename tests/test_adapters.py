@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from predictions import prediction, prediction_in_diffusers
 from rite_diffusion.adapters import (
     Adapter,
     AdapterInfo,
@@ -19,6 +20,7 @@ from rite_diffusion.adapters import (
 )
 from rite_diffusion.adapters.attach import places, set_weight
 from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.source import POCKET
 from rite_diffusion.types import AdapterError, LoraPair
 
 
@@ -32,15 +34,6 @@ def random_adapter(backbone, rank=4, alpha=2.0, seed=0) -> Adapter:
             down, up = torch.randn(rank, into) / into**0.5, torch.randn(out, rank) * 0.2
             pairs.append(LoraPair(name, down, up, alpha / rank))
     return Adapter(pairs, AdapterInfo(trigger="<t>", base="pocket"))
-
-
-@torch.no_grad()
-def prediction(backbone):
-    """What the model says of one fixed noisy picture."""
-    noisy = torch.randn(
-        1, backbone.latent_channels, 16, 16, generator=torch.Generator().manual_seed(1)
-    )
-    return backbone.denoise(noisy, torch.tensor([500]), backbone.encode_prompts(["a red cat"]))
 
 
 def test_save_and_load_is_bit_exact(tmp_path, pocket):
@@ -108,37 +101,19 @@ def test_two_adapters_add_up_and_detaching_restores_every_bit(pocket):
 
 
 def test_plain_diffusers_reads_the_file_at_the_same_strength(tmp_path, pocket):
-    from diffusers import StableDiffusionPipeline
-
-    from rite_diffusion.backbones.source import POCKET
-
     adapter = random_adapter(pocket, rank=4, alpha=2.0)
     save_adapter(tmp_path / "a.safetensors", adapter)
     attach(pocket, adapter, "a")
-    pipeline = StableDiffusionPipeline.from_pretrained(POCKET, torch_dtype=torch.float32)
-    pipeline.load_lora_weights(str(tmp_path), weight_name="a.safetensors", use_safetensors=True)
-    noisy = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        states, _ = pipeline.encode_prompt("a red cat", "cpu", 1, False)
-        theirs = pipeline.unet(noisy, torch.tensor([500]), states).sample
+    theirs = prediction_in_diffusers(POCKET, tmp_path / "a.safetensors")
     torch.testing.assert_close(theirs, prediction(pocket), rtol=1e-4, atol=1e-4)
 
 
 def test_plain_diffusers_reads_ranks_and_scales_of_all_kinds(tmp_path, pocket):
-    from diffusers import StableDiffusionPipeline
-
-    from rite_diffusion.backbones.source import POCKET
-
     one, other = random_adapter(pocket, rank=4, alpha=2.0), random_adapter(pocket, rank=6, seed=1)
     pairs = [*one.pairs[::2], *other.pairs[1::2]]
     save_adapter(tmp_path / "a.safetensors", Adapter(pairs, one.info))
     attach(pocket, Adapter(pairs, one.info), "a")
-    pipeline = StableDiffusionPipeline.from_pretrained(POCKET, torch_dtype=torch.float32)
-    pipeline.load_lora_weights(str(tmp_path), weight_name="a.safetensors", use_safetensors=True)
-    noisy = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        states, _ = pipeline.encode_prompt("a red cat", "cpu", 1, False)
-        theirs = pipeline.unet(noisy, torch.tensor([500]), states).sample
+    theirs = prediction_in_diffusers(POCKET, tmp_path / "a.safetensors")
     torch.testing.assert_close(theirs, prediction(pocket), rtol=1e-4, atol=1e-4)
 
 

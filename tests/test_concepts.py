@@ -1,7 +1,7 @@
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 
+from predictions import prediction, prediction_in_diffusers
 from rite_diffusion.adapters import Adapter, AdapterInfo, attach, load_adapter, save_adapter
 from rite_diffusion.adapters.words import tokens_of
 from rite_diffusion.backbones import load_backbone
@@ -13,7 +13,6 @@ from rite_diffusion.plan import configure, plan_training
 from rite_diffusion.training.loop import Job, train_steps
 from rite_diffusion.types import Concept, ConfigError, LoraPair
 from runs import QUICK, Stop, config_of, crash_at, same_run, train
-from test_adapters import prediction
 from wordy import RATES, random_data, steps_of, wordy_config
 
 WORDY = [name for name in METHODS if name != "lora"]
@@ -91,12 +90,7 @@ def test_all_layers_of_the_blocks_train_and_other_tools_read_them(pocket, tmp_pa
     ours = prediction(pocket)
     method.remove()
     assert (ours - plain).abs().max() > 1e-2
-    pipeline = StableDiffusionPipeline.from_pretrained(POCKET, torch_dtype=torch.float32)
-    pipeline.load_lora_weights(str(tmp_path), weight_name="a.safetensors", use_safetensors=True)
-    noisy = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        states, _ = pipeline.encode_prompt("a red cat", "cpu", 1, False)
-        theirs = pipeline.unet(noisy, torch.tensor([500]), states).sample
+    theirs = prediction_in_diffusers(POCKET, tmp_path / "a.safetensors")
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
 
 

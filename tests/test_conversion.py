@@ -11,6 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import rite_diffusion as rite
+from predictions import PROMPT, TIME, noisy_latents, prediction
 from rite_diffusion.adapters import Adapter, AdapterInfo, attach, detach, load_adapter, save_adapter
 from rite_diffusion.adapters.attach import base_weights, places
 from rite_diffusion.adapters.delta import adapted_weight
@@ -43,14 +44,6 @@ def random_adapter(backbone, layers=ATTENTION, dora=False) -> Adapter:
             norms = weight.flatten(1).norm(dim=1) * (0.8 + 0.4 * torch.rand(len(weight)))
             pairs.append(LoraPair(name, down, up, 3 / rank, norms if dora else None))
     return Adapter(pairs, AdapterInfo(trigger="<t>", base=backbone.name))
-
-
-@torch.no_grad()
-def prediction(backbone):
-    """What the model says of one fixed noisy picture."""
-    generator = torch.Generator().manual_seed(1)
-    noisy = torch.randn(1, backbone.latent_channels, 8, 8, generator=generator)
-    return backbone.denoise(noisy, torch.tensor([500]), backbone.encode_prompts(["a red cat"]))
 
 
 def open_in_diffusers(folder):
@@ -120,17 +113,16 @@ def test_diffusers_predicts_the_same(tmp_path, folder):
         path = tmp_path / f"{dialect}.safetensors"
         DIALECTS[dialect].write(path, adapter)
         pipeline.load_lora_weights(str(tmp_path), weight_name=path.name, use_safetensors=True)
-        noisy = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
         with torch.no_grad():
             extra = {}
             if "xl" in folder.name:
-                states, _, pooled, _ = pipeline.encode_prompt("a red cat", device="cpu",
+                states, _, pooled, _ = pipeline.encode_prompt(PROMPT, device="cpu",
                     do_classifier_free_guidance=False)  # fmt: skip
-                sizes = torch.tensor([[64, 64, 0, 0, 64, 64]])
+                sizes = torch.tensor([[128, 128, 0, 0, 128, 128]])
                 extra = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
             else:
-                states, _ = pipeline.encode_prompt("a red cat", "cpu", 1, False)
-            theirs = pipeline.unet(noisy, torch.tensor([500]), states, **extra).sample
+                states, _ = pipeline.encode_prompt(PROMPT, "cpu", 1, False)
+            theirs = pipeline.unet(noisy_latents(4), TIME, states, **extra).sample
         pipeline.unload_lora_weights()
         attach(backbone, adapter, "a")
         torch.testing.assert_close(theirs, prediction(backbone), rtol=1e-4, atol=1e-4)

@@ -6,6 +6,7 @@ import torch
 
 import rite_diffusion as rite
 from fusion_layers import SHAPES, dense, random_adapter, random_member, random_pair
+from predictions import prediction
 from rite_diffusion.adapters import Adapter, attach, load_adapter, save_adapter
 from rite_diffusion.adapters.attach import base_weights
 from rite_diffusion.adapters.delta import adapted_weight
@@ -17,7 +18,6 @@ from rite_diffusion.fusion.members import Member, digest_of
 from rite_diffusion.fusion.merge import merge
 from rite_diffusion.fusion.statistics import Drawing
 from rite_diffusion.types import FusionError
-from test_adapters import prediction
 from test_adapters import random_adapter as random_backbone_adapter
 
 PLAIN = FusionSettings()

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 import rite_diffusion as rite
 from fusion_layers import dense, random_member
+from predictions import prediction, prediction_in_diffusers
 from rite_diffusion.adapters import attach, load_adapter
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.cli import app
@@ -21,7 +22,6 @@ from rite_diffusion.fusion.sketch import load_sketch, sketch_path
 from rite_diffusion.fusion.statistics import Drawing
 from rite_diffusion.merging import fuse_and_report
 from rite_diffusion.types import FusionError, RiteError
-from test_adapters import prediction
 
 FEW = Drawing(steps=1)
 
@@ -41,17 +41,10 @@ def test_a_plain_sum_acts_as_both_attached(adapters, tiny_folder, tmp_path):
 
 
 def test_plain_diffusers_reads_a_fused_file(adapters, tiny_folder, tmp_path):
-    from diffusers import StableDiffusionPipeline
-
     out = rite.fuse(adapters, base=str(tiny_folder), drawing=FEW, out=tmp_path / "f.safetensors")
     ours = load_backbone(str(tiny_folder))
     attach(ours, load_adapter(out), "f")
-    pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder, torch_dtype=torch.float32)
-    pipeline.load_lora_weights(str(tmp_path), weight_name="f.safetensors", use_safetensors=True)
-    noisy = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        states, _ = pipeline.encode_prompt("a red cat", "cpu", 1, False)
-        theirs = pipeline.unet(noisy, torch.tensor([500]), states).sample
+    theirs = prediction_in_diffusers(tiny_folder, out)
     torch.testing.assert_close(theirs, prediction(ours), rtol=1e-3, atol=1e-3)
 
 

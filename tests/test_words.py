@@ -3,6 +3,7 @@ import torch
 from safetensors.torch import save_file
 
 import rite_diffusion as rite
+from predictions import prediction
 from reference.learned_words import layerwise_states, literal_cross_attentions
 from rite_diffusion.adapters import Adapter, AdapterInfo, attach, detach, load_adapter, save_adapter
 from rite_diffusion.adapters.choice import choose_adapters, renamings
@@ -10,7 +11,7 @@ from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.clip_tokenizer import clip_tokenizer
 from rite_diffusion.backbones.words import ids_of, tokens_of
 from rite_diffusion.types import AdapterError, Word
-from test_adapters import prediction, random_adapter
+from test_adapters import random_adapter
 from wordy import PROMPT, random_words, tokens_adapter
 
 

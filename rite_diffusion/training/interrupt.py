@@ -1,10 +1,13 @@
 """Ctrl-C and SIGTERM as a wish to stop after the current step; a second one stops at once."""
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+NOTICE = b"\nstopping after this step; once more stops at once\n"
 
 
 @dataclass
@@ -20,7 +23,10 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Collect SIGINT and SIGTERM while the block runs; outside the main thread signals pass by."""
+    """Collect SIGINT and SIGTERM while the block runs, and say on standard error what comes now.
+
+    Outside the main thread signals pass by.
+    """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
@@ -32,6 +38,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
         request.signal = number
         for each in signals:
             signal.signal(each, previous[each])
+        os.write(2, NOTICE)  # print is not for signal handlers: the signal may have come within one
 
     for number in signals:
         signal.signal(number, ask)

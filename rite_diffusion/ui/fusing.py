@@ -4,6 +4,7 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,12 +101,16 @@ def _measure(studio: Studio, space: Workspace, order: Order, listen: Listen) -> 
         return
     with studio.engine.lend(space, "", [card.base for card in order.cards]) as backbone:
         for index, card in enumerate(missing):
-
-            def count(done: int, total: int, index: int = index, name: str = card.name) -> None:
-                words = f"What flows through the layers for {name}: picture {done} of {total}"
-                listen(words, (index + done / total) / len(missing))
-
+            count = partial(_count_pictures, listen, card.name, index, len(missing))
             sketching.sketch(card.path, base=backbone, listen=count)
+
+
+def _count_pictures(
+    listen: Listen, name: str, index: int, concepts: int, done: int, total: int
+) -> None:
+    """Tell how far the statistics of concept `index` of several are: `done` of `total` pictures."""
+    words = f"What flows through the layers for {name}: picture {done} of {total}"
+    listen(words, (index + done / total) / concepts)
 
 
 def _has_sketch(file: Path) -> bool:

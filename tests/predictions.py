@@ -1,0 +1,33 @@
+"""What a model says of one fixed noisy picture: here, and in plain diffusers with an adapter."""
+
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from rite_diffusion.types import Backbone
+
+PROMPT = "a red cat"
+TIME = torch.tensor([500])
+
+
+def noisy_latents(channels: int, cells: int = 16) -> torch.Tensor:
+    """The noisy picture (1, channels, cells, cells)."""
+    draws = torch.Generator().manual_seed(1)
+    return torch.randn(1, channels, cells, cells, generator=draws)
+
+
+@torch.no_grad()
+def prediction(backbone: Backbone, cells: int = 16) -> torch.Tensor:
+    """What a backbone says, with what is attached to it (1, channels, cells, cells)."""
+    noisy = noisy_latents(backbone.latent_channels, cells)
+    return backbone.denoise(noisy, TIME, backbone.encode_prompts([PROMPT]))
+
+
+@torch.no_grad()
+def prediction_in_diffusers(base: Path, file: Path) -> torch.Tensor:
+    """What a Stable Diffusion folder says with an adapter file, both opened by plain diffusers."""
+    pipeline = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
+    pipeline.load_lora_weights(str(file.parent), weight_name=file.name, use_safetensors=True)
+    states, _ = pipeline.encode_prompt(PROMPT, "cpu", 1, False)
+    return pipeline.unet(noisy_latents(pipeline.unet.config.in_channels), TIME, states).sample
