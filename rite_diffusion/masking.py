@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -15,6 +14,7 @@ from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.attention_maps import AttentionRecorder
 from rite_diffusion.files import write_atomically
 from rite_diffusion.photos.buckets import bucket_of, bucket_sizes
+from rite_diffusion.photos.cutout import cut_out
 from rite_diffusion.photos.folder import read_folder
 from rite_diffusion.photos.images import to_tensor
 from rite_diffusion.photos.random import generator
@@ -87,7 +87,7 @@ def attention_segmenter(backbone: Backbone, class_noun: str) -> Segmenter:
         size = bucket_of(photo.size, bucket_sizes(backbone.resolution, backbone.multiple))
         pixels = to_tensor(photo.resize(size, Image.Resampling.LANCZOS))
         scores = attention_scores(backbone, pixels, prompt, positions)
-        return _cut(scores, photo.size)
+        return cut_out(scores.cpu().numpy(), photo)
 
     return segment
 
@@ -127,20 +127,3 @@ def _ranged(values: Tensor) -> Tensor:
     if not high > low:
         raise NoSubject
     return (values - low) / (high - low)
-
-
-def _cut(scores: Tensor, size: tuple[int, int]) -> Image.Image:
-    """The mask of a size that parts the scores best in two."""
-    greys = Image.fromarray((scores.cpu().numpy() * 255).astype(np.uint8))
-    smooth = np.asarray(greys.resize(size, Image.Resampling.BICUBIC))
-    return Image.fromarray(np.where(smooth > otsu(smooth), 255, 0).astype(np.uint8))
-
-
-def otsu(greys: np.ndarray) -> int:
-    """The grey that parts a picture into two classes farthest apart (Otsu 1979, Eq. 18)."""
-    counts = np.bincount(greys.ravel(), minlength=256).astype(float)
-    weights = counts.cumsum() / counts.sum()  # of the lower class
-    means = (counts * np.arange(256)).cumsum() / counts.sum()
-    with np.errstate(divide="ignore", invalid="ignore"):
-        between = (means[-1] * weights - means) ** 2 / (weights * (1 - weights))
-    return int(np.nan_to_num(between, posinf=0.0).argmax())

@@ -9,8 +9,9 @@ from PIL import Image, ImageDraw
 
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.demo import example_photos
-from rite_diffusion.masking import attention_segmenter, make_masks, otsu
+from rite_diffusion.masking import attention_segmenter, make_masks
 from rite_diffusion.photos import segmenter
+from rite_diffusion.photos.cutout import cut_out, otsu
 from rite_diffusion.photos.folder import read_folder
 from rite_diffusion.photos.segmenter import NoSubject, load_segmenter
 from rite_diffusion.types import Concept, ConfigError
@@ -88,9 +89,19 @@ def test_the_parting_grey_equals_a_literal_search():
     assert between(otsu(greys)) == pytest.approx(between(best))
 
 
-@pytest.mark.xfail(reason="overlaps of 0.27 to 0.43 measured: the base looks too widely")
+def test_a_vague_map_becomes_the_subjects_outline():
+    ground = Image.linear_gradient("L").resize((96, 64)).point(lambda v: 60 + v // 8)
+    photo = Image.merge("RGB", [ground, ground, ground])
+    ImageDraw.Draw(photo).ellipse((50, 20, 80, 50), fill=(200, 90, 40))
+    truth = np.asarray(photo)[..., 0] > 150
+    vague = np.full((8, 8), 0.2)
+    vague[2:6, 3:8] = 0.8  # twice the subject's area
+    assert overlap(cut_out(vague, photo), truth) > 0.9
+
+
 @pytest.mark.parametrize(
-    "name, noun", [("unicorn", "horse"), ("tractor", "truck"), ("robot", "robot")]
+    "name, noun",
+    [("unicorn", "horse"), ("tractor", "truck"), ("robot", "robot"), ("cupcake", "cake")],
 )
 def test_the_bases_attention_finds_the_subject(pocket, name, noun):
     found = []
@@ -102,7 +113,7 @@ def test_the_bases_attention_finds_the_subject(pocket, name, noun):
         mask = segment(photo.image)
         assert mask.size == photo.image.size
         found.append(overlap(mask, truth))
-    assert np.mean(found) > 0.5, found
+    assert np.mean(found) > 0.7, found  # 0.80 to 0.93 seen; small ones at the side fail
 
 
 def test_a_photo_of_nothing_has_no_mask(tiny_folder):
