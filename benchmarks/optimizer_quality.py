@@ -89,6 +89,12 @@ def beside_best(rows: list[dict]) -> dict[str, list[float]]:
     return grid
 
 
+def and_above(rate: float) -> list[float]:
+    """A rate of the sweep and the one half a decade above."""
+    halves = round(2 * math.log10(rate))
+    return [rounded(halves / 2), rounded((halves + 1) / 2)]
+
+
 @cache
 def plan_of(concept: str) -> Plan:
     """The concept's photos and the base."""
@@ -321,8 +327,7 @@ def main() -> None:
             fine = runs(options.concepts, options.rounds, beside_best(rough_rows(rough)))
             if work(fine, options.processes, deadline):
                 rows = swept(finished())
-                best = {each: [rate, rounded(math.log10(rate) + 0.5)] for each in DECAYED
-                        for rate in [best_rate(rows, each)]}  # fmt: skip
+                best = {each: and_above(best_rate(rows, each)) for each in DECAYED}
                 whole = runs(options.concepts, 1, best)
                 work(decayed_runs(whole), options.processes, deadline)
     rows = finished()

@@ -266,6 +266,27 @@ def test_rank_deficient_factors_stay_finite(name):
     assert all(p.isfinite().all() and p.abs().max() < 1e3 for p in model.parameters())
 
 
+def nearly_deficient(dtype, share):
+    """Pairs of rank 8 whose last four directions nearly depend on the first four."""
+    model = Factors([(24, 40), (40, 24)], rank=8)
+    with torch.no_grad():
+        for down, up in model.pairs():
+            mixing = torch.randn(2, 4, 4, dtype=up.dtype)
+            up[:, 4:] = up[:, :4] @ mixing[0] + share * up[:, 4:]
+            down[4:] = mixing[1] @ down[:4] + share * down[4:]
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("lr", [1e-3, 1e-2])
+@pytest.mark.parametrize("share", [1e-3, 1e-4])
+def test_rite_is_steady_where_factors_are_nearly_deficient(share, lr):
+    exact, rounded = nearly_deficient(torch.float64, share), nearly_deficient(torch.float32, share)
+    for model in (exact, rounded):
+        model.run(LoraRite(lora_param_groups(model), lr=lr), steps=100)
+    for one, other in zip(rounded.products(), exact.products(), strict=True):
+        assert (one - other).norm() < 0.05 * other.norm()
+
+
 def test_rite_keeps_half_of_adamws_state():
     def size(optimizer):
         states = optimizer.state_dict()["state"].values()

@@ -9,11 +9,14 @@ Write X for one factor as rows (m, r), that is down^T or up, and Y for its partn
 basis, with an r x r matrix W. Any W with (Y W)^T (Y W) = I gives the same steps, so the cheapest
 serves: the inverse Cholesky factor of Y^T Y. What carries the moments is
 
-    P = (Y_t W_t)^T (Y_{t-1} W_{t-1}) = W_t^T (Y_t^T Y_{t-1}) W_{t-1},
+    P = (Y_t W_t)^T (Y_{t-1} W_{t-1}) = (H W_t)^T,    H = (Y_{t-1} W_{t-1})^T Y_t,
 
-and the matrix in parentheses is known once step t-1 has moved Y, so no basis is ever stored. The
-momentum is kept as it is applied, N = M W^T; what carries it is N (Y_{t-1}^T Y_t) W_t W_t^T. State
-is this one momentum and three r x r matrices per factor, less than AdamW's two moments.
+and the r x r matrix H is known once step t-1 has moved Y, so no basis is ever stored. The momentum
+is kept as it is applied, N = M W^T; what carries it is N W_{t-1}^{-T} P^T W_t^T. State is this one
+momentum and three r x r matrices per factor, less than AdamW's two moments.
+
+P turns one basis into another and so lengthens nothing. Where Y is nearly rank-deficient, rounding
+would have it do so, step upon step: there H is taken in float64 and P is cut to what it may be.
 """
 
 from collections import defaultdict
@@ -102,6 +105,8 @@ class Side:
     values: Tensor
     gradient: Tensor  # once `unmagnify` has run: in the basis of the partner
     basis: Tensor = field(init=False)  # this factor's own W (n, r, r): X W is orthonormal
+    back: Tensor = field(init=False)  # W^{-T} (n, r, r)
+    doubtful: Tensor = field(init=False)  # where (n,) the factor is nearly rank-deficient
     outer: Tensor = field(init=False)  # gradient^T gradient / m (n, r, r)
 
     @property
@@ -113,6 +118,10 @@ class Side:
     def length(self) -> int:
         """m, the number of rows."""
         return self.values.shape[2 - self.part]
+
+    def rows(self, values: Tensor) -> Tensor:
+        """Values in this factor's layout as rows (n, m, r)."""
+        return values.mT if self.part == 0 else values
 
     def times(self, rows: Tensor, matrix: Tensor) -> Tensor:
         """Rows times matrices (n, r, r)."""
@@ -140,8 +149,8 @@ def new_state(values: Tensor, rank: int, escape: bool) -> dict[str, Tensor]:
     state = {
         "momentum": torch.zeros_like(values),  # N = M W^T, as it is applied
         "second": square,  # V, in the partner's basis
-        "basis": square.clone(),  # W of this factor
-        "overlap": square.clone(),  # X_{t-1}^T X_t of this factor
+        "back": square.clone(),  # W_{t-1}^{-T} of this factor
+        "overlap": square.clone(),  # H = (X_{t-1} W_{t-1})^T X_t of this factor
     }
     return state | ({"escaped": values.new_zeros(n)} if escape else {})
 
@@ -171,44 +180,48 @@ def partners(batch: list[Side]) -> list[Side]:
 
 
 def unmagnify(batch: list[Side]) -> None:
-    """Express every gradient in the basis of its partner (Sec. 3.1); fill `basis` and `outer`."""
+    """Express every gradient in the basis of its partner (Sec. 3.1); fill what is left open."""
     grams = torch.cat([side.products(side.values, side.values) for side in batch])
-    roots, good = inverse_root_of_gram(grams)
-    if not good.all():
-        lengthwise = [side.values.mT if side.part == 0 else side.values for side in batch]
-        for own, ok, rows in zip(split(roots, batch), split(good, batch), lengthwise, strict=True):
-            bad = (~ok).nonzero().squeeze(-1)
-            own[bad] = careful_inverse_root_of_gram(rows[bad])
-    for side, root in zip(batch, split(roots, batch), strict=True):
-        side.basis = root
+    parts = [split(each, batch) for each in basis_of_gram(grams)]
+    for side, basis, back, doubtful in zip(batch, *parts, strict=True):
+        side.basis, side.back, side.doubtful = basis, back, doubtful
+        bad = doubtful.nonzero().squeeze(-1)
+        if len(bad):
+            basis[bad], back[bad] = careful_basis(side.rows(side.values[bad]))
     for side, partner in zip(batch, partners(batch), strict=True):
         side.gradient = side.times(side.gradient, partner.basis)
         side.outer = side.products(side.gradient, side.gradient) / side.length
         skip_large(side)
 
 
-def inverse_root_of_gram(grams: Tensor) -> tuple[Tensor, Tensor]:
-    """Inverse Cholesky factors W (n, r, r) of Gram matrices, and where (n,) they are accurate."""
+def basis_of_gram(grams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """W and W^{-T} (n, r, r) by Cholesky factors of Gram matrices; where (n,) they are rough."""
     factor, failed = torch.linalg.cholesky_ex(grams, upper=True)
     pivots = factor.diagonal(dim1=-2, dim2=-1)
-    good = (failed == 0) & (pivots.amin(-1) > WELL_CONDITIONED * pivots.amax(-1))
+    rough = (failed != 0) | ~(pivots.amin(-1) > WELL_CONDITIONED * pivots.amax(-1))
     identity = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
-    factor = torch.where(good[:, None, None], factor, identity)
-    return torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=True), good
+    factor = torch.where(rough[:, None, None], identity, factor)
+    basis = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=True)
+    return basis, factor.mT.contiguous(), rough
 
 
-def careful_inverse_root_of_gram(rows: Tensor) -> Tensor:
-    """W of rows (n, m, r) by singular values: accurate for any condition and any rank.
+def careful_basis(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """W and W^{-T} of rows (n, m, r) by singular values: for any condition and any rank.
 
-    Where columns depend on each other, W leaves the lost directions out as a pseudo-inverse does;
-    zero rows give W = 0.
+    Where columns depend on each other, both leave the lost directions out as a pseudo-inverse does;
+    zero rows give zero.
     """
-    exact = rows if rows.device.type == "mps" else rows.double()
-    _, sizes, right = torch.linalg.svd(torch.linalg.qr(exact, mode="r")[1])  # X = U S right
+    _, sizes, right = torch.linalg.svd(torch.linalg.qr(precise(rows), mode="r")[1])  # X = U S right
     smallest = torch.finfo(rows.dtype).eps * max(rows.shape[-2:]) * sizes[:, :1]
     kept = sizes > smallest
     inverse = torch.where(kept, 1 / sizes.where(kept, 1.0), 0.0)
-    return (right.mT * inverse[:, None, :]).to(rows.dtype)
+    sizes = sizes.where(kept, 0.0)
+    return tuple((right.mT * each[:, None, :]).to(rows.dtype) for each in (inverse, sizes))
+
+
+def precise(values: Tensor) -> Tensor:
+    """The values in float64, where the device has it."""
+    return values if values.device.type == "mps" else values.double()
 
 
 def skip_large(side: Side) -> None:
@@ -235,9 +248,10 @@ def move(batch: list[Side], norm: Tensor | float) -> None:
     other = partners(batch)
     basis = torch.cat([side.basis for side in other])
     overlap = torch.cat([side.state["overlap"] for side in other])
-    before = torch.cat([side.state["basis"] for side in other])
+    back = torch.cat([side.state["back"] for side in other])
     outer = torch.cat([side.outer for side in batch])
-    turn = (before.mT @ overlap @ basis).mT  # P
+    turn = (overlap @ basis).mT  # P
+    shorten(turn, torch.cat([side.doubtful for side in other]))
     second = torch.cat([side.state["second"] for side in batch])
     turned = turn @ second @ turn.mT
     escaped = carry_escaped(batch, second, turned, beta2) if group["escape"] else None
@@ -245,7 +259,7 @@ def move(batch: list[Side], norm: Tensor | float) -> None:
     second = (second + second.mT) / 2
     root = inverse_root(second, escaped, group["eps"])
     apply = root @ basis.mT * (scale * (1 - beta1))
-    carry = overlap @ basis @ basis.mT
+    carry = back @ (basis @ turn).mT
     keep = 1 - group["lr"] * group["weight_decay"]
     for side, v, a, c in zip(
         batch, split(second, batch), split(apply, batch), split(carry, batch), strict=True
@@ -255,8 +269,26 @@ def move(batch: list[Side], norm: Tensor | float) -> None:
         old = side.values
         side.values = torch.add(old if keep == 1 else old * keep, momentum, alpha=-group["lr"])
         written = side.values.to(side.stack.parts[0][0].dtype).to(old.dtype)
-        new = {"momentum": momentum, "second": v, "basis": side.basis}
-        side.state.update(new, overlap=side.products(old, written))
+        new = {"momentum": momentum, "second": v, "back": side.back}
+        side.state.update(new, overlap=overlap_of(side, old, written))
+
+
+def shorten(turns: Tensor, doubtful: Tensor) -> None:
+    """Cut doubtful turns P (n, r, r) of a basis to the nearest that lengthen nothing."""
+    bad = doubtful.nonzero().squeeze(-1)
+    if len(bad):
+        left, sizes, right = torch.linalg.svd(turns[bad])
+        turns[bad] = left * sizes.clamp(max=1)[:, None, :] @ right
+
+
+def overlap_of(side: Side, old: Tensor, new: Tensor) -> Tensor:
+    """H = (X W)^T X' (n, r, r) of a factor's old and new values."""
+    overlap = side.basis.mT @ side.products(old, new)
+    bad = side.doubtful.nonzero().squeeze(-1)
+    if len(bad):
+        before, after = (precise(side.rows(each[bad])) for each in (old, new))
+        overlap[bad] = ((before @ precise(side.basis[bad])).mT @ after).to(overlap)
+    return overlap
 
 
 def carry_escaped(batch: list[Side], second: Tensor, turned: Tensor, beta2: float) -> Tensor:
