@@ -1,8 +1,10 @@
 """Milliseconds per optimizer step at the LoRA shapes of Stable Diffusion 1.5 and SDXL.
 
 Every optimizer steps on its own copy of the same factors and gradients, in turn within one process,
-so that a busy machine slows all alike. `python benchmarks/optimizer_step.py` writes
-results/optimizer_step.json; the peers come from the `dev` extra.
+so that a busy machine slows all alike: first those with a Riemannian metric, then those of
+LoRA-RITE, each beside torch's AdamW. `python benchmarks/optimizer_step.py` writes
+results/optimizer_step.json, and with `--models` or `--ranks` renews a part of it; the peers come
+from the `dev` extra.
 """
 
 import argparse
@@ -11,10 +13,11 @@ import time
 from collections.abc import Callable
 
 import torch
-from machine import write_result
+from machine import RESULTS, write_result
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from rite_diffusion.files import read_json
 from rite_diffusion.optim import LoraRite, ScaledAdamW, ScaledSGD, lora_param_groups
 
 
@@ -89,6 +92,14 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
+BASE = "adamw foreach"  # what the ratios are to
+FAMILIES = [  # measured side by side
+    [BASE, "adamw fused", "scaled_sgd", "scaled_adamw", "peft riemannian sgd",
+     "peft riemannian adamw"],
+    [BASE, "rite", "pytorch_optimizer rite"],
+]  # fmt: skip
+
+
 class CountOperations(TorchDispatchMode):
     """Counts the operations that torch runs."""
 
@@ -106,31 +117,33 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def measure(shapes: list[tuple[int, int]], rank: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds, operations and state of every optimizer, measured in turn."""
-    models = {name: factors(shapes, rank) for name in OPTIMIZERS}
-    optimizers = {name: make(models[name]) for name, make in OPTIMIZERS.items()}
-    gradients = {n: [p.grad.clone() for p in m.parameters()] for n, m in models.items()}
-    times: dict[str, list[float]] = {name: [] for name in optimizers}
+def measure(
+    shapes: list[tuple[int, int]], rank: int, rounds: int, names: list[str]
+) -> dict[str, dict[str, float]]:
+    """Median milliseconds, operations and state of some optimizers, measured in turn."""
+    models = {name: factors(shapes, rank) for name in names}
+    optimizers = {name: OPTIMIZERS[name](models[name]) for name in names}
+    gradients = [p.grad.clone() for p in models[BASE].parameters()]
+    times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds + 2):
         for name, optimizer in optimizers.items():
-            torch._foreach_copy_([p.grad for p in models[name].parameters()], gradients[name])
+            torch._foreach_copy_([p.grad for p in models[name].parameters()], gradients)
             start = time.perf_counter()
             optimizer.step()
             if turn >= 2:
                 times[name].append((time.perf_counter() - start) * 1e3)
+    base = statistics.median(times[BASE])
     figures = {}
     for name, optimizer in optimizers.items():
         with CountOperations() as counter:
             optimizer.step()
+        middle = statistics.median(times[name])
         figures[name] = {
-            "ms": round(statistics.median(times[name]), 2),
-            "ratio": 0.0,
+            "ms": round(middle, 2),
+            "ratio": round(middle / base, 2),
             "operations": counter.count,
             "state_mib": round(state_bytes(optimizer) / 2**20, 2),
         }
-    for row in figures.values():
-        row["ratio"] = round(row["ms"] / figures["adamw foreach"]["ms"], 2)
     return figures
 
 
@@ -141,15 +154,19 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[4, 16, 64, 128])
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
-    results: dict[str, dict] = {}
+    path = RESULTS / "optimizer_step.json"
+    results: dict[str, dict] = read_json(path)["results"] if path.exists() else {}
     for model in options.models:
         for rank in options.ranks:
-            rows = measure(MODELS[model](), rank, options.rounds)
+            rows: dict[str, dict[str, float]] = {}
+            for family in FAMILIES:
+                found = measure(MODELS[model](), rank, options.rounds, family)
+                rows |= {name: row for name, row in found.items() if name not in rows}
             results[f"{model}, rank {rank}"] = rows
             print(f"{model}, rank {rank}")
             for name, row in rows.items():
                 print(f"  {name:24}" + "".join(f" {key} {value:<9}" for key, value in row.items()))
-    write_result("optimizer_step", {"unit": "ms per step, median", "results": results})
+            write_result("optimizer_step", {"unit": "ms per step, median", "results": results})
 
 
 if __name__ == "__main__":
