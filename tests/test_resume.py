@@ -167,6 +167,7 @@ def test_a_second_signal_ends_the_run_within_the_step(photos, tmp_path, number):
     with written.open("w") as errors:
         process = _rite_train(photos, tmp_path / "run", "batch=1", "accumulate=600", errors=errors)
     _wait_for(tmp_path / "run/metrics.jsonl")
+    time.sleep(3)  # well into the next step: the first has just ended
     process.send_signal(number)
     _wait_for(written, "once more stops at once")
     process.send_signal(number)
