@@ -162,7 +162,9 @@ def main() -> None:
             for family in FAMILIES:
                 found = measure(MODELS[model](), rank, options.rounds, family)
                 rows |= {name: row for name, row in found.items() if name not in rows}
-            results[f"{model}, rank {rank}"] = rows
+            command = f"python optimizer_step.py --models {model} --ranks {rank}"
+            command += f" --rounds {options.rounds}"
+            results[f"{model}, rank {rank}"] = {"command": command, "optimizers": rows}
             print(f"{model}, rank {rank}")
             for name, row in rows.items():
                 print(f"  {name:24}" + "".join(f" {key} {value:<9}" for key, value in row.items()))

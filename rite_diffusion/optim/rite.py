@@ -106,7 +106,7 @@ class Side:
     gradient: Tensor  # once `unmagnify` has run: in the basis of the partner
     basis: Tensor = field(init=False)  # this factor's own W (n, r, r): X W is orthonormal
     back: Tensor = field(init=False)  # W^{-T} (n, r, r)
-    doubtful: Tensor = field(init=False)  # where (n,) the factor is nearly rank-deficient
+    doubtful: Tensor = field(init=False)  # indices of pairs whose factor is nearly rank-deficient
     outer: Tensor = field(init=False)  # gradient^T gradient / m (n, r, r)
 
     @property
@@ -182,12 +182,14 @@ def partners(batch: list[Side]) -> list[Side]:
 def unmagnify(batch: list[Side]) -> None:
     """Express every gradient in the basis of its partner (Sec. 3.1); fill what is left open."""
     grams = torch.cat([side.products(side.values, side.values) for side in batch])
-    parts = [split(each, batch) for each in basis_of_gram(grams)]
-    for side, basis, back, doubtful in zip(batch, *parts, strict=True):
-        side.basis, side.back, side.doubtful = basis, back, doubtful
-        bad = doubtful.nonzero().squeeze(-1)
-        if len(bad):
-            basis[bad], back[bad] = careful_basis(side.rows(side.values[bad]))
+    *bases, rough = basis_of_gram(grams)
+    some = bool(rough.any())  # the one time that a device is waited for
+    for side, *own, mask in zip(batch, *(split(m, batch) for m in [*bases, rough]), strict=True):
+        side.basis, side.back = own
+        side.doubtful = (mask if some else mask[:0]).nonzero().squeeze(-1)
+        if len(side.doubtful):
+            careful = careful_basis(side.rows(side.values[side.doubtful]))
+            side.basis[side.doubtful], side.back[side.doubtful] = careful
     for side, partner in zip(batch, partners(batch), strict=True):
         side.gradient = side.times(side.gradient, partner.basis)
         side.outer = side.products(side.gradient, side.gradient) / side.length
@@ -251,7 +253,9 @@ def move(batch: list[Side], norm: Tensor | float) -> None:
     back = torch.cat([side.state["back"] for side in other])
     outer = torch.cat([side.outer for side in batch])
     turn = (overlap @ basis).mT  # P
-    shorten(turn, torch.cat([side.doubtful for side in other]))
+    for partner, own in zip(other, split(turn, batch), strict=True):
+        if len(partner.doubtful):
+            own[partner.doubtful] = shorten(own[partner.doubtful])
     second = torch.cat([side.state["second"] for side in batch])
     turned = turn @ second @ turn.mT
     escaped = carry_escaped(batch, second, turned, beta2) if group["escape"] else None
@@ -273,18 +277,16 @@ def move(batch: list[Side], norm: Tensor | float) -> None:
         side.state.update(new, overlap=overlap_of(side, old, written))
 
 
-def shorten(turns: Tensor, doubtful: Tensor) -> None:
-    """Cut doubtful turns P (n, r, r) of a basis to the nearest that lengthen nothing."""
-    bad = doubtful.nonzero().squeeze(-1)
-    if len(bad):
-        left, sizes, right = torch.linalg.svd(turns[bad])
-        turns[bad] = left * sizes.clamp(max=1)[:, None, :] @ right
+def shorten(turns: Tensor) -> Tensor:
+    """The nearest matrices (n, r, r) that lengthen nothing."""
+    left, sizes, right = torch.linalg.svd(turns)
+    return left * sizes.clamp(max=1)[:, None, :] @ right
 
 
 def overlap_of(side: Side, old: Tensor, new: Tensor) -> Tensor:
     """H = (X W)^T X' (n, r, r) of a factor's old and new values."""
     overlap = side.basis.mT @ side.products(old, new)
-    bad = side.doubtful.nonzero().squeeze(-1)
+    bad = side.doubtful
     if len(bad):
         before, after = (precise(side.rows(each[bad])) for each in (old, new))
         overlap[bad] = ((before @ precise(side.basis[bad])).mT @ after).to(overlap)
