@@ -11,7 +11,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import rite_diffusion as rite
-from predictions import PROMPT, TIME, noisy_latents, prediction
+from predictions import prediction, prediction_of
 from rite_diffusion.adapters import Adapter, AdapterInfo, attach, detach, load_adapter, save_adapter
 from rite_diffusion.adapters.attach import base_weights, places
 from rite_diffusion.adapters.delta import adapted_weight
@@ -113,16 +113,7 @@ def test_diffusers_predicts_the_same(tmp_path, folder):
         path = tmp_path / f"{dialect}.safetensors"
         DIALECTS[dialect].write(path, adapter)
         pipeline.load_lora_weights(str(tmp_path), weight_name=path.name, use_safetensors=True)
-        with torch.no_grad():
-            extra = {}
-            if "xl" in folder.name:
-                states, _, pooled, _ = pipeline.encode_prompt(PROMPT, device="cpu",
-                    do_classifier_free_guidance=False)  # fmt: skip
-                sizes = torch.tensor([[128, 128, 0, 0, 128, 128]])
-                extra = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
-            else:
-                states, _ = pipeline.encode_prompt(PROMPT, "cpu", 1, False)
-            theirs = pipeline.unet(noisy_latents(4), TIME, states, **extra).sample
+        theirs = prediction_of(pipeline)
         pipeline.unload_lora_weights()
         attach(backbone, adapter, "a")
         torch.testing.assert_close(theirs, prediction(backbone), rtol=1e-4, atol=1e-4)
