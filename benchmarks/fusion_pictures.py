@@ -115,8 +115,8 @@ def binding(concepts: list[str], attached: list[Attached], seeds: list[int]) -> 
     ground = "on a blue background"
     prompt = f"a <{first}> on the left and a <{second}> on the right {ground}"
     regions = [
-        Region(0.0, 0.0, 0.55, 1.0, f"a <{first}> {ground}"),
-        Region(0.45, 0.0, 1.0, 1.0, f"a <{second}> {ground}"),
+        Region(0.0, 0.0, 0.55, 1.0, f"a <{first}> on the left {ground}"),
+        Region(0.45, 0.0, 1.0, 1.0, f"a <{second}> on the right {ground}"),
     ]
     side = base().resolution
     predict = regionally_guided(

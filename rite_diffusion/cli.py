@@ -143,7 +143,10 @@ def generate(
     ] = None,
     region: Annotated[
         list[str] | None,
-        typer.Option(help='Part with its own prompt: "x0,y0,x1,y1: prompt :: negative".'),
+        typer.Option(
+            help='Part with its own prompt: "x0,y0,x1,y1: prompt :: negative", or "at word: ...", '
+            "where the picture would have that word."
+        ),
     ] = None,
     combine: Annotated[
         str, typer.Option(help="How several adapters act together: sum, switch or composite.")

@@ -17,8 +17,8 @@ from rite_diffusion.generation.composition import SUM
 from rite_diffusion.generation.control import load_controls, parse_control
 from rite_diffusion.generation.metadata import save_png
 from rite_diffusion.generation.output import next_file, output_target
-from rite_diffusion.generation.picture import complete, picture
-from rite_diffusion.generation.regions import adapter_weights, parse_region
+from rite_diffusion.generation.picture import complete, picture, placed
+from rite_diffusion.generation.regions import adapter_weights, parse_regions
 from rite_diffusion.plan import configure, plan_training
 from rite_diffusion.run import default_run, run_training
 from rite_diffusion.training.loop import StepReport
@@ -98,18 +98,19 @@ def generate(
     """Pictures of a prompt, for the seeds `seed`, `seed + 1`, …; adapters are `FILE[:WEIGHT]`.
 
     `regions` are `x0,y0,x1,y1: prompt [:: negative [:: weights]]`, parts of the picture with
-    prompts of their own; `combine` is how several adapters act together: `sum`, `switch` or
-    `composite`; `controls` are `MODEL=PICTURE[:WEIGHT]`, ControlNets and T2I-Adapters. Pictures
-    are made one at a time, so each depends on its own parameters alone. With `out`, a folder or
-    for one picture a `.png`, they are written as PNGs that carry their parameters;
-    `image.info["path"]` tells where. Adapters of another base are refused, unless `other_base`;
-    where two have learned the same word, the second's gets a new name, which stderr tells.
+    prompts of their own, or `at WORD: prompt ...`, whose box is where the prompt's own picture has
+    that word; `combine` is how several adapters act together: `sum`, `switch` or `composite`;
+    `controls` are `MODEL=PICTURE[:WEIGHT]`, ControlNets and T2I-Adapters. Pictures are made one at
+    a time, so each depends on its own parameters alone. With `out`, a folder or for one picture a
+    `.png`, they are written as PNGs that carry their parameters; `image.info["path"]` tells where.
+    Adapters of another base are refused, unless `other_base`; where two have learned the same
+    word, the second's gets a new name, which stderr tells.
     """
     chosen = choose_adapters(adapters)
     for line in renamings(chosen):
         print(line, file=sys.stderr)
     attached = as_attached(chosen)
-    parts = [parse_region(text) for text in regions]
+    parts = parse_regions(regions, prompt)
     adapter_weights(parts, prompt, [each.triggers for each in attached])  # complains early
     conditions = [parse_control(text) for text in controls]
     backbone = open_with_adapters(base, chosen, other_base)
@@ -122,7 +123,8 @@ def generate(
     target = None if out is None else output_target(Path(out), num)
     images = []
     for done in range(num):
-        parameters = replace(first, seed=seed + done)
+        wanted = replace(first, seed=seed + done)
+        parameters = placed(backbone, wanted, attached, controlling)
         image = picture(backbone, parameters, attached, controlling)
         if target is not None:
             path = next_file(target) if target.is_dir() else target

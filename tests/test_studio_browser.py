@@ -37,6 +37,8 @@ WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 TABS = ("Generate", "Train", "Fuse", "Compare", "Library")
 # A folder for pictures of the page, such as docs/images. What is shown there is trained longer.
 PICTURES = os.environ.get("RITE_SCREENSHOTS")
+LEFT = "a <unicorn> on the left on a green background"
+RIGHT = "a cat on the right on a green background"
 STEPS = 120 if PICTURES else 20
 MARKUP = "<img src=x onerror=\"document.title='broken'\"> ${document.title='broken'} {{value}}"
 
@@ -309,15 +311,15 @@ def test_boxes_are_drawn_filled_drawn_with_and_restored(view, served, second, tm
     choose(page, "Adapters", second)
     page.locator("#regions").get_by_text("Regions").click()
     drag(page, (0.04, 0.1), (0.5, 0.96))
-    page.locator("#box-prompt textarea").fill("a <unicorn>")
+    page.locator("#box-prompt textarea").fill(LEFT)
     choose(page, "Adapter in this box", second)
     drag(page, (0.55, 0.2), (0.96, 0.96))
     expect(page.locator("#canvas .box")).to_have_count(2)
     expect(page.locator("#box-prompt textarea")).to_have_value("")
-    page.locator("#box-prompt textarea").fill("a cat")
+    page.locator("#box-prompt textarea").fill(RIGHT)
     page.locator("#canvas .box").first.click()  # picks the first again
-    expect(page.locator("#box-prompt textarea")).to_have_value("a <unicorn>")
-    page.locator("#prompt textarea").fill("on a green background")
+    expect(page.locator("#box-prompt textarea")).to_have_value(LEFT)
+    page.locator("#prompt textarea").fill("a green background")
     set_number(page, "Pictures", 4 if PICTURES else 1)
     page.locator("#generate").click()
     expect(page.locator("#made img").first).to_be_visible()
@@ -325,12 +327,12 @@ def test_boxes_are_drawn_filled_drawn_with_and_restored(view, served, second, tm
     picture_of(page, "regions", tmp_path)
     made = drawn(served)[-1]
     left, right = read_parameters(made).regions
-    assert left.endswith(": a <unicorn> ::  :: 1") and right.endswith(": a cat")
+    assert left.endswith(f": {LEFT} ::  :: 1") and right.endswith(f": {RIGHT}")
     assert [round(float(side), 1) for side in left.split(":")[0].split(",")] == [0, 0.1, 0.5, 1]
     fresh = view()
     fresh.locator("#restore input[type=file]").set_input_files(str(made))
     expect(fresh.locator("#canvas .box")).to_have_count(2)
-    expect(fresh.locator("#box-prompt textarea")).to_have_value("a <unicorn>")
+    expect(fresh.locator("#box-prompt textarea")).to_have_value(LEFT)
     fresh.locator("#generate").click()
     expect(fresh.locator("#made img")).to_have_count(1)
     assert Image.open(drawn(served)[-1]).tobytes() == Image.open(made).tobytes()

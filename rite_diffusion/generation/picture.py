@@ -1,18 +1,25 @@
 """One picture from its parameters, and the parameters from what a user leaves open."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from PIL.Image import Image
 from torch import Tensor
 
 import rite_diffusion
 from rite_diffusion.adapters.choice import Record
-from rite_diffusion.generation.attached import Attached
+from rite_diffusion.generation.attached import Attached, turned
 from rite_diffusion.generation.composition import COMPOSITIONS, SUM
 from rite_diffusion.generation.control import Control, under_control
+from rite_diffusion.generation.layout import find_boxes
 from rite_diffusion.generation.metadata import Parameters
 from rite_diffusion.generation.regional import regionally_guided
-from rite_diffusion.generation.regions import parse_region
+from rite_diffusion.generation.regions import (
+    Sought,
+    adapter_weights,
+    parse_region,
+    parse_regions,
+)
 from rite_diffusion.generation.sampler import (
     Predict,
     default_guidance,
@@ -67,11 +74,40 @@ def complete(
         base_fingerprint=backbone.fingerprint,
         adapters=list(adapters),
         version=rite_diffusion.__version__,
-        regions=[str(parse_region(text)) for text in regions],
+        regions=[str(region) for region in parse_regions(regions, prompt)],
         sampler="Euler" if backbone.prediction_type == "flow" else "DDIM",
         combine=combine,
         controls=list(controls),
     )
+
+
+def placed(
+    backbone: Backbone,
+    parameters: Parameters,
+    adapters: Sequence[Attached] = (),
+    controls: Sequence[Control] = (),
+) -> Parameters:
+    """The parameters with a box for each region that names a word of the prompt instead of one.
+
+    Boxes are those of the things in the prompt's own picture, without the adapters that regions
+    call.
+    """
+    parts = parse_regions(parameters.regions, parameters.prompt)
+    words = [part.word for part in parts if isinstance(part, Sought)]
+    if not words:
+        return parameters
+    prompt = parameters.prompt
+    factors = adapter_weights(parts, prompt, [adapter.triggers for adapter in adapters])
+    with turned(backbone, adapters, factors[0]):
+        plain = guided(backbone, [prompt], parameters.negative, parameters.guidance)
+        boxes = find_boxes(
+            backbone, under_control(plain, backbone, controls), prompt, words,
+            seed=parameters.seed, steps=parameters.steps, width=parameters.width,
+            height=parameters.height,
+        )  # fmt: skip
+    found = iter(boxes)
+    regions = [part.at(*next(found)) if isinstance(part, Sought) else part for part in parts]
+    return replace(parameters, regions=[str(region) for region in regions])
 
 
 def estimates(
@@ -83,7 +119,7 @@ def estimates(
     """The latents (1, C, h, w) that the model expects after each step; the last are the result.
 
     `adapters` are those in the model; regions and compositions turn them up and down. `controls`
-    are those that the parameters name.
+    are those that the parameters name. Every region has its box: see `placed`.
     """
     return denoising(
         backbone,

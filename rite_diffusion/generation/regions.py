@@ -11,6 +11,7 @@ from torch import Tensor
 from rite_diffusion.types import ConfigError
 
 FORM = '"x0,y0,x1,y1: prompt", with fractions of width and height, such as "0,0,0.5,1: a cat"'
+SOUGHT = '"at word: prompt", with a word of the picture\'s prompt'
 SHARPNESS = 4  # of the border between overlapping regions: the power of the depth below
 
 
@@ -28,12 +29,47 @@ class Region:
 
     def __str__(self) -> str:
         box = ",".join(f"{side:g}" for side in (self.left, self.top, self.right, self.bottom))
-        fields = [f"{box}: {self.prompt}"]
-        if self.negative or self.weights is not None:
-            fields.append(self.negative)
-        if self.weights is not None:
-            fields.append(",".join(f"{weight:g}" for weight in self.weights))
-        return " :: ".join(fields)
+        return _written(box, self)
+
+
+@dataclass(frozen=True)
+class Sought:
+    """A region whose box is still to be found: where the picture's prompt alone puts a word."""
+
+    word: str
+    prompt: str
+    negative: str = ""
+    weights: tuple[float, ...] | None = None
+
+    def at(self, left: float, top: float, right: float, bottom: float) -> Region:
+        """The region, once its box is known."""
+        return Region(left, top, right, bottom, self.prompt, self.negative, self.weights)
+
+    def __str__(self) -> str:
+        return _written(f"at {self.word}", self)
+
+
+def _written(place: str, region: Region | Sought) -> str:
+    fields = [f"{place}: {region.prompt}"]
+    if region.negative or region.weights is not None:
+        fields.append(region.negative)
+    if region.weights is not None:
+        fields.append(",".join(f"{weight:g}" for weight in region.weights))
+    return " :: ".join(fields)
+
+
+def parse_regions(texts: Sequence[str], prompt: str) -> list[Region | Sought]:
+    """Regions as users write them: with a box, or `at WORD: ...` with a word of the prompt.
+
+    ConfigError says what is off.
+    """
+    parts: list[Region | Sought] = []
+    for text in texts:
+        part = _parse_sought(text) if text.split()[:1] == ["at"] else parse_region(text)
+        if isinstance(part, Sought) and not mention(part.word).search(prompt):
+            raise ConfigError(f"region '{text}': the prompt '{prompt}' says no '{part.word}'")
+        parts.append(part)
+    return parts
 
 
 def parse_region(text: str) -> Region:
@@ -44,10 +80,23 @@ def parse_region(text: str) -> Region:
     box, colon, rest = text.partition(":")
     corners = _numbers(box)
     if not colon or len(corners) != 4:
-        raise ConfigError(f"region '{text}' is not {FORM}")
+        raise ConfigError(f"region '{text}' is not {FORM}, nor {SOUGHT}")
     left, top, right, bottom = corners
     if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
         raise ConfigError(f"region '{text}': 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1 must hold")
+    return Region(left, top, right, bottom, *_fields(text, rest))
+
+
+def _parse_sought(text: str) -> Sought:
+    place, colon, rest = text.partition(":")
+    word = " ".join(place.split()[1:])
+    if not colon or not word:
+        raise ConfigError(f"region '{text}' is not {SOUGHT}")
+    return Sought(word, *_fields(text, rest))
+
+
+def _fields(text: str, rest: str) -> tuple[str, str, tuple[float, ...] | None]:
+    """Prompt, negative prompt and weights of what follows the place in a region's text."""
     fields = [field.strip() for field in rest.split("::")]
     prompt, negative, weights = [*fields, "", ""][:3]
     if not prompt or len(fields) > 3:
@@ -55,7 +104,12 @@ def parse_region(text: str) -> Region:
     chosen = tuple(_numbers(weights)) if weights else None
     if weights and not (chosen and all(-10 <= weight <= 10 for weight in chosen)):
         raise ConfigError(f"region '{text}': weights '{weights}' are not numbers from -10 to 10")
-    return Region(left, top, right, bottom, prompt, negative, chosen)
+    return prompt, negative, chosen
+
+
+def mention(word: str) -> re.Pattern[str]:
+    """What finds a word, or several, where they are not part of longer ones."""
+    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)")
 
 
 def _numbers(text: str) -> list[float]:
@@ -92,7 +146,7 @@ def _depth(region: Region, height: int, width: int) -> Tensor:
 
 
 def adapter_weights(
-    regions: Sequence[Region], prompt: str, triggers: Sequence[Sequence[str]]
+    regions: Sequence[Region | Sought], prompt: str, triggers: Sequence[Sequence[str]]
 ) -> list[list[float]]:
     """Factors [1 + regions][adapters] on the adapters' weights, the whole picture's first.
 
@@ -118,7 +172,7 @@ def adapter_weights(
     return rows
 
 
-def _asks_for(region: Region, index: int, words: Sequence[str]) -> bool:
+def _asks_for(region: Region | Sought, index: int, words: Sequence[str]) -> bool:
     """Whether a region calls the adapter at a place, whose triggers are `words`."""
     if region.weights is not None and region.weights[index] != 0:
         return True
@@ -127,4 +181,4 @@ def _asks_for(region: Region, index: int, words: Sequence[str]) -> bool:
 
 def _calls(prompt: str, triggers: Sequence[str]) -> bool:
     """Whether the prompt has one of the triggers as a word of its own."""
-    return any(re.search(rf"(?<!\w){re.escape(word)}(?!\w)", prompt) for word in triggers)
+    return any(mention(word).search(prompt) for word in triggers)

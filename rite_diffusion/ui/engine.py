@@ -18,7 +18,7 @@ from rite_diffusion.generation.attached import Attached, as_attached, attached_n
 from rite_diffusion.generation.composition import SUM
 from rite_diffusion.generation.metadata import Parameters, save_png
 from rite_diffusion.generation.output import next_file
-from rite_diffusion.generation.picture import complete, estimates
+from rite_diffusion.generation.picture import complete, estimates, placed
 from rite_diffusion.generation.sampler import pictures
 from rite_diffusion.ui.workspace import Workspace
 
@@ -162,6 +162,7 @@ def _frames(
 ) -> Iterator[Frame]:
     """A frame after every step; those that come fast have no picture."""
     shown = 0.0
+    parameters = placed(backbone, parameters, attached)
     for step, latents in enumerate(estimates(backbone, parameters, attached), 1):
         frame = Frame(step, parameters)
         if step == parameters.steps:

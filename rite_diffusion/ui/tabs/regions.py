@@ -225,7 +225,8 @@ def _lay_out(fold: gr.Accordion) -> tuple[RegionPanel, dict[str, gr.Button]]:
         prompt = gr.Textbox(
             value="",
             label="What this box shows",
-            placeholder="a <robot>",
+            placeholder="a <robot> on the left",
+            info="With the place: what has none is drawn in the middle of the picture.",
             max_lines=4,
             elem_id="box-prompt",
         )

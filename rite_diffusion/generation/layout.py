@@ -1,0 +1,88 @@
+"""Where a prompt's picture has its things: boxes for regions that name a word instead of one.
+
+A word's cells are those in which the model predicts something else once the word is left out of
+the prompt, as DiffEdit finds what to edit (Couairon et al. 2022, arXiv 2210.11427, Sec. 3.2), here
+on the way from noise to the picture. That asks nothing of how a model reads its prompt, which the
+cross-attention maps of the word would: a text encoder may tell of a word at other tokens, as the
+pocket base's does of a second noun.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rite_diffusion.generation.regions import mention
+from rite_diffusion.generation.sampler import Predict, denoising
+from rite_diffusion.photos.cutout import otsu
+from rite_diffusion.types import Backbone, ConfigError
+
+EARLY = 0.5  # of the steps: the layout is settled in the first ones
+RIM = 0.02  # of a word's total on each side, which its box leaves out
+
+Corners = tuple[float, float, float, float]  # left, top, right, bottom as fractions
+
+
+def find_boxes(
+    backbone: Backbone,
+    predict: Predict,
+    prompt: str,
+    words: Sequence[str],
+    *,
+    seed: int,
+    steps: int,
+    width: int,
+    height: int,
+) -> list[Corners]:
+    """A box for each word of the prompt in the picture that `predict` draws; sides in pixels.
+
+    ConfigError where leaving out a word changes nothing.
+    """
+    without = [" ".join(mention(word).sub("", prompt, count=1).split()) for word in words]
+    with torch.no_grad():
+        conditioning = backbone.encode_prompts([prompt, *without])
+    changes = []
+
+    def watched(latents: Tensor, timestep: Tensor) -> Tensor:
+        count = 1 + len(words)
+        each = latents.expand(count, -1, -1, -1)
+        whole, *less = backbone.denoise(each, timestep.expand(count), conditioning).float()
+        changes.append(torch.stack([(other - whole).abs().mean(0) for other in less]))
+        return predict(latents, timestep)
+
+    drawing = denoising(backbone, watched, [seed], steps=steps, width=width, height=height)
+    for _ in islice(drawing, math.ceil(EARLY * steps)):
+        pass
+    maps = torch.stack(changes).mean(0)
+    for word, own in zip(words, maps, strict=True):
+        if not own.max() > own.min():
+            raise ConfigError(f"the picture of '{prompt}' is the same without '{word}'")
+    return [box_of(own) for own in parted(maps)]
+
+
+def parted(maps: Tensor) -> Tensor:
+    """Maps (words, h, w), smoothed, each relative to its mean, and 0 where another's is larger."""
+    maps = F.avg_pool2d(maps[None], 3, stride=1, padding=1, count_include_pad=False)[0]
+    maps = maps / maps.mean((1, 2), keepdim=True)
+    return maps * (maps == maps.amax(0))
+
+
+def box_of(values: Tensor) -> Corners:
+    """The box around a map's (h, w) large values, a cell wider on each side."""
+    greys = (values / values.max() * 255).byte().cpu().numpy()
+    large = values * torch.from_numpy(greys > otsu(greys)).to(values.device)
+    top, bottom = _bounds(large.sum(1))
+    left, right = _bounds(large.sum(0))
+    return left, top, right, bottom
+
+
+def _bounds(totals: Tensor) -> tuple[float, float]:
+    """First and last place, as fractions, between which nearly all of the totals (n,) lies."""
+    shares = (totals.cumsum(0) / totals.sum()).tolist()
+    first = next(place for place, share in enumerate(shares) if share > RIM)
+    last = next(place for place, share in enumerate(shares) if share >= 1 - RIM)
+    cells = len(shares)
+    return round(max(first - 1, 0) / cells, 4), round(min(last + 2, cells) / cells, 4)
