@@ -62,7 +62,7 @@ METHODS = {  # label -> method, weight of every adapter, settings
     "gram, half rank": ("gram", 1.0, {"rank": "half"}),
 }
 ALONE = "alone"  # every concept by its own adapter: what fusing can lose
-ATTACHED = "side by side"  # the adapters unfused, for the pictures with regions
+ATTACHED = "side by side"  # the adapters unfused, each in its own region
 CHIEF = (ALONE, ATTACHED, "sum", "average", "gram")
 COUNTS = (2, 3, 4)
 FIGURES = """identity recognised leak binding binding_regions drift error seconds mb""".split()
@@ -234,7 +234,8 @@ def all_tasks(options: argparse.Namespace) -> list[Task]:
         for seed in options.seeds
         for learner in options.learners
         for count in COUNTS
-        for method in (CHIEF if count < max(COUNTS) else (ALONE, ATTACHED, *METHODS))
+        for method in options.methods
+        if count == max(COUNTS) or method in CHIEF
     ]
 
 
@@ -242,6 +243,8 @@ def main() -> None:
     """Measure what is missing, then write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--learners", nargs="+", default=["lora"], help="ways of learning")
+    every = [ALONE, ATTACHED, *METHODS]
+    parser.add_argument("--methods", nargs="+", default=every, choices=every)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="training seeds")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="then begin no more")
     parser.add_argument("--part", type=int, nargs=2, default=[0, 1], help="share of it: 0 2, 1 2")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -118,6 +119,11 @@ def binding(concepts: list[str], attached: list[Attached], seeds: list[int]) -> 
         Region(0.0, 0.0, 0.55, 1.0, f"a <{first}> on the left {ground}"),
         Region(0.45, 0.0, 1.0, 1.0, f"a <{second}> on the right {ground}"),
     ]
+    if len(attached) == len(concepts):  # unfused: each region has its own concept's adapter alone
+        regions = [
+            replace(region, weights=tuple(float(place == n) for n in range(len(attached))))
+            for place, region in enumerate(regions)
+        ]
     side = base().resolution
     predict = regionally_guided(
         base(), prompt, regions, negative="", guidance=GUIDANCE, width=side, height=side,
