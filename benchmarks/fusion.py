@@ -209,8 +209,9 @@ def plot(table: dict, path: Path) -> None:
         1, len(table), figsize=(6 * len(table), 4.6), layout="constrained", squeeze=False
     )
     for axes, (learner, by_count) in zip(panels[0], table.items(), strict=True):
-        for method in (ALONE, ATTACHED, *METHODS):
-            points = [(n, *m[method]["identity"]) for n, m in by_count.items() if method in m]
+        for method in (ALONE, *METHODS):
+            seen = {n: m[method] for n, m in by_count.items() if method in m}
+            points = [(n, *m["identity"]) for n, m in seen.items() if "identity" in m]
             if points:
                 n, middle, low, high = zip(*points, strict=True)
                 [line] = axes.plot(n, middle, marker="o", markersize=4, label=method)
