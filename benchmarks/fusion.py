@@ -59,6 +59,7 @@ METHODS = {  # label -> method, weight of every adapter, settings
     "custom_diffusion": ("custom_diffusion", 1.0, {}),
     "gradient": ("gradient", 1.0, {}),
     "gram": ("gram", 1.0, {}),
+    "gram, refined": ("gram", 1.0, {"refine": 1}),
     "gram, half rank": ("gram", 1.0, {"rank": "half"}),
 }
 ALONE = "alone"  # every concept by its own adapter: what fusing can lose

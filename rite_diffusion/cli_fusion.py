@@ -18,6 +18,10 @@ def fuse(
     ] = "gram",
     out: Annotated[Path, typer.Option(help="The fused adapter.")] = Path("fused.safetensors"),
     rank: Annotated[int | None, typer.Option(help="Largest rank of a layer.")] = None,
+    refine: Annotated[
+        int,
+        typer.Option(min=0, max=10, help="Times to solve again, with the fused in place."),
+    ] = 0,
     report: Annotated[
         bool, typer.Option("--report", help="Show conflicts; write .report.json and .report.png.")
     ] = False,
@@ -33,7 +37,7 @@ def fuse(
     from rite_diffusion.fusion.statistics import Drawing
     from rite_diffusion.terminal import describe_conflicts, describe_fused, picture_progress
 
-    settings = settings_tree({"rank": rank}, set_ or [])
+    settings = settings_tree({"rank": rank, "refine": refine or None}, set_ or [])
     drawing = Drawing(steps=steps, seed=seed)
     settings |= {"method": method, "out": out, "base": base, "drawing": drawing}
     with picture_progress("statistics") as listen:

@@ -23,7 +23,7 @@ from rite_diffusion.fusion.statistics import USUAL, Drawing
 from rite_diffusion.generation.output import output_target
 from rite_diffusion.generation.sampler import default_guidance, sample
 from rite_diffusion.recipes import open_base
-from rite_diffusion.sketching import with_sketches
+from rite_diffusion.sketching import with_sketches, with_statistics_of
 from rite_diffusion.types import Backbone, FusionError
 
 SHOWN = 2  # pictures of each concept in a report
@@ -71,7 +71,9 @@ def fuse(
     members = with_plain_updates(members, open_backbone)
     if needs_statistics and len(members) > 1:
         members = with_sketches(members, open_backbone, drawing, listen)
-    return _write(Path(out), merge(members, method, chosen_settings))
+    return _write(
+        Path(out), _merged(members, method, chosen_settings, open_backbone, drawing, listen)
+    )
 
 
 def fuse_and_report(
@@ -94,7 +96,7 @@ def fuse_and_report(
     open_backbone = _opener(base, members)
     members = with_plain_updates(members, open_backbone)
     members = with_sketches(members, open_backbone, drawing, listen)
-    fused = merge(members, method, chosen_settings)
+    fused = _merged(members, method, chosen_settings, open_backbone, drawing, listen)
     report = report_on(members, fused)
     pictures = draw_concepts(open_backbone(), members, fused, drawing.seed)
     path = _write(Path(out), fused)
@@ -125,8 +127,25 @@ def foresee(
     open_backbone = _opener(base, members)
     members = with_plain_updates(members, open_backbone)
     members = with_sketches(members, open_backbone, drawing, listen)
-    fused = merge(members, method, chosen_settings)
+    fused = _merged(members, method, chosen_settings, open_backbone, drawing, listen)
     return Forecast(fused, report_on(members, fused))
+
+
+def _merged(
+    members: list[Member],
+    method: str,
+    settings: FusionSettings,
+    open_backbone: Callable[[], Backbone],
+    drawing: Drawing,
+    listen: Callable[[int, int], None],
+) -> Adapter:
+    """The fused adapter, refined as often as the settings say."""
+    fused = merge(members, method, settings)
+    if len(members) > 1 and method_named(method).statistics:
+        for _ in range(settings.refine):
+            seen = with_statistics_of(fused, members, open_backbone(), drawing, listen)
+            fused = merge(seen, method, settings)
+    return fused
 
 
 def checked_settings(settings: dict[str, Any]) -> FusionSettings:

@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from rite_diffusion.adapters import load_adapter
+from rite_diffusion.adapters import Adapter, load_adapter
 from rite_diffusion.adapters.attach import check_base
 from rite_diffusion.backbones import StableDiffusion
-from rite_diffusion.fusion.measure import measure
+from rite_diffusion.fusion.measure import measure, measure_concept, sketched_layers
 from rite_diffusion.fusion.members import Member
 from rite_diffusion.fusion.prompts import concept_prompts
 from rite_diffusion.fusion.sketch import load_sketch, save_sketch, sketch_path
@@ -67,6 +67,36 @@ def with_sketches(
         sketches = measure(backbone, [m.adapter for m in bare], prompts, drawing, listen)
     measured = {member.digest: sketch for member, sketch in zip(bare, sketches, strict=True)}
     return [replace(m, sketch=m.sketch or measured[m.digest]) for m in members]
+
+
+def with_statistics_of(
+    fused: Adapter,
+    members: list[Member],
+    backbone: Backbone,
+    drawing: Drawing,
+    listen: Callable[[int, int], None],
+) -> list[Member]:
+    """The members with what flows into the layers when the fused adapter draws their concepts.
+
+    An error in one layer changes the inputs of the next, which statistics of each adapter alone
+    never see; aggregating on the learner's own inputs is the idea of DAgger (Ross et al. 2011,
+    arXiv 1011.0686).
+    """
+    prompts = [concept_prompts(member.adapter.info, member.file) for member in members]
+    names = sketched_layers(backbone, [member.adapter for member in members])
+    total, done = drawing.pictures * sum(map(len, prompts)), 0
+    seen = []
+    for member, own in zip(members, prompts, strict=True):
+        assert member.sketch is not None  # taken of each alone before
+
+        def count(pictures: int, _: int, before: int = done) -> None:
+            listen(before + pictures, total)
+
+        with out_of_memory_explained():
+            grams = measure_concept(backbone, fused, own, names, drawing, count)
+        seen.append(replace(member, sketch=replace(member.sketch, concept=grams)))
+        done += drawing.pictures * len(own)
+    return seen
 
 
 def _with_file(member: Member) -> Member:

@@ -14,13 +14,16 @@ from rite_diffusion.adapters import attach, load_adapter
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.cli import app
 from rite_diffusion.evaluation.conflict_sheet import conflict_sheet, layer_label
-from rite_diffusion.fusion.members import digest_of
+from rite_diffusion.fusion.measure import measure_concept
+from rite_diffusion.fusion.members import Member, digest_of
 from rite_diffusion.fusion.merge import merge
+from rite_diffusion.fusion.prompts import concept_prompts
 from rite_diffusion.fusion.report import report_on
 from rite_diffusion.fusion.settings import FusionSettings
 from rite_diffusion.fusion.sketch import load_sketch, sketch_path
 from rite_diffusion.fusion.statistics import Drawing
 from rite_diffusion.merging import fuse_and_report
+from rite_diffusion.sketching import with_sketches
 from rite_diffusion.types import FusionError, RiteError
 
 FEW = Drawing(steps=1)
@@ -59,6 +62,43 @@ def test_sketches_spare_the_base_and_give_nearly_the_same(adapters, tiny_folder,
             root = sketch.concept[name].root().mT
             off = ((update - expected[name]) @ root).norm()
             assert off < 0.01 * (expected[name] @ root).norm()
+
+
+def test_refining_solves_on_what_the_fused_adapter_sees(adapters, tiny_folder, tmp_path):
+    settings = {"base": str(tiny_folder), "drawing": FEW}
+    first = load_adapter(rite.fuse(adapters, out=tmp_path / "first.safetensors", **settings))
+    counts = []
+    again = load_adapter(
+        rite.fuse(
+            adapters, out=tmp_path / "again.safetensors", refine=1,
+            listen=lambda done, total: counts.append((done, total)), **settings
+        )
+    )  # fmt: skip
+    backbone = load_backbone(str(tiny_folder))
+    members = [Member(load_adapter(path), 1.0, path) for path in adapters]
+    alone = with_sketches(members, lambda: backbone, FEW, lambda done, total: None)
+    seen = []
+    for member in alone:
+        prompts = concept_prompts(member.adapter.info, member.file)
+        names = [pair.name for pair in member.adapter.pairs]
+        grams = measure_concept(backbone, first, prompts, names, FEW)
+        seen.append(replace(member, sketch=replace(member.sketch, concept=grams)))
+    expected = dense(merge(seen, "gram", FusionSettings()))
+    for name, update in dense(again).items():
+        torch.testing.assert_close(update, expected[name], rtol=1e-3, atol=1e-5)
+    assert any((dense(first)[n] - e).norm() > 1e-3 * e.norm() for n, e in expected.items())
+    assert counts[-1] == (10, 10)  # of its own round: two concepts, five prompts each
+
+
+def test_refining_needs_triggers_and_a_whole_number(adapters, tiny_folder, tmp_path):
+    with pytest.raises(FusionError, match="refine = 1.5"):
+        rite.fuse(adapters, refine=1.5, out=tmp_path / "f.safetensors")
+    with pytest.raises(FusionError, match="refine = -1"):
+        rite.fuse(adapters, refine=-1, out=tmp_path / "f.safetensors")
+    summed = rite.fuse(adapters, method="concat", refine=3, base="nowhere",
+                       out=tmp_path / "f.safetensors")  # fmt: skip
+    plain = rite.fuse(adapters, method="concat", out=tmp_path / "g.safetensors")
+    assert digest_of(load_adapter(summed)) == digest_of(load_adapter(plain))
 
 
 def test_an_outdated_sketch_is_refused(adapters, tiny_folder, tmp_path):

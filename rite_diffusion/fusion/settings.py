@@ -15,6 +15,7 @@ class FusionSettings:
     keep: float = 0.5  # dare: share of each update's entries that stays
     ridge: float = 1e-3  # gram: in units of the mean eigenvalue of the Gram matrices
     preserve: float = 0.1  # gram: weight of the base model's inputs; a concept's is 1
+    refine: int = 0  # methods with statistics: how often these are taken anew of the fused adapter
     constraints: int = 8  # custom_diffusion: directions per concept that come out exactly
 
     def __post_init__(self):
@@ -23,6 +24,8 @@ class FusionSettings:
                 continue
             if name in ("rank", "constraints"):
                 good, wanted = type(value) is int and 1 <= value <= 4096, "a whole number to 4096"
+            elif name == "refine":
+                good, wanted = type(value) is int and 0 <= value <= 10, "a whole number to 10"
             elif name == "preserve":
                 good, wanted = _is_number(value) and 0 <= value <= 1000, "from 0 to 1000"
             else:
