@@ -66,6 +66,10 @@ ALONE = "alone"  # every concept by its own adapter: what fusing can lose
 ATTACHED = "side by side"  # the adapters unfused, each in its own region
 CHIEF = (ALONE, ATTACHED, "sum", "average", "gram")
 COUNTS = (2, 3, 4)
+COLOURS = {  # of the plot; the other methods are grey
+    ALONE: "#404040", "gram": "#3563a5", "gram, refined": "#24477a", "sum": "#c28f4e",
+    "average": "#a83f4c",
+}  # fmt: skip
 FIGURES = """identity recognised leak binding binding_regions drift error seconds mb""".split()
 LOG = RESULTS / "fusion.jsonl"
 
@@ -197,31 +201,46 @@ def table_of(rows: list[dict]) -> dict:
         if "identity" in own[0]:
             alone = {r["seed"]: r["identity"] for r in groups[learner, count, ALONE]}
             lost = [alone[r["seed"]] - r["identity"] for r in own if r["seed"] in alone]
-            figures["identity_lost"] = interval(lost)
+            if lost:
+                figures["identity_lost"] = interval(lost)
         table[learner][count][method] = figures | {"seeds": len(own)}
     return table
 
 
 def plot(table: dict, path: Path) -> None:
-    """Identity over the number of concepts, one panel per way of learning."""
+    """For each way of learning: identity over the number of concepts, and all methods at four."""
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(
-        1, len(table), figsize=(6 * len(table), 4.6), layout="constrained", squeeze=False
+    figure, rows = pyplot.subplots(
+        len(table), 2, figsize=(11, 4.4 * len(table)), layout="constrained", squeeze=False
     )
-    for axes, (learner, by_count) in zip(panels[0], table.items(), strict=True):
-        for method in (ALONE, *METHODS):
+    for (lines, bars), (learner, by_count) in zip(rows, table.items(), strict=True):
+        for method in CHIEF:
             seen = {n: m[method] for n, m in by_count.items() if method in m}
             points = [(n, *m["identity"]) for n, m in seen.items() if "identity" in m]
             if points:
                 n, middle, low, high = zip(*points, strict=True)
-                [line] = axes.plot(n, middle, marker="o", markersize=4, label=method)
-                axes.fill_between(n, low, high, color=line.get_color(), alpha=0.12)
-        axes.set(title=learner, xlabel="concepts in the file", ylabel="identity", xticks=COUNTS)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
+                colour = COLOURS[method]
+                lines.plot(n, middle, marker="o", markersize=4, color=colour)
+                lines.fill_between(n, low, high, color=colour, alpha=0.12, linewidth=0)
+                lines.text(n[-1] + 0.06, middle[-1], method, color=colour, va="center")
+        lines.set(title=f"{learner}: identity by concepts in the file", xticks=COUNTS, ylim=(0, 1))
+        lines.set_xlim(min(COUNTS) - 0.1, max(COUNTS) + 0.6)
+        lines.grid(alpha=0.3)
+        most = by_count.get(max(COUNTS), {})
+        found = {name: m["identity"] for name, m in most.items() if "identity" in m}
+        for place, (name, (middle, low, high)) in enumerate(sorted(found.items(), key=_middle)):
+            bars.barh(place, middle, color=COLOURS.get(name, "#8f8f8f"), height=0.7)
+            bars.plot([low, high], [place, place], color="#303030", linewidth=1.2)
+            bars.text(0.02, place, f"{name}  {middle:.2f}", va="center", color="white")
+        bars.set(title=f"{learner}: identity, {max(COUNTS)} concepts", yticks=[], xlim=(0, 1))
+        for axes in (lines, bars):
+            axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+
+
+def _middle(entry: tuple[str, list[float]]) -> float:
+    return entry[1][0]
 
 
 def finished() -> list[dict]:
