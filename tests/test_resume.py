@@ -1,3 +1,4 @@
+import contextlib
 import json
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from rite_diffusion.concepts import PlainLora
 from rite_diffusion.optim import OPTIMIZERS
 from rite_diffusion.photos.dataset import Encoding, encode_photos
 from rite_diffusion.photos.folder import read_folder
+from rite_diffusion.training.interrupt import stop_on_signal
 from rite_diffusion.training.job import Job
 from rite_diffusion.training.loop import train_steps
 from rite_diffusion.training.run_folder import RunFolder
@@ -177,6 +179,36 @@ def test_a_second_signal_ends_the_run_within_the_step(photos, tmp_path, number):
     assert not (tmp_path / "run/adapter.safetensors").exists()
     with RunFolder(tmp_path / "run") as run:  # the lock is free, or a dead process's
         assert run.state() != "finished"
+
+
+def test_a_second_signal_that_is_swallowed_still_ends_the_step():
+    with stop_on_signal() as request:
+        assert not request.is_set()
+        signal.raise_signal(signal.SIGINT)
+        assert request.is_set()
+        with contextlib.suppress(KeyboardInterrupt):  # as some library's code might
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            request.is_set()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_step_can_end_between_its_parts(pocket, photos):
+    config = config_of(photos, steps=2, batch=1, accumulate=5)
+    found = read_folder(photos, Concept("<thing>", "toy"), config.templates).photos
+    data = encode_photos(pocket, found, Encoding(64))
+    calls = []
+
+    def stop() -> bool:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return False
+
+    job = Job(pocket, PlainLora(pocket, config), data, config)
+    with pytest.raises(KeyboardInterrupt):
+        train_steps(job, lambda report: None, stop=stop)
+    assert len(calls) == 3
 
 
 def _rite_train(photos, run, *assignments, errors=subprocess.PIPE):

@@ -15,9 +15,15 @@ class StopRequest:
     """The signal that asked to stop, once one has."""
 
     signal: int | None = None
+    insisted: bool = False  # whether a second signal has come
 
     def is_set(self) -> bool:
-        """Whether a signal has come."""
+        """Whether a signal has come; KeyboardInterrupt after a second one.
+
+        That one raises wherever it comes, and code that happens to run there may swallow it.
+        """
+        if self.insisted:
+            raise KeyboardInterrupt
         return self.signal is not None
 
 
@@ -37,8 +43,14 @@ def stop_on_signal() -> Iterator[StopRequest]:
     def ask(number: int, _: object) -> None:
         request.signal = number
         for each in signals:
-            signal.signal(each, previous[each])
+            signal.signal(each, insist)
         os.write(2, NOTICE)  # print is not for signal handlers: the signal may have come within one
+
+    def insist(number: int, _: object) -> None:
+        request.insisted = True
+        for each in signals:
+            signal.signal(each, previous[each])
+        signal.raise_signal(number)
 
     for number in signals:
         signal.signal(number, ask)

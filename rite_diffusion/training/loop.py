@@ -76,8 +76,9 @@ def new_accelerator(backbone: Backbone, config: TrainConfig) -> Accelerator:
 class Trainer:
     """A job with its optimizer, ready to take steps in any order of their numbers."""
 
-    def __init__(self, job: Job):
-        self.job = job
+    def __init__(self, job: Job, between: Callable[[], object] = lambda: None):
+        """`between` is called before each part of a step, and may raise to end it."""
+        self.job, self._between = job, between
         self.accelerator = new_accelerator(job.backbone, job.config)
         self.optimizer = build_optimizer(job.method, job.config)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
@@ -115,6 +116,7 @@ class Trainer:
         processes, share = accelerator.num_processes, job.config.accumulate
         value = 0.0
         for part in batch.parts(share * processes)[accelerator.process_index :: processes]:
+            self._between()
             with accelerator.autocast():
                 loss = batch_loss(job.backbone, job.method, part, job.config) / share
             accelerator.backward(loss)
@@ -150,12 +152,14 @@ def train_steps(
 ) -> int:
     """Run all steps, or those after `resume`, until `stop` says so; returns the steps done.
 
+    `stop` is asked after each step, and called before each part of one, where it may raise.
+
     `listen` hears of every step; `save` gets a snapshot, and whether it is the last, at every
     checkpoint, when `save_now` says so, and at the end; while they run, averaged weights
     (`config.ema`) are in place. A step whose loss or gradient is no number changes nothing;
     RunError after five in a row.
     """
-    config, trainer = job.config, Trainer(job)
+    config, trainer = job.config, Trainer(job, between=stop)
     if resume is not None:
         put_back(resume, trainer.optimizer, trainer.average)
         if resume.step >= config.steps:  # all steps were done, but the adapter was not written
