@@ -8,11 +8,11 @@ from pathlib import Path
 from rite_diffusion.adapters import Adapter, load_adapter
 from rite_diffusion.adapters.attach import check_base
 from rite_diffusion.backbones import StableDiffusion
-from rite_diffusion.fusion.measure import measure, measure_concept, sketched_layers
+from rite_diffusion.fusion.measure import measure, measure_concepts, sketched_layers
 from rite_diffusion.fusion.members import Member
 from rite_diffusion.fusion.prompts import concept_prompts
 from rite_diffusion.fusion.sketch import load_sketch, save_sketch, sketch_path
-from rite_diffusion.fusion.statistics import USUAL, Drawing
+from rite_diffusion.fusion.statistics import USUAL, Drawing, Grams
 from rite_diffusion.generation.output import output_target
 from rite_diffusion.recipes import open_base
 from rite_diffusion.training.memory import is_out_of_memory
@@ -84,19 +84,15 @@ def with_statistics_of(
     """
     prompts = [concept_prompts(member.adapter.info, member.file) for member in members]
     names = sketched_layers(backbone, [member.adapter for member in members])
-    total, done = drawing.pictures * sum(map(len, prompts)), 0
-    seen = []
-    for member, own in zip(members, prompts, strict=True):
-        assert member.sketch is not None  # taken of each alone before
+    with out_of_memory_explained():
+        seen = measure_concepts(backbone, [fused] * len(members), prompts, names, drawing, listen)
+    return [_seeing(member, grams) for member, grams in zip(members, seen, strict=True)]
 
-        def count(pictures: int, _: int, before: int = done) -> None:
-            listen(before + pictures, total)
 
-        with out_of_memory_explained():
-            grams = measure_concept(backbone, fused, own, names, drawing, count)
-        seen.append(replace(member, sketch=replace(member.sketch, concept=grams)))
-        done += drawing.pictures * len(own)
-    return seen
+def _seeing(member: Member, grams: Grams) -> Member:
+    """The member with other statistics of its concept; those of the base stay."""
+    assert member.sketch is not None  # taken of each alone before
+    return replace(member, sketch=replace(member.sketch, concept=grams))
 
 
 def _with_file(member: Member) -> Member:

@@ -30,6 +30,29 @@ def measure_concept(
         detach(backbone, NAME)
 
 
+def measure_concepts(
+    backbone: Backbone,
+    adapters: Sequence[Adapter],
+    prompts: Sequence[Sequence[str]],
+    names: Sequence[str],
+    drawing: Drawing,
+    listen: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Grams]:
+    """What flows into the named layers while each adapter, alone, draws prompts of its own."""
+    total, done = sum(map(len, prompts)) * drawing.pictures, 0
+    found = []
+    for adapter, each in zip(adapters, prompts, strict=True):
+        before = done
+        found.append(
+            measure_concept(
+                backbone, adapter, each, names, drawing,
+                lambda pictures, _, before=before: listen(before + pictures, total),
+            )
+        )  # fmt: skip
+        done += len(each) * drawing.pictures
+    return found
+
+
 def measure(
     backbone: Backbone,
     adapters: Sequence[Adapter],
@@ -40,17 +63,12 @@ def measure(
     """A sketch of each adapter, all with the same base, over all layers that one may adapt."""
     names = sketched_layers(backbone, adapters)
     ordinary = unique(prompt for adapter in adapters for prompt in ordinary_prompts(adapter.info))
-    total = (sum(map(len, prompts)) + len(ordinary)) * drawing.pictures
-    done = 0
-
-    def count(pictures: int, _: int) -> None:
-        listen(done + pictures, total)
-
-    concepts = []
-    for adapter, each in zip(adapters, prompts, strict=True):
-        concepts.append(measure_concept(backbone, adapter, each, names, drawing, count))
-        done += len(each) * drawing.pictures
-    base = collect(backbone, ordinary, names, drawing, count)
+    own = sum(map(len, prompts)) * drawing.pictures
+    total = own + len(ordinary) * drawing.pictures
+    concepts = measure_concepts(
+        backbone, adapters, prompts, names, drawing, lambda done, _: listen(done, total)
+    )
+    base = collect(backbone, ordinary, names, drawing, lambda done, _: listen(own + done, total))
     return [
         Sketch(concept, base, facts(backbone, adapter, each))
         for adapter, concept, each in zip(adapters, concepts, prompts, strict=True)
