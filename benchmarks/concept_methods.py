@@ -177,8 +177,10 @@ def main() -> None:
     start = time.time()
     if tasks and not options.report:
         RESULTS.mkdir(exist_ok=True)
-        context = multiprocessing.get_context("spawn")
-        # A process of its own for each run, so that its peak of memory is its own.
+        # A process of its own for each run, so that its peak of memory is its own; what they import
+        # is imported once.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["rite_diffusion.run", "rite_diffusion.evaluation.judge"])
         with context.Pool(options.processes, maxtasksperchild=1) as pool, LOG.open("a") as log:
             for count, row in enumerate(pool.imap_unordered(run, tasks), 1):
                 log.write(json.dumps(row) + "\n")

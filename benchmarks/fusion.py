@@ -64,7 +64,7 @@ METHODS = {  # label -> method, weight of every adapter, settings
 }
 ALONE = "alone"  # every concept by its own adapter: what fusing can lose
 ATTACHED = "side by side"  # the adapters unfused, each in its own region
-CHIEF = (ALONE, ATTACHED, "sum", "average", "gram")
+CHIEF = (ALONE, ATTACHED, "sum", "average", "gram", "gram, refined")
 COUNTS = (2, 3, 4)
 COLOURS = {  # of the plot; the other methods are grey
     ALONE: "#404040", "gram": "#3563a5", "gram, refined": "#24477a", "sum": "#c28f4e",

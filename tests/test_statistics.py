@@ -96,7 +96,7 @@ def test_grams_are_those_of_the_features_a_layer_sees(tiny):
         handle.remove()
     for name in names:
         rows = torch.cat(seen[name]).double()
-        rows = rows[-grams[name].rows :]  # without the step that looks for shared inputs
+        rows = rows[-grams[name].rows :]  # without the steps that look for shared inputs
         torch.testing.assert_close(
             grams[name].matrix(), rows.mT @ rows / len(rows), rtol=1e-3, atol=1e-5
         )
@@ -104,7 +104,7 @@ def test_grams_are_those_of_the_features_a_layer_sees(tiny):
 
 def test_layers_with_one_input_share_one_gram(tiny):
     names = sketched_layers(tiny, [])
-    led = leaders(tiny, watched(tiny, names))
+    led = leaders(tiny, watched(tiny, names), ["a cat", ""])
     keys = [name for name in names if name.endswith(("attn2_to_k", "attn2_to_v"))]
     assert len(keys) > 2 and len({led[name] for name in keys}) == 1
     block = next(name for name in names if name.endswith("attn1_to_q")).removesuffix("q")
@@ -113,6 +113,18 @@ def test_layers_with_one_input_share_one_gram(tiny):
     grams = collect(tiny, ["a cat"], names, FEW)
     assert grams.keys() == set(names)
     assert grams[block + "q"] is grams[block + "v"]
+
+
+def test_words_of_every_layer_give_every_layer_statistics_of_its_own(tiny):
+    names = [name for name in sketched_layers(tiny, []) if "attn2_to_k" in name]
+    width = tiny.text_encoder.get_input_embeddings().embedding_dim
+    words = {"<t>": torch.randn(len(names), 2, width)}
+    attach(tiny, replace(random_adapter(tiny), tokens=words), "words")
+    grams = collect(tiny, ["a cat", "a <t>"], names, FEW)
+    matrices = [grams[name].matrix() for name in names]
+    assert all(
+        not torch.equal(one, other) for one, other in zip(matrices, matrices[1:], strict=False)
+    )
 
 
 def test_statistics_leave_the_model_as_it_was(tiny):

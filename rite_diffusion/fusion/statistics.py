@@ -184,24 +184,28 @@ def _draw(backbone: Backbone, prompt: str, seed: int, steps: int) -> None:
         latents = scheduler.step(prediction, timestep, latents).prev_sample
 
 
-def leaders(backbone: Backbone, layers: dict[str, Watched]) -> dict[str, str]:
-    """Layer name -> the first layer that is given the very same tensor and unfolds it alike.
+def leaders(
+    backbone: Backbone, layers: dict[str, Watched], prompts: Sequence[str]
+) -> dict[str, str]:
+    """Layer name -> the first layer that is given the very same tensors and unfolds them alike.
 
-    Found by one denoising step, whose inputs are held so that no two share an address.
+    Found by one denoising step of each prompt: learned words may differ from one cross-attention to
+    the next where ordinary ones do not. A step's inputs are held so that no two share an address.
     """
-    first: dict[tuple, str] = {}
+    seen: dict[str, list[tuple]] = {name: [] for name in layers}
     held: list[Tensor] = []
-    found: dict[str, str] = {}
 
     def see(name: str, layer: nn.Module, inputs: Tensor) -> None:
         held.append(inputs)
         unfold = (layer.kernel_size, layer.stride) if isinstance(layer, nn.Conv2d) else ()
-        key = (inputs.data_ptr(), inputs.shape, inputs.stride(), unfold)
-        found[name] = first.setdefault(key, name)
+        seen[name].append((inputs.data_ptr(), inputs.shape, inputs.stride(), unfold))
 
     with _watch(layers, see):
-        _draw(backbone, "", 0, 1)
-    return found
+        for prompt in dict.fromkeys(prompts):
+            _draw(backbone, prompt, 0, 1)
+            held.clear()
+    first: dict[tuple, str] = {}
+    return {name: first.setdefault(tuple(keys), name) for name, keys in seen.items() if keys}
 
 
 @torch.no_grad()
@@ -214,7 +218,7 @@ def collect(
 ) -> Grams:
     """The Gram of each named layer while the backbone, as it is now, draws the prompts."""
     layers = watched(backbone, names)
-    led = leaders(backbone, layers)
+    led = leaders(backbone, layers, prompts)
     sums: dict[str, ExactSum | SketchSum] = {}
 
     def see(name: str, layer: nn.Module, inputs: Tensor) -> None:
