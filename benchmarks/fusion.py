@@ -215,6 +215,7 @@ def plot(table: dict, path: Path) -> None:
         len(table), 2, figsize=(11, 4.4 * len(table)), layout="constrained", squeeze=False
     )
     for (lines, bars), (learner, by_count) in zip(rows, table.items(), strict=True):
+        ends = {}
         for method in CHIEF:
             seen = {n: m[method] for n, m in by_count.items() if method in m}
             points = [(n, *m["identity"]) for n, m in seen.items() if "identity" in m]
@@ -223,7 +224,9 @@ def plot(table: dict, path: Path) -> None:
                 colour = COLOURS[method]
                 lines.plot(n, middle, marker="o", markersize=4, color=colour)
                 lines.fill_between(n, low, high, color=colour, alpha=0.12, linewidth=0)
-                lines.text(n[-1] + 0.06, middle[-1], method, color=colour, va="center")
+                ends[method] = middle[-1]
+        for method, height in apart(ends, 0.045).items():
+            lines.text(max(COUNTS) + 0.06, height, method, color=COLOURS[method], va="center")
         lines.set(title=f"{learner}: identity by concepts in the file", xticks=COUNTS, ylim=(0, 1))
         lines.set_xlim(min(COUNTS) - 0.1, max(COUNTS) + 0.6)
         lines.grid(alpha=0.3)
@@ -237,6 +240,14 @@ def plot(table: dict, path: Path) -> None:
         for axes in (lines, bars):
             axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
+
+
+def apart(heights: dict[str, float], least: float) -> dict[str, float]:
+    """The heights, pushed down from the highest one until neighbours are `least` apart."""
+    placed: dict[str, float] = {}
+    for name, height in sorted(heights.items(), key=lambda entry: -entry[1]):
+        placed[name] = min([height, *(above - least for above in placed.values())])
+    return placed
 
 
 def _middle(entry: tuple[str, list[float]]) -> float:
