@@ -71,7 +71,7 @@ def runs(
 ) -> list[dict]:
     """Every run, seed by seed, so that a stopped benchmark is balanced.
 
-    Every optimizer leaves whole matrices to AdamW: that these runs are the same is seen once.
+    Every optimizer leaves whole matrices to AdamW at its own rate for pairs; one seed shows that.
     """
     return [
         {"method": method, "settings": line, "optimizer": optimizer, "concept": name, "seed": seed}

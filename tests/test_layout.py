@@ -13,14 +13,9 @@ from rite_diffusion.generation.picture import complete, placed
 from rite_diffusion.generation.regions import Region, Sought, adapter_weights, parse_regions
 from rite_diffusion.generation.sampler import denoising, guided, pictures
 from rite_diffusion.types import ConfigError
+from subjects import subject_of
 
 PAIR = "a cat on the left and a house on the right on a blue background"
-
-
-def subjects(image) -> np.ndarray:
-    """Where (height, width) a picture is not of the colour of its upper and lower edge."""
-    pixels = np.asarray(image, int)
-    return np.abs(pixels - np.median(pixels[[0, -1]].reshape(-1, 3), axis=0)).sum(-1) > 90
 
 
 def cut(mask: np.ndarray, box) -> np.ndarray:
@@ -88,13 +83,13 @@ def test_each_cell_belongs_to_one_word():
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_pocket_bases_things_are_found(pocket, seed):
     (cat, house), image = boxes_in(pocket, PAIR, ["cat", "house"], seed)
-    there = subjects(image)
+    there = subject_of(image, 90)
     side = there.shape[1]
     halves = (there[:, : side // 2].sum(), there[:, side // 2 :].sum())
     assert cut(there, cat).sum() > 0.8 * halves[0] and cat[2] < 0.65
     assert cut(there, house).sum() > 0.8 * halves[1] and house[0] > 0.35
     [cake], image = boxes_in(pocket, "a small cake on a red background", ["cake"], seed)
-    there = subjects(image)
+    there = subject_of(image, 90)
     assert cut(there, cake).sum() > 0.9 * there.sum()  # all of it, and little else
     assert (cake[2] - cake[0]) * (cake[3] - cake[1]) < 0.5
 

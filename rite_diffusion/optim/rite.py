@@ -42,7 +42,8 @@ class LoraRite(LoraOptimizer):
     Where the paper sums second moments for its proof, the release averages them with bias-corrected
     decay and divides them by the number of rows; it bounds the norm of all unmagnified gradients
     together, drops a factor's gradient whose root mean square is above a bound, and leaves the
-    escaped mass out. The last three are options here, with the release's defaults.
+    escaped mass out. The last three are options here, with the release's defaults. Other than both,
+    directions in which a factor nearly vanishes are left out of its partner's step (`careful_basis`).
 
     Parameters must not be changed between steps other than by this optimizer; where they are, the
     moments are carried into a basis that is off by that change.
@@ -211,10 +212,12 @@ def careful_basis(rows: Tensor) -> tuple[Tensor, Tensor]:
     """W and W^{-T} of rows (n, m, r) by singular values: for any condition and any rank.
 
     Where columns depend on each other, both leave the lost directions out as a pseudo-inverse does;
-    zero rows give zero.
+    zero rows give zero. Lost is what is below the root of the precision, which a Gram matrix could
+    not show either: the partner would take a full step along what is mostly noise, by entries as
+    large as this factor's are small, and this factor's own step would meet them.
     """
     _, sizes, right = torch.linalg.svd(torch.linalg.qr(precise(rows), mode="r")[1])  # X = U S right
-    smallest = torch.finfo(rows.dtype).eps * max(rows.shape[-2:]) * sizes[:, :1]
+    smallest = torch.finfo(rows.dtype).eps ** 0.5 * sizes[:, :1]
     kept = sizes > smallest
     inverse = torch.where(kept, 1 / sizes.where(kept, 1.0), 0.0)
     sizes = sizes.where(kept, 0.0)
