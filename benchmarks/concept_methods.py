@@ -153,7 +153,7 @@ def sheet() -> Image.Image | None:
     photos = [Image.open(sorted(example_photos(concept).glob("*.jpg"))[0]) for concept in CONCEPTS]
     rows = [photos, *([Image.open(file) for file in row] for row in files)]
     labels = ["a photo", *(f"{method} {optimizer}" for method, optimizer in each)]
-    return labelled_grid(rows, labels, [f"<{concept}>" for concept in CONCEPTS], 128, 150)
+    return labelled_grid(rows, labels, [f"<{concept}>" for concept in CONCEPTS], 128, 180)
 
 
 def _each(asked: tuple[str, ...]) -> list[str]:
