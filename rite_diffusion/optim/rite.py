@@ -42,8 +42,8 @@ class LoraRite(LoraOptimizer):
     Where the paper sums second moments for its proof, the release averages them with bias-corrected
     decay and divides them by the number of rows; it bounds the norm of all unmagnified gradients
     together, drops a factor's gradient whose root mean square is above a bound, and leaves the
-    escaped mass out. The last three are options here, with the release's defaults. Other than both,
-    directions in which a factor nearly vanishes are left out of its partner's step (`careful_basis`).
+    escaped mass out. The last three are options here, with the release's defaults. Unlike either,
+    a factor does not move along directions in which its partner nearly vanishes (`careful_basis`).
 
     Parameters must not be changed between steps other than by this optimizer; where they are, the
     moments are carried into a basis that is off by that change.
