@@ -182,8 +182,10 @@ def report(rows: list[dict]) -> dict:
             name: round(statistics.mean(row[name] for row in whole), 4)
             for name in (SCORES if whole else ())
         }
-        spread = statistics.stdev(row["identity"] for row in whole) if len(whole) > 1 else math.nan
-        error = round(spread / math.sqrt(len(whole)), 4) if whole else math.nan
+        identities = [row["identity"] for row in whole]
+        error = None  # of the mean; a single run tells none
+        if len(whole) > 1:
+            error = round(statistics.stdev(identities) / math.sqrt(len(whole)), 4)
         counts = {"runs": len(found), "broken": len(found) - len(whole)}
         figures[what][optimizer] = counts | means | {"identity_error": error}
     return figures
