@@ -296,8 +296,8 @@ def main() -> None:
                 print(trained(*each), flush=True)
         return
     done = {tuple(row[key] for key in vars(tasks[0])) for row in finished()}
-    missing = [task for task in tasks if tuple(vars(task).values()) not in done]
-    for task in [] if options.report else missing[part]:
+    missing = [task for task in tasks[part] if tuple(vars(task).values()) not in done]
+    for task in [] if options.report else missing:
         if time.monotonic() > end:
             return
         row = measure(task, tuple(range(100, 103)))
