@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --quiet
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint wheel clean
+.PHONY: help demo test lint docs wheel clean
 
 help:  ## say what there is
 	@echo 'rite_diffusion: make TARGET'
@@ -29,11 +29,16 @@ lint: $(VENV)/.installed-dev  ## ruff, pyright and the import contracts
 	$(BIN)/pyright
 	$(BIN)/lint-imports --no-logo
 
+docs: $(VENV)/.installed-dev  ## build the documentation in docs/_build/html
+	$(BIN)/sphinx-build --quiet --fail-on-warning docs docs/_build/html
+	@echo 'open docs/_build/html/index.html'
+
 wheel: $(VENV)/.installed-dev  ## build dist/*.whl
 	$(BIN)/python -m build --wheel
 
 clean:  ## remove the environment and every cache
-	rm -rf $(VENV) dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) dist docs/_build docs/reference
+	rm -rf .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
