@@ -30,7 +30,7 @@ lint: $(VENV)/.installed-dev  ## ruff, pyright and the import contracts
 	$(BIN)/lint-imports --no-logo
 
 docs: $(VENV)/.installed-dev  ## build the documentation in docs/_build/html
-	$(BIN)/sphinx-build --quiet --fail-on-warning docs docs/_build/html
+	$(BIN)/sphinx-build --quiet --fresh-env --fail-on-warning docs docs/_build/html
 	@echo 'open docs/_build/html/index.html'
 
 wheel: $(VENV)/.installed-dev  ## build dist/*.whl

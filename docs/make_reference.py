@@ -231,7 +231,7 @@ def _section(model: type[BaseModel], prefix: str, title: str = "At the top") -> 
     inner = {name: _model_in(info.annotation) for name, info in model.model_fields.items()}
     rows = [_setting_row(model, name, prefix) for name, held in inner.items() if held is None]
     parts = [f"## {title}", "", _first_line(model), ""]
-    parts += [*_table(("setting", "values", "default", "meaning"), rows), ""]
+    parts += [*_table(("setting", "meaning", "values", "default"), rows), ""]
     for name, held in inner.items():
         if held is not None:
             many = get_origin(model.model_fields[name].annotation) is list
@@ -249,7 +249,7 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 def _setting_row(model: type[BaseModel], name: str, prefix: str) -> tuple[str, str, str, str]:
     info = model.model_fields[name]
     values = ", ".join([_values(info.annotation), *_bounds(info.metadata)])
-    return f"`{prefix}{name}`", values, _default_setting(info), _escaped(_meaning(model, name))
+    return f"`{prefix}{name}`", _escaped(_meaning(model, name)), values, _default_setting(info)
 
 
 def _meaning(model: type[BaseModel], name: str) -> str:

@@ -46,7 +46,7 @@ def test_the_settings_page_has_every_setting(reference):
     missing = [key for key in known_keys() if f"`{key}`" not in text and f"[{key}" not in text]
     assert missing == []
     assert (
-        "| `lora.rank` | whole number, at least 1, at most 1,024 | `8` | rank of every pair |"
+        "| `lora.rank` | rank of every pair | whole number, at least 1, at most 1,024 | `8` |"
         in text
     )
 
@@ -59,9 +59,9 @@ def template(node):
     """A string expression as the troubleshooting page quotes it: `…` for what is filled in."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
-    return (
-        "".join(template(part) for part in node.values) if isinstance(node, ast.JoinedStr) else "…"
-    )
+    if isinstance(node, ast.JoinedStr):
+        return "".join(template(part) for part in node.values)
+    return "…"
 
 
 def test_every_message_of_the_troubleshooting_page_is_in_the_source():

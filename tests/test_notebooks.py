@@ -12,7 +12,7 @@ import rite_diffusion as rite
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.ipynb"))
-# In the place of the parameters' cell. Statistics for `gram` are drawn in minutes: tested elsewhere.
+# In place of the parameters. Statistics for `gram` take minutes: they are tested elsewhere.
 QUICK = {"steps": 2, "drawing_steps": 2, "prior": {"weight": 0}, "method": "concat"}
 
 
