@@ -66,7 +66,7 @@ def template(node):
 
 def test_every_message_of_the_troubleshooting_page_is_in_the_source():
     text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    quoted = re.findall(r"(?m)^\*\*`(.*)`\*\*$", text)
+    quoted = [found[1].strip() for found in re.findall(r"(?m)^\*\*(`+)(.*?)\1\*\*$", text)]
     templates = {
         template(node)
         for path in (ROOT / "rite_diffusion").rglob("*.py")
