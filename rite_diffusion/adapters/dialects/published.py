@@ -15,6 +15,7 @@ plain containers and refuses everything that would run code.
 import pickle
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,4 +132,4 @@ def _differences(
 
 
 def _named(adapter: Adapter, layout: str) -> Adapter:
-    return Adapter(adapter.pairs, AdapterInfo(), adapter.tokens, layout, adapter.notes)
+    return replace(adapter, info=AdapterInfo(), dialect=layout)
