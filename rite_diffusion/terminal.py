@@ -207,7 +207,8 @@ def describe_export(export: Export) -> None:
     _line("read", f"{len(export.adapter.pairs)} modules in {export.adapter.dialect}'s names")
     for note in export.adapter.notes:
         _line("note", note)
-    _line("wrote", str(export.path))
+    if export.path not in export.embeddings:
+        _line("wrote", str(export.path))
     for path in export.embeddings:
         _line("embedding", str(path))
     for word in export.lossy:
