@@ -239,7 +239,7 @@ def convert(
         bool,
         typer.Option(
             "--published-pickle",
-            help="FILE is a .pth of Mix-of-Show, Custom Diffusion or A1111; nothing in it is run.",
+            help="FILE holds embeddings or a paper's weights as a pickle; nothing in it is run.",
         ),
     ] = False,
 ) -> None:

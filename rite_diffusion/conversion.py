@@ -12,6 +12,7 @@ from rite_diffusion.adapters import Adapter, attach, detach, load_adapter
 from rite_diffusion.adapters.attach import base_layers, base_weights
 from rite_diffusion.adapters.dialects import DIALECTS, embeddings
 from rite_diffusion.adapters.dialects.published import load_published
+from rite_diffusion.adapters.storage import write_tensors
 from rite_diffusion.adapters.verify import (
     Verification,
     verify_by_map,
@@ -64,6 +65,8 @@ def convert(
         adapter = load_adapter(source)
     if base is None and adapter.info.base == "pocket":  # this base is always at hand
         base, backbone = "pocket", load_backbone("pocket")
+    if adapter.tokens and not adapter.modules():
+        return _embeddings_alone(adapter, source, Path(out).expanduser() if out else None)
     target = Path(out).expanduser() if out else _default_target(source, to)
     if target.exists():
         raise AdapterError(f"{target} exists already: choose another --out, or delete it")
@@ -81,6 +84,20 @@ def convert(
     return Export(adapter, target, files, checks, embeddings.lossy_words(adapter), pixels)
 
 
+def _embeddings_alone(adapter: Adapter, source: Path, out: Path | None) -> Export:
+    """Embedding files of an adapter of words alone: the same for every tool."""
+    contents = embeddings.embedding_files(adapter)
+    folder = (out or source).parent
+    paths = [out] if out and len(contents) == 1 else [folder / name for name in contents]
+    for path in paths:
+        if path.exists():
+            raise AdapterError(f"{path} exists already: choose another --out, or delete it")
+    for path, tensors in zip(paths, contents.values(), strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, tensors, {})
+    return Export(adapter, paths[0], paths, [], embeddings.lossy_words(adapter), None)
+
+
 def _default_target(source: Path, to: str) -> Path:
     return source.with_name(f"{source.stem}-{to}{'' if to == 'peft' else '.safetensors'}")
 
@@ -90,8 +107,8 @@ def _write(
 ) -> list[Verification]:
     """Write the export and check it in every way that is at hand."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not adapter.pairs:
-        raise AdapterError("the adapter holds tokens alone: there are no layers to convert")
+    if not adapter.modules():
+        raise AdapterError("the adapter holds no layers to convert")
     norms = [pair.name for pair in adapter.pairs if pair.magnitude is not None]
     if to == "diffusers" and any(name.startswith("lora_te") for name in norms):
         raise AdapterError(

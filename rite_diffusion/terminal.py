@@ -153,7 +153,10 @@ def describe_adapter(path: Path, adapter: Adapter) -> None:
     print(f"{'dialect':<17}{adapter.dialect}")
     print(f"{'rank':<17}{ranks or 'no layers'}")
     modules = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
-    print(f"{'modules':<17}{len(adapter.pairs)} ({modules}), {parameters:,} parameters")
+    if adapter.pairs:
+        print(f"{'modules':<17}{len(adapter.pairs)} ({modules}), {parameters:,} parameters")
+    if adapter.shifts:
+        print(f"{'vectors':<17}{len(adapter.shifts)} biases and norm weights")
     for word, rows in adapter.tokens.items():
         layers, count, width = rows.shape
         print(f"{'token':<17}{word} ({layers} layers of {count} x {width})")
@@ -204,7 +207,8 @@ def describe_export(export: Export) -> None:
     _line("read", f"{len(export.adapter.pairs)} modules in {export.adapter.dialect}'s names")
     for note in export.adapter.notes:
         _line("note", note)
-    _line("wrote", str(export.path))
+    if export.path not in export.embeddings:
+        _line("wrote", str(export.path))
     for path in export.embeddings:
         _line("embedding", str(path))
     for word in export.lossy:

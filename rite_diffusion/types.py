@@ -91,6 +91,15 @@ class LoraPair:
 
 
 @dataclass(frozen=True)
+class Shift:
+    """What an adapter adds to a vector of a module, at its weight: a bias, or a norm's weight."""
+
+    name: str  # the module's, as a pair's
+    parameter: Literal["weight", "bias"]
+    values: Tensor  # (out,)
+
+
+@dataclass(frozen=True)
 class Word:
     """A word beside those that the model came with; its vectors stand where a prompt says it.
 

@@ -140,7 +140,8 @@ def test_no_key_of_a_whole_model_is_unmapped(tmp_path, target, family):
     adapter = Adapter(pairs, AdapterInfo())
     DIALECTS[target].write(tmp_path / "a.safetensors", adapter)
     known = {"kohya": kohya_map, "comfyui": comfyui_map}[target](published_layers(family), family)
-    found, unmapped = read_by_map(load_file(tmp_path / "a.safetensors"), known)
+    read = read_by_map(load_file(tmp_path / "a.safetensors"), known)
+    found, unmapped = read.pairs, read.skipped
     assert unmapped == [] and len(found) == len(names)
     check = verify_by_map(adapter, tmp_path / "a.safetensors", target)
     assert (check.modules, check.difference < 1e-6) == (len(names), True)
@@ -149,7 +150,8 @@ def test_no_key_of_a_whole_model_is_unmapped(tmp_path, target, family):
 def test_comfyui_does_not_know_diffusers_attention():
     key = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     tensors = {f"{key}.lora_A.weight": torch.ones(1, 1), f"{key}.lora_B.weight": torch.ones(1, 1)}
-    assert read_by_map(tensors, comfyui_map(published_layers("sd"), "sd")) == ({}, sorted(tensors))
+    read = read_by_map(tensors, comfyui_map(published_layers("sd"), "sd"))
+    assert read.pairs == {} and read.skipped == sorted(tensors)
 
 
 PROVEN = [(to, "tiny_folder") for to in DIALECTS] + [("kohya", "tiny_folder_xl")]

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields
 
 from torch import Tensor
 
-from rite_diffusion.types import LoraPair
+from rite_diffusion.types import LoraPair, Shift
 
 HEADER_PREFIX = "rite_"
 
@@ -43,7 +43,7 @@ class AdapterInfo:
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA pairs, learned tokens, and the facts about them.
+    """LoRA pairs, shifts of vectors, learned tokens, and the facts about them.
 
     `tokens` holds embeddings (layers, rows, width) by the word that calls them: one layer, or one
     for each cross-attention; a word's rows for a second text encoder are at `<word>@2`.
@@ -53,7 +53,8 @@ class Adapter:
     info: AdapterInfo
     tokens: dict[str, Tensor] = field(default_factory=dict)
     dialect: str = "kohya"  # of the file that it was read from
-    notes: tuple[str, ...] = ()  # what had to be assumed or approximated in reading it
+    notes: tuple[str, ...] = ()  # what had to be assumed in reading it
+    shifts: list[Shift] = field(default_factory=list)  # of biases and norms, where it has any
 
     def ranks(self) -> list[int]:
         """The distinct ranks, ascending."""
@@ -62,6 +63,10 @@ class Adapter:
     def names(self) -> list[str]:
         """The pairs' module names."""
         return [pair.name for pair in self.pairs]
+
+    def modules(self) -> set[str]:
+        """Names of all modules that it changes, those with shifts alone too."""
+        return {each.name for each in (*self.pairs, *self.shifts)}
 
 
 def facts_of(adapter: Adapter) -> dict[str, str]:

@@ -15,6 +15,14 @@ from torch import Tensor, nn
 from rite_diffusion.adapters.adapter import Adapter
 from rite_diffusion.adapters.dialects.peft import config_of
 from rite_diffusion.adapters.names import PREFIXES, module_name, split_path
+from rite_diffusion.adapters.shifts import (
+    add_shifts,
+    check_shifts,
+    has_shifts,
+    norm_names,
+    remove_shifts,
+    set_shift_weight,
+)
 from rite_diffusion.adapters.words import add_words, check_words, remove_words
 from rite_diffusion.types import AdapterError, Backbone, LoraPair
 
@@ -44,8 +52,8 @@ def places(backbone: Backbone) -> dict[str, tuple[str, str]]:
 
 
 def base_layers(backbone: Backbone) -> list[tuple[str, str]]:
-    """Component and path of every adaptable layer, CLIP's paths with their `text_model` level."""
-    return [split_path(name) for name in places(backbone)]
+    """Component and path of every layer and norm, CLIP's paths with their `text_model` level."""
+    return [split_path(name) for name in (*places(backbone), *norm_names(backbone))]
 
 
 def base_weights(backbone: Backbone) -> dict[str, Tensor]:
@@ -184,9 +192,11 @@ def attach(backbone: Backbone, adapter: Adapter, name: str, weight: float = 1.0)
     """
     if not name.isidentifier():
         raise AdapterError(f"adapter name {name!r} is not a plain word")
-    if lora_layers(backbone, name) or name in {word.adapter for word in backbone.words.values()}:
+    words = {word.adapter for word in backbone.words.values()}
+    if lora_layers(backbone, name) or name in words or has_shifts(backbone, name):
         raise AdapterError(f"an adapter named '{name}' is attached already")
     homes = check_fit(backbone, adapter)
+    check_shifts(backbone, adapter.shifts)
     check_words(backbone, adapter)
     for component in PREFIXES:
         here = [pair for pair in adapter.pairs if homes[pair.name][0] == component]
@@ -202,6 +212,7 @@ def attach(backbone: Backbone, adapter: Adapter, name: str, weight: float = 1.0)
         _copy(_weight(layer.lora_B[name]), pair.up)
         if pair.magnitude is not None:
             _copy(_weight(layer.lora_magnitude_vector[name]), pair.magnitude)
+    add_shifts(backbone, adapter.shifts, name)
     add_words(backbone, adapter, name)
     set_weight(backbone, name, weight)
     _activate(backbone)
@@ -216,6 +227,7 @@ def set_weight(backbone: Backbone, name: str, weight: float) -> None:
     """Change the weight of an attached adapter."""
     for layer in lora_layers(backbone, name).values():
         layer.set_scale(name, weight)
+    set_shift_weight(backbone, name, weight)
 
 
 def _activate(backbone: Backbone) -> None:
@@ -240,5 +252,6 @@ def detach(backbone: Backbone, name: str) -> None:
         configs.pop(name, None)
         if not configs and wrapped:
             del root.peft_config
+    remove_shifts(backbone, name)
     remove_words(backbone, name)
     _activate(backbone)

@@ -35,8 +35,7 @@ def load_adapter(path: Path) -> Adapter:
     if path.is_dir():
         tensors, header, configs = peft.read_folder(path)
     else:
-        tensors, header = read_tensors(path)
-        configs = {}
+        tensors, header, configs = peft.read_beside(path, *read_tensors(path))
     try:
         configs = configs or diffusers.configs_of(header)
         return interpret(tensors, header, path.stem, configs)

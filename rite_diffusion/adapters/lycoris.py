@@ -1,41 +1,123 @@
-"""LyCORIS's other factorisations (Yeh et al. 2024) as delta W, and delta W as LoRA factors."""
+"""LyCORIS's other factorisations (Yeh et al. 2024) as LoRA factors, exactly.
+
+A Hadamard or Kronecker product of low-rank matrices is a low-rank matrix, and its factors follow
+from theirs: nothing is cut and no SVD is taken.
+"""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rite_diffusion.adapters.delta import relative_difference
-
-MAX_RANK = 64  # of the LoRA that stands for another factorisation
-NEGLIGIBLE = 1e-6  # singular values below this share of the largest are dropped
+LARGEST = 2**28  # numbers in a weight; Stable Diffusion's largest layer has 2**25
 
 Parts = Mapping[str, Tensor]
 
 
-def loha_delta(parts: Parts) -> Tensor:
-    """(w1_a w1_b) * (w2_a w2_b), elementwise: (out, in), (out, in k k) or (out, in, k, k)."""
-    halves = []
-    for half in ("1", "2"):
-        a, b = parts[f"hada_w{half}_a"].float(), parts[f"hada_w{half}_b"].float()
-        core = parts.get(f"hada_t{half}")
-        halves.append(a @ b if core is None else tucker(core.float(), a, b))
-    return halves[0] * halves[1]
+@dataclass(frozen=True)
+class Product:
+    """An update left @ right of a weight (out, in, *kernel).
+
+    `left` is (out, r), `right` (r, in * k * k); `kernel` is () where the file does not tell it.
+    """
+
+    left: Tensor
+    right: Tensor
+    kernel: tuple[int, ...] = ()
+
+    def down(self) -> Tensor:
+        """`right` as LoRA's down: (r, in) or (r, in, k, k)."""
+        return self.right.unflatten(1, (-1, *self.kernel)) if self.kernel else self.right
+
+    def up(self) -> Tensor:
+        """`left` as LoRA's up: (out, r) or (out, r, 1, 1)."""
+        return self.left[:, :, None, None] if self.kernel else self.left
 
 
-def lokr_delta(parts: Parts) -> Tensor:
-    """The Kronecker product w1 (x) w2: (out, in), (out, in k k) or (out, in, k, k)."""
-    first, second = (_kronecker_factor(parts, half) for half in ("1", "2"))
-    first = first.reshape(*first.shape, *[1] * (second.ndim - first.ndim))
-    return torch.kron(first, second)
+def whole(weight: Tensor) -> Product:
+    """A dense (out, in) or (out, in, k, k): one factor is the identity."""
+    matrix = weight.float().flatten(1)
+    identity = torch.eye(min(matrix.shape))
+    wide = matrix.shape[0] <= matrix.shape[1]
+    left, right = (identity, matrix) if wide else (matrix, identity)
+    return Product(left, right, tuple(weight.shape[2:]))
 
 
-def _kronecker_factor(parts: Parts, half: str) -> Tensor:
-    whole, core = parts.get(f"lokr_w{half}"), parts.get(f"lokr_t{half}")
-    if whole is not None:
-        return whole.float()
-    a, b = parts[f"lokr_w{half}_a"].float(), parts[f"lokr_w{half}_b"].float()
-    return a @ b if core is None else tucker(core.float(), a, b)
+def loha(parts: Parts) -> Product:
+    """(A1 B1) * (A2 B2), elementwise: columns and rows of the factors multiply pairwise.
+
+    Raises KeyError where a factor is missing, ValueError where they do not fit.
+    """
+    one, two = (_factor(parts, f"hada_w{half}", f"hada_t{half}") for half in ("1", "2"))
+    if (one.kernel, len(one.left), one.right.shape[1]) != (
+        two.kernel, len(two.left), two.right.shape[1]
+    ):  # fmt: skip
+        raise ValueError("its two products differ in shape")
+    if _is_full(one, two, len(one.left), one.right.shape[1]):
+        return _as_whole((one.left @ one.right) * (two.left @ two.right), one.kernel)
+    left = one.left[:, :, None] * two.left[:, None, :]  # (out, r1, r2)
+    right = one.right[:, None] * two.right[None]  # (r1, r2, inputs)
+    return Product(left.flatten(1), right.flatten(0, 1), one.kernel)
+
+
+def lokr(parts: Parts) -> Product:
+    """The Kronecker product W1 (x) W2, of which W2 alone may have a kernel.
+
+    (L1 R1) (x) (L2 R2) = (L1 (x) L2) (R1 (x) R2). Raises as `loha` does.
+    """
+    one, two = _factor(parts, "lokr_w1"), _factor(parts, "lokr_w2", "lokr_t2")
+    if one.kernel:
+        raise ValueError("its first factor has a kernel")
+    out, inputs = len(one.left) * len(two.left), one.right.shape[1] * two.right.shape[1]
+    if _is_full(one, two, out, inputs):
+        return _as_whole(_kron(one.left @ one.right, two.left @ two.right), two.kernel)
+    left, right = _kron(one.left, two.left), _kron(one.right, two.right)
+    return Product(left, right, two.kernel)
+
+
+def _kron(one: Tensor, two: Tensor) -> Tensor:
+    """The Kronecker product of matrices; `torch.kron` wants them contiguous."""
+    product = one[:, None, :, None] * two[None, :, None, :]
+    return product.flatten(2).flatten(0, 1)
+
+
+def _is_full(one: Product, two: Product, out: int, inputs: int) -> bool:
+    """Whether the product of the ranks is none that saves anything."""
+    if out * inputs > LARGEST:
+        raise ValueError(f"it would be a weight of {out} x {inputs}")
+    return len(one.right) * len(two.right) >= min(out, inputs)
+
+
+def _as_whole(matrix: Tensor, kernel: tuple[int, ...]) -> Product:
+    full = whole(matrix)
+    return Product(full.left, full.right, kernel)
+
+
+def _factor(parts: Parts, start: str, core: str = "") -> Product:
+    """One of the two matrices: whole, of two factors, or of two and a convolution's core.
+
+    Of a core (p, q, k, k) the factors are (p, out) and (q, in).
+    """
+    if start in parts:
+        weight = parts[start]
+        if {f"{start}_a", f"{start}_b", core} & parts.keys():
+            raise ValueError(f"{start} is there whole and in factors")
+        if weight.ndim not in (2, 4):
+            raise ValueError(f"{start} is {tuple(weight.shape)}")
+        return whole(weight)
+    a, b = parts[f"{start}_a"].float(), parts[f"{start}_b"].float()
+    if a.ndim != 2 or b.ndim != 2:
+        raise ValueError(f"{start} is {tuple(a.shape)}, {tuple(b.shape)}")
+    if core in parts:
+        middle = parts[core].float()
+        if middle.ndim != 4 or middle.shape[:2] != (len(a), len(b)):
+            raise ValueError(f"{core} is {tuple(middle.shape)}")
+        right = torch.einsum("pqkl,qi->pikl", middle, b).flatten(1)
+        return Product(a.mT, right, tuple(middle.shape[2:]))
+    if a.shape[1] != len(b):
+        raise ValueError(f"{start} is {tuple(a.shape)}, {tuple(b.shape)}")
+    return Product(a, b)
 
 
 def factor_rank(parts: Parts) -> int | None:
@@ -44,27 +126,3 @@ def factor_rank(parts: Parts) -> int | None:
         if key in parts:
             return parts[key].shape[0]
     return None
-
-
-def tucker(core: Tensor, out_factor: Tensor, in_factor: Tensor) -> Tensor:
-    """A convolution's weight (out, in, k, k) of its core (p, q, k, k), (p, out) and (q, in)."""
-    return torch.einsum("pqkl,po,qi->oikl", core, out_factor, in_factor)
-
-
-def lora_factors(delta: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Down, up and the relative error of the best LoRA of at most MAX_RANK (truncated SVD)."""
-    matrix = delta.flatten(1)  # (out, in * k * k)
-    if min(matrix.shape) <= 4 * MAX_RANK:
-        u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
-    else:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            u, s, v = torch.svd_lowrank(matrix, q=MAX_RANK + 16, niter=4)
-        vh = v.mT
-    rank = max(1, min(MAX_RANK, int((s > NEGLIGIBLE * s[0]).sum())))
-    root = s[:rank].sqrt()
-    up, down = u[:, :rank] * root, root[:, None] * vh[:rank]
-    error = relative_difference(up @ down, matrix)
-    if delta.ndim == 4:
-        down, up = down.reshape(rank, *delta.shape[1:]), up[:, :, None, None]
-    return down.contiguous(), up.contiguous(), error

@@ -18,23 +18,26 @@ PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": 
 Family = Literal["sd", "sdxl"]
 
 # Names within a path that hold an underscore themselves, and those that do not.
-_LONG = """add_embedding conv_in conv_out conv_shortcut down_blocks emb_layers final_layer_norm
-in_layers input_blocks label_emb linear_1 linear_2 mid_block middle_block out_layers out_proj
-output_blocks proj_in proj_out k_proj q_proj v_proj position_embedding self_attn skip_connection
-text_model text_projection time_emb_proj time_embed time_embedding to_k to_out to_q to_v
-token_embedding transformer_blocks up_blocks""".split()
+_LONG = """add_embedding conv_in conv_norm_out conv_out conv_shortcut down_blocks emb_layers
+final_layer_norm in_layers input_blocks k_proj label_emb layer_norm1 layer_norm2 linear_1 linear_2
+mid_block middle_block out_layers out_proj output_blocks position_embedding proj_in proj_out
+q_proj self_attn skip_connection text_model text_projection time_emb_proj time_embed
+time_embedding to_k to_out to_q to_v token_embedding transformer_blocks up_blocks v_proj""".split()
 _SHORT = """attentions attn1 attn2 conv conv1 conv2 downsamplers embeddings encoder fc1 fc2 ff
-layers mlp net op out proj resnets upsamplers""".split()
+layers mlp net norm norm1 norm2 norm3 op out proj resnets upsamplers""".split()
 _WORD = re.compile(rf"(?:{'|'.join([*_LONG, *_SHORT])}|\d+)(?=_|$)")
 
 _RESNET = {
+    "norm1": "in_layers_0",
     "conv1": "in_layers_2",
     "time_emb_proj": "emb_layers_1",
+    "norm2": "out_layers_0",
     "conv2": "out_layers_3",
     "conv_shortcut": "skip_connection",
 }
 _STEMS = {
     "conv_in": "input_blocks_0_0",
+    "conv_norm_out": "out_0",
     "conv_out": "out_2",
     "time_embedding_linear_1": "time_embed_0",
     "time_embedding_linear_2": "time_embed_2",

@@ -5,6 +5,7 @@ the tool does and spelling the name it looks up for each. So they prove a file t
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -15,10 +16,13 @@ Layer = tuple[
     str, str
 ]  # component, dotted path as in diffusers, CLIP's with its `text_model` level
 
+VECTORS = {".w_norm": "weight", ".b_norm": "bias", ".diff_b": "bias"}
 _LEVELS = {"sd": (1, 1, 1, 0), "sdxl": (0, 2, 10)}  # transformer blocks in each level of the UNet
 _RESNET = {
+    "norm1": "in_layers.0",
     "conv1": "in_layers.2",
     "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
@@ -26,8 +30,14 @@ _TRANSFORMER = [
     *(f"attn{i}.{p}" for i in (1, 2) for p in ("to_q", "to_k", "to_v", "to_out.0")),
     "ff.net.0.proj",
     "ff.net.2",
+    "norm1",
+    "norm2",
+    "norm3",
 ]
-_CLIP = [*(f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2"]
+_CLIP = [
+    *(f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")),
+    *("mlp.fc1", "mlp.fc2", "layer_norm1", "layer_norm2"),
+]
 _CLIP_LAYERS = 32  # of the largest text encoder
 
 
@@ -60,6 +70,7 @@ def sgm_paths(family: Family) -> dict[str, str]:
 
 def _ends(family: Family) -> Iterator[tuple[str, str]]:
     yield "conv_in", "input_blocks.0.0"
+    yield "conv_norm_out", "out.0"
     yield "conv_out", "out.2"
     for place, sgm in ((1, 0), (2, 2)):
         yield f"time_embedding.linear_{place}", f"time_embed.{sgm}"
@@ -75,7 +86,7 @@ def _block(start: str, place: int, sgm: str, depth: int) -> dict[str, str]:
 
 
 def _transformers(start: str, sgm: str, depth: int) -> dict[str, str]:
-    inner = ["proj_in", "proj_out"]
+    inner = ["norm", "proj_in", "proj_out"]
     inner += [f"transformer_blocks.{i}.{layer}" for i in range(depth) for layer in _TRANSFORMER]
     return _renamed(start, sgm, ((name, name) for name in inner))
 
@@ -94,8 +105,9 @@ def published_layers(family: Family) -> list[Layer]:
         for i in range(_CLIP_LAYERS)
         for layer in _CLIP
     ]
-    projection = [("text_encoder_2", "text_projection")] if family == "sdxl" else []
-    return [*unet, *clip, *projection]
+    ends = [(encoder, "text_model.final_layer_norm") for encoder in encoders]
+    ends += [("text_encoder_2", "text_projection")] if family == "sdxl" else []
+    return [*unet, *clip, *ends]
 
 
 def kohya_map(layers: Iterable[Layer], family: Family) -> dict[str, Layer]:
@@ -136,11 +148,18 @@ def diffusers_map(layers: Iterable[Layer], family: Family) -> dict[str, Layer]:
     return {f"{component}.{path}": (component, path) for component, path in layers}
 
 
-def read_by_map(
-    tensors: Mapping[str, Tensor], known: Mapping[str, Layer]
-) -> tuple[dict[Layer, LoraPair], list[str]]:
-    """The pairs that a tool with this map reads, alpha from its tensor, and the keys it skips."""
-    found, used = {}, set()
+@dataclass(frozen=True)
+class Reading:
+    """What a tool reads of a file, by layer."""
+
+    pairs: dict[Layer, LoraPair]
+    vectors: dict[tuple[Layer, str], Tensor]  # (layer, weight or bias) -> its difference
+    skipped: list[str]  # tensors that it has no layer for
+
+
+def read_by_map(tensors: Mapping[str, Tensor], known: Mapping[str, Layer]) -> Reading:
+    """What a tool with this map reads, alpha from its tensor, and the keys it skips."""
+    found, vectors, used = {}, {}, set()
     for stem, layer in known.items():
         for down, up, vector in (
             (".lora_down.weight", ".lora_up.weight", ".dora_scale"),
@@ -154,4 +173,8 @@ def read_by_map(
                 scale = 1.0 if alpha is None else float(alpha) / len(a)
                 magnitude = None if norms is None else norms.flatten()
                 found[layer] = LoraPair(".".join(layer), a, b, scale, magnitude)
-    return found, sorted(tensors.keys() - used)
+        for suffix, parameter in VECTORS.items():
+            if stem + suffix in tensors:
+                used.add(stem + suffix)
+                vectors[layer, parameter] = tensors[stem + suffix]
+    return Reading(found, vectors, sorted(tensors.keys() - used))

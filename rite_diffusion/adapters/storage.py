@@ -65,10 +65,13 @@ def _no_duplicates(items: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _refuse_other_formats(path: Path, start: bytes) -> None:
+    if start[8:9] == b"{":  # a header; its length before it may begin with any two bytes
+        return
     if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise AdapterError(
             f"{path} is a pickle, which can run code when opened: refused. "
-            "Ask its author for a .safetensors file."
+            "Ask its author for a .safetensors file, or let `rite convert FILE --published-pickle` "
+            "make one of an embedding or of published weights."
         )
     if start.lstrip()[:1] == b"<":
         raise AdapterError(f"{path} is a web page, not an adapter: the download went wrong.")

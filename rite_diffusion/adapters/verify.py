@@ -16,6 +16,7 @@ from rite_diffusion.adapters.dialects.peft import path_of
 from rite_diffusion.adapters.names import PREFIXES, family_of, module_name, split_name
 from rite_diffusion.adapters.rules import (
     Layer,
+    Reading,
     comfyui_map,
     diffusers_map,
     kohya_map,
@@ -42,17 +43,28 @@ def verify_by_map(
     original: Adapter, path: Path, target: str, layers: Iterable[Layer] | None = None
 ) -> Verification:
     """Read the file by the target's map of a model's layers; the published models' by default."""
-    family = family_of(original.names())
+    family = family_of(original.modules())
     known = MAPS[target](layers or published_layers(family), family)
     tensors, _ = read_tensors(path)
-    found, skipped = read_by_map(tensors, known)
-    if skipped:
+    read = read_by_map(tensors, known)
+    if read.skipped:
         raise AdapterError(
-            f"{target} knows no layer for {len(skipped)} of the {len(tensors)} tensors (first: "
-            f"{skipped[0]}): the adapter's base is not laid out like Stable Diffusion 1, 2 or XL."
+            f"{target} knows no layer for {len(read.skipped)} of the {len(tensors)} tensors "
+            f"(first: {read.skipped[0]}): the adapter's base is not laid out like Stable Diffusion "
+            "1, 2 or XL."
         )
-    pairs = {module_name(*layer): pair for layer, pair in found.items()}
+    _compare_vectors(original, read, target)
+    pairs = {module_name(*layer): pair for layer, pair in read.pairs.items()}
     return compare(original, pairs, f"{target}'s map of names")
+
+
+def _compare_vectors(original: Adapter, read: Reading, target: str) -> None:
+    """AdapterError where a shift of a bias or a norm did not come through to the bit."""
+    found = {(module_name(*layer), part): v for (layer, part), v in read.vectors.items()}
+    wanted = {(shift.name, shift.parameter): shift.values for shift in original.shifts}
+    same = found.keys() == wanted.keys()
+    if not same or not all(torch.equal(found[place], wanted[place]) for place in wanted):
+        raise AdapterError(f"{target} reads other biases or norms: the export was not written.")
 
 
 def verify_in_peft(original: Adapter, folder: Path) -> Verification:
@@ -92,7 +104,7 @@ def _bare_model(pairs: Mapping[str, LoraPair]) -> nn.Module:
 def _bare_layer(pair: LoraPair) -> nn.Module:
     outputs, inputs = pair.up.shape[0], pair.down.shape[1]
     if pair.down.ndim == 4:
-        return nn.Conv2d(inputs, outputs, pair.down.shape[-1], bias=False)
+        return nn.Conv2d(inputs, outputs, tuple(pair.down.shape[2:]), bias=False)  # pyright: ignore
     return nn.Linear(inputs, outputs, bias=False)
 
 

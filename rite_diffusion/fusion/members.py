@@ -44,13 +44,15 @@ class Member:
 
 
 def digest_of(adapter: Adapter) -> str:
-    """First 16 hex digits of a SHA-256 over pairs and tokens in the order of their names."""
+    """First 16 hex digits of a SHA-256 over pairs, shifts and tokens, ordered by name."""
     digest = hashlib.sha256()
     for pair in sorted(adapter.pairs, key=lambda pair: pair.name):
         digest.update(f"{pair.name} {pair.scale!r} {tuple(pair.down.shape)}".encode())
         for part in (pair.down, pair.up, pair.magnitude):
             if part is not None:
                 digest.update(_content(part))
+    for shift in sorted(adapter.shifts, key=lambda shift: (shift.name, shift.parameter)):
+        digest.update(f"{shift.name} {shift.parameter}".encode() + _content(shift.values))
     for word, rows in sorted(adapter.tokens.items()):
         digest.update(f"{word} {tuple(rows.shape)}".encode() + _content(rows))
     return digest.hexdigest()[:16]

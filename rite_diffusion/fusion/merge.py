@@ -12,6 +12,7 @@ from rite_diffusion.fusion.layer import Factors, Layer, as_pair
 from rite_diffusion.fusion.low_rank import to_rank
 from rite_diffusion.fusion.members import Member, checked, layers
 from rite_diffusion.fusion.settings import FusionSettings
+from rite_diffusion.fusion.shifts import merge_shifts
 from rite_diffusion.fusion.tokens import merge_tokens
 from rite_diffusion.types import FusionError
 
@@ -37,7 +38,8 @@ def merge(members: Sequence[Member], name: str, settings: FusionSettings) -> Ada
             fused = to_rank(fused, settings.rank)
         pairs.append(as_pair(layer.name, fused, kernel))
     tokens = merge_tokens([member.adapter.tokens for member in members])
-    return Adapter(pairs, fused_info(members, name, settings), tokens)
+    shifts = merge_shifts(members, name)
+    return Adapter(pairs, fused_info(members, name, settings), tokens, shifts=shifts)
 
 
 def _alone(layer: Layer) -> Factors:

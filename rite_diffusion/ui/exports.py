@@ -41,11 +41,11 @@ def export(studio: Studio, space: Workspace, name: str, to: str) -> tuple[str, s
 
 def _one_file(made: "Export", folder: Path) -> Path:
     """The export as one file: itself, or a zip of its folder or of it and its embeddings."""
-    if made.path.is_file() and not made.embeddings:
+    if made.path.is_file() and made.embeddings in ([], [made.path]):
         return made.path
     inside = folder / "export"
     inside.mkdir()
-    for path in (made.path, *made.embeddings):
+    for path in {made.path, *made.embeddings}:
         shutil.move(path, inside / path.name)
     return Path(shutil.make_archive(str(folder / made.path.stem), "zip", inside))
 

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from rite_diffusion.adapters.adapter import Adapter, info_of
 from rite_diffusion.adapters.assemble import assemble, split_key
-from rite_diffusion.adapters.dialects import comfyui, diffusers, embeddings, kohya, peft
+from rite_diffusion.adapters.dialects import (
+    comfyui,
+    diffusers,
+    embeddings,
+    foreign,
+    kohya,
+    peft,
+    peft_settings,
+)
 from rite_diffusion.types import AdapterError
 
 
@@ -73,8 +81,11 @@ def interpret(
     if unknown or not (modules or tokens):
         raise AdapterError(
             f"not an adapter that this version reads: {len(unknown)} of {len(tensors)} tensors "
-            "are unknown" + (f" (first: {unknown[0][:120]!r})" if unknown else "")
+            "are unknown"
+            + (f" (first: {unknown[0][:120]!r})." if unknown else "")
+            + foreign.named(unknown)
         )
-    pairs, findings = assemble(modules, peft.stated_scale(configs))
+    peft_settings.check_modules(configs, modules)
+    pairs, shifts, findings = assemble(modules, peft_settings.stated_scale(configs))
     spoken = ", ".join(name for name, _ in dialects.most_common()) or "embedding"
-    return Adapter(pairs, info_of(header), tokens, spoken, findings.notes())
+    return Adapter(pairs, info_of(header), tokens, spoken, findings.notes(), shifts)

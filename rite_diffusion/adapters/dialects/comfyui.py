@@ -1,8 +1,10 @@
 """ComfyUI's own names: the UNet under `diffusion_model.` with SGM's dotted path, kohya's suffixes.
 
-ComfyUI takes alpha from the `.alpha` tensors alone and reads text encoders by kohya's names.
+ComfyUI takes alpha from the `.alpha` tensors alone and reads text encoders by kohya's names, or by
+its own: `text_encoders.clip_l.transformer.<path>`.
 """
 
+import re
 from pathlib import Path
 
 from torch import Tensor
@@ -21,6 +23,17 @@ from rite_diffusion.adapters.names import (
 from rite_diffusion.adapters.storage import write_tensors
 
 _SGM, _LYCORIS = "diffusion_model.", "lycoris_"
+_ENCODERS = {  # by what ComfyUI calls its CLIP models, or by their number
+    "clip_l": "text_encoder",
+    "clip_h": "text_encoder",
+    "clip_g": "text_encoder_2",
+    "0": "text_encoder",
+    "1": "text_encoder_2",
+}
+_CLIP = re.compile(
+    r"(?:text_encoders[._](?=[01][._])|(?:text_encoders[._])?(?=clip_))"
+    r"(clip_[lhg]|[01])[._](?:transformer[._])?(.+)"
+)
 
 
 def module_of(stem: str) -> str | None:
@@ -29,6 +42,8 @@ def module_of(stem: str) -> str | None:
         return module_name("unet", from_sgm(stem.removeprefix(_SGM).replace(".", "_")))
     if stem.startswith(_LYCORIS):
         return module_name("unet", stem.removeprefix(_LYCORIS))
+    if found := _CLIP.fullmatch(stem):
+        return module_name(_ENCODERS[found[1]], found[2])
     return None
 
 
@@ -41,13 +56,14 @@ def stem_of(name: str, family: Family) -> str:
 
 
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
-    """The adapter's pairs as a file's tensors."""
-    family = family_of(adapter.names())
-    return {
+    """The adapter's pairs and shifts as a file's tensors."""
+    family = family_of(adapter.modules())
+    tensors = {
         key: value
         for pair in adapter.pairs
         for key, value in kohya.pair_tensors(stem_of(pair.name, family), pair)
     }
+    return tensors | kohya.shift_tensors(adapter.shifts, family)
 
 
 def write(path: Path, adapter: Adapter) -> None:

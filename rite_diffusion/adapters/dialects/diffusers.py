@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rite_diffusion.adapters.adapter import Adapter, facts_of
 from rite_diffusion.adapters.dialects import peft
+from rite_diffusion.adapters.dialects.peft_settings import check_config
 from rite_diffusion.adapters.names import PREFIXES, dotted, module_name, split_name
 from rite_diffusion.adapters.storage import write_tensors
 from rite_diffusion.types import AdapterError, LoraPair
@@ -54,6 +55,9 @@ def configs_of(header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     for key, value in stated.items():
         component, _, setting = key.partition(".")
         configs.setdefault(component, {})[setting] = value
+    for component, config in configs.items():
+        if component in PREFIXES:
+            check_config(config)
     return configs
 
 
@@ -83,4 +87,5 @@ def header_of(adapter: Adapter) -> dict[str, str]:
 
 def write(path: Path, adapter: Adapter) -> None:
     """Write the pairs as one file."""
+    peft.refuse_shifts(adapter, "diffusers")
     write_tensors(path, tensors_of(adapter), header_of(adapter))

@@ -5,7 +5,8 @@
     clip_l, clip_g                       (rows, width), A1111's and diffusers' for SDXL
     bundle_emb.<word>.string_to_param.*  (rows, width), embeddings within a LoRA file (A1111)
     bundle_emb.<word>.clip_l, .clip_g    the same for SDXL (OneTrainer)
-    <word>                               (width,) or (rows, width), diffusers' textual inversion
+    <word>                               (width,) or (rows, width), diffusers' textual inversion;
+                                         alone in its file it may be any word
 
 A file of one embedding calls it by the file's name. No other tool reads one row of vectors per
 layer: for them the layers are averaged, which is lossy.
@@ -36,8 +37,9 @@ def split_tokens(
     """
     tokens: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
+    alone = len(tensors) == 1
     for key, value in tensors.items():
-        name = _word(key, word)
+        name = _word(key, word) or (key if alone and _is_inversion(key, value) else None)
         if name is None:
             others[key] = value
         elif name in tokens:
@@ -58,6 +60,11 @@ def _word(key: str, word: str) -> str | None:
             if key.endswith(suffix):
                 return key.removeprefix(BUNDLE).removesuffix(suffix) + encoder
     return key if re.fullmatch(r"<[^<>]+>", key) else None
+
+
+def _is_inversion(key: str, value: Tensor) -> bool:
+    """Whether a file's only tensor is one that diffusers takes for its word's embedding."""
+    return value.ndim in (1, 2) and "." not in key and not key.startswith("lora_")
 
 
 def checked_token(word: str, rows: Tensor) -> Tensor:

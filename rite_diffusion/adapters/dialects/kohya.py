@@ -4,6 +4,8 @@
     lora_unet_<path>.lora_up.weight     (out, rank) or (out, rank, 1, 1)
     lora_unet_<path>.alpha              scalar; delta W = alpha / rank * up @ down
     lora_unet_<path>.dora_scale         (out, 1), only where the layer is a DoRA
+    lora_unet_<path>.w_norm, .b_norm    differences of a norm's weight and bias (LyCORIS)
+    lora_unet_<path>.diff_b             difference of any other bias
 
 Text encoders are `lora_te_` (SD1, SD2) or `lora_te1_` and `lora_te2_` (SDXL). The UNet's paths are
 diffusers' for SD1 and SD2, SGM's for SDXL. rsLoRA needs nothing: its scale is in the alpha.
@@ -28,7 +30,7 @@ from rite_diffusion.adapters.names import (
     to_sgm,
 )
 from rite_diffusion.adapters.storage import write_tensors
-from rite_diffusion.types import LoraPair
+from rite_diffusion.types import LoraPair, Shift
 
 _COMPONENTS = {
     "lora_unet_": "unet",
@@ -87,14 +89,25 @@ def _with_alpha(pair: LoraPair, known: Counter[float]) -> LoraPair:
     return replace(pair, up=pair.up * share, scale=alpha / pair.rank)
 
 
-def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
-    """The adapter's pairs as a file's tensors."""
-    family = family_of(adapter.names())
+def shift_tensors(shifts: Sequence[Shift], family: Family) -> dict[str, Tensor]:
+    """Shifts under LyCORIS's suffixes; tools read `b_norm` only beside a `w_norm`."""
+    scaled = {shift.name for shift in shifts if shift.parameter == "weight"}
     return {
+        stem_of(shift.name, family)
+        + (f".{shift.parameter[0]}_norm" if shift.name in scaled else ".diff_b"): shift.values
+        for shift in shifts
+    }
+
+
+def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
+    """The adapter's pairs and shifts as a file's tensors."""
+    family = family_of(adapter.modules())
+    tensors = {
         key: value
         for pair in of_one_alpha(adapter.pairs)
         for key, value in pair_tensors(stem_of(pair.name, family), pair)
     }
+    return tensors | shift_tensors(adapter.shifts, family)
 
 
 def header_of(adapter: Adapter) -> dict[str, str]:

@@ -9,8 +9,6 @@ which scale = alpha / sqrt(rank).
 """
 
 import json
-import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from rite_diffusion.adapters.adapter import Adapter
-from rite_diffusion.adapters.assemble import Scale
+from rite_diffusion.adapters.dialects.peft_settings import Config, check_config
 from rite_diffusion.adapters.names import PREFIXES, dotted, module_name, split_name
 from rite_diffusion.adapters.storage import read_tensors, write_tensors
 from rite_diffusion.files import write_atomically
@@ -36,13 +34,12 @@ _UNET_ROOTS = (
     "add_embedding.",
 )
 
-_PLAIN = re.compile(r"\^?(\w|\\?\.)+")
-
-Config = Mapping[str, Any]
-
 
 def component_of(path: str) -> str:
-    """The component that a dotted path without its component's name belongs to."""
+    """The component that a dotted path belongs to, with its name or without."""
+    named = [component for component in PREFIXES if path.startswith(f"{component}.")]
+    if named:
+        return named[0]
     return "unet" if path.startswith(_UNET_ROOTS) else "text_encoder"
 
 
@@ -57,45 +54,13 @@ def module_of(stem: str) -> str | None:
     return module_name(component_of(path), path)
 
 
-def stated_scale(configs: Mapping[str, Config]) -> Scale:
-    """Each module's scale by its component's configuration; AdapterError for a broken one."""
-
-    def scale(name: str, rank: int) -> float | None:
-        component, flat = split_name(name)
-        config = configs.get(component)
-        if config is None or "lora_alpha" not in config:
-            return None
-        alpha = _exception(config.get("alpha_pattern") or {}, dotted(flat), config["lora_alpha"])
-        if not isinstance(alpha, int | float) or not math.isfinite(alpha):
-            raise AdapterError(f"the configuration's alpha of {name} is {alpha!r}")
-        return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-    return scale
-
-
-def _exception(patterns: Config, path: str, default: Any) -> Any:
-    """The value of the first pattern that is a path's end; other regular expressions are refused.
-
-    (PEFT would run any expression; a stranger's could run for ever.)
-    """
-    for pattern, value in patterns.items():
-        if not _PLAIN.fullmatch(pattern):
-            raise AdapterError(f"the configuration's pattern '{pattern}' is no module's name")
-        plain = pattern.removeprefix("^").replace("\\.", ".")
-        if path == plain or path.endswith(f".{plain}"):
-            return value
-    return default
-
-
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Config]]:
     """Tensors of a folder, named by component too, header, configurations by component.
 
     The folder holds one adapter, or one in each of its folders `unet`, `text_encoder`, ….
     """
     if (folder / CONFIG).is_file():
-        tensors, header = read_tensors(folder / MODEL)
-        component = component_of(next(iter(tensors), "").removeprefix(PREFIX))
-        return _below(component, tensors), header, {component: read_config(folder)}
+        return read_beside(folder / MODEL, *read_tensors(folder / MODEL))
     parts = [name for name in PREFIXES if (folder / name / CONFIG).is_file()]
     if not parts:
         raise AdapterError(
@@ -109,20 +74,43 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[s
     return tensors, header, configs
 
 
+def read_beside(
+    file: Path, tensors: dict[str, Tensor], header: dict[str, str]
+) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Config]]:
+    """A file's content with the configuration that lies beside it, where its names are PEFT's."""
+    paths = [key.removeprefix(PREFIX) for key in tensors if key.startswith(PREFIX)]
+    if not paths or not (file.parent / CONFIG).is_file():
+        return tensors, header, {}
+    config = read_config(file.parent)
+    components = {component_of(path) for path in paths}
+    if components == {"text_encoder"} and file.parent.name in PREFIXES:
+        components = {file.parent.name}  # the second text encoder has the first one's paths
+    if len(components) == 1:
+        tensors = _below(min(components), tensors)
+    return tensors, header, dict.fromkeys(components, config)
+
+
 def _below(component: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under names that hold their component's."""
     return {
-        f"{PREFIX}{component}.{key.removeprefix(PREFIX)}": value for key, value in tensors.items()
+        f"{PREFIX}{component}.{key.removeprefix(PREFIX).removeprefix(f'{component}.')}": value
+        for key, value in tensors.items()
     }
 
 
 def read_config(folder: Path) -> Config:
-    """A folder's configuration."""
+    """A folder's configuration; AdapterError where a setting of it cannot be honoured."""
+    path = folder / CONFIG
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{folder / CONFIG} cannot be read: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type", "LORA") != "LORA":
-        raise AdapterError(f"{folder / CONFIG} is not of a LoRA")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise AdapterError(f"{path} cannot be read: {error}") from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path} is no table of settings")
+    try:
+        check_config(config)
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}.") from None
     return config
 
 
@@ -166,8 +154,18 @@ def pair_tensors(stem: str, pair: LoraPair) -> dict[str, Tensor]:
     return tensors
 
 
+def refuse_shifts(adapter: Adapter, target: str) -> None:
+    """AdapterError where the adapter changes what the target has no names for."""
+    if adapter.shifts:
+        raise AdapterError(
+            f"{target} reads no differences of biases and norms, of which the adapter has "
+            f"{len(adapter.shifts)} (first: {adapter.shifts[0].name}): convert to kohya or comfyui"
+        )
+
+
 def write(path: Path, adapter: Adapter) -> None:
     """Write a folder with a PEFT folder for each component."""
+    refuse_shifts(adapter, "PEFT")
     for component in PREFIXES:
         pairs = [pair for pair in adapter.pairs if split_name(pair.name)[0] == component]
         if not pairs:

@@ -10,19 +10,23 @@ plain containers and refuses everything that would run code.
                       or {"state_dict": {model.diffusion_model.<SGM path>.weight: (out, in)},
                       "embed": (rows, width)}: whole weights, so the base is needed
     A1111             {"string_to_param": {"*": (rows, width)}, "name": word}
+    embeddings        {word: (width,) or (rows, width)}, or {"clip_l": …, "clip_g": …} for SDXL
 """
 
 import pickle
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rite_diffusion.adapters.adapter import Adapter, AdapterInfo
 from rite_diffusion.adapters.dialects import interpret, locate
+from rite_diffusion.adapters.dialects.embeddings import split_tokens
+from rite_diffusion.adapters.storage import read_tensors
 from rite_diffusion.types import AdapterError
 
 _SGM = "model.diffusion_model."
@@ -39,7 +43,7 @@ def load_published(path: Path, base_weights: Mapping[str, Tensor] | None) -> Ada
     try:
         if isinstance(content.get("params"), dict):
             return _mix_of_show(content["params"], path.stem)
-        if isinstance(content.get("string_to_param"), dict):
+        if "string_to_param" in content:
             return _a1111(content, path.stem)
         return _custom_diffusion(content, path.stem, base_weights)
     except AdapterError as error:
@@ -51,7 +55,10 @@ def _restricted(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise AdapterError(f"no adapter file {path}. Pass the path of a published .pth or .bin.")
     try:
-        with path.open("rb") as stream:
+        if path.suffix == ".safetensors":
+            return dict(read_tensors(path)[0])
+        # The first textual inversion kept its vectors in one of these: a container of tensors.
+        with path.open("rb") as stream, torch.serialization.safe_globals([nn.ParameterDict]):
             content = torch.load(stream, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "cut off"
@@ -64,8 +71,8 @@ def _restricted(path: Path) -> dict[str, Any]:
 
 
 def _tensors(table: Any) -> dict[str, Tensor]:
-    """The table's items: AdapterError where one is no tensor."""
-    if not isinstance(table, Mapping):
+    """The table's items, detached: AdapterError where one is no tensor."""
+    if not isinstance(table, Mapping | nn.ParameterDict):
         raise AdapterError(f"it holds a {type(table).__name__} where weights by name should be")
     odd = [key for key, value in table.items() if not isinstance(value, Tensor)]
     if odd:
@@ -86,8 +93,10 @@ def _mix_of_show(params: Mapping[str, Any], word: str) -> Adapter:
 
 def _a1111(content: Mapping[str, Any], word: str) -> Adapter:
     rows = _tensors(content["string_to_param"])
-    name = str(content.get("name") or word)
-    tensors = {f"tokens.{name}": value for value in rows.values()}
+    if len(rows) != 1:
+        raise AdapterError(f"it holds {len(rows)} embeddings ({', '.join(rows)}) instead of one")
+    [value] = rows.values()
+    tensors = {f"tokens.{content.get('name') or word}": value}
     return _named(interpret(tensors, {}, word, {}), "A1111 embedding")
 
 
@@ -95,6 +104,8 @@ def _custom_diffusion(
     content: Mapping[str, Any], word: str, base_weights: Mapping[str, Tensor] | None
 ) -> Adapter:
     whole = _tensors(content.get("state_dict", content))
+    if not split_tokens(whole, word)[1] and "embed" not in content:
+        return _named(interpret(whole, {}, word, {}), "embedding")
     tensors: dict[str, Tensor] = {}
     for key, weight in whole.items():
         if re.fullmatch(r"<[^<>]+>", key):
@@ -131,4 +142,4 @@ def _differences(
 
 
 def _named(adapter: Adapter, layout: str) -> Adapter:
-    return Adapter(adapter.pairs, AdapterInfo(), adapter.tokens, layout, adapter.notes)
+    return replace(adapter, info=AdapterInfo(), dialect=layout)
