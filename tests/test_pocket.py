@@ -1,5 +1,10 @@
 """What the embedded base model must be able to do."""
 
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
@@ -19,9 +24,28 @@ NOUNS = (
 COLOURS = "red blue green yellow white purple black pink orange gray".split()
 
 
-def test_opens_in_plain_diffusers_and_is_small():
-    pipeline = StableDiffusionPipeline.from_pretrained(POCKET)
-    assert pipeline.unet.config.cross_attention_dim == pipeline.text_encoder.config.hidden_size
+CARD = Path(__file__).parents[1] / "docs" / "pocket-base.md"
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["", "dtype=torch.float32", "torch_dtype=torch.float32", "dtype=torch.bfloat16",
+     "torch_dtype=torch.float16"],
+)  # fmt: skip
+def test_the_cards_line_opens_and_draws_in_plain_diffusers(dtype):
+    [line] = re.findall(r"`diffusers\.(StableDiffusionPipeline\.from_pretrained\(.+?\))`",
+                        CARD.read_text(encoding="utf-8"))  # fmt: skip
+    line = line.replace('"rite_diffusion/backbones/pocket/weights"', "POCKET")
+    pipeline = eval(line.replace("POCKET)", f"POCKET, {dtype})"))
+    pipeline.set_progress_bar_config(disable=True)
+    found = pipeline("a cat", num_inference_steps=2, output_type="np").images
+    assert found.shape == (1, 64, 64, 3) and np.isfinite(found).all() and found.std() > 0.05
+    wanted = getattr(torch, dtype.rpartition(".")[2] or "float32")
+    parts = (pipeline.text_encoder, pipeline.unet, pipeline.vae)
+    assert {part.dtype for part in parts} == {wanted}
+
+
+def test_the_base_is_small():
     assert sum(path.stat().st_size for path in POCKET.rglob("*")) < 40e6
 
 

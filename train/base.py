@@ -7,6 +7,7 @@ and continues from there when started again.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import torch
@@ -33,6 +34,17 @@ def export(work: Path, out: Path) -> None:
         )
     pipeline = assemble(load_vae(work), text_encoder, tokenizer, unet).to(torch.float16)
     pipeline.save_pretrained(out)
+    _state_precision(out / "text_encoder" / "config.json")
+
+
+def _state_precision(config: Path) -> None:
+    """Let the text encoder open in float32 where nobody asks for a precision.
+
+    transformers opens in the type that the configuration states, diffusers in float32: a pipeline
+    would have parts of two types.
+    """
+    facts = json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}
+    config.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ its layers and never its words.
 
 import re
 import warnings
+from dataclasses import replace
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from rite_diffusion.adapters.adapter import Adapter
 from rite_diffusion.adapters.dialects.peft import config_of
+from rite_diffusion.adapters.dora import DoraUp, make_dora
 from rite_diffusion.adapters.names import PREFIXES, module_name, split_path
 from rite_diffusion.adapters.shifts import (
     add_shifts,
@@ -110,22 +112,14 @@ def lora_layers(backbone: Backbone, name: str) -> dict[str, LoraLayer]:
 
 def read_pairs(backbone: Backbone, name: str) -> list[LoraPair]:
     """The factors of an attached adapter: the live parameters, not copies."""
-    return [
-        LoraPair(
-            module,
-            _weight(layer.lora_A[name]),
-            _weight(layer.lora_B[name]),
-            layer.lora_alpha[name] / layer.r[name],
-            _magnitude(layer, name),
-        )
-        for module, layer in lora_layers(backbone, name).items()
-    ]
+    return [_read(module, layer, name) for module, layer in lora_layers(backbone, name).items()]
 
 
-def _magnitude(layer: LoraLayer, name: str) -> Tensor | None:
-    """A DoRA layer's norms (out,)."""
-    vectors = layer.lora_magnitude_vector
-    return _weight(vectors[name]).detach().flatten() if name in vectors else None
+def _read(module: str, layer: LoraLayer, name: str) -> LoraPair:
+    down, up = layer.lora_A[name], layer.lora_B[name]
+    if isinstance(up, DoraUp):
+        return LoraPair(module, _weight(down), _weight(up), up.scale, up.magnitude)
+    return LoraPair(module, _weight(down), _weight(up), layer.lora_alpha[name] / layer.r[name])
 
 
 def check_fit(backbone: Backbone, adapter: Adapter) -> dict[str, tuple[str, str]]:
@@ -199,23 +193,26 @@ def attach(backbone: Backbone, adapter: Adapter, name: str, weight: float = 1.0)
     check_shifts(backbone, adapter.shifts)
     check_words(backbone, adapter)
     for component in PREFIXES:
-        here = [pair for pair in adapter.pairs if homes[pair.name][0] == component]
-        plain = [pair for pair in here if pair.magnitude is None]
-        for pairs in (plain, [pair for pair in here if pair.magnitude is not None]):
-            if pairs:
-                config = config_of(pairs, [homes[pair.name][1] for pair in pairs])
-                _inject(LoraConfig(**config), backbone.components[component], name)
+        here = [_injected(pair) for pair in adapter.pairs if homes[pair.name][0] == component]
+        if here:
+            config = config_of(here, [homes[pair.name][1] for pair in here])
+            _inject(LoraConfig(**config), backbone.components[component], name)
     layers = lora_layers(backbone, name)
     for pair in adapter.pairs:
         layer = layers[pair.name]
         _copy(_weight(layer.lora_A[name]), pair.down)
         _copy(_weight(layer.lora_B[name]), pair.up)
         if pair.magnitude is not None:
-            _copy(_weight(layer.lora_magnitude_vector[name]), pair.magnitude)
+            make_dora(layer, name, pair)
     add_shifts(backbone, adapter.shifts, name)
     add_words(backbone, adapter, name)
     set_weight(backbone, name, weight)
     _activate(backbone)
+
+
+def _injected(pair: LoraPair) -> LoraPair:
+    """The pair as PEFT is to hold it: a DoRA's scale is within its own layers."""
+    return pair if pair.magnitude is None else replace(pair, scale=1.0, magnitude=None)
 
 
 def _copy(parameter: nn.Parameter, value: Tensor) -> None:

@@ -22,8 +22,20 @@ def adapted_weight(pair: LoraPair, weight: Tensor) -> Tensor:
     if pair.magnitude is None:
         return moved
     by_output = (-1, *[1] * (weight.ndim - 1))
+    return moved * _gains(pair.magnitude, moved).reshape(by_output)
+
+
+def gains(pair: LoraPair, weight: Tensor) -> Tensor:
+    """What a DoRA multiplies each output's weights W + delta W with, m / |W + delta W|, (out,)."""
+    assert pair.magnitude is not None
+    full = weight.detach().float()
+    delta = delta_weight(pair).to(full)
+    return _gains(pair.magnitude.to(full), full + delta.reshape(full.shape))
+
+
+def _gains(magnitude: Tensor, moved: Tensor) -> Tensor:
     norm = torch.linalg.norm(moved.flatten(1), dim=1)
-    return moved * (pair.magnitude / norm).reshape(by_output)
+    return torch.where(norm > 0, magnitude / norm, 1.0)  # an output without weights stays without
 
 
 def relative_difference(found: Tensor, wanted: Tensor) -> float:
