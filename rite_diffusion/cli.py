@@ -111,11 +111,13 @@ def train(
     )
     from rite_diffusion.training.processes import is_main_process
 
-    plan = planning.plan_training(planning.configure(settings, preset), print)
+    plan = planning.survey(planning.configure(settings, preset))
     if not is_main_process():  # another process of this run writes and prints
+        plan = planning.draw_class_pictures(plan)
         run.run_training(plan, out or run.default_run(plan))
         return
     describe_plan(plan)
+    plan = planning.draw_class_pictures(plan, print)
     if dry_run:
         describe_cost(plan, run.measure(plan))
         return

@@ -2,13 +2,18 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a temporary file beside `path`, flush it to the disk, and rename it into place."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A digest stands for the name: with anything added, a long name would be too long.
+    digest = sha256(os.fsencode(path.name)).hexdigest()[:16]
+    temporary = path.with_name(f".{digest}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as stream:
             stream.write(content)
@@ -34,3 +39,15 @@ def cache_folder() -> Path:
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rite_diffusion"
+
+
+@contextmanager
+def reading(path: Path, fault: type[Exception]) -> Iterator[None]:
+    """Reading of files below a path; what the system refuses becomes one line of a `fault`."""
+    try:
+        yield
+    except OSError as error:
+        raise fault(
+            f"cannot read {error.filename or path}: {error.strerror or error}. Check that it is "
+            "there and that you may read it."
+        ) from None

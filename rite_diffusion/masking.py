@@ -1,6 +1,6 @@
 """Masks of the subject beside the photos: by a segmenter, or by the base model's own attention."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -15,12 +15,14 @@ from rite_diffusion.backbones.attention_maps import AttentionRecorder
 from rite_diffusion.files import write_atomically
 from rite_diffusion.photos.buckets import bucket_of, bucket_sizes
 from rite_diffusion.photos.cutout import cut_out
-from rite_diffusion.photos.folder import read_folder
-from rite_diffusion.photos.images import to_tensor
+from rite_diffusion.photos.images import open_upright, to_tensor
+from rite_diffusion.photos.listing import Picture, list_pictures
+from rite_diffusion.photos.pixels import UnreadableImage
 from rite_diffusion.photos.random import generator
 from rite_diffusion.photos.segmenter import NoSubject, Segmenter, load_segmenter
+from rite_diffusion.photos.sidecars import new_mask_path
 from rite_diffusion.training.objective import add_noise
-from rite_diffusion.types import Backbone, Concept, ConfigError, Photo
+from rite_diffusion.types import Backbone, ConfigError, PhotoFolderError
 
 LEVELS = (0.2, 0.35, 0.5, 0.65)  # of the noise schedule, at which the base looks at a photo
 DRAWS = 4  # noises at each
@@ -48,32 +50,66 @@ def make_masks(
     `model` is a segmenter's `.onnx` file; without one the base is asked where it sees the class
     noun. Photos that have a mask keep it, unless `override`.
     """
-    folder = Path(photos).expanduser()
-    found = read_folder(folder, Concept(class_noun, class_noun), ["a {class_noun}"]).photos
+    listing = list_pictures(Path(photos).expanduser())
+    pictures = {each: mask_target(each, listing.pictures) for each in listing.pictures}
+    if not pictures:
+        raise PhotoFolderError(f"no images in {photos}: pass the folder that holds the photos.")
     if model is None:
         segment = attention_segmenter(load_backbone(base), class_noun)
     else:
         segment = load_segmenter(Path(model).expanduser())
-    written, left = list[Path](), list[tuple[str, str]]()
-    for done, photo in enumerate(found, 1):
-        if photo.mask is not None and not override:
-            left.append((photo.path.name, "has a mask already"))
-        else:
-            try:
-                written.append(_write(photo, segment))
-            except NoSubject:
-                left.append((photo.path.name, f"no {class_noun} stands out"))
+    written, left = list[Path](), [(path.name, reason) for path, reason in listing.unused]
+    for done, (picture, target) in enumerate(pictures.items(), 1):
+        try:
+            if picture.mask is not None and not override:
+                raise NoMask("has a mask already")
+            _write(target, _segmented(picture.path, segment, class_noun, override))
+            written.append(target)
+        except NoMask as reason:
+            left.append((picture.path.name, str(reason)))
         listen(done)
     return MaskReport(written, left)
 
 
-def _write(photo: Photo, segment: Segmenter) -> Path:
-    target = photo.path.parent / "masks" / f"{photo.path.stem}.png"
-    content = BytesIO()
-    segment(photo.image).save(content, "PNG")
-    target.parent.mkdir(exist_ok=True)
-    write_atomically(target, content.getvalue())
+class NoMask(Exception):
+    """A photo gets no mask; the message is the reason."""
+
+
+def _segmented(path: Path, segment: Segmenter, class_noun: str, override: bool) -> Image.Image:
+    """The mask of a photo file; NoMask where it needs none or has no subject."""
+    try:
+        photo = open_upright(path)
+        if photo.opacity is not None and not override:
+            raise NoMask("is transparent, which is its mask")
+        return segment(photo.image)
+    except UnreadableImage as fault:
+        raise NoMask(str(fault)) from None
+    except NoSubject:
+        raise NoMask(f"no {class_noun} stands out") from None
+
+
+def mask_target(picture: Picture, pictures: Sequence[Picture]) -> Path:
+    """Where the mask of a picture is written: over the one it has, else at its own name.
+
+    Raises PhotoFolderError where something else is in the way.
+    """
+    has = picture.mask
+    if has is not None and has.suffix.lower() == ".png":
+        return has
+    target = new_mask_path(picture.path, [each.path for each in pictures])
+    if target.parent.exists() and not target.parent.is_dir():
+        raise PhotoFolderError(f"{target.parent} is a file: move it, the masks go into a folder.")
     return target
+
+
+def _write(target: Path, mask: Image.Image) -> None:
+    content = BytesIO()
+    mask.save(content, "PNG")
+    try:
+        target.parent.mkdir(exist_ok=True)
+        write_atomically(target, content.getvalue())
+    except OSError as error:
+        raise PhotoFolderError(f"cannot write {target}: {error.strerror or error}.") from None
 
 
 def attention_segmenter(backbone: Backbone, class_noun: str) -> Segmenter:

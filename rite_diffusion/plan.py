@@ -10,10 +10,12 @@ from torch import nn
 
 from rite_diffusion.backbones import StableDiffusion, load_backbone
 from rite_diffusion.backbones.source import default_device, usable_precision
+from rite_diffusion.concepts.triggers import check_triggers, kept_in, says
 from rite_diffusion.concepts.weights import adapted_paths
-from rite_diffusion.config import PhotoSource, TrainConfig, load_preset, merge, resolve
+from rite_diffusion.config import PhotoSource, TrainConfig, fill, load_preset, merge, resolve
 from rite_diffusion.files import cache_folder
 from rite_diffusion.generation.class_pictures import class_pictures
+from rite_diffusion.photos.class_photos import read_class_photos, refuse_concepts
 from rite_diffusion.photos.dataset import Encoding, balanced, target_sizes
 from rite_diffusion.photos.folder import PhotoFolder, joined, read_folder
 from rite_diffusion.photos.random import generator
@@ -34,7 +36,10 @@ class Plan:
     backbone: StableDiffusion
     folder: PhotoFolder  # the concepts' photos, as found
     photos: list[Photo]  # what the steps draw from, balanced
-    class_photos: list[Photo]  # those of `photos` that show the class, for prior preservation
+    classes: PhotoFolder  # given pictures of the class, for prior preservation, as found
+    class_photos: list[Photo]  # those of `photos` that show the class
+    undrawn: list[str]  # class nouns whose pictures the base has yet to draw
+    moved: list[tuple[str, str]]  # over-long captions, and the trigger at their end that was kept
     held_out: list[Photo]  # for the validation loss
     fallbacks: list[str]  # what this machine cannot do, and what is done instead
 
@@ -74,7 +79,7 @@ class Plan:
         """Captions that teach no trigger."""
         triggers = [concept.trigger for concept in self.config.concepts()]
         captions = [photo.caption for photo in self.folder.photos]
-        return [text for text in captions if not any(trigger in text for trigger in triggers)]
+        return [text for text in captions if not any(says(text, each) for each in triggers)]
 
 
 def configure(settings: dict[str, Any], preset: str | None = None) -> TrainConfig:
@@ -111,33 +116,94 @@ def _default_preset(settings: dict[str, Any]) -> str:
 
 
 def plan_training(config: TrainConfig, listen: Callable[[str], None] = lambda line: None) -> Plan:
-    """Read the photos and open the base; raises a RiteError for all that cannot be trained on.
+    """The plan of a training, its class pictures drawn; raises and hears as its two parts do."""
+    return draw_class_pictures(survey(config), listen)
 
-    Class pictures that prior preservation needs are drawn by the base, or taken from the cache;
-    `listen` hears of it.
+
+def survey(config: TrainConfig) -> Plan:
+    """The plan of a training as far as it needs no drawing, for a report before what takes time.
+
+    Reads the photos and opens the base; raises a RiteError for all that cannot be trained on.
     """
     folders = [_read(source) for source in config.sources()]
     precision, fallback = usable_precision(config.precision, default_device())
     backbone = load_backbone(config.base, precision)
-    for concept in config.concepts():
-        if all(backbone.is_known_word(word) for word in concept.trigger.split()):
-            raise ConfigError(
-                f"trigger '{concept.trigger}' is a word that {config.base} already knows, and "
-                "training would overwrite it: use a new word such as "
-                f"'<{'-'.join(concept.trigger.split())}>'."
-            )
+    check_triggers(backbone, config.concepts())
     side = config.resolution or backbone.resolution
     if side % backbone.multiple:
         raise ConfigError(f"resolution {side} is not a multiple of {backbone.multiple} pixels")
     _check_rank(backbone, config)
     config = config.model_copy(update={"resolution": side, "precision": precision})
+    triggers = [concept.trigger for concept in config.concepts()]
+    folders, moved = _with_triggers_kept(backbone, folders, triggers)
     groups, held_out = _hold_out(folders, config)
     photos = balanced(groups) if config.balance else [photo for group in groups for photo in group]
-    class_photos = _class_photos(backbone, config, listen) if config.prior.weight else []
-    if class_photos:
-        photos = balanced([photos, class_photos])
-    fallbacks = [fallback] if fallback else []
-    return Plan(config, backbone, joined(folders), photos, class_photos, held_out, fallbacks)
+    given, undrawn = _classes(config) if config.prior.weight else ([], [])
+    classes = joined(given)
+    whole = joined(folders)
+    refuse_concepts(classes.photos, whole.photos, triggers, says)
+    plan = Plan(
+        config, backbone, whole, photos, classes, [], undrawn, moved, held_out,
+        [fallback] if fallback else [],
+    )  # fmt: skip
+    return _with_class_photos(plan, classes.photos) if classes.photos and not undrawn else plan
+
+
+def _with_triggers_kept(
+    backbone: StableDiffusion, folders: list[PhotoFolder], triggers: list[str]
+) -> tuple[list[PhotoFolder], list[tuple[str, str]]]:
+    """The folders with captions that keep their trigger, and the captions that would not have."""
+    moved: dict[str, str] = {}
+    result = []
+    for folder in folders:
+        photos = []
+        for photo in folder.photos:
+            caption, trigger = kept_in(backbone, photo.caption, triggers)
+            if trigger:
+                moved[photo.caption] = trigger
+            photos.append(replace(photo, caption=caption))
+        result.append(replace(folder, photos=photos))
+    return result, list(moved.items())
+
+
+def draw_class_pictures(plan: Plan, listen: Callable[[str], None] = lambda line: None) -> Plan:
+    """The plan with the pictures of its classes that the base draws, or has drawn before.
+
+    `listen` hears of those that are drawn.
+    """
+    if not plan.undrawn:
+        return plan
+    prior, photos = plan.config.prior, list(plan.classes.photos)
+    for noun in plan.undrawn:
+        prompts = [fill(prompt, {"class_noun": noun}) for prompt in prior.prompts]
+        folder = class_pictures(plan.backbone, prompts, prior.count, listen)
+        photos += read_class_photos(folder, noun).photos
+    return _with_class_photos(replace(plan, undrawn=[]), photos)
+
+
+def _with_class_photos(plan: Plan, pictures: list[Photo]) -> Plan:
+    weighted = [replace(photo, weight=plan.config.prior.weight) for photo in pictures]
+    photos = balanced([plan.photos, weighted])
+    return replace(plan, photos=photos, class_photos=photos[len(plan.photos) :])
+
+
+def _classes(config: TrainConfig) -> tuple[list[PhotoFolder], list[str]]:
+    """The given pictures of each class, and the class nouns of which none are given.
+
+    Several folders of one class count together.
+    """
+    folders: dict[str, dict[Path, Path]] = {}
+    for source in config.sources():
+        given = folders.setdefault(source.concept.class_noun, {})
+        if source.class_photos:
+            folder = Path(source.class_photos).expanduser()
+            given[folder.resolve()] = folder
+    read = [
+        read_class_photos(folder, noun)
+        for noun, given in folders.items()
+        for folder in given.values()
+    ]
+    return read, [noun for noun, given in folders.items() if not given]
 
 
 def _check_rank(backbone: StableDiffusion, config: TrainConfig) -> None:
@@ -179,19 +245,3 @@ def _hold_out(
                 f"{concept.trigger} to train on: hold out fewer."
             )
     return list(groups.values()), held_out
-
-
-def _class_photos(
-    backbone: StableDiffusion, config: TrainConfig, listen: Callable[[str], None]
-) -> list[Photo]:
-    """Pictures of the concepts' classes: from the folders that are given, else the base's own."""
-    photos: list[Photo] = []
-    for source in {source.concept: source for source in config.sources()}.values():
-        noun = source.concept.class_noun
-        prompts = [prompt.replace("{class_noun}", noun) for prompt in config.prior.prompts]
-        if source.class_photos:
-            folder = Path(source.class_photos).expanduser()
-        else:
-            folder = class_pictures(backbone, prompts, config.prior.count, listen)
-        photos += read_folder(folder, source.concept, prompts).photos
-    return [replace(photo, weight=config.prior.weight) for photo in photos]

@@ -9,7 +9,7 @@ import rite_diffusion
 from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
 from rite_diffusion.adapters.words import tokens_of
 from rite_diffusion.concepts import METHODS, Method
-from rite_diffusion.config import AugmentSection, to_toml, without_paths
+from rite_diffusion.config import AugmentSection, fill, to_toml, without_paths, words_of
 from rite_diffusion.generation.sampler import sample
 from rite_diffusion.photos.dataset import encode_photos
 from rite_diffusion.plan import Plan
@@ -59,7 +59,7 @@ def _adapter(plan: Plan, method: Method, step: int) -> Adapter:
 def _write_previews(plan: Plan, run: RunFolder, step: int) -> None:
     """Pictures of every preview prompt and concept; where none can be made, a line in the log."""
     previews, concepts = plan.config.previews, plan.config.concepts()
-    prompts = [p.replace("{trigger}", c.trigger) for c in concepts for p in previews.prompts]
+    prompts = [fill(prompt, words_of(c)) for c in concepts for prompt in previews.prompts]
     for index, prompt in enumerate(prompts):
         try:
             [image] = sample(

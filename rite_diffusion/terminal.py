@@ -17,15 +17,22 @@ from rite_diffusion.conversion import Export
 from rite_diffusion.demo import DemoResult
 from rite_diffusion.doctor import Finding
 from rite_diffusion.merging import Outcome
+from rite_diffusion.photos.folder import PhotoFolder
 from rite_diffusion.plan import Plan
 from rite_diffusion.run import Cost
 from rite_diffusion.training.loop import StepReport
 
 LONG_TRIGGER = 5  # tokens; "<dog>" has three
+FAINT = 0.01  # share of white below which a mask may be a mistake
 
 
 def _line(label: str, text: str) -> None:
-    print(f"{label:<12}{text}")
+    print(f"{label:<12}{_printable(text)}")
+
+
+def _printable(text: str) -> str:
+    """The text with what cannot be printed escaped: file names may have any bytes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def describe_plan(plan: Plan) -> None:
@@ -55,22 +62,48 @@ def _describe_photos(plan: Plan) -> None:
     templated = len(photos) - folder.captioned
     _line("captions", f"{folder.captioned} from files, {templated} from templates")
     _line("", f'e.g. "{photos[0].caption}"')
-    masked = sum(photo.mask is not None for photo in photos)
-    if masked:
-        _line("masks", f"{masked} of {len(photos)} photos")
+    for name, count, often in folder.repeats():
+        _line("repeats", f"{name}: {count} photos, each shown {often} times an epoch")
+    whites = [photo.white for photo in photos if photo.white is not None]
+    if whites:
+        share = f"{min(whites):.0%} to {max(whites):.0%} of each is white"
+        _line("masks", f"{len(whites)} of {len(photos)} photos, {share}")
     if plan.held_out:
         _line("held out", ", ".join(photo.path.name for photo in plan.held_out))
-    if plan.class_photos:
-        _line("class", f"{len(plan.class_photos)} pictures, weight {config.prior.weight:g}")
+    _describe_classes(plan)
     for (width, height), names in plan.buckets().items() if config.buckets else ():
         _line("bucket", f"{width}x{height}: {', '.join(names)}")
+
+
+def _describe_classes(plan: Plan) -> None:
+    """Print which pictures keep the class as it is."""
+    prior = plan.config.prior
+    given: dict[str, int] = {}
+    for photo in plan.classes.photos:
+        given[str(photo.path.parent)] = given.get(str(photo.path.parent), 0) + 1
+    for where, count in given.items():
+        _line("class", f"{count} pictures in {where}, weight {prior.weight:g}")
+    for noun in plan.undrawn:
+        _line("class", f"{prior.count} pictures for {noun} by the base, weight {prior.weight:g}")
+
+
+def _describe_unused(folder: PhotoFolder) -> None:
+    """Print the files that are not used, those of one reason together."""
+    reasons: dict[str, list[str]] = {}
+    for path, reason in folder.skipped:
+        reasons.setdefault(reason, []).append(path.name)
+    for reason, names in reasons.items():
+        _line("skipped", f"{', '.join(names)}: {reason}")
 
 
 def _describe_doubts(plan: Plan) -> None:
     """Print what the user may not have meant."""
     folder = plan.folder
-    for path, reason in folder.skipped:
-        _line("skipped", f"{path.name}: {reason}")
+    _describe_unused(folder)
+    _describe_unused(plan.classes)
+    for photo in folder.photos:
+        if photo.white is not None and photo.white < FAINT:
+            _line("faint mask", f"{photo.path.name}: {photo.white:.1%} of it is white")
     for caption in plan.captions_without_trigger():
         _line("no trigger", f'"{caption}" does not contain the trigger')
     for concept in plan.config.concepts():
@@ -78,12 +111,15 @@ def _describe_doubts(plan: Plan) -> None:
         if tokens > LONG_TRIGGER:
             of = f"of {plan.backbone.token_budget} that a caption may have"
             _line("long", f"{concept.trigger} is read as {tokens} tokens {of}")
+    for caption, trigger in plan.moved:
+        end = f"beyond the {plan.backbone.token_budget} tokens that the base reads"
+        _line("moved", f'"{caption}" has {trigger} {end}: the caption now ends with it')
     for caption in plan.cut_captions():
         _line("cut", f'"{caption}" is longer than {plan.backbone.token_budget} tokens')
     for one, other in folder.near_duplicates():
         _line("alike", f"{one} and {other}")
     wanted = METHODS[plan.config.method].wants_masks
-    if wanted and not any(photo.mask is not None for photo in folder.photos):
+    if wanted and not any(photo.white is not None for photo in folder.photos):
         _line("no masks", f"{plan.config.method} learns better with them: see `rite mask --help`")
     small = folder.smaller_than(plan.encoding.resolution)
     if small:

@@ -59,14 +59,28 @@ class Concept:
 
 @dataclass(frozen=True)
 class Photo:
-    """One training picture: RGB, upright, with its caption."""
+    """One training picture with its caption. Its pixels stay in its file until they are needed."""
 
     path: Path
-    image: Image
+    size: tuple[int, int]  # width, height
     caption: str
-    mask: Image | None = None  # of the picture's size, mode L: white is learned
+    open: Callable[[], tuple[Image, Image | None]] = field(compare=False)  # picture and mask
+    digest: str  # of the pixels
+    likeness: int  # 64 bits, most of which near-duplicates share
+    mask_digest: str = ""  # of the mask; empty: there is none
+    white: float | None = None  # share of the mask that is white; None: there is no mask
     repeats: int = 1  # how often an epoch shows it
     weight: float = 1.0  # of its loss
+
+    @property
+    def image(self) -> Image:
+        """The picture (RGB, upright), read from its file."""
+        return self.open()[0]
+
+    @property
+    def mask(self) -> Image | None:
+        """The mask (of the picture's size, mode L; white is learned), read from its file."""
+        return self.open()[1]
 
 
 @dataclass(frozen=True)

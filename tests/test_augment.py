@@ -21,7 +21,8 @@ def photo(tmp_path):
     pixels = np.stack(np.broadcast_arrays(ramp[None], ramp[:, None], np.uint8(90)), axis=-1)
     mask = Image.new("L", (96, 96), 0)
     mask.paste(255, (0, 0, 48, 96))
-    return Photo(tmp_path / "a.png", Image.fromarray(pixels), "a <t>", mask)
+    pair = (Image.fromarray(pixels), mask)
+    return Photo(tmp_path / "a.png", (96, 96), "a <t>", lambda: pair, "", 0, white=0.5)
 
 
 def _pixels(view):

@@ -81,12 +81,14 @@ def test_a_caption_in_another_encoding_is_named(photos):
 def test_kohyas_folders_repeat_their_pictures(photos, pocket):
     inner = photos / "3_thing toy"
     inner.mkdir()
-    Image.new("RGB", (64, 64), "gray").save(inner / "inner.png")
-    found = read_folder(photos, CONCEPT, TEMPLATES).photos
-    assert [(p.path.name, p.repeats) for p in found][-1] == ("inner.png", 3)
-    data = encode_photos(pocket, found, Encoding(64, augment=AugmentSection(flip=True)))
-    assert len(data.latents) == 8 and data.latents[0].shape == (8, 16, 16)
-    assert data.names.count("inner.png") == 6 and data.samples[-6:] == [6, 7] * 3
+    for path in photos.glob("?.*"):
+        path.rename(inner / path.name)
+    found = read_folder(photos, CONCEPT, TEMPLATES)
+    assert [(p.path.name, p.repeats) for p in found.photos] == [(f"{i}.png", 3) for i in range(3)]
+    assert found.captioned == 2 and found.repeats() == [("3_thing toy", 3, 3)]
+    data = encode_photos(pocket, found.photos, Encoding(64, augment=AugmentSection(flip=True)))
+    assert len(data.latents) == 6 and data.latents[0].shape == (8, 16, 16)
+    assert data.names.count("2.png") == 6 and data.samples[-6:] == [4, 5] * 3
 
 
 def test_captions_of_metadata_jsonl(photos):
@@ -94,7 +96,9 @@ def test_captions_of_metadata_jsonl(photos):
     (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = read_folder(photos, CONCEPT, TEMPLATES)
     assert found.photos[2].caption == "the <thing>" and found.captioned == 3
-    assert found.skipped == [(photos / "gone.png", "named in metadata.jsonl, but not there")]
+    assert found.skipped == [
+        (photos / "gone.png", "not there, but named in metadata.jsonl, line 2")
+    ]
     (photos / "metadata.jsonl").write_text("[1]\n")
     with pytest.raises(PhotoFolderError, match="metadata.jsonl, line 1"):
         read_folder(photos, CONCEPT, TEMPLATES)
@@ -158,7 +162,7 @@ def test_colours_of_every_mode(tmp_path):
     clear = Image.new("RGBA", (8, 8), (200, 30, 30, 0))
     assert _saved(tmp_path, clear, "c.png").getpixel((4, 4)) == (255, 255, 255)
     deep = Image.fromarray(np.full((8, 8), 32768, np.uint16))
-    assert _saved(tmp_path, deep, "d.png").getpixel((4, 4)) == (127, 127, 127)
+    assert _saved(tmp_path, deep, "d.png").getpixel((4, 4)) == (128, 128, 128)
     grey = Image.new("L", (8, 8), 77)
     assert _saved(tmp_path, grey, "e.png").getpixel((4, 4)) == (77, 77, 77)
     half = Image.merge("LA", (grey, Image.new("L", (8, 8), 51)))  # a fifth of it, on white

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rite_diffusion.concepts.method import NAME
-from rite_diffusion.config import TrainConfig
+from rite_diffusion.config import TrainConfig, fill, words_of
 from rite_diffusion.photos.random import generator
 from rite_diffusion.types import Backbone, Concept, ConfigError, Word
 
@@ -57,7 +57,7 @@ class NewWords:
 
     def _starts(self, concept: Concept, last: bool, vectors: int) -> list[Tensor]:
         """Initial vectors (vectors, width) of a word for each text encoder."""
-        chosen = self.config.tokens.init.replace("{class_noun}", concept.class_noun)
+        chosen = fill(self.config.tokens.init, words_of(concept))
         ids = self.backbone.token_ids(chosen) if last else []
         starts = []
         for number, table in enumerate(self.backbone.token_tables):

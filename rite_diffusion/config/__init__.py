@@ -11,6 +11,7 @@ from rite_diffusion.config.schema import (
     PhotoSource,
     TrainConfig,
 )
+from rite_diffusion.config.templates import fill, unknown_placeholder, words_of
 from rite_diffusion.config.tree import (
     flatten,
     from_toml,
@@ -32,6 +33,7 @@ __all__ = [
     "OptimSection",
     "PhotoSource",
     "TrainConfig",
+    "fill",
     "flatten",
     "from_toml",
     "known_keys",
@@ -43,5 +45,7 @@ __all__ = [
     "read_toml",
     "resolve",
     "to_toml",
+    "unknown_placeholder",
     "without_paths",
+    "words_of",
 ]

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rite_diffusion.config.templates import ClassTemplate, ConceptTemplate
 from rite_diffusion.types import Concept
 
 Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
@@ -54,7 +55,7 @@ class OptimSection(Section):
 class TokenSection(Section):
     """New words, for the methods that learn their embeddings."""
 
-    init: str = Field(
+    init: ClassTemplate = Field(
         default="{class_noun}",
         description="word as whose embedding a concept's last vector starts; empty: random",
     )
@@ -124,7 +125,7 @@ class PriorSection(Section):
 
     weight: float = Field(default=0.0, ge=0, le=10, description="of their loss; 0: none")
     count: int = Field(default=24, ge=1, le=10_000, description="pictures that the base draws")
-    prompts: list[str] = Field(
+    prompts: list[ClassTemplate] = Field(
         default=["a {class_noun}"], min_length=1, description="what the base draws, in turn"
     )
 
@@ -163,7 +164,7 @@ class PreviewSection(Section):
     """Pictures made while training."""
 
     every: int = Field(default=100, ge=0, description="steps; 0: none")
-    prompts: list[str] = Field(
+    prompts: list[ConceptTemplate] = Field(
         default=["a {trigger} on a blue background", "a {trigger} on a green background"]
     )
     steps: int = Field(default=20, ge=1)
@@ -188,7 +189,7 @@ class SourceSection(Section):
     class_photos: str | None = Field(
         default=None, description="folder with pictures of the class, for prior preservation"
     )
-    templates: list[str] | None = Field(
+    templates: list[ConceptTemplate] | None = Field(
         default=None, min_length=1, description="captions of pictures that have none, in turn"
     )
     repeats: int | None = Field(
@@ -226,7 +227,7 @@ class TrainConfig(SourceSection):
         "pocket", description="`pocket`, a hub id, a diffusers folder or a .safetensors"
     )
     # At the top, what every table below may change has a value.
-    templates: list[str] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
+    templates: list[ConceptTemplate] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=["a {trigger}", "a photo of a {trigger}"], min_length=1
     )
     repeats: int = Field(  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rite_diffusion.adapters import AdapterInfo
+from rite_diffusion.config import fill
 from rite_diffusion.types import FusionError
 
 # With the trigger alone and with the words that prompts put around it.
@@ -32,7 +33,7 @@ def concept_prompts(info: AdapterInfo, file: Path) -> list[str]:
             f"{file} does not say which word calls its concept: make its sketch first, with "
             f'`rite sketch {file} --prompt "a photo of …"`.'
         )
-    return [prompt.replace("{trigger}", trigger) for trigger in triggers for prompt in CONCEPT]
+    return [fill(prompt, {"trigger": trigger}) for trigger in triggers for prompt in CONCEPT]
 
 
 def ordinary_prompts(info: AdapterInfo) -> list[str]:

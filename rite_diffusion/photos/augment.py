@@ -3,7 +3,7 @@
 A view is a function of (seed, photo, number), so that views can be encoded once, before training.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from PIL import Image, ImageEnhance, ImageOps
@@ -35,10 +35,12 @@ def views_of(
 
     With `augment.flip`, the mirror image of each follows it.
     """
-    views = [View(fit(photo.image, *size), photo.caption, _fit_mask(photo.mask, size), None)]
+    image, mask = photo.open()
+    whole = View(image, photo.caption, mask, None)
+    views = [_fitted(whole, size)]
     for number in range(1, augment.views):
         draws = generator(seed, index, number, STREAM)
-        view = _cut(photo, size, augment.crop, draws)
+        view = _fitted(_cut(whole, augment.crop, draws), size)
         if augment.scale_and_prefix:
             view = _scaled(view, draws)
         views.append(_coloured(view, augment.colour, draws))
@@ -47,17 +49,18 @@ def views_of(
     return views
 
 
-def _fit_mask(mask: Image.Image | None, size: tuple[int, int]) -> Image.Image | None:
-    return None if mask is None else fit(mask, *size)
+def _fitted(view: View, size: tuple[int, int]) -> View:
+    """The view's middle in a size (width, height)."""
+    return replace(view, image=fit(view.image, *size), mask=view.mask and fit(view.mask, *size))
 
 
 def _uniform(low: float, high: float, draws: torch.Generator) -> float:
     return low + (high - low) * float(torch.rand((), generator=draws))
 
 
-def _cut(photo: Photo, size: tuple[int, int], most: float, draws: torch.Generator) -> View:
-    """A part of the photo, of its shape and anywhere in it, at least 1 - `most` of each side."""
-    width, height = photo.image.size
+def _cut(view: View, most: float, draws: torch.Generator) -> View:
+    """A part of the view, of its shape and anywhere in it, at least 1 - `most` of each side."""
+    width, height = view.image.size
     kept = 1 - _uniform(0, most, draws)
     left, top = (_uniform(0, 1 - kept, draws) for _ in range(2))
     box = (
@@ -66,8 +69,7 @@ def _cut(photo: Photo, size: tuple[int, int], most: float, draws: torch.Generato
         round((left + kept) * width),
         round((top + kept) * height),
     )
-    mask = photo.mask and photo.mask.crop(box)
-    return View(fit(photo.image.crop(box), *size), photo.caption, _fit_mask(mask, size), None)
+    return replace(view, image=view.image.crop(box), mask=view.mask and view.mask.crop(box))
 
 
 def _coloured(view: View, most: float, draws: torch.Generator) -> View:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import count as count_up
 from pathlib import Path
 
 import torch
@@ -14,6 +15,8 @@ from rite_diffusion.photos.buckets import bucket_of, bucket_sizes
 from rite_diffusion.photos.images import mask_tensor, to_tensor
 from rite_diffusion.photos.latent_cache import cached_latents
 from rite_diffusion.types import Backbone, Photo
+
+UNEVEN = 0.1  # most by which groups that are shown equally often differ, as a share
 
 
 @dataclass(frozen=True)
@@ -53,21 +56,27 @@ def target_sizes(
 ) -> list[tuple[int, int]]:
     """The size (width, height) to which each photo is scaled and cut."""
     sizes = bucket_sizes(resolution, multiple) if bucketed else [(resolution, resolution)]
-    return [bucket_of(photo.image.size, sizes) for photo in photos]
+    return [bucket_of(photo.size, sizes) for photo in photos]
 
 
 def balanced(groups: Sequence[Sequence[Photo]]) -> list[Photo]:
-    """All photos, those of smaller groups repeated so that an epoch shows each group as often.
+    """All photos, repeated so that an epoch shows each group as often, to within a tenth.
 
-    Repeats are whole numbers, so it is as often to the nearest one.
+    Repeats are the smallest whole numbers that do so.
     """
     counts = [sum(photo.repeats for photo in group) for group in groups]
-    factors = [round(max(counts) / count) for count in counts]
+    goals = count_up(max(counts), max(counts))
+    goal = next(goal for goal in goals if all(_divides(count, goal) for count in counts))
     return [
-        replace(photo, repeats=photo.repeats * factor)
-        for group, factor in zip(groups, factors, strict=True)
+        replace(photo, repeats=photo.repeats * round(goal / count))
+        for group, count in zip(groups, counts, strict=True)
         for photo in group
     ]
+
+
+def _divides(count: int, goal: int) -> bool:
+    """Whether a whole multiple of a count is near enough to a goal."""
+    return abs(round(goal / count) * count - goal) <= UNEVEN * goal
 
 
 @torch.no_grad()
@@ -87,7 +96,7 @@ def encode_photos(backbone: Backbone, photos: Sequence[Photo], how: Encoding) ->
         captions += [view.caption for view in views] * photo.repeats
         weights += [photo.weight] * len(views) * photo.repeats
         names += [photo.path.name] * len(views) * photo.repeats
-    masked = any(photo.mask is not None for photo in photos) or how.augment.scale_and_prefix
+    masked = any(photo.white is not None for photo in photos) or how.augment.scale_and_prefix
     return LatentSet(latents, masks if masked else None, samples, captions, weights, names)
 
 

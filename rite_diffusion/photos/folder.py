@@ -1,59 +1,62 @@
-"""A folder of photos as the trainer finds it: what is used, what is skipped and why.
+"""A folder of photos as the trainer finds it: what is used, what is not and why."""
 
-Pictures lie in the folder itself, or in subfolders `10_name` as kohya's tools have them, whose
-number says how often an epoch shows each. A caption is a `.txt` or `.caption` beside the picture,
-or a line of `metadata.jsonl`. A mask is `name-masklabel.png`, `masks/name.png`, or the picture's
-own transparency.
-"""
-
-import json
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import sha256
 from itertools import combinations
 from pathlib import Path
 
-from rite_diffusion.photos.images import (
-    SUFFIXES,
-    UnreadableImage,
-    open_image,
-    open_mask,
-    perceptual_hash,
-    transparency_mask,
-)
+from PIL import Image
+
+from rite_diffusion.config import fill, unknown_placeholder, words_of
+from rite_diffusion.files import reading
+from rite_diffusion.photos.images import open_upright, perceptual_hash
+from rite_diffusion.photos.listing import Picture, list_pictures
+from rite_diffusion.photos.masks import mask_of, white_share
+from rite_diffusion.photos.pixels import UnreadableImage
+from rite_diffusion.photos.sidecars import Unused
 from rite_diffusion.types import Concept, Photo, PhotoFolderError
 
-MASK_ENDING = "-masklabel"
-COMPANIONS = {".txt", ".caption", ".jsonl"}  # files beside pictures that are no pictures
 LEAST_SIDE = 16  # pixels
 LONGEST_SHAPE = 6  # long side over short side
 ALIKE = 5  # bits of 64 in which near-duplicates may differ
-_REPEATED = re.compile(r"(\d{1,4})_.+")
 
 
 @dataclass(frozen=True)
 class PhotoFolder:
-    """The usable photos of a folder, and the files that are none with the reason."""
+    """The usable photos of a folder, and the files that are not used with the reason."""
 
     photos: list[Photo]
-    skipped: list[tuple[Path, str]]
+    skipped: list[Unused]
     captioned: int  # photos whose caption came from a file
 
     def sizes(self) -> str:
         """Range of the photos' sizes in words."""
-        found = sorted({photo.image.size for photo in self.photos})
+        found = sorted({photo.size for photo in self.photos})
         names = [f"{width}x{height}" for width, height in found]
         return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
     def near_duplicates(self) -> list[tuple[str, str]]:
         """Names of pictures that look alike."""
-        hashes = [(photo.path.name, perceptual_hash(photo.image)) for photo in self.photos]
-        pairs = combinations(hashes, 2)
-        return [(a[0], b[0]) for a, b in pairs if (a[1] ^ b[1]).bit_count() <= ALIKE]
+        pairs = combinations(self.photos, 2)
+        return [
+            (a.path.name, b.path.name)
+            for a, b in pairs
+            if (a.likeness ^ b.likeness).bit_count() <= ALIKE
+        ]
 
     def smaller_than(self, side: int) -> list[str]:
         """Names of pictures that have to be scaled up."""
-        return [photo.path.name for photo in self.photos if min(photo.image.size) < side]
+        return [photo.path.name for photo in self.photos if min(photo.size) < side]
+
+    def repeats(self) -> list[tuple[str, int, int]]:
+        """Name of each folder whose photos are shown several times, their number, how often."""
+        counts: dict[tuple[Path, int], int] = {}
+        for photo in self.photos:
+            key = (photo.path.parent, photo.repeats)
+            counts[key] = counts.get(key, 0) + 1
+        return [(path.name, count, often) for (path, often), count in counts.items() if often > 1]
 
 
 def joined(folders: Sequence[PhotoFolder]) -> PhotoFolder:
@@ -65,127 +68,101 @@ def joined(folders: Sequence[PhotoFolder]) -> PhotoFolder:
     )
 
 
-def caption_file(image: Path) -> Path | None:
-    """The text file that captions a picture: same stem, `.txt` or `.caption`."""
-    candidates = (image.with_suffix(suffix) for suffix in (".txt", ".caption"))
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise PhotoFolderError(f"{path} is not UTF-8 text. Save it as UTF-8.") from None
-
-
-def _listed_captions(folder: Path) -> dict[str, str]:
-    """File name -> caption of `metadata.jsonl`, as datasets' image folders have it."""
-    path = folder / "metadata.jsonl"
-    captions = {}
-    for number, line in enumerate(_read_text(path).splitlines() if path.is_file() else [], 1):
-        try:
-            row = json.loads(line) if line.strip() else {}
-            name, text = row.get("file_name"), row.get("text", row.get("caption", ""))
-        except (json.JSONDecodeError, AttributeError):
-            raise PhotoFolderError(
-                f'{path}, line {number}: expected {{"file_name": "a.jpg", "text": "…"}}'
-            ) from None
-        if name:
-            captions[str(name)] = str(text)
-    return captions
-
-
-def _folders(folder: Path) -> list[tuple[Path, int]]:
-    """The folder itself and its subfolders `10_name`, with how often each picture is shown."""
-    below = sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
-    repeated = [(path, int(m[1])) for path in below if (m := _REPEATED.fullmatch(path.name))]
-    return [(folder, 1), *repeated]
-
-
-def _mask_file(image: Path) -> Path | None:
-    candidates = (
-        image.with_name(f"{image.stem}{MASK_ENDING}.png"),
-        image.parent / "masks" / f"{image.stem}.png",
-    )
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def _reason_against(path: Path, root: Path) -> str | None:
-    """Why a file is not even opened."""
-    if not path.resolve().is_relative_to(root.resolve()):
-        return "a link to outside the folder"
-    return None if path.suffix.lower() in SUFFIXES else "not a picture file"
-
-
-def _open_photo(path: Path, caption: str, repeats: int) -> Photo:
-    """The photo with its mask; UnreadableImage says why there is none."""
-    image = open_image(path)
-    short, long = sorted(image.size)
-    if short < LEAST_SIDE or long > LONGEST_SHAPE * short:
-        raise UnreadableImage(f"{image.width}x{image.height} is too small or too long a strip")
-    mask_path = _mask_file(path)
-    mask = open_mask(mask_path, image.size) if mask_path else transparency_mask(path)
-    return Photo(path, image, caption, mask, repeats)
-
-
 def read_folder(
     folder: Path, concept: Concept, templates: list[str], repeats: int = 1
 ) -> PhotoFolder:
-    """The folder's photos in the order of their names, captioned, each `repeats` times an epoch.
+    """A concept's photos, each shown `repeats` times an epoch; see `read_photos`."""
+    return read_photos(folder, words_of(concept), templates, repeats)
 
-    A photo without a caption of its own gets one of `templates` in turn; `{trigger}` and
-    `{class_noun}` are filled in everywhere. Raises PhotoFolderError where no photo is usable, or
-    more pictures are broken than whole.
+
+def read_photos(
+    folder: Path, words: Mapping[str, str], templates: Sequence[str], repeats: int = 1
+) -> PhotoFolder:
+    """The folder's photos in the order of their names, captioned.
+
+    A photo without a caption of its own gets one of `templates` in turn; placeholders stand for
+    `words` everywhere. Each picture is opened, looked at and let go. Raises PhotoFolderError where
+    a sidecar cannot be used, no photo is usable, or more pictures are broken than whole.
     """
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist"
-        raise PhotoFolderError(f"{folder} {what}. Pass the folder that directly holds the photos.")
-    photos, skipped, captioned = [], [], 0
-    for place, own_repeats in _folders(folder):
-        listed = _listed_captions(place)
-        for path in _pictures(place):
-            reason = _reason_against(path, folder)
-            source = caption_file(path)
-            text = " ".join((_read_text(source) if source else listed.get(path.name, "")).split())
-            own = text or templates[len(photos) % len(templates)]
-            own = own.replace("{trigger}", concept.trigger)
-            own = own.replace("{class_noun}", concept.class_noun)
-            try:
-                if reason:
-                    raise UnreadableImage(reason)
-                photos.append(_open_photo(path, own, repeats * own_repeats))
-            except UnreadableImage as fault:
-                skipped.append((path, str(fault)))
-            else:
-                captioned += bool(text)
-        missing = sorted(set(listed) - {path.name for path in _pictures(place)})
-        skipped += [(place / name, "named in metadata.jsonl, but not there") for name in missing]
-    broken = [path for path, _ in skipped if path.suffix.lower() in SUFFIXES and path.exists()]
+    listing = list_pictures(folder)
+    photos, broken = list[Photo](), list[Unused]()
+    captioned = 0
+    for picture in listing.pictures:
+        caption = _caption(picture, words, templates[len(photos) % len(templates)])
+        try:
+            photo = _look_at(picture, caption)
+        except UnreadableImage as fault:
+            broken.append((picture.path, str(fault)))
+        else:
+            photos.append(replace(photo, repeats=repeats * picture.repeats))
+            captioned += bool(picture.caption)
+    skipped = broken + listing.unused
     if not photos or len(broken) > len(photos):
-        raise PhotoFolderError(_nothing_usable(folder, skipped))
+        raise PhotoFolderError(_nothing_usable(folder, skipped, listing.folders))
     return PhotoFolder(photos, skipped, captioned)
 
 
-def _pictures(folder: Path) -> list[Path]:
-    """Files that should be pictures, in the order of their names."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    return [
-        path
-        for path in files
-        if path.suffix.lower() not in COMPANIONS
-        and not path.name.startswith(".")
-        and not path.stem.endswith(MASK_ENDING)
-    ]
+def _caption(picture: Picture, words: Mapping[str, str], template: str) -> str:
+    fault = unknown_placeholder(picture.caption, words)
+    if fault:
+        raise PhotoFolderError(f"{picture.caption_from}: {fault}")
+    return fill(picture.caption or template, words)
 
 
-def _nothing_usable(folder: Path, skipped: list[tuple[Path, str]]) -> str:
-    if skipped:
+def _look_at(picture: Picture, caption: str) -> Photo:
+    """The photo without its pixels; UnreadableImage says why there is none."""
+    path, stamps = picture.path, _stamps(picture)
+    upright = open_upright(path)
+    short, long = sorted(upright.image.size)
+    if short < LEAST_SIDE or long > LONGEST_SHAPE * short:
+        width, height = upright.image.size
+        raise UnreadableImage(f"{width}x{height} is too small or too long a strip")
+    mask = mask_of(upright, picture.mask)
+    return Photo(
+        path,
+        upright.image.size,
+        caption,
+        partial(_open_again, picture, stamps),
+        _digest(upright.image),
+        perceptual_hash(upright.image),
+        "" if mask is None else _digest(mask),
+        None if mask is None else white_share(mask),
+    )
+
+
+def _digest(image: Image.Image) -> str:
+    digest = sha256(f"{image.size}".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _stamps(picture: Picture) -> list[tuple[int, int]]:
+    """Time of change and size of a picture's and its mask's file."""
+    with reading(picture.path, PhotoFolderError):
+        stats = [path.stat() for path in (picture.path, picture.mask) if path is not None]
+    return [(stat.st_mtime_ns, stat.st_size) for stat in stats]
+
+
+def _open_again(
+    picture: Picture, stamps: list[tuple[int, int]]
+) -> tuple[Image.Image, Image.Image | None]:
+    """Pixels and mask of a photo that was looked at before; PhotoFolderError if it has changed."""
+    if _stamps(picture) != stamps:
+        raise PhotoFolderError(f"{picture.path} or its mask has just changed: start again.")
+    try:
+        upright = open_upright(picture.path)
+    except UnreadableImage as fault:
+        raise PhotoFolderError(f"{picture.path}: {fault}. Start again.") from None
+    return upright.image, mask_of(upright, picture.mask)
+
+
+def _nothing_usable(folder: Path, skipped: list[Unused], below: list[str]) -> str:
+    if any(path.is_file() for path, _ in skipped):
         reasons = "; ".join(f"{path.name}: {reason}" for path, reason in skipped[:5])
         return (
             f"no usable image in {folder}, or fewer than broken ones ({reasons}). Add whole .jpg, "
             ".png or .webp photos, or take the broken ones out."
         )
-    below = [path.name for path in sorted(folder.iterdir()) if path.is_dir()]
     hint = f" It holds the folders {', '.join(below[:5])}: pass one of them." if below else ""
     return (
         f"no images in {folder}: expected .jpg, .png or .webp.{hint} "

@@ -2,33 +2,35 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from struct import error as StructError
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
+from rite_diffusion.photos.pixels import UnreadableImage, on_white, opacity
+
+SUFFIXES = {
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp", ".png", ".apng", ".webp", ".bmp", ".tif",
+    ".tiff", ".gif", ".avif", ".heic", ".heif",
+}  # fmt: skip
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
+HEIF_BRANDS = {b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"}
 MAX_PIXELS = 100_000_000
+ORIENTATION = 0x0112  # the EXIF tag
 
 
-class UnreadableImage(Exception):
-    """The picture cannot be used; the message is the reason."""
+@dataclass(frozen=True)
+class Upright:
+    """A picture file, turned as its EXIF says."""
 
-
-def _flatten(image: Image.Image) -> Image.Image:
-    """RGB of any mode: 16-bit greys scaled, transparency laid on white."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, np.float64)
-        peak = 65535 if values.max() > 255 else 255
-        return Image.fromarray((values * 255 / peak).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
+    image: Image.Image  # RGB, transparency laid on white
+    opacity: Image.Image | None  # mode L; None where all of it is opaque
+    orientation: int  # EXIF's, from 1 to 8, by which the file's pixels were turned
 
 
 def open_image(path: Path) -> Image.Image:
@@ -36,40 +38,59 @@ def open_image(path: Path) -> Image.Image:
 
     Raises UnreadableImage for what is no picture, is cut off, or has over 100 megapixels.
     """
-    return _flatten(_open(path))
+    return open_upright(path).image
 
 
-def open_mask(path: Path, size: tuple[int, int]) -> Image.Image:
-    """A mask file as greys of a size; raises UnreadableImage as `open_image` does."""
-    mask = _flatten(_open(path)).convert("L")
-    return mask if mask.size == size else mask.resize(size, Image.Resampling.BILINEAR)
+def open_upright(path: Path) -> Upright:
+    """The picture with its opacity and how it was turned; raises as `open_image` does."""
+    image, orientation = open_pixels(path)
+    try:
+        return Upright(on_white(image), opacity(image), orientation)
+    except (OSError, ValueError) as error:
+        raise UnreadableImage(f"damaged: {error}") from None
 
 
-def transparency_mask(path: Path) -> Image.Image | None:
-    """The picture's opacity as a mask, None where all of it is opaque."""
-    image = _open(path)
-    if "A" not in image.getbands() and "transparency" not in image.info:
-        return None
-    alpha = image.convert("RGBA").getchannel("A")
-    return None if alpha.getextrema()[0] == 255 else alpha
-
-
-def _open(path: Path) -> Image.Image:
+def open_pixels(path: Path) -> tuple[Image.Image, int]:
+    """The picture in its own mode, upright, and the EXIF orientation by which it was turned."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as image:
+            warnings.simplefilter("ignore")  # of damaged EXIF, of large pictures
+            with Image.open(path, formats=_formats()) as image:
                 width, height = image.size
                 if width * height > MAX_PIXELS:
                     raise UnreadableImage(f"too large: {width}x{height} pixels")
+                orientation = image.getexif().get(ORIENTATION, 1)
                 image.load()
-                return ImageOps.exif_transpose(image)
+                ImageOps.exif_transpose(image, in_place=True)
+                return image, orientation
     except UnidentifiedImageError:
-        raise UnreadableImage("not a picture") from None
+        raise UnreadableImage(_unidentified(path)) from None
     except Image.DecompressionBombError:
         raise UnreadableImage(f"too large: over {MAX_PIXELS:,} pixels") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except PermissionError as error:
+        raise UnreadableImage(f"cannot be read: {error.strerror}") from None
+    except (OSError, SyntaxError, ValueError, StructError) as error:
         raise UnreadableImage(f"damaged: {error}") from None
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    """The formats that are read: with pillow-heif, HEIF too."""
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        return FORMATS
+    register_heif_opener()
+    return (*FORMATS, "HEIF")
+
+
+def _unidentified(path: Path) -> str:
+    """Why a file is not opened: no picture, or one that needs an extra."""
+    with path.open("rb") as stream:
+        start = stream.read(12)
+    if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS and "HEIF" not in _formats():
+        return "HEIC, which needs pillow-heif: pip install 'rite-diffusion[heic]'"
+    return "not a picture"
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:

@@ -25,9 +25,8 @@ def inputs_of(photos: Sequence[Photo], base_fingerprint: str) -> dict[str, str]:
 
 
 def _digest(photo: Photo) -> str:
-    mask = photo.mask.tobytes() if photo.mask else b""
-    caption = f"{photo.repeats} {photo.weight} {photo.caption}".encode()
-    return sha256(photo.image.tobytes() + mask + caption).hexdigest()[:16]
+    facts = f"{photo.digest} {photo.mask_digest} {photo.repeats} {photo.weight} {photo.caption}"
+    return sha256(facts.encode()).hexdigest()[:16]
 
 
 def with_earlier_rates(run: RunFolder, config: TrainConfig) -> TrainConfig:

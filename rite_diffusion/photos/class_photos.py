@@ -1,0 +1,43 @@
+"""Pictures of a class, which train along to keep it as it is (prior preservation)."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rite_diffusion.photos.folder import PhotoFolder, read_photos
+from rite_diffusion.types import ConfigError, Photo
+
+TEMPLATE = "a {class_noun}"  # the caption of a picture that has none
+
+
+def read_class_photos(folder: Path, class_noun: str) -> PhotoFolder:
+    """The pictures of a class in a folder; PhotoFolderError as for photos.
+
+    Their captions may hold `{class_noun}` alone. A picture without a caption is "a {class_noun}".
+    """
+    return read_photos(folder, {"class_noun": class_noun}, [TEMPLATE])
+
+
+def refuse_concepts(
+    pictures: Sequence[Photo],
+    photos: Sequence[Photo],
+    triggers: Sequence[str],
+    says: Callable[[str, str], bool],
+) -> None:
+    """Raise ConfigError where a picture of the class is a concept's photo or has its trigger.
+
+    `says` tells whether a caption says a trigger.
+    """
+    concepts = {photo.digest: photo for photo in photos}
+    for picture in pictures:
+        own = concepts.get(picture.digest)
+        if own is not None:
+            raise ConfigError(
+                f"class_photos: {picture.path} is the concept's photo {own.path.name}. Give "
+                "pictures of other things of its class, or leave class_photos out."
+            )
+        for trigger in triggers:
+            if says(picture.caption, trigger):
+                raise ConfigError(
+                    f'class_photos: the caption "{picture.caption}" of {picture.path} holds the '
+                    f"trigger {trigger}, which pictures of the class must not have: reword it."
+                )

@@ -1,0 +1,106 @@
+"""Which caption and which mask belong to which picture, by their names.
+
+A sidecar names its picture in full (`a.jpg.txt`, `masks/a.jpg.png`), or by its stem (`a.txt`,
+`masks/a.png`, `a-masklabel.png`) where no other picture beside it has that stem.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from unicodedata import normalize
+
+from rite_diffusion.photos.images import SUFFIXES
+
+CAPTION_SUFFIXES = (".txt", ".caption")  # the first wins
+MASK_ENDING = "-masklabel"
+MASK_FOLDER = "masks"
+
+Unused = tuple[Path, str]  # a file and why it is not used
+
+
+@dataclass(frozen=True)
+class Owners:
+    """Which sidecar is each picture's, and the sidecars that are no picture's."""
+
+    of: dict[Path, Path] = field(default_factory=dict)
+    unused: list[Unused] = field(default_factory=list)
+
+
+def is_picture(path: Path) -> bool:
+    """Whether a file is a picture by its name, and not a mask beside one."""
+    return path.suffix.lower() in SUFFIXES and not path.stem.endswith(MASK_ENDING)
+
+
+def is_mask(path: Path) -> bool:
+    """Whether a file beside pictures is a mask by its name."""
+    return path.suffix.lower() in SUFFIXES and path.stem.endswith(MASK_ENDING)
+
+
+def is_caption(path: Path) -> bool:
+    """Whether a file is a caption by its name."""
+    return path.suffix.lower() in CAPTION_SUFFIXES
+
+
+def caption_owners(captions: Iterable[Path], pictures: Sequence[Path]) -> Owners:
+    """Which caption file is each picture's."""
+    return _owners({path: path.stem for path in captions}, pictures, "caption", _caption_rank)
+
+
+def mask_owners(masks: Iterable[Path], pictures: Sequence[Path]) -> Owners:
+    """Which mask file is each picture's."""
+    called = {path: path.stem.removesuffix(MASK_ENDING) for path in masks}
+    return _owners(called, pictures, "mask", _mask_rank)
+
+
+def new_mask_path(picture: Path, pictures: Iterable[Path]) -> Path:
+    """Where a mask of a picture goes that has no file of one yet."""
+    stems = [_key(each.stem) for each in pictures if each.parent == picture.parent]
+    name = picture.name if stems.count(_key(picture.stem)) > 1 else picture.stem
+    return picture.parent / MASK_FOLDER / f"{name}.png"
+
+
+def _key(name: str) -> str:
+    """A name as it is compared: macOS writes accents apart from their letters."""
+    return normalize("NFC", name)
+
+
+def _caption_rank(path: Path) -> tuple:
+    return (CAPTION_SUFFIXES.index(path.suffix.lower()),)
+
+
+def _mask_rank(path: Path) -> tuple:
+    return (path.suffix.lower() != ".png", not path.stem.endswith(MASK_ENDING))
+
+
+def _owners(called: Mapping[Path, str], pictures: Sequence[Path], kind: str, rank) -> Owners:
+    """Each picture's best sidecar; `called` says of which picture each one is by its name."""
+    names, stems = _grouped(pictures, "name"), _grouped(pictures, "stem")
+    candidates: dict[Path, list[tuple[bool, Path]]] = {}
+    found = Owners()
+    for path, name in called.items():
+        full = names.get(_key(name), [])
+        meant = full or stems.get(_key(name), [])
+        if len(meant) == 1:
+            candidates.setdefault(meant[0], []).append((not full, path))
+        elif meant:
+            shared = " and ".join(each.name for each in meant)
+            found.unused.append(
+                (path, f"a {kind} that {shared} share: name it {meant[0].name}{path.suffix}")
+            )
+        else:
+            found.unused.append((path, f"a {kind} of no picture here"))
+    for picture, several in candidates.items():
+        ordered = sorted(several, key=lambda each: (each[0], *rank(each[1]), each[1].name))
+        found.of[picture] = ordered[0][1]
+        others = [path for _, path in ordered[1:]]
+        reason = f"{picture.name} has its {kind} from {found.of[picture].name}"
+        found.unused.extend((path, reason) for path in others)
+    return found
+
+
+def _grouped(pictures: Sequence[Path], part: str) -> dict[str, list[Path]]:
+    groups: dict[str, list[Path]] = {}
+    for picture in pictures:
+        name = picture.name if part == "name" else picture.stem
+        groups.setdefault(_key(name), []).append(picture)
+    return groups
