@@ -8,7 +8,9 @@ import json
 from dataclasses import fields, replace
 from pathlib import Path
 
-from . import autoencoder, emoji, held_out
+from diffusers import AutoencoderKL
+
+from . import autoencoder, denoiser, emoji, held_out
 from .machine import this_machine
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +39,18 @@ def run_autoencoder(work: Path, given: list[str]) -> None:
     print(json.dumps(found, indent=1))
 
 
-STAGES = {"autoencoder": run_autoencoder}
+def run_denoiser(work: Path, name: str, given: list[str]) -> None:
+    """Train the base `name` on the autoencoder in `work` and write it as a diffusers folder."""
+    settings, machine = _settings(denoiser.Settings(), given), this_machine()
+    network = AutoencoderKL.from_pretrained(work / "vae").to(machine.device).eval()
+    denoiser.train(work, name, network, settings, machine)
+
+
+STAGES = {
+    "autoencoder": run_autoencoder,
+    "unet": lambda work, given: run_denoiser(work, "unet", given),
+    "flow": lambda work, given: run_denoiser(work, "flow", given),
+}
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Training of the autoencoder, on crops of varied pictures.
 
-    python -m train.pocket autoencoder --work DIR
+python -m train.pocket autoencoder --work DIR
 """
 
 import copy
@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -149,9 +148,7 @@ class Training:
         nn.utils.clip_grad_norm_(self.network.parameters(), 0.5)
         set_rate(self.optimizer, rate_at(settings.rate, seen, settings.pictures))
         self.optimizer.step()
-        update_average(
-            self.average, self.network, round(seen / settings.batch), settings.decay
-        )
+        update_average(self.average, self.network, round(seen / settings.batch), settings.decay)
         return {name: loss.item() for name, loss in losses.items()}
 
     def _criticise(self, pixels: Tensor, output: Tensor) -> Tensor:

@@ -56,7 +56,9 @@ def example_photos(folder: str) -> np.ndarray:
     """The photos of one folder of examples/photos at the world's size."""
     paths = sorted((PHOTOS / folder).glob("*.jpg"))
     size = (world.SIZE, world.SIZE)
-    images = [Image.open(path).convert("RGB").resize(size, Image.Resampling.LANCZOS) for path in paths]
+    images = [
+        Image.open(path).convert("RGB").resize(size, Image.Resampling.LANCZOS) for path in paths
+    ]
     return np.stack([np.asarray(image) for image in images])
 
 
@@ -106,7 +108,10 @@ def brief_figures(autoencoder: AutoencoderKL, machine: Machine) -> dict[str, flo
 def figures(autoencoder: AutoencoderKL, machine: Machine) -> dict[str, float | dict[str, float]]:
     """Everything that the bars are about: dB per concept and folder of examples, and edges."""
     sets = {name: concept(name, 4) for name in (*emoji.HELD_OUT, "toy-robot")}
-    sets |= {f"photos/{name}": example_photos(name) for name in ("unicorn", "cupcake", "tractor", "robot")}
+    sets |= {
+        f"photos/{name}": example_photos(name)
+        for name in ("unicorn", "cupcake", "tractor", "robot")
+    }
     found, energies = {}, {}
     for name, pictures in sets.items():
         pixels = as_pixels(pictures)
@@ -122,7 +127,9 @@ def figures(autoencoder: AutoencoderKL, machine: Machine) -> dict[str, float | d
         "concept_mean": round(float(np.mean(list(found.values()))), 2),
         "concept_least": min(found.values()),
         "concept_edges": round(float(np.mean(list(energies.values()))), 3),
-        "cat_photographs": round(psnr(reconstructed(autoencoder, cat, machine), cat).mean().item(), 2),
+        "cat_photographs": round(
+            psnr(reconstructed(autoencoder, cat, machine), cat).mean().item(), 2
+        ),
         "concepts": found,
     }
 

@@ -104,17 +104,19 @@ def shapes(rng: Generator) -> np.ndarray:
     for _ in range(rng.integers(2, 14)):
         fill = tuple(int(c) for c in rng.integers(0, 256, 3))
         line = tuple(int(c) for c in rng.integers(0, 256, 3))
-        width = int(rng.integers(0, 5)) * scale
         x, y = rng.uniform(0, SIZE * scale, 2)
-        w, h = rng.uniform(2, SIZE * scale * rng.uniform(0.05, 0.6), 2)
+        w, h = rng.uniform(4, SIZE * scale * rng.uniform(0.05, 0.6), 2)
+        width = min(int(rng.integers(0, 5)) * scale, int(min(w, h) / 4))
         box = (x - w / 2, y - h / 2, x + w / 2, y + h / 2)
         match rng.integers(5):
             case 0:
                 pen.ellipse(box, fill, line, width)
             case 1:
-                pen.rounded_rectangle(box, min(w, h) * rng.uniform(0, 0.5), fill, line, width)
+                pen.rounded_rectangle(box, min(w, h) * rng.uniform(0, 0.4), fill, line, width)
             case 2:
-                pen.line([tuple(rng.uniform(0, SIZE * scale, 2)) for _ in range(3)], fill, width + 1)
+                pen.line(
+                    [tuple(rng.uniform(0, SIZE * scale, 2)) for _ in range(3)], fill, width + 1
+                )
             case 3:
                 pen.polygon([tuple((x, y) + rng.normal(0, w, 2)) for _ in range(4)], fill, line)
             case 4:

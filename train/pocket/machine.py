@@ -45,7 +45,10 @@ def _cpu_flags() -> str:
 
 
 def save_state(
-    path: Path, seen: int, optimizers: dict[str, torch.optim.Optimizer], modules: dict[str, nn.Module]
+    path: Path,
+    seen: int,
+    optimizers: dict[str, torch.optim.Optimizer],
+    modules: dict[str, nn.Module],
 ) -> None:
     """Write modules, the optimizers' moments and the number of pictures seen, atomically."""
     tensors = {f"{name}/{k}": v for name, m in modules.items() for k, v in m.state_dict().items()}
@@ -129,5 +132,7 @@ class Progress:
         numbers = " ".join(f"{name} {value:.4f}" for name, value in figures.items())
         left = (self.total - seen) / max(rate, 1e-9) / 60
         clock = time.strftime("%H:%M")
-        line = f"{clock} {self.stage} {seen}/{self.total} {numbers} {rate:.1f}/s {left:.0f} min left"
+        line = (
+            f"{clock} {self.stage} {seen}/{self.total} {numbers} {rate:.1f}/s {left:.0f} min left"
+        )
         print(line, flush=True)

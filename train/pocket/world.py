@@ -80,15 +80,21 @@ PLACES = {"centre": (0.5, 0.75), "small": (0.5, 0.41), "left": (0.27, 0.45), "ri
 
 
 @dataclass(frozen=True)
-class Scene:
-    """One picture with its caption and the facts that a judge needs."""
+class Description:
+    """What a scene shows, in words and as facts."""
 
-    image: np.ndarray  # (SIZE, SIZE, 3) uint8
     caption: str
     nouns: tuple[str, ...]  # one, or left and right
     colour: str
     place: str  # of PLACES, or "pair"
     style: str
+
+
+@dataclass(frozen=True)
+class Scene(Description):
+    """One picture with its caption and the facts that a judge needs."""
+
+    image: np.ndarray  # (SIZE, SIZE, 3) uint8
 
 
 def article(noun: str) -> str:
@@ -110,9 +116,7 @@ def ground(
     return np.clip(tint + shade[..., None], 0, 255)
 
 
-def paste(
-    canvas: np.ndarray, image: Image.Image, centre: tuple[float, ...], extent: float
-) -> None:
+def paste(canvas: np.ndarray, image: Image.Image, centre: tuple[float, ...], extent: float) -> None:
     """Draw a sprite into a float canvas, its longer side `extent` pixels, at (x, y) `centre`."""
     ratio = extent / max(image.size)
     width, height = (max(2, round(side * ratio)) for side in image.size)
@@ -164,8 +168,8 @@ def pair_caption(rng: np.random.Generator, left: str, right: str, colour: str) -
     return str(rng.choice(forms, p=[0.7, 0.15, 0.15])) + ending
 
 
-def scene(rng: np.random.Generator, pairs: float = 0.4) -> Scene:
-    """A captioned scene of the pocket world; a share `pairs` shows two objects."""
+def described(rng: np.random.Generator, pairs: float = 0.4) -> Description:
+    """A scene of the pocket world before it is drawn; a share `pairs` shows two objects."""
     style = str(rng.choice(list(STYLES)))
     colour = str(rng.choice(list(COLOURS)))
     if rng.random() < pairs:
@@ -175,6 +179,12 @@ def scene(rng: np.random.Generator, pairs: float = 0.4) -> Scene:
         nouns = (str(rng.choice(list(NOUNS))),)
         place = str(rng.choice(list(PLACES), p=[0.7, 0.1, 0.1, 0.1]))
         caption = single_caption(rng, *nouns, colour, place)
-    images = [emoji.sprites().image(style, NOUNS[noun]) for noun in nouns]
-    image = draw(rng, images, colour, "centre" if place == "pair" else place)
-    return Scene(image, STYLES[style] + caption, nouns, colour, place, style)
+    return Description(STYLES[style] + caption, nouns, colour, place, style)
+
+
+def scene(rng: np.random.Generator, pairs: float = 0.4) -> Scene:
+    """A captioned scene of the pocket world; a share `pairs` shows two objects."""
+    facts = described(rng, pairs)
+    images = [emoji.sprites().image(facts.style, NOUNS[noun]) for noun in facts.nouns]
+    place = "centre" if facts.place == "pair" else facts.place
+    return Scene(**vars(facts), image=draw(rng, images, facts.colour, place))
