@@ -1,0 +1,1 @@
+"""What makes the embedded base models: their pictures, networks and training."""

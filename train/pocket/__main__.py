@@ -1,0 +1,69 @@
+"""Make the embedded bases: `python -m train.pocket STAGE --work DIR`.
+
+A stage writes its state into DIR every five minutes and goes on from there when started again.
+"""
+
+import argparse
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+from diffusers import AutoencoderKL
+
+from . import autoencoder, denoiser, emoji, held_out
+from .machine import this_machine
+
+ROOT = Path(__file__).parents[2]
+
+
+def _settings(default, given: list[str]):
+    """A stage's settings with `name=value` changes."""
+    kinds = {field.name: type(getattr(default, field.name)) for field in fields(default)}
+    changes = {}
+    for entry in given:
+        name, value = entry.split("=", 1)
+        kind = kinds[name]
+        changes[name] = tuple(map(int, value.split(","))) if kind is tuple else kind(value)
+    return replace(default, **changes)
+
+
+def run_autoencoder(work: Path, given: list[str]) -> None:
+    """Train the autoencoder, measure it and write it as a diffusers folder."""
+    settings, machine = _settings(autoencoder.Settings(), given), this_machine()
+    autoencoder.train(work, settings, machine)
+    network = autoencoder.finished(work, settings)
+    network.half().save_pretrained(work / "vae")
+    network.float().to(machine.device)
+    found = held_out.figures(network, machine)
+    (work / "autoencoder.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
+def run_denoiser(work: Path, name: str, given: list[str]) -> None:
+    """Train the base `name` on the autoencoder in `work` and write it as a diffusers folder."""
+    settings, machine = _settings(denoiser.Settings(), given), this_machine()
+    network = AutoencoderKL.from_pretrained(work / "vae").to(machine.device).eval()
+    denoiser.train(work, name, network, settings, machine)
+
+
+STAGES = {
+    "autoencoder": run_autoencoder,
+    "unet": lambda work, given: run_denoiser(work, "unet", given),
+    "flow": lambda work, given: run_denoiser(work, "flow", given),
+}
+
+
+def main() -> None:
+    """Run one stage."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("stage", choices=STAGES)
+    parser.add_argument("--work", type=Path, default=ROOT / "runs/pocket", help="state and sheets")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings")
+    options = parser.parse_args()
+    emoji.fetch()
+    options.work.mkdir(parents=True, exist_ok=True)
+    STAGES[options.stage](options.work, options.set)
+
+
+if __name__ == "__main__":
+    main()

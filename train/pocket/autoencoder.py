@@ -1,0 +1,205 @@
+"""Training of the autoencoder, on crops of varied pictures.
+
+python -m train.pocket autoencoder --work DIR
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from . import held_out, images
+from .losses import PatchCritic, RandomFeatures, critic_loss, pixel_loss
+from .machine import (
+    Machine,
+    Progress,
+    load_state,
+    rate_at,
+    save_state,
+    set_rate,
+    update_average,
+)
+from .networks import LATENT_NOISE, new_autoencoder
+
+SEED = 11  # of the training's pictures; held_out uses others
+CROPS = 2  # of each picture
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training of the autoencoder. Shares are of `pictures`, the length of the training."""
+
+    pictures: int = 300_000
+    batch: int = 8  # pictures, so CROPS times as many crops
+    rate: float = 1.5e-3
+    crop: int = 64  # pixels
+    whole_from: float = 0.8  # from this share on, whole pictures
+    features: float = 0.05  # weight of the distance in random features
+    critic: float = 0.02  # weight of the critic ...
+    critic_from: float = 0.85  # ... from this share on
+    prior: float = 1e-4  # weight of the latents' mean square
+    decay: float = 0.999  # of the average of the weights
+    latent_channels: int = 16
+    widths: tuple[int, ...] = (16, 32, 64, 128)
+
+
+class Crops(Dataset):
+    """Crops (CROPS, crop, crop, 3) uint8 of each picture, or the whole picture (1, ...)."""
+
+    def __init__(self, first: int, count: int, crop: int) -> None:
+        self.first, self.count, self.crop = first, count, crop
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Tensor:
+        rng = np.random.default_rng([SEED, self.first + index])
+        image = images.any_image(rng)
+        crops = image[None] if self.crop == images.SIZE else lively_crops(rng, image, self.crop)
+        return torch.from_numpy(np.ascontiguousarray(crops))
+
+
+def lively_crops(rng: np.random.Generator, image: np.ndarray, crop: int) -> np.ndarray:
+    """CROPS squares of a picture, each the one with more edges of two random ones."""
+    edges = np.abs(np.diff(image.astype(np.int16), axis=1)).sum(-1)
+    chosen = []
+    for _ in range(CROPS):
+        corners = rng.integers(0, image.shape[0] - crop + 1, (2, 2))
+        energy = [edges[y : y + crop, x : x + crop - 1].sum() for y, x in corners]
+        y, x = corners[int(np.argmax(energy))]
+        chosen.append(image[y : y + crop, x : x + crop])
+    return np.stack(chosen)
+
+
+def pixels_of(images: Tensor) -> Tensor:
+    """(n, h, w, 3) uint8 as (n, 3, h, w) in [-1, 1], channels last in memory."""
+    return images.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def batches(seen: int, settings: Settings, machine: Machine) -> Iterator[Tensor]:
+    """Batches of pixels in [-1, 1] from picture `seen` to the end of the training."""
+    turn = round(settings.pictures * settings.whole_from)
+    phases = [(turn, settings.crop), (settings.pictures, images.SIZE)]
+    for end, crop in phases:
+        if seen >= end:
+            continue
+        data = Crops(seen, end - seen, crop)
+        loader = DataLoader(data, settings.batch, num_workers=machine.workers)
+        for stack in loader:
+            yield pixels_of(stack.flatten(0, 1).to(machine.device, non_blocking=True))
+        seen = end
+
+
+class Training:
+    """The networks and optimizers of one training."""
+
+    def __init__(self, settings: Settings, machine: Machine) -> None:
+        torch.manual_seed(0)
+        self.settings, self.machine = settings, machine
+        like = {"device": machine.device, "memory_format": torch.channels_last}
+        self.network = new_autoencoder(settings.widths, settings.latent_channels).to(**like)
+        self.average = copy.deepcopy(self.network).requires_grad_(False)
+        self.features = RandomFeatures().to(**like)
+        self.critic = PatchCritic().to(**like)
+        adam = torch.optim.AdamW
+        self.optimizer = adam(
+            self.network.parameters(), settings.rate, betas=(0.9, 0.99), weight_decay=0.0
+        )
+        self.critic_optimizer = adam(
+            self.critic.parameters(), 2e-4, betas=(0.5, 0.99), weight_decay=0.0
+        )
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        """What a state holds, by name."""
+        return {"network": self.network, "average": self.average, "critic": self.critic}
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimizers whose moments a state holds, by name."""
+        return {"network": self.optimizer, "critic": self.critic_optimizer}
+
+    def reconstruct(self, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Reconstructions from latents with noise, and the latents."""
+        with self.machine.autocast():
+            latents = self.network.encode(pixels).latent_dist.mean
+            noise = torch.randn(latents.shape, generator=generator).to(latents)
+            output = self.network.decode(latents + LATENT_NOISE * noise).sample
+        return output.float(), latents.float()
+
+    def step(self, pixels: Tensor, seen: int) -> dict[str, float]:
+        """One step on a batch; returns the losses."""
+        settings = self.settings
+        generator = torch.Generator().manual_seed(seen)
+        output, latents = self.reconstruct(pixels, generator)
+        losses = {"pixels": pixel_loss(output, pixels)}
+        losses["features"] = settings.features * self.features.distance(output, pixels)
+        losses["prior"] = settings.prior * latents.square().mean()
+        if settings.critic and seen >= settings.critic_from * settings.pictures:
+            losses["critic"] = self._criticise(pixels, output)
+        self.optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        nn.utils.clip_grad_norm_(self.network.parameters(), 0.5)
+        set_rate(self.optimizer, rate_at(settings.rate, seen, settings.pictures))
+        self.optimizer.step()
+        update_average(self.average, self.network, round(seen / settings.batch), settings.decay)
+        return {name: loss.item() for name, loss in losses.items()}
+
+    def _criticise(self, pixels: Tensor, output: Tensor) -> Tensor:
+        """Teach the critic; returns what it says of the reconstructions, as a loss."""
+        self.critic_optimizer.zero_grad()
+        critic_loss(self.critic(pixels), self.critic(output.detach())).backward()
+        self.critic_optimizer.step()
+        self.critic.requires_grad_(False)
+        opinion = -self.settings.critic * self.critic(output).mean()
+        self.critic.requires_grad_(True)
+        return opinion
+
+
+def train(work: Path, settings: Settings, machine: Machine) -> None:
+    """Train until `settings.pictures`, from the state in `work` if there is one."""
+    path = work / "autoencoder.safetensors"
+    training = Training(settings, machine)
+    seen = load_state(path, training.optimizers, training.modules)
+    progress = Progress("autoencoder", seen, settings.pictures)
+    for pixels in batches(seen, settings, machine):
+        losses = training.step(pixels, seen)
+        seen = min(seen + settings.batch, settings.pictures)
+        if progress.is_due(seen):
+            progress.report(seen, losses | held_out.brief_figures(training.average, machine))
+            save_state(path, seen, training.optimizers, training.modules)
+            held_out.show(training.average, machine, work / "autoencoder.png")
+
+
+@torch.no_grad()
+def standardise(autoencoder: AutoencoderKL, pixels: Tensor) -> None:
+    """Fold the latents' means and their one deviation into the 1x1 convolutions around them.
+
+    Afterwards each channel has mean 0 and all latents together deviation 1, so the pipeline's
+    scaling factor is 1. Channels keep their share of the variance: those that carry little detail
+    stay small, so that a denoiser settles them last.
+    """
+    latents = autoencoder.encode(pixels).latent_dist.mean
+    mean = latents.mean((0, 2, 3))
+    scale = (latents - mean[:, None, None]).std()
+    inward, outward, half = autoencoder.quant_conv, autoencoder.post_quant_conv, len(mean)
+    inward.weight[:half] /= scale
+    inward.bias[:half] = (inward.bias[:half] - mean) / scale
+    inward.bias[half:] -= 2 * scale.log()
+    outward.bias += outward.weight[..., 0, 0] @ mean
+    outward.weight *= scale
+
+
+def finished(work: Path, settings: Settings) -> AutoencoderKL:
+    """The averaged autoencoder of a training, with standardised latents."""
+    module = new_autoencoder(settings.widths, settings.latent_channels)
+    load_state(work / "autoencoder.safetensors", {}, {"average": module})
+    pictures = [images.world_scene(np.random.default_rng([SEED + 1, i])) for i in range(256)]
+    standardise(module, pixels_of(torch.from_numpy(np.stack(pictures))))
+    return module.eval()
