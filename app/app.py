@@ -8,7 +8,7 @@ RITE_WORKSPACE is where photos, runs, adapters and pictures are kept (default: .
 import os
 import sys
 
-from rite_diffusion.cli import main
+from rite_diffusion.cli.app import main
 
 if __name__ == "__main__":
     workspace = os.environ.get("RITE_WORKSPACE", "studio")

@@ -30,14 +30,14 @@ from PIL import Image
 from prompts import CONCEPTS, article
 
 from rite_diffusion.adapters import attach, load_adapter
+from rite_diffusion.api.demo import example_photos
+from rite_diffusion.api.masks import make_masks
 from rite_diffusion.config import merge, parse_assignments
-from rite_diffusion.demo import example_photos
 from rite_diffusion.evaluation.judge import load_judge
-from rite_diffusion.files import cache_folder
+from rite_diffusion.files.writing import cache_folder
 from rite_diffusion.generation.grid import labelled_grid
-from rite_diffusion.masking import make_masks
-from rite_diffusion.plan import configure, plan_training
-from rite_diffusion.run import run_training
+from rite_diffusion.training.plan import configure, plan_training
+from rite_diffusion.training.run import run_training
 
 METHODS = ("lora", "pivotal", "custom_diffusion", "ed_lora")
 OPTIMIZERS = ("adamw", "scaled_adamw", "rite")
@@ -211,7 +211,9 @@ def main() -> None:
         # A process of its own for each run, so that its peak of memory is its own; what they import
         # is imported once.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["rite_diffusion.run", "rite_diffusion.evaluation.judge"])
+        context.set_forkserver_preload(
+            ["rite_diffusion.training.run", "rite_diffusion.evaluation.judge"]
+        )
         with context.Pool(options.processes, maxtasksperchild=1) as pool, LOG.open("a") as log:
             for count, row in enumerate(pool.imap_unordered(run, tasks), 1):
                 log.write(json.dumps(row) + "\n")

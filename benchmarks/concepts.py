@@ -16,15 +16,15 @@ from machine import RESULTS, write_result
 from prompts import CONCEPTS, article
 
 from rite_diffusion.adapters import attach, detach, load_adapter
+from rite_diffusion.api.demo import example_photos
 from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import parse_assignments
-from rite_diffusion.demo import example_photos
 from rite_diffusion.evaluation.judge import load_judge
+from rite_diffusion.generation.denoise import sample
 from rite_diffusion.generation.grid import labelled_grid
-from rite_diffusion.generation.sampler import sample
-from rite_diffusion.plan import configure, plan_training
-from rite_diffusion.run import run_training
-from rite_diffusion.types import Backbone
+from rite_diffusion.training.plan import configure, plan_training
+from rite_diffusion.training.run import run_training
 
 SEEDS = [100, 101, 102, 103]
 

@@ -36,16 +36,17 @@ from machine import RESULTS, write_result
 from PIL.Image import Image
 from prompts import CONCEPTS
 
-from rite_diffusion import merging, sketching
 from rite_diffusion.adapters import load_adapter
-from rite_diffusion.demo import example_photos
+from rite_diffusion.api import fuse as merging
+from rite_diffusion.api import sketch as sketching
+from rite_diffusion.api.demo import example_photos
 from rite_diffusion.evaluation.judge import load_judge
-from rite_diffusion.files import cache_folder
+from rite_diffusion.files.writing import cache_folder
 from rite_diffusion.fusion.members import Member
 from rite_diffusion.fusion.report import report_on
 from rite_diffusion.fusion.sketch import load_sketch, sketch_path
-from rite_diffusion.plan import configure, plan_training
-from rite_diffusion.run import run_training
+from rite_diffusion.training.plan import configure, plan_training
+from rite_diffusion.training.run import run_training
 from rite_diffusion.training.run_folder import RunFolder
 
 METHODS = {  # label -> method, weight of every adapter, settings

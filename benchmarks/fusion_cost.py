@@ -25,9 +25,9 @@ from dataclasses import dataclass
 import torch
 from machine import RESULTS, memory_mib, write_result
 
-from rite_diffusion.files import read_json
-from rite_diffusion.fusion.gram import gram
+from rite_diffusion.files.writing import read_json
 from rite_diffusion.fusion.layer import Factors, Layer, Part
+from rite_diffusion.fusion.methods.gram import gram
 from rite_diffusion.fusion.settings import FusionSettings
 from rite_diffusion.fusion.statistics import ExactSum
 

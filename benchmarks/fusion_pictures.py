@@ -12,16 +12,17 @@ from prompts import CONCEPTS, article
 
 from rite_diffusion.adapters import attach, detach
 from rite_diffusion.adapters.choice import choose_adapters
+from rite_diffusion.api.demo import example_photos
 from rite_diffusion.backbones import load_backbone
-from rite_diffusion.demo import example_photos
+from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.evaluation.judge import as_pixels, load_judge
 from rite_diffusion.generation.attached import Attached, as_attached
+from rite_diffusion.generation.denoise import denoising, pictures, sample
 from rite_diffusion.generation.regional import regionally_guided
 from rite_diffusion.generation.regions import Region
-from rite_diffusion.generation.sampler import denoising, pictures, sample
 from rite_diffusion.photos.folder import read_folder
 from rite_diffusion.photos.images import to_tensor
-from rite_diffusion.types import Backbone, Concept
+from rite_diffusion.types import Concept
 
 OTHERS = ("dog", "apple", "house", "fish")  # drawn without a trigger, to see the drift
 STEPS, GUIDANCE = 15, 3.0

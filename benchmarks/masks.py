@@ -12,9 +12,9 @@ from machine import write_result
 from PIL import Image
 from prompts import CONCEPTS
 
+from rite_diffusion.api.demo import example_photos
+from rite_diffusion.api.masks import attention_segmenter
 from rite_diffusion.backbones import load_backbone
-from rite_diffusion.demo import example_photos
-from rite_diffusion.masking import attention_segmenter
 from rite_diffusion.photos.folder import read_folder
 from rite_diffusion.photos.segmenter import NoSubject
 from rite_diffusion.types import Concept

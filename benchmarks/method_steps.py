@@ -15,10 +15,10 @@ from pathlib import Path
 from concept_methods import METHODS, photos_of
 from machine import write_result
 
-from rite_diffusion.concepts import METHODS as MAKERS
+from rite_diffusion.methods import METHODS as MAKERS
 from rite_diffusion.photos.dataset import encode_photos
-from rite_diffusion.plan import configure, plan_training
-from rite_diffusion.training.loop import Job, Trainer
+from rite_diffusion.training.plan import configure, plan_training
+from rite_diffusion.training.trainer import Job, Trainer
 
 
 def open_trainer(method: str, folder: Path) -> Trainer:

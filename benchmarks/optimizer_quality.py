@@ -25,15 +25,15 @@ from machine import RESULTS, write_result
 from PIL.Image import Image
 from prompts import CONCEPTS, article
 
-from rite_diffusion.concepts import METHODS
-from rite_diffusion.demo import example_photos
+from rite_diffusion.api.demo import example_photos
 from rite_diffusion.evaluation.judge import load_judge
-from rite_diffusion.generation.sampler import sample
+from rite_diffusion.generation.denoise import sample
+from rite_diffusion.methods import METHODS
 from rite_diffusion.photos.dataset import encode_photos
 from rite_diffusion.photos.images import to_tensor
-from rite_diffusion.plan import Plan, configure, plan_training
 from rite_diffusion.training.job import Job
-from rite_diffusion.training.loop import train_steps
+from rite_diffusion.training.plan import Plan, configure, plan_training
+from rite_diffusion.training.trainer import train_steps
 
 # The lowest rate of each, as a power of ten; the sweep covers four decades from there.
 LOWEST = {"sgd": -3, "adamw": -5, "scaled_sgd": -4, "scaled_adamw": -5, "rite": -4}

@@ -17,7 +17,7 @@ from machine import RESULTS, write_result
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rite_diffusion.files import read_json
+from rite_diffusion.files.writing import read_json
 from rite_diffusion.optim import LoraRite, ScaledAdamW, ScaledSGD, lora_param_groups
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from machine import memory_mib, write_result
 
-from rite_diffusion.demo import example_photos
+from rite_diffusion.api.demo import example_photos
 
 CLI = "from rite_diffusion.cli import main; main()"
 

@@ -36,15 +36,15 @@ from machine import RESULTS, write_result
 from trainers import CONCEPT, EARLY, PRECISIONS, Case, preset, run_ours, run_peer
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from rite_diffusion.api.demo import example_photos
 from rite_diffusion.backbones import StableDiffusion
 from rite_diffusion.backbones.clip_tokenizer import clip_tokenizer
 from rite_diffusion.backbones.source import POCKET
-from rite_diffusion.concepts.lora import PlainLora
-from rite_diffusion.demo import example_photos
-from rite_diffusion.plan import configure, plan_training
-from rite_diffusion.run import run_training
-from rite_diffusion.training import loop
-from rite_diffusion.training.loop import StepReport
+from rite_diffusion.methods.lora import PlainLora
+from rite_diffusion.training import trainer as loop
+from rite_diffusion.training.plan import configure, plan_training
+from rite_diffusion.training.run import run_training
+from rite_diffusion.training.trainer import StepReport
 
 NAME = "training_throughput"
 PHOTOS = 24  # a multiple of every batch, so that the peer's epochs end with a whole one

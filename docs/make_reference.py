@@ -22,7 +22,7 @@ from sphinx.ext.napoleon import Config, GoogleDocstring
 
 import rite_diffusion
 import rite_diffusion.optim
-from rite_diffusion.cli import app
+from rite_diffusion.cli.app import app
 from rite_diffusion.config import TrainConfig, preset_folder, preset_names
 
 FENCE = "`" * 7  # longer than any fence within a docstring

@@ -5,7 +5,7 @@ python inference/fuse.py dog.safetensors cat.safetensors --out both.safetensors 
 
 import sys
 
-from rite_diffusion.cli import main
+from rite_diffusion.cli.app import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "fuse")

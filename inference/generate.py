@@ -5,7 +5,7 @@ python inference/generate.py "a <dog> on a blue background" --adapter runs/dog/a
 
 import sys
 
-from rite_diffusion.cli import main
+from rite_diffusion.cli.app import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "generate")

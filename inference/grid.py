@@ -5,7 +5,7 @@ python inference/grid.py --prompt "a <dog>" --adapter dog.safetensors --weight 0
 
 import sys
 
-from rite_diffusion.cli import main
+from rite_diffusion.cli.app import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "grid")

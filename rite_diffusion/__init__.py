@@ -11,7 +11,8 @@ Everything heavy is imported on first use.
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from rite_diffusion._version import __version__
+
 __all__ = [
     "RiteError",
     "__version__",
@@ -26,25 +27,27 @@ __all__ = [
 ]
 
 _HOMES = {
-    "convert": "rite_diffusion.conversion",
-    "train": "rite_diffusion.recipes",
-    "generate": "rite_diffusion.recipes",
-    "inspect": "rite_diffusion.recipes",
-    "fuse": "rite_diffusion.merging",
-    "sketch": "rite_diffusion.sketching",
-    "grid": "rite_diffusion.sheets",
-    "make_masks": "rite_diffusion.masking",
+    "convert": "rite_diffusion.api.convert",
+    "train": "rite_diffusion.api.generate",
+    "generate": "rite_diffusion.api.generate",
+    "inspect": "rite_diffusion.api.generate",
+    "fuse": "rite_diffusion.api.fuse",
+    "sketch": "rite_diffusion.api.sketch",
+    "grid": "rite_diffusion.api.sheet",
+    "make_masks": "rite_diffusion.api.masks",
     "RiteError": "rite_diffusion.types",
 }
 
 if TYPE_CHECKING:
-    from rite_diffusion.conversion import convert
-    from rite_diffusion.masking import make_masks
-    from rite_diffusion.merging import fuse
-    from rite_diffusion.recipes import generate, inspect, train
-    from rite_diffusion.sheets import grid
-    from rite_diffusion.sketching import sketch
-    from rite_diffusion.types import RiteError
+    from rite_diffusion.api.convert import convert
+    from rite_diffusion.api.fuse import fuse
+    from rite_diffusion.api.generate import generate
+    from rite_diffusion.api.inspect import inspect
+    from rite_diffusion.api.masks import make_masks
+    from rite_diffusion.api.sheet import grid
+    from rite_diffusion.api.sketch import sketch
+    from rite_diffusion.api.train import train
+    from rite_diffusion.errors import RiteError
 
 
 def __getattr__(name: str):

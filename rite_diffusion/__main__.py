@@ -1,5 +1,5 @@
 """`python -m rite_diffusion` is `rite`."""
 
-from rite_diffusion.cli import main
+from rite_diffusion.cli.app import main
 
 main()

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 
 from rite_diffusion.adapters import Adapter, AdapterInfo
-from rite_diffusion.fusion.grams import Gram, from_eigen
 from rite_diffusion.fusion.layer import Layer, Part, flat
 from rite_diffusion.fusion.members import Member
+from rite_diffusion.fusion.second_moments import Gram, from_eigen
 from rite_diffusion.fusion.sketch import Sketch, SketchFacts
 from rite_diffusion.types import LoraPair
 

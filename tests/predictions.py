@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from rite_diffusion.types import Backbone
+from rite_diffusion.backbones.protocols import Backbone
 
 PROMPT = "a red cat"
 TIME = torch.tensor([500])

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rite_diffusion.files import read_json
-from rite_diffusion.ui.jobs import LIVE, read_order, state_of
-from rite_diffusion.ui.serve import Settings, launch
+from rite_diffusion.files.writing import read_json
+from rite_diffusion.studio.jobs import LIVE, read_order, state_of
+from rite_diffusion.studio.serve import Settings, launch
 
 # Settings of a training that is over in seconds, or never, as lines of the Train tab.
 SHORT = """

@@ -21,7 +21,8 @@ from rite_diffusion.adapters import (
 from rite_diffusion.adapters.attach import places, set_weight
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.source import POCKET
-from rite_diffusion.types import AdapterError, LoraPair
+from rite_diffusion.errors import AdapterError
+from rite_diffusion.types import LoraPair
 
 
 def random_adapter(backbone, rank=4, alpha=2.0, seed=0) -> Adapter:

@@ -8,7 +8,7 @@ from rite_diffusion.adapters import attach
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.attention_maps import AttentionRecorder, grid_of
 from rite_diffusion.backbones.stable_diffusion import StableDiffusion
-from rite_diffusion.concepts.ed_lora import EdLora, attention_penalty
+from rite_diffusion.methods.ed_lora import EdLora, attention_penalty
 from wordy import PROMPT, random_words, tokens_adapter, wordy_config
 
 

@@ -5,7 +5,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from rite_diffusion.config import AugmentSection
-from rite_diffusion.files import cache_folder
+from rite_diffusion.files.writing import cache_folder
 from rite_diffusion.photos.augment import views_of
 from rite_diffusion.photos.dataset import Encoding, balanced, encode_photos
 from rite_diffusion.photos.images import to_tensor

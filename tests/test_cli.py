@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 from PIL import Image
 
-from rite_diffusion.cli import main
+from rite_diffusion.cli.app import main
 from rite_diffusion.config import resolve
 
 ALONE = ("--set", "prior.weight=0")  # without pictures of the class, which take time to draw

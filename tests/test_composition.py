@@ -5,11 +5,11 @@ import torch
 from rite_diffusion.adapters import attach
 from rite_diffusion.adapters.attach import lora_layers, set_weight
 from rite_diffusion.backbones import load_backbone
+from rite_diffusion.errors import ConfigError
 from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.composition import COMPOSITIONS, PERIOD
-from rite_diffusion.generation.picture import complete, picture
-from rite_diffusion.generation.sampler import guided
-from rite_diffusion.types import ConfigError
+from rite_diffusion.generation.denoise import guided
+from rite_diffusion.generation.request import complete, picture
 from test_adapters import random_adapter
 
 ASKED = {

@@ -3,15 +3,16 @@ import torch
 
 from predictions import prediction, prediction_in_diffusers
 from rite_diffusion.adapters import Adapter, AdapterInfo, attach, load_adapter, save_adapter
-from rite_diffusion.adapters.words import tokens_of
+from rite_diffusion.adapters.learned_embeddings import tokens_of
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.source import POCKET
-from rite_diffusion.concepts import METHODS
-from rite_diffusion.concepts.new_words import new_words
+from rite_diffusion.errors import ConfigError
+from rite_diffusion.methods import METHODS
+from rite_diffusion.methods.new_embeddings import new_words
 from rite_diffusion.optim import OPTIMIZERS
-from rite_diffusion.plan import configure, plan_training
-from rite_diffusion.training.loop import Job, train_steps
-from rite_diffusion.types import Concept, ConfigError, LoraPair
+from rite_diffusion.training.plan import configure, plan_training
+from rite_diffusion.training.trainer import Job, train_steps
+from rite_diffusion.types import Concept, LoraPair
 from runs import QUICK, Stop, config_of, crash_at, same_run, train
 from wordy import RATES, random_data, steps_of, wordy_config
 

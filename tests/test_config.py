@@ -4,8 +4,8 @@ import pytest
 
 from rite_diffusion import config
 from rite_diffusion.config import from_toml, load_preset, parse_assignments, resolve, to_toml
-from rite_diffusion.plan import configure
-from rite_diffusion.types import ConfigError
+from rite_diffusion.errors import ConfigError
+from rite_diffusion.training.plan import configure
 
 NEEDED = {"photos": "p", "trigger": "<t>", "class_noun": "dog"}
 

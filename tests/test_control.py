@@ -12,10 +12,10 @@ from PIL import Image
 import rite_diffusion as rite
 from models import tiny_stable_diffusion
 from rite_diffusion.backbones import load_backbone
+from rite_diffusion.errors import BackboneError, ConfigError
 from rite_diffusion.generation.control import load_controls, parse_control, under_control
+from rite_diffusion.generation.denoise import denoising, guided, initial_noise, sample
 from rite_diffusion.generation.metadata import read_parameters
-from rite_diffusion.generation.sampler import denoising, guided, initial_noise, sample
-from rite_diffusion.types import BackboneError, ConfigError
 
 PROMPT, NEGATIVE, STEPS, GUIDANCE, SEED = "a red cat", "dark", 2, 3.0, 7
 

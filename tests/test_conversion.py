@@ -26,7 +26,8 @@ from rite_diffusion.adapters.verify import (
     verify_in_diffusers,
 )
 from rite_diffusion.backbones import load_backbone
-from rite_diffusion.types import AdapterError, LoraPair
+from rite_diffusion.errors import AdapterError
+from rite_diffusion.types import LoraPair
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out_0", "q_proj", "k_proj", "v_proj", "out_proj")
 LAYERS = (*ATTENTION, "proj_in", "ff_net_0_proj", "conv1", "conv_shortcut", "fc1")

@@ -8,10 +8,11 @@ from PIL import Image
 
 import rite_diffusion as rite
 from rite_diffusion.config import from_toml, read_toml, resolve, to_toml
-from rite_diffusion.files import cache_folder
-from rite_diffusion.plan import configure, plan_training
+from rite_diffusion.errors import ConfigError
+from rite_diffusion.files.writing import cache_folder
 from rite_diffusion.training.batch import draw_batch
-from rite_diffusion.types import Concept, ConfigError
+from rite_diffusion.training.plan import configure, plan_training
+from rite_diffusion.types import Concept
 from runs import QUICK, config_of, train
 
 TWO = """
@@ -93,7 +94,7 @@ def test_several_concepts_become_one_adapter_with_previews_of_each(two, tmp_path
     two |= QUICK | {"dataset": two["dataset"]}
     del two["previews"]["steps"]
     plan = plan_training(configure(two | {"previews": {"every": 3, "steps": 1}}))
-    from rite_diffusion.run import run_training
+    from rite_diffusion.training.run import run_training
 
     info = rite.inspect(run_training(plan, tmp_path / "run")).info
     assert (info.trigger, info.class_noun, info.images) == ("<one>, <two>", "toy, cup", "6")
@@ -125,7 +126,7 @@ def test_class_photos_can_be_given(photos, tmp_path):
 
 
 def test_the_prior_weighs_in_the_loss(photos, tmp_path):
-    from rite_diffusion.concepts import PlainLora
+    from rite_diffusion.methods import PlainLora
     from rite_diffusion.photos.dataset import encode_photos
     from rite_diffusion.training.loss import batch_loss
 
@@ -160,7 +161,7 @@ def test_held_out_photos_are_not_trained_on_but_measured(photos, tmp_path):
 
 
 def test_the_validation_loss_is_a_function_of_the_weights_alone(photos, pocket):
-    from rite_diffusion.concepts import PlainLora
+    from rite_diffusion.methods import PlainLora
     from rite_diffusion.photos.dataset import encode_photos
     from rite_diffusion.training.validation import held_out_loss
 

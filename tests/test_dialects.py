@@ -15,7 +15,8 @@ from rite_diffusion.adapters.delta import delta_weight, relative_difference
 from rite_diffusion.adapters.dialects import DIALECTS, embeddings, locate, peft
 from rite_diffusion.adapters.names import from_sgm, module_name, to_sgm
 from rite_diffusion.adapters.rules import published_layers, sgm_paths
-from rite_diffusion.types import AdapterError, LoraPair
+from rite_diffusion.errors import AdapterError
+from rite_diffusion.types import LoraPair
 
 BLOCK = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0"
 DEEP = "lora_unet_down_blocks_2_attentions_0_transformer_blocks_1"

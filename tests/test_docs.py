@@ -13,7 +13,7 @@ import typer
 
 import rite_diffusion
 from rite_diffusion import optim
-from rite_diffusion.cli import app
+from rite_diffusion.cli.app import app
 from rite_diffusion.config import known_keys, preset_names
 
 ROOT = Path(__file__).parents[1]

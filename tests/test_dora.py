@@ -16,9 +16,9 @@ from rite_diffusion.adapters.names import split_path
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.composition import composed, switched
+from rite_diffusion.generation.denoise import guided
 from rite_diffusion.generation.regional import regionally_guided
 from rite_diffusion.generation.regions import Region
-from rite_diffusion.generation.sampler import guided
 from rite_diffusion.types import LoraPair
 from test_conversion import LAYERS, random_adapter
 

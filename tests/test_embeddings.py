@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 import rite_diffusion as rite
 from rite_diffusion.adapters import load_adapter
 from rite_diffusion.adapters.dialects.published import load_published
-from rite_diffusion.cli import app
-from rite_diffusion.types import AdapterError
+from rite_diffusion.cli.app import app
+from rite_diffusion.errors import AdapterError
 
 ROWS = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
 WIDE = torch.randn(2, 32, generator=torch.Generator().manual_seed(1))

@@ -12,13 +12,13 @@ from rite_diffusion.adapters import attach
 from rite_diffusion.adapters.attach import lora_layers
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.text_cache import cached_conditioning
-from rite_diffusion.concepts import PlainLora
-from rite_diffusion.files import cache_folder
+from rite_diffusion.errors import RunError
+from rite_diffusion.files.writing import cache_folder
+from rite_diffusion.methods import PlainLora
 from rite_diffusion.photos.dataset import encode_photos
-from rite_diffusion.plan import plan_training
-from rite_diffusion.run import measure, run_training
 from rite_diffusion.training.job import Job, keep_captions, release_encoders
-from rite_diffusion.types import RunError
+from rite_diffusion.training.plan import plan_training
+from rite_diffusion.training.run import measure, run_training
 from runs import config_of
 from test_adapters import random_adapter
 

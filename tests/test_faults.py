@@ -15,11 +15,11 @@ from safetensors.torch import load_file
 
 import killable
 import rite_diffusion as rite
-from rite_diffusion import run as run_module
 from rite_diffusion.adapters import load_adapter
-from rite_diffusion.training import loop
+from rite_diffusion.errors import ConfigError, RunError
+from rite_diffusion.training import run as run_module
+from rite_diffusion.training import trainer as loop
 from rite_diffusion.training.run_folder import RunFolder
-from rite_diffusion.types import ConfigError, RunError
 from runs import Stop, crash_at, same_run, train
 
 OUT_OF_MEMORY = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")

@@ -15,12 +15,9 @@ from fusion_layers import (
     random_sketch,
 )
 from rite_diffusion.adapters import Adapter, load_adapter, save_adapter
+from rite_diffusion.errors import FusionError
 from rite_diffusion.fusion import FUSIONS, FusionSettings
-from rite_diffusion.fusion.custom_diffusion import distinct_directions
-from rite_diffusion.fusion.dare import bernoulli
-from rite_diffusion.fusion.gradient import gradient
-from rite_diffusion.fusion.gram import gram, objective
-from rite_diffusion.fusion.grams import GramSum, full_gram, mean, output_energy, truncated
+from rite_diffusion.fusion.embeddings import merge_tokens
 from rite_diffusion.fusion.layer import Factors, Layer, Part, stack
 from rite_diffusion.fusion.low_rank import (
     factorised,
@@ -31,9 +28,12 @@ from rite_diffusion.fusion.low_rank import (
 )
 from rite_diffusion.fusion.members import Member
 from rite_diffusion.fusion.merge import merge
-from rite_diffusion.fusion.ties import ties_merge, trim
-from rite_diffusion.fusion.tokens import merge_tokens
-from rite_diffusion.types import FusionError
+from rite_diffusion.fusion.methods.custom_diffusion import distinct_directions
+from rite_diffusion.fusion.methods.dare import bernoulli
+from rite_diffusion.fusion.methods.gradient import gradient
+from rite_diffusion.fusion.methods.gram import gram, objective
+from rite_diffusion.fusion.methods.ties import ties_merge, trim
+from rite_diffusion.fusion.second_moments import GramSum, full_gram, mean, output_energy, truncated
 
 NAMES = list(SHAPES)
 PLAIN = FusionSettings()

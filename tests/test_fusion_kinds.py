@@ -11,13 +11,13 @@ from rite_diffusion.adapters import Adapter, attach, load_adapter, save_adapter
 from rite_diffusion.adapters.attach import base_weights
 from rite_diffusion.adapters.delta import adapted_weight
 from rite_diffusion.backbones import load_backbone
+from rite_diffusion.errors import FusionError
 from rite_diffusion.fusion import FusionSettings
 from rite_diffusion.fusion.dora import as_plain
 from rite_diffusion.fusion.measure import measure
 from rite_diffusion.fusion.members import Member, digest_of
 from rite_diffusion.fusion.merge import merge
 from rite_diffusion.fusion.statistics import Drawing
-from rite_diffusion.types import FusionError
 from test_adapters import random_adapter as random_backbone_adapter
 
 PLAIN = FusionSettings()

@@ -6,10 +6,10 @@ from PIL import Image
 
 import rite_diffusion as rite
 from rite_diffusion.adapters.choice import split_weight
+from rite_diffusion.errors import AdapterError, ConfigError, RiteError
+from rite_diffusion.generation.denoise import sample
 from rite_diffusion.generation.grid import labelled_grid
 from rite_diffusion.generation.metadata import read_parameters
-from rite_diffusion.generation.sampler import sample
-from rite_diffusion.types import AdapterError, ConfigError, RiteError
 
 PROMPT = "a cat on a blue background"
 

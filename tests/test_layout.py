@@ -6,13 +6,13 @@ import torch
 
 import rite_diffusion as rite
 from rite_diffusion.backbones import load_backbone
+from rite_diffusion.errors import ConfigError
 from rite_diffusion.generation.attached import Attached
+from rite_diffusion.generation.denoise import denoising, guided, pictures
 from rite_diffusion.generation.layout import box_of, find_boxes, parted
 from rite_diffusion.generation.metadata import read_parameters
-from rite_diffusion.generation.picture import complete, placed
 from rite_diffusion.generation.regions import Region, Sought, adapter_weights, parse_regions
-from rite_diffusion.generation.sampler import denoising, guided, pictures
-from rite_diffusion.types import ConfigError
+from rite_diffusion.generation.request import complete, placed
 from subjects import subject_of
 
 PAIR = "a cat on the left and a house on the right on a blue background"

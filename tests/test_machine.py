@@ -15,11 +15,11 @@ import torch
 
 import rite_diffusion as rite
 from rite_diffusion.backbones.source import choose_attention, usable_precision
-from rite_diffusion.cli import main
-from rite_diffusion.plan import plan_training
-from rite_diffusion.run import run_training
+from rite_diffusion.cli.app import main
+from rite_diffusion.errors import BackboneError
+from rite_diffusion.training.plan import plan_training
+from rite_diffusion.training.run import run_training
 from rite_diffusion.training.run_folder import RunFolder
-from rite_diffusion.types import BackboneError
 from runs import config_of, train
 
 

@@ -7,14 +7,15 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from rite_diffusion.api.demo import example_photos
+from rite_diffusion.api.masks import attention_segmenter, make_masks
 from rite_diffusion.backbones import load_backbone
-from rite_diffusion.demo import example_photos
-from rite_diffusion.masking import attention_segmenter, make_masks
+from rite_diffusion.errors import ConfigError
 from rite_diffusion.photos import segmenter
 from rite_diffusion.photos.cutout import cut_out, otsu
 from rite_diffusion.photos.folder import read_folder
 from rite_diffusion.photos.segmenter import NoSubject, load_segmenter
-from rite_diffusion.types import Concept, ConfigError
+from rite_diffusion.types import Concept
 from subjects import subject_of
 
 STUB = Path(__file__).parent / "data/segmenter.onnx"  # the mean of a picture's channels is its map

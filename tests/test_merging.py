@@ -11,9 +11,12 @@ import rite_diffusion as rite
 from fusion_layers import dense, random_member
 from predictions import prediction, prediction_in_diffusers
 from rite_diffusion.adapters import attach, load_adapter
+from rite_diffusion.api.fuse import fuse_and_report
+from rite_diffusion.api.sketch import with_sketches
 from rite_diffusion.backbones import load_backbone
-from rite_diffusion.cli import app
-from rite_diffusion.evaluation.conflict_sheet import conflict_sheet, layer_label
+from rite_diffusion.cli.app import app
+from rite_diffusion.errors import FusionError, RiteError
+from rite_diffusion.fusion.conflict_sheet import conflict_sheet, layer_label
 from rite_diffusion.fusion.measure import measure_concept
 from rite_diffusion.fusion.members import Member, digest_of
 from rite_diffusion.fusion.merge import merge
@@ -22,9 +25,6 @@ from rite_diffusion.fusion.report import report_on
 from rite_diffusion.fusion.settings import FusionSettings
 from rite_diffusion.fusion.sketch import load_sketch, sketch_path
 from rite_diffusion.fusion.statistics import Drawing
-from rite_diffusion.merging import fuse_and_report
-from rite_diffusion.sketching import with_sketches
-from rite_diffusion.types import FusionError, RiteError
 
 FEW = Drawing(steps=1)
 

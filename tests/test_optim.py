@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from reference import lora_optimizers as reference
+from rite_diffusion.errors import OptimizerError
 from rite_diffusion.optim import OPTIMIZERS, LoraRite, ScaledAdamW, ScaledSGD, lora_param_groups
-from rite_diffusion.types import OptimizerError
 
 FAST = {"scaled_sgd": ScaledSGD, "scaled_adamw": ScaledAdamW, "rite": LoraRite}
 SLOW = {

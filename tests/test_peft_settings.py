@@ -13,7 +13,7 @@ from rite_diffusion.adapters import Adapter, load_adapter
 from rite_diffusion.adapters.delta import adapted_weight, relative_difference
 from rite_diffusion.adapters.dialects.peft_settings import check_config
 from rite_diffusion.adapters.names import module_name
-from rite_diffusion.types import AdapterError
+from rite_diffusion.errors import AdapterError
 
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
 LAYERS = {

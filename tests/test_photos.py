@@ -10,17 +10,13 @@ from PIL import Image, ImageFile
 from PIL.PngImagePlugin import PngInfo
 
 from rite_diffusion.config import AugmentSection
-from rite_diffusion.photos.buckets import (
-    batch_indices,
-    bucket_of,
-    bucket_of_step,
-    bucket_sizes,
-)
+from rite_diffusion.errors import PhotoFolderError
+from rite_diffusion.photos.buckets import batch_indices, bucket_of, bucket_of_step, bucket_sizes
 from rite_diffusion.photos.dataset import Encoding, encode_photos
 from rite_diffusion.photos.folder import read_folder
 from rite_diffusion.photos.images import UnreadableImage, fit, open_image, to_image, to_tensor
-from rite_diffusion.photos.random import generator
-from rite_diffusion.types import Concept, PhotoFolderError
+from rite_diffusion.seeding import generator
+from rite_diffusion.types import Concept
 
 CONCEPT = Concept("<thing>", "toy")
 TEMPLATES = ["a {trigger}", "a photo of a {trigger}, a {class_noun}"]

@@ -10,10 +10,10 @@ from diffusers import StableDiffusionPipeline
 
 import rite_diffusion as rite
 from rite_diffusion.adapters import attach, load_adapter
+from rite_diffusion.api.demo import example_photos
 from rite_diffusion.backbones.source import POCKET
-from rite_diffusion.demo import example_photos
 from rite_diffusion.evaluation.judge import load_judge
-from rite_diffusion.generation.sampler import sample
+from rite_diffusion.generation.denoise import sample
 from rite_diffusion.photos.folder import read_folder
 from rite_diffusion.types import Concept
 

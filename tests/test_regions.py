@@ -4,7 +4,10 @@ import torch
 
 from rite_diffusion.adapters import attach
 from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.protocols import Conditioning
+from rite_diffusion.errors import ConfigError
 from rite_diffusion.generation.attached import Attached
+from rite_diffusion.generation.denoise import denoising, pictures, sample
 from rite_diffusion.generation.regional import (
     Plan,
     RegionalAttention,
@@ -13,14 +16,7 @@ from rite_diffusion.generation.regional import (
     regionally_guided,
     side_by_side,
 )
-from rite_diffusion.generation.regions import (
-    Region,
-    adapter_weights,
-    parse_region,
-    region_shares,
-)
-from rite_diffusion.generation.sampler import denoising, pictures, sample
-from rite_diffusion.types import Conditioning, ConfigError
+from rite_diffusion.generation.regions import Region, adapter_weights, parse_region, region_shares
 from test_adapters import random_adapter
 
 WHOLE = Region(0, 0, 1, 1, "a red cat")

@@ -15,15 +15,16 @@ from safetensors.torch import load_file
 
 import killable
 import rite_diffusion as rite
-from rite_diffusion.concepts import PlainLora
+from rite_diffusion.errors import RunError
+from rite_diffusion.methods import PlainLora
 from rite_diffusion.optim import OPTIMIZERS
 from rite_diffusion.photos.dataset import Encoding, encode_photos
 from rite_diffusion.photos.folder import read_folder
 from rite_diffusion.training.interrupt import stop_on_signal
 from rite_diffusion.training.job import Job
-from rite_diffusion.training.loop import train_steps
 from rite_diffusion.training.run_folder import RunFolder
-from rite_diffusion.types import Concept, RunError
+from rite_diffusion.training.trainer import train_steps
+from rite_diffusion.types import Concept
 from runs import Stop, config_of, crash_at, same_run, train
 
 

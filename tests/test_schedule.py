@@ -21,16 +21,16 @@ from rite_diffusion.backbones.schedule import (
     prediction_type,
     sampler,
 )
-from rite_diffusion.concepts import PlainLora
-from rite_diffusion.generation.sampler import denoising, guided
+from rite_diffusion.errors import BackboneError
+from rite_diffusion.generation.denoise import denoising, guided
+from rite_diffusion.methods import PlainLora
 from rite_diffusion.photos.dataset import encode_photos
-from rite_diffusion.plan import plan_training
 from rite_diffusion.training.batch import draw_batch
 from rite_diffusion.training.job import Job
-from rite_diffusion.training.loop import train_steps
 from rite_diffusion.training.loss import batch_loss
 from rite_diffusion.training.objective import TARGETS, add_noise, flow_target, timestep_weight
-from rite_diffusion.types import BackboneError
+from rite_diffusion.training.plan import plan_training
+from rite_diffusion.training.trainer import train_steps
 from runs import config_of
 
 

@@ -22,7 +22,7 @@ from rite_diffusion.backbones.single_file import (
     vae_config,
 )
 from rite_diffusion.backbones.text_checkpoint import clip_config
-from rite_diffusion.types import BackboneError
+from rite_diffusion.errors import BackboneError
 
 TOKENS = f"{CLIP}text_model.embeddings.token_embedding.weight"
 POSITIONS = f"{CLIP}text_model.embeddings.position_embedding.weight"

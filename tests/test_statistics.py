@@ -9,6 +9,7 @@ from torch import nn
 from rite_diffusion.adapters import attach
 from rite_diffusion.adapters.attach import places
 from rite_diffusion.backbones import load_backbone
+from rite_diffusion.errors import FusionError
 from rite_diffusion.fusion import statistics
 from rite_diffusion.fusion.measure import measure, sketched_layers
 from rite_diffusion.fusion.members import digest_of
@@ -23,7 +24,7 @@ from rite_diffusion.fusion.statistics import (
     leaders,
     watched,
 )
-from rite_diffusion.types import FusionError, LoraPair
+from rite_diffusion.types import LoraPair
 from test_adapters import random_adapter
 
 CPU = torch.device("cpu")

@@ -18,11 +18,11 @@ from PIL import Image
 
 import rite_diffusion as rite
 from rite_diffusion.adapters import load_adapter
+from rite_diffusion.errors import StudioError
 from rite_diffusion.fusion.sketch import load_sketch
+from rite_diffusion.generation.denoise import sample
 from rite_diffusion.generation.metadata import read_parameters
-from rite_diffusion.generation.sampler import sample
-from rite_diffusion.types import StudioError
-from rite_diffusion.ui.serve import Settings, launch
+from rite_diffusion.studio.serve import Settings, launch
 from studio_server import SHORT, pocket_adapter, studio, wait_for_state
 from test_studio_files import an_adapter
 
@@ -275,13 +275,13 @@ def test_a_container_without_a_password_ends_with_words(tmp_path):
 
 
 def test_tools_for_assistants_ask_for_the_package_that_they_need(tmp_path, monkeypatch):
-    monkeypatch.setattr("rite_diffusion.ui.serve.find_spec", lambda name: None)
+    monkeypatch.setattr("rite_diffusion.studio.serve.find_spec", lambda name: None)
     with pytest.raises(StudioError, match=r"pip install 'gradio\[mcp\]'"):
         launch(Settings(tmp_path / "space", mcp=True))
 
 
 def test_users_see_only_their_own(tmp_path, monkeypatch):
-    monkeypatch.setattr("rite_diffusion.ui.access.PAUSE", 0)
+    monkeypatch.setattr("rite_diffusion.studio.access.PAUSE", 0)
     logins = ("ann:first password", "bob:second password")
     with studio(tmp_path / "space", auth=logins) as page:
         assert get(f"{page.local_url}gradio_api/file=/etc/passwd") == 401

@@ -14,9 +14,9 @@ from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
 from rite_diffusion.adapters import load_adapter
-from rite_diffusion.demo import example_photos
+from rite_diffusion.api.demo import example_photos
 from rite_diffusion.generation.metadata import read_parameters
-from rite_diffusion.ui.jobs import state_of
+from rite_diffusion.studio.jobs import state_of
 from studio_server import (
     ENDLESS,
     SHORT,

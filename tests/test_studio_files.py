@@ -12,13 +12,14 @@ from PIL import Image
 
 from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
 from rite_diffusion.config import resolve
-from rite_diffusion.types import AdapterError, ConfigError, LoraPair, StudioError
-from rite_diffusion.ui import library, uploads
-from rite_diffusion.ui.access import gatekeeper, read_logins, refuse_open_door
-from rite_diffusion.ui.photo_sets import read_set, remove_photo, write_captions
-from rite_diffusion.ui.presets import PURPOSES, training_settings
-from rite_diffusion.ui.uploads import keep_photos
-from rite_diffusion.ui.workspace import Workspace, name_from
+from rite_diffusion.errors import AdapterError, ConfigError, StudioError
+from rite_diffusion.studio import library, uploads
+from rite_diffusion.studio.access import gatekeeper, read_logins, refuse_open_door
+from rite_diffusion.studio.photo_sets import read_set, remove_photo, write_captions
+from rite_diffusion.studio.presets import PURPOSES, training_settings
+from rite_diffusion.studio.uploads import keep_photos
+from rite_diffusion.studio.workspace import Workspace, name_from
+from rite_diffusion.types import LoraPair
 
 LEADING_OUT = ["../x", "..", ".", "/etc/passwd", "a/../../x", "a\\..\\x", "", ".hidden", "x\0", "~",
                "a" * 65, "x ", "x.", "C:x", "\nx"]  # fmt: skip
@@ -278,7 +279,7 @@ def test_a_login_is_a_plain_user_and_a_real_password(text):
 
 
 def test_the_gatekeeper_knows_each_user_and_no_other(monkeypatch):
-    monkeypatch.setattr("rite_diffusion.ui.access.PAUSE", 0)
+    monkeypatch.setattr("rite_diffusion.studio.access.PAUSE", 0)
     admit = gatekeeper({"me": "long enough", "you": "something else"})
 
     async def answers(*logins: tuple[str, str]) -> list[bool]:
@@ -289,7 +290,7 @@ def test_the_gatekeeper_knows_each_user_and_no_other(monkeypatch):
 
 
 def test_guesses_at_one_users_password_are_answered_one_after_another(monkeypatch):
-    monkeypatch.setattr("rite_diffusion.ui.access.PAUSE", 0.05)
+    monkeypatch.setattr("rite_diffusion.studio.access.PAUSE", 0.05)
     admit = gatekeeper({"me": "long enough"})
 
     async def guess(count: int) -> list[bool]:

@@ -12,10 +12,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rite_diffusion.types import StudioError
-from rite_diffusion.ui.jobs import JobQueue, Order, last_words, read_order, state_of, write_order
-from rite_diffusion.ui.presets import training_settings
-from rite_diffusion.ui.progress import POINTS, loss_curves, rate_curve, read_progress, thin
+from rite_diffusion.errors import StudioError
+from rite_diffusion.studio.jobs import (
+    JobQueue,
+    Order,
+    last_words,
+    read_order,
+    state_of,
+    write_order,
+)
+from rite_diffusion.studio.presets import training_settings
+from rite_diffusion.studio.progress import POINTS, loss_curves, rate_curve, read_progress, thin
 from studio_server import ENDLESS, SHORT, end, output, pid_of, step_of, wait_for, wait_for_state
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from rite_diffusion.adapters.dialects import DIALECTS
+from rite_diffusion.errors import ConfigError, StudioError
 from rite_diffusion.fusion import FUSIONS
 from rite_diffusion.fusion.report import ConflictReport, LayerConflict
-from rite_diffusion.types import ConfigError, StudioError
-from rite_diffusion.ui.background import followed
-from rite_diffusion.ui.boxes import (
+from rite_diffusion.studio.background import followed
+from rite_diffusion.studio.boxes import (
     BY_WORDS,
     NONE,
     Box,
@@ -25,16 +25,16 @@ from rite_diffusion.ui.boxes import (
     region_texts,
     side_by_side,
 )
-from rite_diffusion.ui.conflicts import report_html, verdict
-from rite_diffusion.ui.exports import PROGRAMS
-from rite_diffusion.ui.fusing import keep, new_draft, prompts_to_compare
-from rite_diffusion.ui.library import Card, cards
-from rite_diffusion.ui.tabs.adapters import MOST, chosen_with_weights, sliders
-from rite_diffusion.ui.tabs.compare import APART, BASE_ALONE, TOGETHER, groups_of, numbers_in
-from rite_diffusion.ui.tabs.fields import decimal, whole_number
-from rite_diffusion.ui.tabs.fuse import METHODS
-from rite_diffusion.ui.tabs.train import _chosen
-from rite_diffusion.ui.workspace import Workspace
+from rite_diffusion.studio.conflicts import report_html, verdict
+from rite_diffusion.studio.exports import PROGRAMS
+from rite_diffusion.studio.fusing import keep, new_draft, prompts_to_compare
+from rite_diffusion.studio.library import Card, cards
+from rite_diffusion.studio.tabs.adapters import MOST, chosen_with_weights, sliders
+from rite_diffusion.studio.tabs.compare import APART, BASE_ALONE, TOGETHER, groups_of, numbers_in
+from rite_diffusion.studio.tabs.fields import decimal, whole_number
+from rite_diffusion.studio.tabs.fuse import METHODS
+from rite_diffusion.studio.tabs.train import _chosen
+from rite_diffusion.studio.workspace import Workspace
 from test_studio_files import an_adapter
 
 

@@ -11,19 +11,20 @@ import pytest
 import torch
 
 import rite_diffusion as rite
-from rite_diffusion.concepts import PlainLora
 from rite_diffusion.config import OptimSection, from_toml
+from rite_diffusion.errors import ConfigError, RunError
+from rite_diffusion.methods import PlainLora
 from rite_diffusion.optim import OPTIMIZERS
 from rite_diffusion.photos.dataset import Encoding, encode_photos
 from rite_diffusion.photos.folder import read_folder
-from rite_diffusion.plan import plan_training
-from rite_diffusion.run import measure
 from rite_diffusion.training import loss, probe
 from rite_diffusion.training.batch import draw_batch
 from rite_diffusion.training.job import Job
-from rite_diffusion.training.loop import build_optimizer, rate_factor, train_steps
 from rite_diffusion.training.loss import batch_loss
-from rite_diffusion.types import Concept, ConfigError, RunError
+from rite_diffusion.training.plan import plan_training
+from rite_diffusion.training.run import measure
+from rite_diffusion.training.trainer import build_optimizer, rate_factor, train_steps
+from rite_diffusion.types import Concept
 from runs import Stop, config_of, crash_at, metrics, same_run, train
 
 

@@ -9,8 +9,9 @@ from rite_diffusion.adapters import Adapter, AdapterInfo, attach, detach, load_a
 from rite_diffusion.adapters.choice import choose_adapters, renamings
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.clip_tokenizer import clip_tokenizer
-from rite_diffusion.backbones.words import ids_of, tokens_of
-from rite_diffusion.types import AdapterError, Word
+from rite_diffusion.backbones.learned_embeddings import ids_of, tokens_of
+from rite_diffusion.backbones.protocols import Word
+from rite_diffusion.errors import AdapterError
 from test_adapters import random_adapter
 from wordy import PROMPT, random_words, tokens_adapter
 

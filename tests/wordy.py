@@ -3,10 +3,10 @@
 import torch
 
 from rite_diffusion.adapters import Adapter, AdapterInfo
-from rite_diffusion.concepts import METHODS
+from rite_diffusion.methods import METHODS
 from rite_diffusion.photos.dataset import LatentSet
-from rite_diffusion.plan import configure
-from rite_diffusion.training.loop import Job, Trainer
+from rite_diffusion.training.plan import configure
+from rite_diffusion.training.trainer import Job, Trainer
 from runs import QUICK
 
 PROMPT = "a <one> beside a <two> on a red background"

@@ -5,7 +5,7 @@ accelerate launch train/concept.py photos/dog --trigger "<dog>" --class dog
 
 import sys
 
-from rite_diffusion.cli import main
+from rite_diffusion.cli.app import main
 
 if __name__ == "__main__":
     sys.argv.insert(1, "train")

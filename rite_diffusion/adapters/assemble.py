@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from rite_diffusion.adapters import lycoris
-from rite_diffusion.types import AdapterError, LoraPair, Shift
+from rite_diffusion.errors import AdapterError
+from rite_diffusion.types import LoraPair, Shift
 
 # What makes a module's update -> the roles of its tensors.
 KINDS = {

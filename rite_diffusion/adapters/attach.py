@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rite_diffusion.adapters.adapter import Adapter
 from rite_diffusion.adapters.dialects.peft import config_of
 from rite_diffusion.adapters.dora import DoraUp, make_dora
+from rite_diffusion.adapters.learned_embeddings import add_words, check_words, remove_words
 from rite_diffusion.adapters.names import PREFIXES, module_name, split_path
 from rite_diffusion.adapters.shifts import (
     add_shifts,
@@ -25,8 +26,9 @@ from rite_diffusion.adapters.shifts import (
     remove_shifts,
     set_shift_weight,
 )
-from rite_diffusion.adapters.words import add_words, check_words, remove_words
-from rite_diffusion.types import AdapterError, Backbone, LoraPair
+from rite_diffusion.backbones.protocols import Backbone
+from rite_diffusion.errors import AdapterError
+from rite_diffusion.types import LoraPair
 
 STRANGER = 8  # more of a fingerprint's 64 bits than rounding or fine-tuning change
 

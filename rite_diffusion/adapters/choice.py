@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rite_diffusion.adapters.file import Adapter, load_adapter
-from rite_diffusion.adapters.words import free_names, renamed, words_of
-from rite_diffusion.types import AdapterError
+from rite_diffusion.adapters.learned_embeddings import free_names, renamed, words_of
+from rite_diffusion.errors import AdapterError
 
 
 @dataclass(frozen=True)

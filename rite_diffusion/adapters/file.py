@@ -8,12 +8,8 @@ from pathlib import Path
 
 from rite_diffusion.adapters.adapter import Adapter, AdapterInfo
 from rite_diffusion.adapters.dialects import diffusers, embeddings, interpret, kohya, peft
-from rite_diffusion.adapters.storage import (
-    read_header,
-    read_tensors,
-    write_tensors,
-)
-from rite_diffusion.types import AdapterError
+from rite_diffusion.adapters.storage import read_header, read_tensors, write_tensors
+from rite_diffusion.errors import AdapterError
 
 __all__ = [
     "Adapter",

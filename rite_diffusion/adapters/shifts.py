@@ -16,7 +16,9 @@ from torch.nn.utils.parametrize import (
 )
 
 from rite_diffusion.adapters.names import module_name
-from rite_diffusion.types import AdapterError, Backbone, Shift
+from rite_diffusion.backbones.protocols import Backbone
+from rite_diffusion.errors import AdapterError
+from rite_diffusion.types import Shift
 
 
 class Shifted(nn.Module):

@@ -9,8 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from rite_diffusion.files import write_atomically
-from rite_diffusion.types import AdapterError
+from rite_diffusion.errors import AdapterError
+from rite_diffusion.files.writing import write_atomically
 
 MAX_HEADER = 16_000_000  # bytes; the header of a real adapter has a few hundred thousand
 

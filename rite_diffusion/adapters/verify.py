@@ -24,7 +24,8 @@ from rite_diffusion.adapters.rules import (
     read_by_map,
 )
 from rite_diffusion.adapters.storage import read_tensors
-from rite_diffusion.types import AdapterError, LoraPair
+from rite_diffusion.errors import AdapterError
+from rite_diffusion.types import LoraPair
 
 MAPS = {"kohya": kohya_map, "comfyui": comfyui_map, "diffusers": diffusers_map}
 TOLERANCE = 1e-5  # relative; the scale's product is rounded to fp32

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from rite_diffusion.types import BackboneError
+from rite_diffusion.errors import BackboneError
 
 Model = TypeVar("Model", bound=nn.Module)
 

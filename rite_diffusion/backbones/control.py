@@ -7,7 +7,7 @@ import torch
 from diffusers import ControlNetModel, T2IAdapter
 from torch import nn
 
-from rite_diffusion.types import BackboneError
+from rite_diffusion.errors import BackboneError
 
 ControlNetwork = ControlNetModel | T2IAdapter
 KINDS: dict[str, type[ControlNetwork]] = {

@@ -7,7 +7,8 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from rite_diffusion.types import BackboneError, NoiseSchedule, PredictionType
+from rite_diffusion.backbones.protocols import NoiseSchedule, PredictionType
+from rite_diffusion.errors import BackboneError
 
 KINDS: tuple[PredictionType, ...] = ("epsilon", "v_prediction")  # of schedules in discrete steps
 UNSUPPORTED = ("use_dynamic_shifting", "invert_sigmas")  # of a flow's configuration

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rite_diffusion.backbones.learned_embeddings import Expansion
+from rite_diffusion.backbones.protocols import Conditioning
 from rite_diffusion.backbones.stable_diffusion import Pipeline, StableDiffusion
-from rite_diffusion.backbones.words import Expansion
-from rite_diffusion.types import Conditioning
 
 
 class StableDiffusionXL(StableDiffusion):

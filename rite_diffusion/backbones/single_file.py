@@ -51,7 +51,7 @@ from rite_diffusion.backbones.text_checkpoint import (
     load_projected_clip,
     text_config,
 )
-from rite_diffusion.types import BackboneError
+from rite_diffusion.errors import BackboneError
 
 Config = dict[str, Any]
 

@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from rite_diffusion.backbones.sdxl import StableDiffusionXL
 from rite_diffusion.backbones.stable_diffusion import Pipeline, StableDiffusion
-from rite_diffusion.types import BackboneError
+from rite_diffusion.errors import BackboneError
 
 POCKET = Path(__file__).parent / "pocket" / "weights"
 PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from rite_diffusion.backbones.cross_attention import cross_attentions, take_own_states
 from rite_diffusion.backbones.fingerprint import fingerprint
-from rite_diffusion.backbones.schedule import (
-    FlowSampler,
-    noise_schedule,
-    prediction_type,
-    sampler,
+from rite_diffusion.backbones.learned_embeddings import (
+    Expansion,
+    ids_of,
+    positions_of,
+    said,
+    tokens_of,
 )
-from rite_diffusion.backbones.words import Expansion, ids_of, positions_of, said, tokens_of
-from rite_diffusion.types import Conditioning, PredictionType, Word
+from rite_diffusion.backbones.protocols import Conditioning, PredictionType, Word
+from rite_diffusion.backbones.schedule import FlowSampler, noise_schedule, prediction_type, sampler
 
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from rite_diffusion.backbones.checkpoint import CLIP, OPEN_CLIP, XL_OPEN_CLIP, Checkpoint, filled
-from rite_diffusion.types import BackboneError
+from rite_diffusion.errors import BackboneError
 
 Config = dict[str, Any]
 

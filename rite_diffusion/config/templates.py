@@ -6,7 +6,8 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from rite_diffusion.types import Concept, ConfigError
+from rite_diffusion.errors import ConfigError
+from rite_diffusion.types import Concept
 
 # Braces around one name. Others, such as those of "{red|blue}", are ordinary text.
 _PLACEHOLDER = re.compile(r"\{\s*[A-Za-z_]\w*\s*\}")

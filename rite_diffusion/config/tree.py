@@ -9,7 +9,7 @@ import tomlkit
 from pydantic import BaseModel, ValidationError
 
 from rite_diffusion.config.schema import TrainConfig
-from rite_diffusion.types import ConfigError
+from rite_diffusion.errors import ConfigError
 
 
 def preset_folder() -> Path:

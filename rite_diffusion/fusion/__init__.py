@@ -3,17 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from rite_diffusion.fusion.concat import concat
-from rite_diffusion.fusion.custom_diffusion import custom_diffusion
-from rite_diffusion.fusion.dare import dare
-from rite_diffusion.fusion.gradient import gradient
-from rite_diffusion.fusion.gram import gram
-from rite_diffusion.fusion.knots import knots
 from rite_diffusion.fusion.layer import Factors, Layer
+from rite_diffusion.fusion.methods.concat import concat
+from rite_diffusion.fusion.methods.custom_diffusion import custom_diffusion
+from rite_diffusion.fusion.methods.dare import dare
+from rite_diffusion.fusion.methods.gradient import gradient
+from rite_diffusion.fusion.methods.gram import gram
+from rite_diffusion.fusion.methods.knots import knots
+from rite_diffusion.fusion.methods.svd import svd
+from rite_diffusion.fusion.methods.ties import ties
+from rite_diffusion.fusion.methods.weighted import weighted
 from rite_diffusion.fusion.settings import FusionSettings
-from rite_diffusion.fusion.svd import svd
-from rite_diffusion.fusion.ties import ties
-from rite_diffusion.fusion.weighted import weighted
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rite_diffusion.types import FusionError, LoraPair
+from rite_diffusion.errors import FusionError
+from rite_diffusion.types import LoraPair
 
 if TYPE_CHECKING:
-    from rite_diffusion.fusion.grams import AnyGram
+    from rite_diffusion.fusion.second_moments import AnyGram
 
 
 @dataclass(frozen=True)

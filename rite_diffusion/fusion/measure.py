@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-import rite_diffusion
+from rite_diffusion._version import __version__
 from rite_diffusion.adapters import Adapter, attach, detach
 from rite_diffusion.adapters.names import module_name
+from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.fusion.members import digest_of
 from rite_diffusion.fusion.prompts import ordinary_prompts
 from rite_diffusion.fusion.sketch import Sketch, SketchFacts
 from rite_diffusion.fusion.statistics import Drawing, Grams, collect
-from rite_diffusion.types import Backbone
 
 NAME = "sketched"
 
@@ -81,7 +81,7 @@ def facts(backbone: Backbone, adapter: Adapter, prompts: Sequence[str]) -> Sketc
         adapter=digest_of(adapter),
         base_fingerprint=backbone.fingerprint,
         prompts="\n".join(prompts),
-        version=rite_diffusion.__version__,
+        version=__version__,
     )
 
 

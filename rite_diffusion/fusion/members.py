@@ -11,10 +11,11 @@ from torch import Tensor
 
 from rite_diffusion.adapters import Adapter
 from rite_diffusion.adapters.attach import is_other_base, without_ones
-from rite_diffusion.fusion.grams import mean
+from rite_diffusion.errors import FusionError
 from rite_diffusion.fusion.layer import Layer, Part, flat, nothing
+from rite_diffusion.fusion.second_moments import mean
 from rite_diffusion.fusion.sketch import Sketch
-from rite_diffusion.types import FusionError, LoraPair
+from rite_diffusion.types import LoraPair
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,16 @@ from collections.abc import Sequence
 
 import tomlkit
 
-import rite_diffusion
+from rite_diffusion._version import __version__
 from rite_diffusion.adapters import Adapter, AdapterInfo
+from rite_diffusion.errors import FusionError
 from rite_diffusion.fusion import FUSIONS, Fusion
+from rite_diffusion.fusion.embeddings import merge_tokens
 from rite_diffusion.fusion.layer import Factors, Layer, as_pair
 from rite_diffusion.fusion.low_rank import to_rank
 from rite_diffusion.fusion.members import Member, checked, layers
 from rite_diffusion.fusion.settings import FusionSettings
 from rite_diffusion.fusion.shifts import merge_shifts
-from rite_diffusion.fusion.tokens import merge_tokens
-from rite_diffusion.types import FusionError
 
 
 def method_named(name: str) -> Fusion:
@@ -58,7 +58,7 @@ def fused_info(members: Sequence[Member], name: str, settings: FusionSettings) -
         method=f"fused: {name}",
         config=tomlkit.dumps({"fusion": table}),
         licence=_joined(sorted({info.licence for info in infos})),
-        version=rite_diffusion.__version__,
+        version=__version__,
         concepts=json.dumps([entry for member in members for entry in provenance(member)]),
     )
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from rite_diffusion.adapters import AdapterInfo
 from rite_diffusion.config import fill
-from rite_diffusion.types import FusionError
+from rite_diffusion.errors import FusionError
 
 # With the trigger alone and with the words that prompts put around it.
 CONCEPT = (

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rite_diffusion.types import FusionError
+from rite_diffusion.errors import FusionError
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from rite_diffusion.errors import FusionError
 from rite_diffusion.fusion.members import Member
-from rite_diffusion.types import FusionError, Shift
+from rite_diffusion.types import Shift
 
 SUMMING = ("concat", "svd", "weighted")  # methods that add updates up as they are
 

@@ -19,10 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from rite_diffusion.files import write_atomically
-from rite_diffusion.fusion.grams import Gram, truncated
+from rite_diffusion.errors import FusionError
+from rite_diffusion.files.writing import write_atomically
+from rite_diffusion.fusion.second_moments import Gram, truncated
 from rite_diffusion.fusion.statistics import Grams
-from rite_diffusion.types import FusionError
 
 SUFFIX = ".sketch.safetensors"
 KIND = "rite_sketch"

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rite_diffusion.adapters.attach import places
-from rite_diffusion.fusion.grams import AnyGram, FullGram, Gram, from_eigen, full_gram
-from rite_diffusion.types import Backbone
+from rite_diffusion.backbones.protocols import Backbone
+from rite_diffusion.fusion.second_moments import AnyGram, FullGram, Gram, from_eigen, full_gram
 
 EXACT_WIDTH = 2048  # inputs of a linear layer; a wider one's Gram is sketched as it streams
 EXACT_WIDTH_CONVOLUTION = 768  # unfolded; a model has dozens, and neighbours' inputs are alike

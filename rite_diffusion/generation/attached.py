@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rite_diffusion.adapters.attach import set_weight
 from rite_diffusion.adapters.choice import Chosen
-from rite_diffusion.types import Backbone
+from rite_diffusion.backbones.protocols import Backbone
 
 
 @dataclass(frozen=True)

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
-from rite_diffusion.cache import writing
-from rite_diffusion.files import cache_folder
-from rite_diffusion.generation.sampler import default_guidance, sample
-from rite_diffusion.types import Backbone
+from rite_diffusion.backbones.protocols import Backbone
+from rite_diffusion.files.cache import writing
+from rite_diffusion.files.writing import cache_folder
+from rite_diffusion.generation.denoise import default_guidance, sample
 
 STEPS = 25
 

@@ -13,9 +13,9 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.generation.attached import Attached, turned
-from rite_diffusion.generation.sampler import Predict, guided
-from rite_diffusion.types import Backbone
+from rite_diffusion.generation.denoise import Predict, guided
 
 PERIOD = 5  # steps that `switch` stays with an adapter, as in the paper
 

@@ -17,9 +17,10 @@ from PIL.Image import Image, Resampling
 from torch import Tensor, nn
 
 from rite_diffusion.backbones.control import ControlNetwork, load_control_network
-from rite_diffusion.generation.sampler import Predict
+from rite_diffusion.backbones.protocols import Backbone
+from rite_diffusion.errors import ConfigError
+from rite_diffusion.generation.denoise import Predict
 from rite_diffusion.photos.images import UnreadableImage, open_image, to_tensor
-from rite_diffusion.types import Backbone, ConfigError
 
 FORM = '"MODEL=PICTURE[:WEIGHT]", such as "lllyasviel/sd-controlnet-openpose=pose.png:0.8"'
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rite_diffusion.backbones.protocols import Backbone
+from rite_diffusion.errors import ConfigError
+from rite_diffusion.generation.denoise import Predict, denoising
 from rite_diffusion.generation.regions import mention
-from rite_diffusion.generation.sampler import Predict, denoising
 from rite_diffusion.photos.cutout import otsu
-from rite_diffusion.types import Backbone, ConfigError
 
 EARLY = 0.5  # of the steps: the layout is settled in the first ones
 RIM = 0.02  # of a word's total on each side, which its box leaves out

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from rite_diffusion.types import ConfigError, RiteError
+from rite_diffusion.errors import ConfigError, RiteError
 
 
 def output_target(path: Path, num: int) -> Path:

@@ -14,10 +14,10 @@ from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
 from rite_diffusion.adapters.attach import lora_layers
+from rite_diffusion.backbones.protocols import Backbone, Conditioning
 from rite_diffusion.generation.attached import Attached, turned
+from rite_diffusion.generation.denoise import Predict, guided_prediction
 from rite_diffusion.generation.regions import Region, adapter_weights, region_shares
-from rite_diffusion.generation.sampler import Predict, guided_prediction
-from rite_diffusion.types import Backbone, Conditioning
 
 
 class Plan:

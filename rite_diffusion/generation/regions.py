@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rite_diffusion.types import ConfigError
+from rite_diffusion.errors import ConfigError
 
 FORM = '"x0,y0,x1,y1: prompt", with fractions of width and height, such as "0,0,0.5,1: a cat"'
 SOUGHT = '"at word: prompt", with a word of the picture\'s prompt'

@@ -4,6 +4,7 @@
 `OPTIMIZERS[name].build(groups)` makes one by its name.
 """
 
+from rite_diffusion.errors import ConfigError
 from rite_diffusion.optim.adamw import ADAMW
 from rite_diffusion.optim.adamw_plus import ADAMW_PLUS
 from rite_diffusion.optim.factors import lora_param_groups
@@ -22,6 +23,14 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
     "sgd": SGD,
 }
 
+
+def optimizer_spec(name: str) -> OptimizerSpec:
+    """The optimizer's specification; ConfigError names the known ones."""
+    if name not in OPTIMIZERS:
+        raise ConfigError(f"no optimizer '{name}': choose one of {', '.join(sorted(OPTIMIZERS))}")
+    return OPTIMIZERS[name]
+
+
 __all__ = [
     "OPTIMIZERS",
     "LoraRite",
@@ -29,4 +38,5 @@ __all__ = [
     "ScaledAdamW",
     "ScaledSGD",
     "lora_param_groups",
+    "optimizer_spec",
 ]

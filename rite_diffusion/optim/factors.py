@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from rite_diffusion.types import OptimizerError
+from rite_diffusion.errors import OptimizerError
 
 # One part of a parameter's dotted name says which factor it is: PEFT's lora_A and lora_B (and
 # lora_embedding_A, …), kohya's lora_down and lora_up, diffusers' older lora.down and lora.up.

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from rite_diffusion.errors import OptimizerError
 from rite_diffusion.optim.factors import Stack, gradient_of, module_of, stacks_of
-from rite_diffusion.types import OptimizerError
 
 FUSED = ("cpu", "cuda", "xpu", "mps")  # devices with torch's fused AdamW
 

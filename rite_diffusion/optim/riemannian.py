@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from rite_diffusion.errors import OptimizerError
 from rite_diffusion.optim.factors import Stack, module_of
-from rite_diffusion.types import OptimizerError
 
 
 def gram(rows: Tensor) -> Tensor:

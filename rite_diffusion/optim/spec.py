@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from rite_diffusion.types import OptimizerError
+from rite_diffusion.errors import OptimizerError
 
 
 @dataclass(frozen=True)

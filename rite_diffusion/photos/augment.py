@@ -10,7 +10,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from rite_diffusion.config import AugmentSection
 from rite_diffusion.photos.images import fit
-from rite_diffusion.photos.random import generator
+from rite_diffusion.seeding import generator
 from rite_diffusion.types import Photo
 
 STREAM = 7  # of random numbers; the training loop's have lower ones

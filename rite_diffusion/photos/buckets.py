@@ -10,7 +10,7 @@ from itertools import accumulate
 
 import torch
 
-from rite_diffusion.photos.random import generator
+from rite_diffusion.seeding import generator
 
 WIDEST = 2.0  # long side over short side
 

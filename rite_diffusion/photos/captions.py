@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from rite_diffusion.files import reading
-from rite_diffusion.types import PhotoFolderError
+from rite_diffusion.errors import PhotoFolderError
+from rite_diffusion.files.writing import reading
 
 TABLE = "metadata.jsonl"
 TEXTS = ("text", "caption", "prompt")  # keys of a row's caption; the first that is there counts

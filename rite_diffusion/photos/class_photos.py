@@ -3,8 +3,9 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rite_diffusion.errors import ConfigError
 from rite_diffusion.photos.folder import PhotoFolder, read_photos
-from rite_diffusion.types import ConfigError, Photo
+from rite_diffusion.types import Photo
 
 TEMPLATE = "a {class_noun}"  # the caption of a picture that has none
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import AugmentSection
 from rite_diffusion.photos.augment import View, views_of
 from rite_diffusion.photos.buckets import bucket_of, bucket_sizes
 from rite_diffusion.photos.images import mask_tensor, to_tensor
 from rite_diffusion.photos.latent_cache import cached_latents
-from rite_diffusion.types import Backbone, Photo
+from rite_diffusion.types import Photo
 
 UNEVEN = 0.1  # most by which groups that are shown equally often differ, as a share
 

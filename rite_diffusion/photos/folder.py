@@ -10,13 +10,14 @@ from pathlib import Path
 from PIL import Image
 
 from rite_diffusion.config import fill, unknown_placeholder, words_of
-from rite_diffusion.files import reading
+from rite_diffusion.errors import PhotoFolderError
+from rite_diffusion.files.writing import reading
 from rite_diffusion.photos.images import open_upright, perceptual_hash
 from rite_diffusion.photos.listing import Picture, list_pictures
 from rite_diffusion.photos.masks import mask_of, white_share
 from rite_diffusion.photos.pixels import UnreadableImage
 from rite_diffusion.photos.sidecars import Unused
-from rite_diffusion.types import Concept, Photo, PhotoFolderError
+from rite_diffusion.types import Concept, Photo
 
 LEAST_SIDE = 16  # pixels
 LONGEST_SHAPE = 6  # long side over short side

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rite_diffusion.cache import kept
-from rite_diffusion.types import Backbone
+from rite_diffusion.backbones.protocols import Backbone
+from rite_diffusion.files.cache import kept
 
 
 def cached_latents(backbone: Backbone, pixels: Tensor, folder: Path | None) -> Tensor:

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rite_diffusion.files import reading
+from rite_diffusion.errors import PhotoFolderError
+from rite_diffusion.files.writing import reading
 from rite_diffusion.photos.captions import TABLE, read_caption, read_table
 from rite_diffusion.photos.images import SUFFIXES
 from rite_diffusion.photos.sidecars import (
@@ -22,7 +23,6 @@ from rite_diffusion.photos.sidecars import (
     is_picture,
     mask_owners,
 )
-from rite_diffusion.types import PhotoFolderError
 
 MOST_REPEATS = 1000
 _REPEATED = re.compile(r"(\d+)_.+", re.ASCII)

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from rite_diffusion.errors import PhotoFolderError
 from rite_diffusion.photos.images import ORIENTATION, Upright, open_pixels
 from rite_diffusion.photos.pixels import UnreadableImage, on_white, opacity
-from rite_diffusion.types import PhotoFolderError
 
 DARKEST = 64  # least grey that the lightest part of a mask has
 TURNED = (5, 6, 7, 8)  # EXIF orientations that exchange width and height

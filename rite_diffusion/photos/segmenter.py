@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rite_diffusion.types import ConfigError
+from rite_diffusion.errors import ConfigError
 
 Segmenter = Callable[[Image.Image], Image.Image]  # photo -> mask of its size, white: the subject
 

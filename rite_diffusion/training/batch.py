@@ -5,15 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import CaptionSection, TrainConfig
 from rite_diffusion.photos.buckets import batch_indices
 from rite_diffusion.photos.dataset import LatentSet
-from rite_diffusion.photos.random import generator
+from rite_diffusion.seeding import generator
 from rite_diffusion.training.objective import offset_noise, perturb, stratified_timesteps
-from rite_diffusion.types import Backbone
-
-# Streams of random numbers; 0 is the samples' order, 6 the buckets', 7 the views'.
-NOISE, TIMESTEPS, DROPOUT, OFFSET, PERTURBATION, SHUFFLE, HELD_OUT = 1, 2, 3, 4, 5, 8, 9
 
 
 @dataclass(frozen=True)

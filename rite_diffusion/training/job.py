@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from rite_diffusion.concepts import Method
+from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import TrainConfig
+from rite_diffusion.methods import Method
 from rite_diffusion.photos.dataset import LatentSet
-from rite_diffusion.types import Backbone
 
 
 @dataclass(frozen=True)

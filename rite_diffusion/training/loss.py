@@ -2,8 +2,9 @@
 
 from torch import Tensor
 
-from rite_diffusion.concepts import Method
+from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import TrainConfig
+from rite_diffusion.methods import Method
 from rite_diffusion.training.batch import Batch
 from rite_diffusion.training.objective import (
     TARGETS,
@@ -13,7 +14,6 @@ from rite_diffusion.training.objective import (
     squared_error,
     timestep_weight,
 )
-from rite_diffusion.types import Backbone
 
 
 def batch_loss(backbone: Backbone, method: Method, batch: Batch, config: TrainConfig) -> Tensor:

@@ -6,7 +6,7 @@ import psutil
 import torch
 
 from rite_diffusion.config import TrainConfig
-from rite_diffusion.types import RunError
+from rite_diffusion.errors import RunError
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rite_diffusion.types import PredictionType
+from rite_diffusion.backbones.protocols import PredictionType
 
 
 def _broadcast(values: Tensor, like: Tensor) -> Tensor:

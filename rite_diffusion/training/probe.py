@@ -2,22 +2,17 @@
 
 from collections.abc import Callable
 
-from rite_diffusion.concepts import Method
+from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import TrainConfig
+from rite_diffusion.config.rates import with_rates
+from rite_diffusion.methods import Method
 from rite_diffusion.photos.dataset import LatentSet
 from rite_diffusion.training.job import Job
-from rite_diffusion.training.loop import Trainer
+from rite_diffusion.training.trainer import Trainer
 from rite_diffusion.training.validation import held_out_loss
-from rite_diffusion.types import Backbone
 
 FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)  # of the optimizer's own rate
 STEPS = 20  # per trial
-
-
-def with_rates(config: TrainConfig, rate: float) -> TrainConfig:
-    """The configuration with the rates of the UNet and the text encoder (half) set."""
-    rates = {"lr_unet": rate, "lr_text_encoder": rate / 2}
-    return config.model_copy(update={"optim": config.optim.model_copy(update=rates)})
 
 
 def probe_rates(

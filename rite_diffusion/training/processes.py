@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rite_diffusion.types import RunError
+from rite_diffusion.errors import RunError
 
 
 def process_count() -> int:

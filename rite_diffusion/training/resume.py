@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from hashlib import sha256
 
-import rite_diffusion
+from rite_diffusion._version import __version__
 from rite_diffusion.config import TrainConfig, flatten, from_toml, to_toml
+from rite_diffusion.errors import RunError
 from rite_diffusion.training.run_folder import RunFolder
 from rite_diffusion.training.snapshot import Snapshot
-from rite_diffusion.types import Photo, RunError
+from rite_diffusion.types import Photo
 
 # Settings that may change: they teach nothing. What lies in the folders is compared itself.
 FREE = {"photos", "class_photos", "previews", "checkpoints", "trackers", "cache", "compile"}
@@ -21,7 +22,7 @@ def inputs_of(photos: Sequence[Photo], base_fingerprint: str) -> dict[str, str]:
         while name in found:
             name += " again"
         found[name] = _digest(photo)
-    return {"version": rite_diffusion.__version__, "base": base_fingerprint} | found
+    return {"version": __version__, "base": base_fingerprint} | found
 
 
 def _digest(photo: Photo) -> str:

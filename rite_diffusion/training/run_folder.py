@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from rite_diffusion.adapters.file import Adapter, save_adapter
-from rite_diffusion.files import read_json, write_atomically
+from rite_diffusion.errors import RunError
+from rite_diffusion.files.writing import read_json, write_atomically
 from rite_diffusion.training.snapshot import Snapshot
-from rite_diffusion.types import RunError
 
 
 def _alive(pid: int) -> bool:

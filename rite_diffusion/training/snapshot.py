@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from rite_diffusion.errors import RunError
 from rite_diffusion.training.average import WeightAverage
-from rite_diffusion.types import RunError
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from accelerate.state import PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from rite_diffusion.config import TrainConfig, flatten
-from rite_diffusion.training.loop import StepReport
-from rite_diffusion.types import ConfigError
+from rite_diffusion.errors import ConfigError
+from rite_diffusion.training.trainer import StepReport
 
 
 def _open(name: str, folder: Path, config: TrainConfig):

@@ -4,13 +4,13 @@ import math
 
 import torch
 
-from rite_diffusion.concepts import Method
+from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import TrainConfig
+from rite_diffusion.methods import Method
 from rite_diffusion.photos.dataset import LatentSet
-from rite_diffusion.photos.random import generator
+from rite_diffusion.seeding import generator
 from rite_diffusion.training.batch import HELD_OUT, latents_shape, make_batch
 from rite_diffusion.training.loss import batch_loss
-from rite_diffusion.types import Backbone
 
 LEVELS = 8  # noise levels per sample, evenly spaced
 

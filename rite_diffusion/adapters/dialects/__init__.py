@@ -22,7 +22,7 @@ from rite_diffusion.adapters.dialects import (
     peft,
     peft_settings,
 )
-from rite_diffusion.types import AdapterError
+from rite_diffusion.errors import AdapterError
 
 
 @dataclass(frozen=True)

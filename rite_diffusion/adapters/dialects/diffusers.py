@@ -17,7 +17,8 @@ from rite_diffusion.adapters.dialects import peft
 from rite_diffusion.adapters.dialects.peft_settings import check_config
 from rite_diffusion.adapters.names import PREFIXES, dotted, module_name, split_name
 from rite_diffusion.adapters.storage import write_tensors
-from rite_diffusion.types import AdapterError, LoraPair
+from rite_diffusion.errors import AdapterError
+from rite_diffusion.types import LoraPair
 
 METADATA = "lora_adapter_metadata"
 _ROOTS = ("down_blocks.", "mid_block.", "up_blocks.")  # of files that hold a UNet's alone

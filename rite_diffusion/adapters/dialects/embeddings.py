@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rite_diffusion.adapters.adapter import Adapter
 from rite_diffusion.adapters.storage import write_tensors
-from rite_diffusion.types import AdapterError
+from rite_diffusion.errors import AdapterError
 
 OWN, BUNDLE, SECOND = "tokens.", "bundle_emb.", "@2"
 _SINGLE = {"emb_params": "", "clip_l": "", "clip_g": SECOND}

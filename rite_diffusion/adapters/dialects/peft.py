@@ -19,8 +19,9 @@ from rite_diffusion.adapters.adapter import Adapter
 from rite_diffusion.adapters.dialects.peft_settings import Config, check_config
 from rite_diffusion.adapters.names import PREFIXES, dotted, module_name, split_name
 from rite_diffusion.adapters.storage import read_tensors, write_tensors
-from rite_diffusion.files import write_atomically
-from rite_diffusion.types import AdapterError, LoraPair
+from rite_diffusion.errors import AdapterError
+from rite_diffusion.files.writing import write_atomically
+from rite_diffusion.types import LoraPair
 
 MODEL, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."

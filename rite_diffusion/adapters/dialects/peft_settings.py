@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rite_diffusion.adapters.assemble import Scale
 from rite_diffusion.adapters.names import dotted, split_name
-from rite_diffusion.types import AdapterError
+from rite_diffusion.errors import AdapterError
 
 Config = Mapping[str, Any]
 

@@ -27,7 +27,7 @@ from rite_diffusion.adapters.adapter import Adapter, AdapterInfo
 from rite_diffusion.adapters.dialects import interpret, locate
 from rite_diffusion.adapters.dialects.embeddings import split_tokens
 from rite_diffusion.adapters.storage import read_tensors
-from rite_diffusion.types import AdapterError
+from rite_diffusion.errors import AdapterError
 
 _SGM = "model.diffusion_model."
 _CUSTOM = re.compile(r"\.processor\.(to_[qkv]|to_out)_custom_diffusion(\.0)?\.weight$")

@@ -1,0 +1,90 @@
+"""An adapter's learned words: into a model, out of it, and by another name where one is taken."""
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from rite_diffusion.adapters.adapter import Adapter
+from rite_diffusion.adapters.dialects.embeddings import SECOND
+from rite_diffusion.backbones.protocols import Backbone, Word
+from rite_diffusion.errors import AdapterError
+
+
+def words_of(adapter: Adapter) -> dict[str, list[Tensor]]:
+    """Word -> its vectors (layers, vectors, width) for each text encoder that it has them for."""
+    words: dict[str, list[Tensor]] = {}
+    for word, rows in sorted(adapter.tokens.items()):  # "<w>" comes before "<w>@2"
+        words.setdefault(word.removesuffix(SECOND), []).append(rows)
+    return words
+
+
+def tokens_of(words: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    """An adapter's `tokens` of words with their vectors for each text encoder."""
+    return {
+        word + SECOND * number: rows.detach()
+        for word, encoders in words.items()
+        for number, rows in enumerate(encoders)
+    }
+
+
+def check_words(backbone: Backbone, adapter: Adapter) -> None:
+    """AdapterError where the model has no room for one of the adapter's words."""
+    widths = [table.shape[1] for table in backbone.token_tables]
+    layers = (1, len(backbone.cross_attentions))
+    taken = {word.lower(): each.adapter for word, each in backbone.words.items()}
+    for word, rows in words_of(adapter).items():
+        found = [each.shape[-1] for each in rows]
+        if found != widths or len({each.shape[1] for each in rows}) > 1:
+            raise AdapterError(
+                f"the word '{word}' has vectors of {_listed(found)} numbers, the text encoders of "
+                f"{backbone.name} take {_listed(widths)}: it was made for another base model."
+            )
+        if {len(each) for each in rows} - set(layers):
+            raise AdapterError(
+                f"the word '{word}' has vectors for {len(rows[0])} cross-attentions, "
+                f"{backbone.name} has {layers[1]}: it was made for another base model."
+            )
+        if word.lower() in taken:
+            raise AdapterError(f"adapter '{taken[word.lower()]}' has the word '{word}' already")
+
+
+def _listed(numbers: list[int]) -> str:
+    return " and ".join(map(str, numbers))
+
+
+def add_words(backbone: Backbone, adapter: Adapter, name: str) -> None:
+    """Let prompts say the words of an adapter that is attached under a name."""
+    for word, rows in words_of(adapter).items():
+        here = [each.to(backbone.device) for each in rows]
+        backbone.words[word] = Word(name, lambda here=here: here)
+
+
+def remove_words(backbone: Backbone, name: str) -> None:
+    """Forget the words that came with an adapter."""
+    for word in [word for word, each in backbone.words.items() if each.adapter == name]:
+        del backbone.words[word]
+
+
+def free_names(words: Collection[str], taken: Collection[str]) -> dict[str, str]:
+    """Those of the words that are taken -> a name that is not: `<dog>` -> `<dog-2>`."""
+    used = {word.lower() for word in taken} | {word.lower() for word in words}
+    found = {}
+    for word in words:
+        if word.lower() in {each.lower() for each in taken}:
+            stem, end = (word[:-1], ">") if word.endswith(">") else (word, "")
+            names = (f"{stem}-{number}{end}" for number in range(2, len(used) + 3))
+            found[word] = next(name for name in names if name.lower() not in used)
+            used.add(found[word].lower())
+    return found
+
+
+def renamed(adapter: Adapter, names: dict[str, str]) -> Adapter:
+    """The adapter with some of its words, in its trigger too, by other names."""
+    if not names:
+        return adapter
+    words = {names.get(word, word): rows for word, rows in words_of(adapter).items()}
+    pattern = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    trigger = re.sub(pattern, lambda found: names[found[0]], adapter.info.trigger)
+    return replace(adapter, tokens=tokens_of(words), info=replace(adapter.info, trigger=trigger))

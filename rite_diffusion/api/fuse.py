@@ -1,0 +1,246 @@
+"""Adapter files into one adapter file, with the report of what interferes."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from PIL.Image import Image
+
+from rite_diffusion.adapters import Adapter, attach, detach, save_adapter
+from rite_diffusion.adapters.attach import base_weights, check_base, check_fit
+from rite_diffusion.adapters.choice import choose_adapters
+from rite_diffusion.api.bases import open_base
+from rite_diffusion.api.sketch import with_sketches, with_statistics_of
+from rite_diffusion.backbones import StableDiffusion
+from rite_diffusion.backbones.protocols import Backbone
+from rite_diffusion.errors import FusionError
+from rite_diffusion.fusion.conflict_sheet import ConceptPictures, conflict_sheet
+from rite_diffusion.fusion.dora import as_plain, has_dora
+from rite_diffusion.fusion.members import Member, checked
+from rite_diffusion.fusion.merge import merge, method_named
+from rite_diffusion.fusion.report import ConflictReport, report_on
+from rite_diffusion.fusion.settings import FusionSettings
+from rite_diffusion.fusion.statistics import USUAL, Drawing
+from rite_diffusion.generation.denoise import default_guidance, sample
+from rite_diffusion.generation.output import output_target
+
+SHOWN = 2  # pictures of each concept in a report
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What `fuse_and_report` made."""
+
+    adapter: Path
+    report: ConflictReport
+    json: Path
+    sheet: Path
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What `foresee` tells: the adapter that a fusion would write, and its conflicts."""
+
+    adapter: Adapter
+    report: ConflictReport
+
+
+def fuse(
+    adapters: Sequence[str | Path],
+    *,
+    method: str = "gram",
+    out: str | Path = "fused.safetensors",
+    base: str | StableDiffusion | None = None,
+    drawing: Drawing = USUAL,
+    listen: Callable[[int, int], None] = lambda done, total: None,
+    **settings: Any,
+) -> Path:
+    """Fuse adapters, `FILE` or `FILE:WEIGHT`, into one file and return its path.
+
+    `settings` are those of `FusionSettings`: `rank=8`, `preserve=0.5`. Methods that need statistics
+    take them from sketches beside the files, else from a few pictures that the base model draws;
+    `listen` hears how many of how many are drawn. Raises FusionError or AdapterError before a file
+    is written.
+    """
+    chosen_settings = checked_settings(settings)
+    needs_statistics = method_named(method).statistics
+    members = _members(adapters, Path(out))
+    open_backbone = _opener(base, members)
+    members = with_plain_updates(members, open_backbone)
+    if needs_statistics and len(members) > 1:
+        members = with_sketches(members, open_backbone, drawing, listen)
+    return _write(
+        Path(out), _merged(members, method, chosen_settings, open_backbone, drawing, listen)
+    )
+
+
+def fuse_and_report(
+    adapters: Sequence[str | Path],
+    *,
+    method: str = "gram",
+    out: str | Path = "fused.safetensors",
+    base: str | StableDiffusion | None = None,
+    drawing: Drawing = USUAL,
+    listen: Callable[[int, int], None] = lambda done, total: None,
+    **settings: Any,
+) -> Outcome:
+    """Like `fuse`, and write the conflict report beside it: `.report.json` and `.report.png`.
+
+    The base model draws each concept by its adapter alone, by the plain sum, and by the result.
+    """
+    chosen_settings = checked_settings(settings)
+    method_named(method)
+    members = _members(adapters, Path(out))
+    open_backbone = _opener(base, members)
+    members = with_plain_updates(members, open_backbone)
+    members = with_sketches(members, open_backbone, drawing, listen)
+    fused = _merged(members, method, chosen_settings, open_backbone, drawing, listen)
+    report = report_on(members, fused)
+    pictures = draw_concepts(open_backbone(), members, fused, drawing.seed)
+    path = _write(Path(out), fused)
+    stem = path.name.removesuffix(".safetensors")
+    figures, sheet = (path.with_name(f"{stem}.report.{kind}") for kind in ("json", "png"))
+    figures.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
+    conflict_sheet(report, pictures).save(sheet)
+    return Outcome(path, report, figures, sheet)
+
+
+def foresee(
+    adapters: Sequence[str | Path],
+    *,
+    method: str = "gram",
+    base: str | StableDiffusion | None = None,
+    drawing: Drawing = USUAL,
+    listen: Callable[[int, int], None] = lambda done, total: None,
+    **settings: Any,
+) -> Forecast:
+    """What interferes between adapters, and what a fusion would make of it; nothing is written.
+
+    Arguments are those of `fuse`. Statistics come from sketches beside the files, else from a few
+    pictures that the base model draws.
+    """
+    chosen_settings = checked_settings(settings)
+    method_named(method)
+    members = _chosen_members(adapters)
+    open_backbone = _opener(base, members)
+    members = with_plain_updates(members, open_backbone)
+    members = with_sketches(members, open_backbone, drawing, listen)
+    fused = _merged(members, method, chosen_settings, open_backbone, drawing, listen)
+    return Forecast(fused, report_on(members, fused))
+
+
+def _merged(
+    members: list[Member],
+    method: str,
+    settings: FusionSettings,
+    open_backbone: Callable[[], Backbone],
+    drawing: Drawing,
+    listen: Callable[[int, int], None],
+) -> Adapter:
+    """The fused adapter, refined as often as the settings say."""
+    fused = merge(members, method, settings)
+    if len(members) > 1 and method_named(method).statistics:
+        for _ in range(settings.refine):
+            seen = with_statistics_of(fused, members, open_backbone(), drawing, listen)
+            fused = merge(seen, method, settings)
+    return fused
+
+
+def checked_settings(settings: dict[str, Any]) -> FusionSettings:
+    """The settings; FusionError names an unknown one."""
+    unknown = settings.keys() - vars(FusionSettings()).keys()
+    if unknown:
+        known = ", ".join(vars(FusionSettings()))
+        raise FusionError(f"unknown setting '{min(unknown)}': choose from {known}.")
+    return FusionSettings(**settings)
+
+
+def _members(adapters: Sequence[str | Path], out: Path) -> list[Member]:
+    """The adapters in the order of their content, after every check that needs no base model."""
+    if out.suffix != ".safetensors":
+        raise FusionError(f"{out} is no .safetensors file: name one as --out.")
+    members = _chosen_members(adapters)
+    if out.resolve() in {member.file.resolve() for member in members}:
+        raise FusionError(f"{out} is one of the adapters to fuse: choose another --out.")
+    output_target(out.expanduser().parent, 1)
+    return members
+
+
+def _chosen_members(adapters: Sequence[str | Path]) -> list[Member]:
+    return checked(
+        [Member(each.adapter, each.weight, each.path) for each in choose_adapters(adapters)]
+    )
+
+
+def _opener(base: str | StableDiffusion | None, members: list[Member]) -> Callable[[], Backbone]:
+    """A function that opens the base model, and checks that it is theirs, when first called."""
+
+    @cache
+    def opened() -> Backbone:
+        backbone = open_base(base, [member.adapter.info for member in members])
+        for member in members:
+            check_base(backbone, member.adapter)
+        return backbone
+
+    return opened
+
+
+def _write(out: Path, adapter: Adapter) -> Path:
+    path = out.expanduser()
+    save_adapter(path, adapter)
+    return path
+
+
+def with_plain_updates(
+    members: list[Member], open_backbone: Callable[[], Backbone]
+) -> list[Member]:
+    """The members, those with DoRA layers with what these make of the base's weights."""
+    if not any(has_dora(member.adapter) for member in members):
+        return members
+    backbone = open_backbone()
+    weights = base_weights(backbone)
+    for member in members:
+        check_fit(backbone, member.adapter)
+    return [
+        replace(m, plain=as_plain(m.adapter, weights)) if has_dora(m.adapter) else m
+        for m in members
+    ]
+
+
+def draw_concepts(
+    backbone: Backbone, members: list[Member], fused: Adapter, seed: int
+) -> list[ConceptPictures]:
+    """Each member's concept by its adapter alone, by all added up, and by the fused adapter."""
+    prompts = [_shown_prompt(member) for member in members]
+    alone = [_draw(backbone, [(m.adapter, m.weight)], [p], seed)[0]
+             for m, p in zip(members, prompts, strict=True)]  # fmt: skip
+    summed = _draw(backbone, [(m.adapter, m.weight) for m in members], prompts, seed)
+    together = _draw(backbone, [(fused, 1.0)], prompts, seed)
+    return [ConceptPictures(*three) for three in zip(alone, summed, together, strict=True)]
+
+
+def _shown_prompt(member: Member) -> str:
+    triggers = member.adapter.info.triggers()
+    if not triggers:
+        assert member.sketch is not None  # made with prompts of its own
+        return member.sketch.facts.prompts.splitlines()[0]
+    return f"a {triggers[0]} on a blue background"
+
+
+def _draw(
+    backbone: Backbone, adapters: list[tuple[Adapter, float]], prompts: list[str], seed: int
+) -> list[list[Image]]:
+    """Pictures of each prompt with these adapters attached."""
+    names = [f"report_{index}" for index in range(len(adapters))]
+    for name, (adapter, weight) in zip(names, adapters, strict=True):
+        attach(backbone, adapter, name, weight)
+    try:
+        seeds = list(range(seed, seed + SHOWN))
+        guidance = default_guidance(backbone)
+        return [sample(backbone, [prompt] * SHOWN, seeds, guidance=guidance) for prompt in prompts]
+    finally:
+        for name in names:
+            detach(backbone, name)

@@ -1,0 +1,10 @@
+"""`rite.inspect`: the content of an adapter file."""
+
+from pathlib import Path
+
+from rite_diffusion.adapters import Adapter, load_adapter
+
+
+def inspect(path: str | Path) -> Adapter:
+    """The checked content of an adapter file."""
+    return load_adapter(Path(path).expanduser())

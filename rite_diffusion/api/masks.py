@@ -1,0 +1,166 @@
+"""Masks of the subject beside the photos: by a segmenter, or by the base model's own attention."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.attention_maps import AttentionRecorder
+from rite_diffusion.backbones.protocols import Backbone
+from rite_diffusion.errors import ConfigError, PhotoFolderError
+from rite_diffusion.files.writing import write_atomically
+from rite_diffusion.photos.buckets import bucket_of, bucket_sizes
+from rite_diffusion.photos.cutout import cut_out
+from rite_diffusion.photos.images import open_upright, to_tensor
+from rite_diffusion.photos.listing import Picture, list_pictures
+from rite_diffusion.photos.pixels import UnreadableImage
+from rite_diffusion.photos.segmenter import NoSubject, Segmenter, load_segmenter
+from rite_diffusion.photos.sidecars import new_mask_path
+from rite_diffusion.seeding import generator
+from rite_diffusion.training.objective import add_noise
+
+LEVELS = (0.2, 0.35, 0.5, 0.65)  # of the noise schedule, at which the base looks at a photo
+DRAWS = 4  # noises at each
+
+
+@dataclass(frozen=True)
+class MaskReport:
+    """What was written, and why a photo got none."""
+
+    written: list[Path]
+    left: list[tuple[str, str]]  # photo's name, reason
+
+
+def make_masks(
+    photos: str | Path,
+    class_noun: str,
+    *,
+    base: str = "pocket",
+    model: str | Path | None = None,
+    override: bool = False,
+    listen: Callable[[int], None] = lambda done: None,
+) -> MaskReport:
+    """Write `masks/<name>.png` in the photos' folder, white where the subject is.
+
+    `model` is a segmenter's `.onnx` file; without one the base is asked where it sees the class
+    noun. Photos that have a mask keep it, unless `override`.
+    """
+    listing = list_pictures(Path(photos).expanduser())
+    pictures = {each: mask_target(each, listing.pictures) for each in listing.pictures}
+    if not pictures:
+        raise PhotoFolderError(f"no images in {photos}: pass the folder that holds the photos.")
+    if model is None:
+        segment = attention_segmenter(load_backbone(base), class_noun)
+    else:
+        segment = load_segmenter(Path(model).expanduser())
+    written, left = list[Path](), [(path.name, reason) for path, reason in listing.unused]
+    for done, (picture, target) in enumerate(pictures.items(), 1):
+        try:
+            if picture.mask is not None and not override:
+                raise NoMask("has a mask already")
+            _write(target, _segmented(picture.path, segment, class_noun, override))
+            written.append(target)
+        except NoMask as reason:
+            left.append((picture.path.name, str(reason)))
+        listen(done)
+    return MaskReport(written, left)
+
+
+class NoMask(Exception):
+    """A photo gets no mask; the message is the reason."""
+
+
+def _segmented(path: Path, segment: Segmenter, class_noun: str, override: bool) -> Image.Image:
+    """The mask of a photo file; NoMask where it needs none or has no subject."""
+    try:
+        photo = open_upright(path)
+        if photo.opacity is not None and not override:
+            raise NoMask("is transparent, which is its mask")
+        return segment(photo.image)
+    except UnreadableImage as fault:
+        raise NoMask(str(fault)) from None
+    except NoSubject:
+        raise NoMask(f"no {class_noun} stands out") from None
+
+
+def mask_target(picture: Picture, pictures: Sequence[Picture]) -> Path:
+    """Where the mask of a picture is written: over the one it has, else at its own name.
+
+    Raises PhotoFolderError where something else is in the way.
+    """
+    has = picture.mask
+    if has is not None and has.suffix.lower() == ".png":
+        return has
+    target = new_mask_path(picture.path, [each.path for each in pictures])
+    if target.parent.exists() and not target.parent.is_dir():
+        raise PhotoFolderError(f"{target.parent} is a file: move it, the masks go into a folder.")
+    return target
+
+
+def _write(target: Path, mask: Image.Image) -> None:
+    content = BytesIO()
+    mask.save(content, "PNG")
+    try:
+        target.parent.mkdir(exist_ok=True)
+        write_atomically(target, content.getvalue())
+    except OSError as error:
+        raise PhotoFolderError(f"cannot write {target}: {error.strerror or error}.") from None
+
+
+def attention_segmenter(backbone: Backbone, class_noun: str) -> Segmenter:
+    """Finds what the base's cross-attention takes for the class noun."""
+    prompt = f"a {class_noun}"
+    positions = backbone.token_positions(prompt, class_noun)
+    if not positions:
+        raise ConfigError(f"'{class_noun}' is no word that {backbone.name} reads")
+
+    def segment(photo: Image.Image) -> Image.Image:
+        size = bucket_of(photo.size, bucket_sizes(backbone.resolution, backbone.multiple))
+        pixels = to_tensor(photo.resize(size, Image.Resampling.LANCZOS))
+        scores = attention_scores(backbone, pixels, prompt, positions)
+        return cut_out(scores.cpu().numpy(), photo)
+
+    return segment
+
+
+@torch.no_grad()
+def attention_scores(
+    backbone: Backbone, pixels: Tensor, prompt: str, positions: list[int]
+) -> Tensor:
+    """How much (h, w), from 0 to 1, each latent cell of a picture (3, H, W) looks at some tokens.
+
+    Mean over noise levels, layers, heads and tokens; each resolution counts by its own range.
+    """
+    latents = backbone.encode_images(pixels[None])
+    schedule = backbone.noise_schedule
+    count, length = len(LEVELS) * DRAWS, len(schedule)
+    at = torch.tensor([int(level * length) for level in LEVELS for _ in range(DRAWS)])
+    at = at.to(backbone.device)
+    noise = torch.randn((count, *latents.shape[1:]), generator=generator(0)).to(latents)
+    clean = latents.expand(count, -1, -1, -1)
+    noisy = add_noise(clean, noise, schedule.signal[at], schedule.sigma[at])
+    recorder = AttentionRecorder(backbone.cross_attentions)
+    try:
+        backbone.denoise(noisy, schedule.times[at], backbone.encode_prompts([prompt] * count))
+        maps = recorder.maps(list(range(count)), [positions] * count, *latents.shape[-2:])
+    finally:
+        recorder.remove()
+    scores = torch.zeros(latents.shape[-2:], device=backbone.device)
+    for each in maps:
+        mean = each.mean((0, 1))[None, None]
+        scores += _ranged(F.interpolate(mean, latents.shape[-2:], mode="bicubic")[0, 0])
+    return _ranged(scores)
+
+
+def _ranged(values: Tensor) -> Tensor:
+    """The values from 0 to 1."""
+    low, high = values.min(), values.max()
+    if not high > low:
+        raise NoSubject
+    return (values - low) / (high - low)

@@ -1,0 +1,49 @@
+"""An adapter with its card, beside the file or in a hub's repository."""
+
+from pathlib import Path
+
+from rite_diffusion.adapters import load_adapter
+from rite_diffusion.adapters.card import card
+from rite_diffusion.errors import AdapterError
+from rite_diffusion.files.writing import write_atomically
+
+CARD = "README.md"
+
+
+def write_card(file: str | Path) -> Path:
+    """Write the adapter's model card beside its file; AdapterError where a README.md is there."""
+    path = Path(file).expanduser()
+    text = card(load_adapter(path), path.name)
+    target = path.with_name(CARD)
+    if target.exists():
+        raise AdapterError(f"{target} exists already: move it away to have one written")
+    write_atomically(target, text.encode())
+    return target
+
+
+def push(file: str | Path, repository: str, *, private: bool = True) -> str:
+    """Upload the checked adapter and its card to a hub repository, in one commit; its address.
+
+    The repository is made where there is none. The token is huggingface_hub's own: `hf auth login`
+    or `HF_TOKEN`.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HFValidationError, HTTPError
+
+    path = Path(file).expanduser()
+    text = card(load_adapter(path), path.name)
+    files = [
+        CommitOperationAdd(path.name, path.read_bytes()),
+        CommitOperationAdd(CARD, text.encode()),
+    ]
+    try:
+        api = HfApi()
+        api.create_repo(repository, private=private, exist_ok=True)
+        done = api.create_commit(repository, files, commit_message=f"Add {path.name}")
+    except (HTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise AdapterError(
+            f"{path.name} did not reach '{repository}' ({reason}): check the name and the network, "
+            "and log in with `hf auth login`"
+        ) from None
+    return str(done.commit_url)

@@ -1,0 +1,245 @@
+"""Sheets that compare pictures over prompts, adapters, weights, ways of combining, and seeds."""
+
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import PngImagePlugin
+from PIL.Image import Image
+
+from rite_diffusion._version import __version__
+from rite_diffusion.adapters import Adapter, attach, detach
+from rite_diffusion.adapters.attach import check_base
+from rite_diffusion.adapters.choice import Chosen, choose_adapters, split_weight
+from rite_diffusion.api.bases import open_base
+from rite_diffusion.api.fuse import with_plain_updates
+from rite_diffusion.api.sketch import with_sketches
+from rite_diffusion.backbones import StableDiffusion
+from rite_diffusion.backbones.protocols import Backbone
+from rite_diffusion.errors import ConfigError
+from rite_diffusion.fusion import FUSIONS
+from rite_diffusion.fusion.members import Member, checked
+from rite_diffusion.fusion.merge import merge, method_named
+from rite_diffusion.fusion.settings import FusionSettings
+from rite_diffusion.fusion.statistics import USUAL
+from rite_diffusion.generation.attached import Attached
+from rite_diffusion.generation.composition import COMPOSITIONS, SUM
+from rite_diffusion.generation.grid import labelled_grid
+from rite_diffusion.generation.metadata import KEY
+from rite_diffusion.generation.output import output_target
+from rite_diffusion.generation.request import complete, picture
+
+AXES = ("prompt", "adapter", "weight", "method", "seed")
+ATTACHED = "attached"  # the method of adapters side by side, unfused
+UNFUSED = (ATTACHED, *COMPOSITIONS)
+METHODS = (*UNFUSED, *FUSIONS)
+MOST = 2500  # pictures on a sheet
+NAME = "sheet"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one picture of a sheet is made of."""
+
+    prompt: str
+    adapter: tuple[str, ...]  # FILE[:WEIGHT] items; none for the base alone
+    weight: float  # on top of the files' own
+    method: str
+    seed: int
+
+    def label(self, axis: str) -> str:
+        """The cell's value on an axis, in words."""
+        if axis == "adapter":
+            return " + ".join(map(_adapter_label, self.adapter)) or "base alone"
+        value = getattr(self, axis)
+        return {"weight": f"weight {value}", "seed": f"seed {value}"}.get(axis, str(value))
+
+    def chosen(self) -> list[Chosen]:
+        """The adapters at their full weights."""
+        items = choose_adapters(self.adapter)
+        return [replace(each, weight=each.weight * self.weight) for each in items]
+
+
+def _items(adapters: str | Sequence[str]) -> tuple[str, ...]:
+    """`FILE[:WEIGHT]` items, of a sequence or joined by +."""
+    items = adapters.split("+") if isinstance(adapters, str) else adapters
+    return tuple(item for item in items if item)
+
+
+def _adapter_label(item: str) -> str:
+    """An adapter's name, that of its run where the file has none of its own, and its weight."""
+    path, weight = split_weight(item)
+    name = path.resolve().parent.name if path.name == "adapter.safetensors" else path.stem
+    return name if weight == 1 else f"{name}:{weight:g}"
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Cells in rows and columns."""
+
+    rows: list[list[Cell]]
+    row_axes: list[str]
+    column_axis: str
+
+    def cells(self) -> list[Cell]:
+        """All cells, row by row."""
+        return [cell for row in self.rows for cell in row]
+
+    def setups(self) -> dict[Cell, list[Cell]]:
+        """One cell for each way to set the model up -> all cells that are drawn with it."""
+        groups: dict[tuple, list[Cell]] = {}
+        for cell in self.cells():
+            groups.setdefault((cell.adapter, cell.weight, cell.method), []).append(cell)
+        return {cells[0]: cells for cells in groups.values()}
+
+    def row_labels(self) -> list[str]:
+        """What distinguishes each row."""
+        return [", ".join(row[0].label(axis) for axis in self.row_axes) for row in self.rows]
+
+    def column_labels(self) -> list[str]:
+        """What distinguishes each column."""
+        return [cell.label(self.column_axis) for cell in self.rows[0]]
+
+
+def plan_sheet(values: dict[str, Sequence], columns: str) -> Sheet:
+    """The sheet of every combination of the axes' values; `columns` names the axis that runs right.
+
+    Rows run through all other axes; those with several values label them.
+    """
+    if columns not in AXES:
+        raise ConfigError(f"no axis '{columns}': choose one of {', '.join(AXES)}")
+    for axis in AXES:
+        if not values[axis]:
+            raise ConfigError(f"the sheet has no {axis}: give at least one")
+    for method in values["method"]:
+        if method not in UNFUSED:
+            method_named(method)
+    values = values | {"adapter": [_items(each) for each in values["adapter"]]}
+    down = [axis for axis in AXES if axis != columns]
+    points = [
+        dict(zip(down, point, strict=True))
+        for point in itertools.product(*(values[axis] for axis in down))
+    ]
+    rows = [[Cell(**point, **{columns: value}) for value in values[columns]] for point in points]
+    if len(rows) * len(rows[0]) > MOST:
+        raise ConfigError(f"{len(rows)} x {len(rows[0])} pictures are more than {MOST}")
+    varied = [axis for axis in down if len(values[axis]) > 1]
+    return Sheet(rows, varied or ["prompt"], columns)
+
+
+def grid(
+    prompts: Sequence[str],
+    *,
+    adapters: Sequence[str | Sequence[str]] = ("",),
+    weights: Sequence[float] = (1.0,),
+    methods: Sequence[str] = (ATTACHED,),
+    seeds: Sequence[int] = (0,),
+    columns: str = "seed",
+    base: str | StableDiffusion | None = None,
+    steps: int = 25,
+    guidance: float | None = None,
+    negative: str = "",
+    width: int | None = None,
+    height: int | None = None,
+    cell: int = 192,
+    out: str | Path | None = None,
+    other_base: bool = False,
+    listen: Callable[[int, int], None] = lambda done, total: None,
+) -> Image:
+    """A sheet of pictures of all combinations, `columns` (an axis of AXES) from left to right.
+
+    Each of `adapters` is a `FILE[:WEIGHT]`, several in a list or joined by `+`, or "" for the base
+    alone; a weight multiplies those of its files; a method says how several are combined:
+    `attached`, `switch`, `composite` or one of FUSIONS. With `out`, a `.png` whose text holds every
+    picture's parameters.
+    """
+    axes = {
+        "prompt": prompts,
+        "adapter": adapters,
+        "weight": weights,
+        "method": methods,
+        "seed": seeds,
+    }
+    sheet = plan_sheet(axes, columns)
+    named = [chosen.adapter for each in sheet.setups() for chosen in each.chosen()]
+    if out is not None and Path(out).suffix.lower() != ".png":
+        raise ConfigError(f"{out} is no .png file: name one as --out.")
+    target = None if out is None else output_target(Path(out).expanduser(), 1)
+    backbone = open_base(base, [adapter.info for adapter in named])
+    for adapter in [] if other_base else named:
+        check_base(backbone, adapter)
+    settings = {
+        "negative": negative, "steps": steps, "guidance": guidance, "width": width, "height": height
+    }  # fmt: skip
+    pictures = _draw(backbone, sheet, settings, listen)
+    rows = [[pictures[each][0] for each in row] for row in sheet.rows]
+    image = labelled_grid(rows, sheet.row_labels(), sheet.column_labels(), cell)
+    if target is not None:
+        facts = [[asdict(each) | pictures[each][1] for each in row] for row in sheet.rows]
+        image.save(target, "PNG", pnginfo=_text(sheet, facts))
+        image.info["path"] = str(target)
+    return image
+
+
+def _text(sheet: Sheet, facts: list[list[dict]]) -> PngImagePlugin.PngInfo:
+    """The PNG's text: the axes, and every picture's parameters row by row."""
+    info = PngImagePlugin.PngInfo()
+    axes = {"rows": sheet.row_axes, "columns": sheet.column_axis}
+    content = {"version": __version__, **axes, "pictures": facts}
+    info.add_text(f"{KEY}_grid", json.dumps(content))
+    return info
+
+
+def _draw(
+    backbone: Backbone,
+    sheet: Sheet,
+    settings: dict[str, Any],
+    listen: Callable[[int, int], None],
+) -> dict[Cell, tuple[Image, dict]]:
+    """Each cell's picture and parameters; cells with the same adapters are drawn in one go."""
+    total = len(sheet.cells())
+    drawn: dict[Cell, tuple[Image, dict]] = {}
+    for first, cells in sheet.setups().items():
+        chosen = first.chosen()
+        records = [each.record() for each in chosen]
+        combine = first.method if first.method in COMPOSITIONS else SUM
+        with _in_model(backbone, _present(backbone, chosen, first.method)) as attached:
+            for cell in cells:
+                facts = complete(
+                    backbone, records, prompt=cell.prompt, seed=cell.seed, combine=combine,
+                    **settings,
+                )  # fmt: skip
+                drawn[cell] = picture(backbone, facts, attached), asdict(facts)
+                listen(len(drawn), total)
+    return drawn
+
+
+def _present(backbone: Backbone, chosen: list[Chosen], method: str) -> list[tuple[Adapter, float]]:
+    """The adapters to attach with their weights: as they are, or one that a method fused."""
+    if method in UNFUSED or len(chosen) < 2:
+        return [(each.adapter, each.weight) for each in chosen]
+    members = checked([Member(each.adapter, each.weight, each.path) for each in chosen])
+    members = with_plain_updates(members, lambda: backbone)
+    if FUSIONS[method].statistics:
+        members = with_sketches(members, lambda: backbone, USUAL, lambda done, total: None)
+    return [(merge(members, method, FusionSettings()), 1.0)]
+
+
+@contextmanager
+def _in_model(backbone: Backbone, present: list[tuple[Adapter, float]]) -> Iterator[list[Attached]]:
+    """The adapters in the backbone until the block ends."""
+    attached = [
+        Attached(f"{NAME}_{index}", weight, adapter.info.triggers())
+        for index, (adapter, weight) in enumerate(present)
+    ]
+    for (adapter, weight), place in zip(present, attached, strict=True):
+        attach(backbone, adapter, place.name, weight)
+    try:
+        yield attached
+    finally:
+        for place in attached:
+            detach(backbone, place.name)

@@ -1,0 +1,1 @@
+"""The `rite` command: one module per group of commands, its options and its output."""

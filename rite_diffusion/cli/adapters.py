@@ -1,0 +1,61 @@
+"""Commands for adapter files: inspect, convert, card, push. Heavy imports are inside them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer()
+
+
+@app.command()
+def inspect(file: Annotated[Path, typer.Argument(help="An adapter, .safetensors.")]) -> None:
+    """Show what an adapter file holds and how it was trained."""
+    from rite_diffusion.api import generate as recipes
+    from rite_diffusion.cli.output import describe_adapter
+
+    describe_adapter(file, recipes.inspect(file))
+
+
+@app.command()
+def convert(
+    file: Annotated[Path, typer.Argument(help="An adapter: .safetensors or a PEFT folder.")],
+    to: Annotated[str, typer.Option(help="kohya, diffusers, peft or comfyui.")],
+    out: Annotated[Path | None, typer.Option(help="Default: FILE-<to> beside FILE.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Its base model, to load the export in and draw with.")
+    ] = None,
+    published_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--published-pickle",
+            help="FILE holds embeddings or a paper's weights as a pickle; nothing in it is run.",
+        ),
+    ] = False,
+) -> None:
+    """Write an adapter in another tool's dialect and prove it by loading it back."""
+    from rite_diffusion.api.convert import convert as converted
+    from rite_diffusion.cli.output import describe_export
+
+    export = converted(file, to, out, base=base, published_pickle=published_pickle)
+    describe_export(export)
+
+
+@app.command()
+def card(file: Annotated[Path, typer.Argument(help="An adapter, .safetensors.")]) -> None:
+    """Write an adapter's model card, README.md, beside its file."""
+    from rite_diffusion.api.publish import write_card
+
+    print(write_card(file))
+
+
+@app.command()
+def push(
+    file: Annotated[Path, typer.Argument(help="An adapter, .safetensors.")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub.")],
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see it.")] = False,
+) -> None:
+    """Upload an adapter and its card to a hub repository, private unless asked."""
+    from rite_diffusion.api.publish import push as pushed
+
+    print(pushed(file, repository, private=not public))

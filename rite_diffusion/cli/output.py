@@ -1,0 +1,273 @@
+"""What the commands print."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from datetime import timedelta
+from pathlib import Path
+from shlex import quote
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from rite_diffusion.adapters import Adapter, load_adapter
+from rite_diffusion.api.convert import Export
+from rite_diffusion.api.demo import DemoResult
+from rite_diffusion.api.doctor import Finding
+from rite_diffusion.api.fuse import Outcome
+from rite_diffusion.methods import METHODS
+from rite_diffusion.photos.folder import PhotoFolder
+from rite_diffusion.training.plan import Plan
+from rite_diffusion.training.run import Cost
+from rite_diffusion.training.trainer import StepReport
+
+LONG_TRIGGER = 5  # tokens; "<dog>" has three
+FAINT = 0.01  # share of white below which a mask may be a mistake
+
+
+def _line(label: str, text: str) -> None:
+    print(f"{label:<12}{_printable(text)}")
+
+
+def _printable(text: str) -> str:
+    """The text with what cannot be printed escaped: file names may have any bytes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def describe_plan(plan: Plan) -> None:
+    """Print what was found in the photo folders and what will be done with it."""
+    _describe_photos(plan)
+    _describe_doubts(plan)
+    config, backbone, optim = plan.config, plan.backbone, plan.config.optim
+    for concept in config.concepts():
+        _line("concept", f"{concept.trigger}, class {concept.class_noun}")
+    where = f"{backbone.device}, {config.resolution} pixels, {config.precision}"
+    _line("base", f"{config.base} on {where}, attention {backbone.attention}")
+    for fallback in plan.fallbacks:
+        _line("", fallback)
+    _line("adapter", f"{config.method}, rank {config.lora.rank}")
+    rates = f"{optim.name}, rate auto: tried out before the first step"
+    if optim.lr_unet is not None:
+        text = f", text encoder {optim.lr_text_encoder:g}" if config.lora.text_encoder else ""
+        rates = f"{optim.name}, rate {optim.lr_unet:g}{text}"
+    _line("training", f"{config.steps} steps of {config.batch}, {rates}, seed {config.seed}")
+
+
+def _describe_photos(plan: Plan) -> None:
+    config, folder = plan.config, plan.folder
+    photos = folder.photos
+    where = ", ".join(source.photos for source in config.sources())
+    _line("photos", f"{len(photos)} in {where}, {folder.sizes()} pixels")
+    templated = len(photos) - folder.captioned
+    _line("captions", f"{folder.captioned} from files, {templated} from templates")
+    _line("", f'e.g. "{photos[0].caption}"')
+    for name, count, often in folder.repeats():
+        _line("repeats", f"{name}: {count} photos, each shown {often} times an epoch")
+    whites = [photo.white for photo in photos if photo.white is not None]
+    if whites:
+        share = f"{min(whites):.0%} to {max(whites):.0%} of each is white"
+        _line("masks", f"{len(whites)} of {len(photos)} photos, {share}")
+    if plan.held_out:
+        _line("held out", ", ".join(photo.path.name for photo in plan.held_out))
+    _describe_classes(plan)
+    for (width, height), names in plan.buckets().items() if config.buckets else ():
+        _line("bucket", f"{width}x{height}: {', '.join(names)}")
+
+
+def _describe_classes(plan: Plan) -> None:
+    """Print which pictures keep the class as it is."""
+    prior = plan.config.prior
+    given: dict[str, int] = {}
+    for photo in plan.classes.photos:
+        given[str(photo.path.parent)] = given.get(str(photo.path.parent), 0) + 1
+    for where, count in given.items():
+        _line("class", f"{count} pictures in {where}, weight {prior.weight:g}")
+    for noun in plan.undrawn:
+        _line("class", f"{prior.count} pictures for {noun} by the base, weight {prior.weight:g}")
+
+
+def _describe_unused(folder: PhotoFolder) -> None:
+    """Print the files that are not used, those of one reason together."""
+    reasons: dict[str, list[str]] = {}
+    for path, reason in folder.skipped:
+        reasons.setdefault(reason, []).append(path.name)
+    for reason, names in reasons.items():
+        _line("skipped", f"{', '.join(names)}: {reason}")
+
+
+def _describe_doubts(plan: Plan) -> None:
+    """Print what the user may not have meant."""
+    folder = plan.folder
+    _describe_unused(folder)
+    _describe_unused(plan.classes)
+    for photo in folder.photos:
+        if photo.white is not None and photo.white < FAINT:
+            _line("faint mask", f"{photo.path.name}: {photo.white:.1%} of it is white")
+    for caption in plan.captions_without_trigger():
+        _line("no trigger", f'"{caption}" does not contain the trigger')
+    for concept in plan.config.concepts():
+        tokens = plan.backbone.token_count(concept.trigger)
+        if tokens > LONG_TRIGGER:
+            of = f"of {plan.backbone.token_budget} that a caption may have"
+            _line("long", f"{concept.trigger} is read as {tokens} tokens {of}")
+    for caption, trigger in plan.moved:
+        end = f"beyond the {plan.backbone.token_budget} tokens that the base reads"
+        _line("moved", f'"{caption}" has {trigger} {end}: the caption now ends with it')
+    for caption in plan.cut_captions():
+        _line("cut", f'"{caption}" is longer than {plan.backbone.token_budget} tokens')
+    for one, other in folder.near_duplicates():
+        _line("alike", f"{one} and {other}")
+    wanted = METHODS[plan.config.method].wants_masks
+    if wanted and not any(photo.white is not None for photo in folder.photos):
+        _line("no masks", f"{plan.config.method} learns better with them: see `rite mask --help`")
+    small = folder.smaller_than(plan.encoding.resolution)
+    if small:
+        _line("scaled up", f"{', '.join(small)}: smaller than {plan.encoding.resolution} pixels")
+
+
+def describe_cost(plan: Plan, cost: Cost) -> None:
+    """Print what a run will take."""
+    duration = timedelta(seconds=round(cost.seconds_per_step * plan.config.steps))
+    each = f"{cost.seconds_per_step:.2f} s a step"
+    _line("cost", f"about {duration} ({each}), {cost.peak_bytes / 1e9:.1f} GB of memory")
+
+
+@contextmanager
+def training_progress(steps: int) -> Iterator[Callable[[StepReport], None]]:
+    """A progress bar with loss, images/s and time left; yields what to call after each step."""
+    columns = (
+        TextColumn("training  "),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}"),
+        TextColumn("{task.fields[speed]:.1f} images/s"),
+        TimeRemainingColumn(),
+    )
+    recent: list[StepReport] = []
+    with Progress(*columns, console=Console(), transient=False) as progress:
+        task = progress.add_task("", total=steps, loss=float("nan"), speed=0.0)
+
+        def listen(report: StepReport) -> None:
+            recent.append(report)
+            del recent[:-20]
+            loss = sum(entry.loss for entry in recent) / len(recent)
+            speed = sum(entry.images_per_second for entry in recent) / len(recent)
+            progress.update(task, completed=report.step, loss=loss, speed=speed)
+
+        yield listen
+
+
+def describe_result(plan: Plan, adapter: Path) -> None:
+    """Print where the adapter is and what to try next."""
+    size = adapter.stat().st_size / 1e6
+    trigger = plan.config.concepts()[0].trigger
+    prompt = f"a {trigger} on a blue background"
+    if plan.config.base != "pocket":
+        prompt = f"a photo of a {trigger} on a blue background"
+    base = "" if plan.config.base == "pocket" else f" --base {quote(plan.config.base)}"
+    _line("adapter", f"{adapter} ({size:.1f} MB)")
+    _line("try", f"rite generate {quote(prompt)} --adapter {quote(str(adapter))}{base}")
+
+
+def describe_adapter(path: Path, adapter: Adapter) -> None:
+    """Print an adapter's facts."""
+    facts = asdict(adapter.info)
+    config, concepts = facts.pop("config"), facts.pop("concepts")
+    ranks = ", ".join(str(rank) for rank in adapter.ranks())
+    parameters = sum(pair.down.numel() + pair.up.numel() for pair in adapter.pairs)
+    counts = {
+        "UNet": sum(pair.name.startswith("lora_unet_") for pair in adapter.pairs),
+        "text encoder": sum(pair.name.startswith("lora_te") for pair in adapter.pairs),
+    }
+    print(f"{'file':<17}{path} ({path.stat().st_size / 1e6:.2f} MB)")
+    for key, value in facts.items():
+        print(f"{key.replace('_', ' '):<17}{value or 'not stated'}")
+    for entry in json.loads(concepts or "[]"):
+        source = f"{entry['file']} at weight {entry['weight']:g}"
+        print(f"{'concept':<17}{entry['trigger']}, {entry['class_noun']}, from {source}")
+    print(f"{'dialect':<17}{adapter.dialect}")
+    print(f"{'rank':<17}{ranks or 'no layers'}")
+    modules = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    if adapter.pairs:
+        print(f"{'modules':<17}{len(adapter.pairs)} ({modules}), {parameters:,} parameters")
+    if adapter.shifts:
+        print(f"{'vectors':<17}{len(adapter.shifts)} biases and norm weights")
+    for word, rows in adapter.tokens.items():
+        layers, count, width = rows.shape
+        print(f"{'token':<17}{word} ({layers} layers of {count} x {width})")
+    for note in adapter.notes:
+        print(f"{'note':<17}{note}")
+    if config:
+        print("trained with")
+        print("\n".join(f"    {line}" for line in config.strip().splitlines()))
+
+
+@contextmanager
+def picture_progress(what: str = "pictures") -> Iterator[Callable[[int, int], None]]:
+    """A progress bar of pictures; yields what to call with those done and their total."""
+    columns = (TextColumn(f"{what:<10}"), BarColumn(bar_width=24), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def describe_fused(path: Path) -> None:
+    """Print what a fused adapter answers to."""
+    info = load_adapter(path).info
+    _line("concepts", info.trigger)
+    _line("adapter", f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+
+def describe_conflicts(outcome: Outcome) -> None:
+    """Print crosstalk, errors before and after, and the worst layers; then what was written."""
+    report = outcome.report
+    width = max(10, *(len(name) + 2 for name in report.concepts))
+    print(f"crosstalk   {'of':<{width}}" + "".join(f"{n:>{width}}" for n in report.concepts))
+    for i, name in enumerate(report.concepts):
+        cells = "".join(f"{value:>{width}.2f}" for value in report.crosstalk[i])
+        print(f"{'on':>10}  {name:<{width}}{cells}")
+    print(f"error       {'':<{width}}{'plain sum':>{width}}{report.method:>{width + 10}}")
+    for name, before, after in zip(report.concepts, report.before, report.after, strict=True):
+        print(f"{'':<12}{name:<{width}}{before:>{width}.2f}{after:>{width + 10}.2f}")
+    drift = f"{report.drift_before:>{width}.2f}{report.drift_after:>{width + 10}.2f}"
+    print(f"drift       {'':<{width}}{drift}")
+    for layer in report.worst_layers()[:3]:
+        _line("worst", f"{layer.worst:.2f} {layer.name}")
+    describe_fused(outcome.adapter)
+    _line("report", f"{outcome.sheet}, {outcome.json}")
+
+
+def describe_export(export: Export) -> None:
+    """Print what was written and what its checks showed."""
+    _line("read", f"{len(export.adapter.pairs)} modules in {export.adapter.dialect}'s names")
+    for note in export.adapter.notes:
+        _line("note", note)
+    if export.path not in export.embeddings:
+        _line("wrote", str(export.path))
+    for path in export.embeddings:
+        _line("embedding", str(path))
+    for word in export.lossy:
+        _line("lossy", f"the layers of {word} are averaged: no other tool keeps them apart")
+    for check in export.checks:
+        text = f"{check.modules} modules, largest relative difference {check.difference:.1e}"
+        _line("verified", f"{text}, by {check.reader}")
+    if export.pixels is not None:
+        _line("pictures", f"largest difference {export.pixels} of 255, original against export")
+
+
+def describe_findings(findings: list[Finding]) -> None:
+    """Print the doctor's findings."""
+    for finding in findings:
+        print(f"{'ok' if finding.good else '--':<4}{finding.name:<16}{finding.text}")
+        if finding.remedy:
+            print(f"    {'':<16}{finding.remedy}")
+
+
+def describe_demo(result: DemoResult) -> None:
+    """Print the demo's figures and the path of its grid."""
+    _line("adapter", str(result.adapter))
+    _line("identity", f"{result.before:.2f} before, {result.after:.2f} after (1 is the photos')")
+    before, after = result.recognised_before, result.recognised_after
+    _line("recognised", f"{before:.0%} of the pictures before, {after:.0%} after, by the judge")
+    _line("grid", str(result.grid))

@@ -1,0 +1,135 @@
+"""`rite train`, `rite mask` and `rite demo`. Everything heavy is imported inside the commands."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rite_diffusion.cli import fusion as cli_fusion
+from rite_diffusion.cli.app import app
+from rite_diffusion.cli.settings import settings_tree
+
+app = typer.Typer()
+
+
+@app.command()
+def train(
+    photos: Annotated[Path, typer.Argument(help="Folder that holds the photos, or a .toml file.")],
+    trigger: Annotated[
+        str | None, typer.Option(help='New word for the concept, such as "<robot>".')
+    ] = None,
+    class_noun: Annotated[
+        str | None, typer.Option("--class", help="What it is: robot, dog, cake.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="pocket, a diffusers folder, a .safetensors or a hub id.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="lora, pivotal, custom_diffusion or ed_lora.")
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Preset name or .toml file.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the LoRA pairs.")] = None,
+    optimizer: Annotated[
+        str | None, typer.Option(help="adamw, adamw_plus, rite, scaled_adamw, scaled_sgd or sgd.")
+    ] = None,
+    lr: Annotated[str | None, typer.Option(help="Learning rate, or auto to try some out.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/<photos>.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any setting: --set optim.warmup=20.")
+    ] = None,
+    override: Annotated[
+        bool, typer.Option("--override", help="Go on with a stopped run though settings differ.")
+    ] = False,
+    sketch: Annotated[
+        bool, typer.Option("--sketch", help="Leave statistics beside it, for fusing (rite sketch).")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report, try a step, stop.")] = False,
+) -> None:
+    """Train a concept adapter from a folder of photos."""
+    from rite_diffusion.config import merge, read_toml
+
+    given = {
+        "trigger": trigger,
+        "class_noun": class_noun,
+        "base": base,
+        "method": method,
+        "steps": steps,
+        "lora.rank": rank,
+        "optim.name": optimizer,
+        "optim.lr": _number_or_word(lr),
+        "seed": seed,
+    }
+    written = read_toml(photos) if photos.suffix == ".toml" else {"photos": str(photos)}
+    settings = merge(written, settings_tree(given, set_ or []))
+    from rite_diffusion.cli.output import (
+        describe_cost,
+        describe_plan,
+        describe_result,
+        training_progress,
+    )
+    from rite_diffusion.training import plan as planning
+    from rite_diffusion.training import run
+    from rite_diffusion.training.processes import is_main_process
+
+    plan = planning.survey(planning.configure(settings, preset))
+    if not is_main_process():  # another process of this run writes and prints
+        plan = planning.draw_class_pictures(plan)
+        run.run_training(plan, out or run.default_run(plan))
+        return
+    describe_plan(plan)
+    plan = planning.draw_class_pictures(plan, print)
+    if dry_run:
+        describe_cost(plan, run.measure(plan))
+        return
+    folder = out or run.default_run(plan)
+    with training_progress(plan.config.steps) as listen:
+        adapter = run.run_training(plan, folder, listen, override)
+    describe_result(plan, adapter)
+    if sketch:
+        cli_fusion.sketch(adapter, base=plan.config.base)
+
+
+def _number_or_word(text: str | None) -> float | str | None:
+    """The number that an option's text says, else the text, which the settings will judge."""
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return text
+
+
+@app.command()
+def mask(
+    photos: Annotated[Path, typer.Argument(help="Folder that holds the photos.")],
+    class_noun: Annotated[str, typer.Option("--class", help="What they show: robot, dog, cake.")],
+    base: Annotated[str, typer.Option(help="Base model whose attention is asked.")] = "pocket",
+    model: Annotated[
+        Path | None, typer.Option(help="A segmenter's .onnx file, to be asked instead of the base.")
+    ] = None,
+    override: Annotated[bool, typer.Option("--override", help="Replace masks.")] = False,
+) -> None:
+    """Write masks of the subject beside the photos, for `rite train` to look at."""
+    from rite_diffusion.api.masks import make_masks
+
+    report = make_masks(photos, class_noun, base=base, model=model, override=override)
+    for path in report.written:
+        print(path)
+    for name, reason in report.left:
+        print(f"left out    {name}: {reason}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Run folder; default: runs/demo.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+) -> None:
+    """Learn the example robot on the pocket base and show it before and after."""
+    from rite_diffusion.api import demo as example
+    from rite_diffusion.cli.output import describe_demo, describe_plan, training_progress
+
+    plan, folder = example.prepare(out, seed)
+    describe_plan(plan)
+    with training_progress(plan.config.steps) as listen:
+        result = example.run(plan, folder, listen)
+    describe_demo(result)

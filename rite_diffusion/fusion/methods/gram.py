@@ -1,0 +1,70 @@
+"""The exact fusion: the update whose outputs are nearest to every concept's own, in closed form.
+
+Mix-of-Show (Gu et al. 2023, arXiv 2305.18292) minimises sum_i E_i|(D - D_i) x|^2 over the inputs
+of each concept with L-BFGS. It is a linear least-squares problem, as in RegMean (Jin et al. 2023,
+arXiv 2212.09849):
+
+    minimise   sum_i E_i|(D - D_i) x|^2 + preserve * E_0|D x|^2 + ridge |D|^2
+    solved by  D = sum_i D_i G_i S^-1,   S = sum_i G_i + preserve * G_0 + ridge I
+
+With D_i = B_i A_i that is sum_i B_i (A_i G_i S^-1): the ups as they were, the downs projected anew.
+"""
+
+import torch
+
+from rite_diffusion.errors import FusionError
+from rite_diffusion.fusion.layer import Factors, Layer, Part, stack
+from rite_diffusion.fusion.low_rank import to_rank_on_inputs
+from rite_diffusion.fusion.second_moments import GramSum, output_energy
+from rite_diffusion.fusion.settings import FusionSettings
+
+
+def gram(layer: Layer, settings: FusionSettings) -> Factors:
+    """The minimiser above, of the sum of the ranks, or cut to a rank with the least output error.
+
+    A part of rank 0 asks the fused layer to leave that concept's inputs alone.
+    """
+    parts = with_statistics(layer)
+    moments = moments_of(layer, parts, settings)
+    up = torch.cat([part.factors.up for part in parts], 1)
+    seen = [_times_gram(part) for part in parts]
+    fused = Factors(up, moments.solve(torch.cat(seen)))
+    if settings.rank is None:
+        return fused
+    covariance = moments.times(fused.down) @ fused.down.mT
+    return to_rank_on_inputs(fused, covariance, settings.rank)
+
+
+def _times_gram(part: Part) -> torch.Tensor:
+    assert part.gram is not None  # with_statistics
+    return part.gram.times(part.factors.down)
+
+
+def with_statistics(layer: Layer) -> list[Part]:
+    """The parts whose inputs are known; FusionError where one that has an update has none."""
+    missing = [part for part in layer.parts if part.gram is None and part.factors.rank]
+    if missing:
+        raise FusionError(
+            f"the sketch of an adapter says nothing of {layer.name}, which the adapter changes: "
+            "make the sketch again with `rite sketch`."
+        )
+    return [part for part in layer.parts if part.gram is not None]
+
+
+def moments_of(layer: Layer, parts: list[Part], settings: FusionSettings) -> GramSum:
+    """S of the equations above."""
+    grams = [part.gram for part in parts if part.gram is not None]
+    weights = [1.0] * len(grams)
+    if layer.base is not None:
+        grams.append(layer.base)
+        weights.append(settings.preserve)
+    return GramSum(grams, weights, settings.ridge)
+
+
+def objective(layer: Layer, fused: Factors) -> float:
+    """Sum_i E_i|(D - D_i) x|^2 of a fused update D."""
+    return sum(
+        output_energy(stack([fused, Factors(-part.factors.up, part.factors.down)]), part.gram)
+        for part in with_statistics(layer)
+        if part.gram is not None
+    )

@@ -1,0 +1,47 @@
+"""Custom Diffusion (Kumari et al. 2023): how cross-attentions read the text, and a modifier.
+
+Keys and values of all cross-attentions train, whole or as LoRA, and a word that modifies its class:
+a prompt that says "<robot>" is encoded as "<robot> robot" would be. Prior preservation and scaled
+views are settings of their own, `prior` and `augment`.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from rite_diffusion.backbones.protocols import Backbone
+from rite_diffusion.config import TrainConfig
+from rite_diffusion.methods.embedding_method import WordMethod
+from rite_diffusion.methods.new_embeddings import NewWords
+from rite_diffusion.methods.weights import FullWeights, LoraWeights
+
+KEYS_AND_VALUES = (".attn2.to_k", ".attn2.to_v")
+
+
+class CustomDiffusion(WordMethod):
+    """Keys and values that learn from all of a text but its begin mark, and a modifier."""
+
+    def __init__(self, backbone: Backbone, config: TrainConfig):
+        paths = [p for p in backbone.lora_targets("unet") if p.endswith(KEYS_AND_VALUES)]
+        if config.custom_diffusion.weights == "lora":
+            weights = LoraWeights(backbone, config, {"unet": paths})
+        else:
+            weights = FullWeights(backbone, config, paths)
+        new_words = NewWords(backbone, config, named=True)
+        super().__init__(backbone, config, weights, new_words)
+        unet = backbone.components["unet"]
+        layers = [unet.get_submodule(path) for path in paths]
+        self._handles = [layer.register_forward_hook(_hold_begin_mark) for layer in layers]
+
+    def remove(self) -> None:
+        """Take weights, words and hooks out."""
+        for handle in self._handles:
+            handle.remove()
+        super().remove()
+
+
+def _hold_begin_mark(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
+    """Keys or values (B, tokens, width), the first token's without gradient.
+
+    Every prompt has that token, so what it teaches would act on all of them.
+    """
+    return torch.cat([output[:, :1].detach(), output[:, 1:]], dim=1)

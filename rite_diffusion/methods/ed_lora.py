@@ -1,0 +1,91 @@
+"""ED-LoRA, how Mix-of-Show learns one concept (Gu et al. 2023, arXiv 2305.18292).
+
+Two vectors per concept, the first for its looks and the second for its class, each apart for every
+cross-attention (Voynov et al. 2023), and LoRA in the attention of UNet and text encoder at scale 1.
+The maps of the vectors are kept inside the subject's mask, as in the released code.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rite_diffusion.backbones.attention_maps import AttentionRecorder
+from rite_diffusion.backbones.protocols import Backbone
+from rite_diffusion.config import TrainConfig
+from rite_diffusion.methods.embedding_method import WordMethod
+from rite_diffusion.methods.new_embeddings import STREAM, NewWords, new_words
+from rite_diffusion.methods.weights import LoraWeights, adapted_paths
+from rite_diffusion.seeding import generator
+
+CAPTIONS_KEPT = 256  # places of words in them that stay in memory
+INSIDE = 0.5  # a latent cell's mask, above which it is of the subject
+
+
+class EdLora(WordMethod):
+    """Layer-wise words, LoRA around them, and a penalty on where the words look."""
+
+    wants_masks = True
+
+    def __init__(self, backbone: Backbone, config: TrainConfig):
+        weights = LoraWeights(backbone, config, adapted_paths(backbone, config))
+        for number, pair in enumerate(weights.pairs()):  # as a linear layer's own start
+            draws = generator(config.seed, STREAM, number)
+            nn.init.kaiming_uniform_(pair.down, a=5**0.5, generator=draws)
+        layers = len(backbone.cross_attentions)
+        learned = NewWords(backbone, config, layers=layers, alone=2)
+        super().__init__(backbone, config, weights, learned)
+        self._concepts = [tuple(new_words(backbone, concept)) for concept in config.concepts()]
+        self._positions = lru_cache(CAPTIONS_KEPT)(self._find)
+        watched = backbone.cross_attentions if config.attention.weight else []
+        self._recorder = AttentionRecorder(watched)
+
+    def penalty(self, captions: list[str], masks: Tensor | None) -> Tensor | float:
+        """Mean over the captions' samples that say a concept of what `attention_penalty` gives."""
+        settings = self.config.attention
+        if masks is None or not settings.weight:
+            return 0.0
+        subjects = (masks > INSIDE).float()
+        parts = list[Tensor]()
+        for words in self._concepts:
+            places = [self._positions(caption, words) for caption in captions]
+            samples = [i for i, own in enumerate(places) if own]
+            if samples:
+                chosen = [places[i] for i in samples]
+                maps = self._recorder.maps(samples, chosen, *masks.shape[-2:])
+                each = [attention_penalty(m, subjects[samples], settings.subject) for m in maps]
+                parts.append(torch.stack(each).sum(0))
+        self._recorder.clear()
+        return settings.weight * torch.cat(parts).mean() if parts else 0.0
+
+    def _find(self, caption: str, words: tuple[str, ...]) -> list[int]:
+        """Where a concept's vectors stand in a prompt; [] where it does not say them all."""
+        found = [self.backbone.token_positions(caption, word) for word in words]
+        whole = [self.backbone.words[word].rows()[0].shape[1] for word in words]
+        said = [len(own) for own in found] == whole
+        return [place for own in found for place in own] if said else []
+
+    def remove(self) -> None:
+        """Take weights, words and hooks out."""
+        self._recorder.remove()
+        super().remove()
+
+
+def attention_penalty(maps: Tensor, subjects: Tensor, subject: str) -> Tensor:
+    """Penalty (B,) on the maps (B, n, h, w) of a concept's vectors, each relative to its largest.
+
+    All but the last, which say what it looks like, pay the mean of what lies outside the subject.
+    The last, which says what it is, does so too, or with subject = "fit" pays its mean squared
+    distance from the mask. `subjects` (B, 1, H, W) is 1 in the latent cells of the subject. Where
+    nothing is outside, nothing is paid for it.
+    """
+    height, width = maps.shape[-2:]
+    covered = F.adaptive_avg_pool2d(subjects, (height, width))  # (B, 1, h, w)
+    maps = maps / maps.amax((-2, -1), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
+    outside = (covered == 0).float()
+    spread = (maps * outside).sum((-2, -1)) / outside.sum((-2, -1)).clamp(min=1)  # (B, n)
+    looks = spread[:, :-1].mean(1) if maps.shape[1] > 1 else torch.zeros_like(spread[:, 0])
+    if subject == "fit":
+        return looks + (maps[:, -1] - covered[:, 0]).square().mean((-2, -1))
+    return looks + spread[:, -1]

@@ -1,0 +1,49 @@
+"""What the methods share that learn words."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from rite_diffusion.adapters.learned_embeddings import remove_words
+from rite_diffusion.backbones.protocols import Backbone, Conditioning
+from rite_diffusion.config import TrainConfig
+from rite_diffusion.methods.method import NAME, Method
+from rite_diffusion.methods.new_embeddings import NewWords
+from rite_diffusion.methods.weights import Weights
+from rite_diffusion.types import LoraPair
+
+
+class WordMethod(Method):
+    """New words, and weights around them."""
+
+    def __init__(
+        self, backbone: Backbone, config: TrainConfig, weights: Weights, new_words: NewWords
+    ):
+        super().__init__(backbone, config)
+        self._weights = weights
+        self._words = new_words
+
+    def groups(self) -> list[dict]:
+        """The weights by component, and the words."""
+        return [*self._weights.groups(), self._words.group()]
+
+    def begin(self, step: int) -> None:
+        """All train, but for words that have grown."""
+        self._words.train(True)
+
+    def conditioning(self, captions: list[str]) -> Conditioning:
+        """The text encoder's states of the captions, with the words as they are now."""
+        return self.backbone.encode_prompts(captions)
+
+    def pairs(self) -> list[LoraPair]:
+        """The pairs in training."""
+        return self._weights.pairs()
+
+    def words(self) -> dict[str, Sequence[Tensor]]:
+        """The learned words."""
+        return self._words.content()
+
+    def remove(self) -> None:
+        """Take weights and words out."""
+        self._weights.remove()
+        remove_words(self.backbone, NAME)

@@ -1,0 +1,116 @@
+"""The new words of a run's concepts: vectors that train, and nothing else of the tables does."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rite_diffusion.backbones.protocols import Backbone, Word
+from rite_diffusion.config import TrainConfig, fill, words_of
+from rite_diffusion.errors import ConfigError
+from rite_diffusion.methods.method import NAME
+from rite_diffusion.seeding import generator
+from rite_diffusion.types import Concept
+
+STREAM = 10  # of random numbers; the trainer's have lower ones
+
+
+class NewWords:
+    """The words of all triggers that the base does not know, put among the backbone's words.
+
+    A concept is called by the vectors of all its words, in order. The last starts as the embedding
+    of `tokens.init`, each before it as noise, one draw for all layers (as in Mix-of-Show).
+    Words have `tokens.vectors`, by default one, but `alone` where a trigger has no second word.
+    With `named`, the class noun's own embedding follows the last word and does not train, unless
+    the trigger has ordinary words itself.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        config: TrainConfig,
+        *,
+        layers: int = 1,
+        alone: int = 1,
+        named: bool = False,
+    ):
+        self.backbone = backbone
+        self.config = config
+        # Word -> (layers, vectors, width) per text encoder; nouns follow a word and do not train.
+        self.learned: dict[str, list[nn.Parameter]] = {}
+        self._nouns: dict[str, list[Tensor]] = {}
+        for concept in config.concepts():
+            words = new_words(backbone, concept)
+            vectors = config.tokens.vectors or (alone if len(words) == 1 else 1)
+            for word in words:
+                self._refuse_known(word)
+                starts = self._starts(concept, word == words[-1], vectors)
+                learned = [nn.Parameter(each.expand(layers, -1, -1).clone()) for each in starts]
+                self.learned[word] = learned
+                if named and word == words[-1] and words == concept.trigger.split():
+                    noun = backbone.token_ids(concept.class_noun)
+                    rows = [table[noun].float() for table in backbone.token_tables]
+                    self._nouns[word] = [each.expand(layers, -1, -1) for each in rows]
+                backbone.words[word] = Word(NAME, lambda word=word: self.rows(word))
+
+    def _refuse_known(self, word: str) -> None:
+        if word.lower() in {each.lower() for each in self.backbone.words}:
+            raise ConfigError(f"'{word}' has two meanings: give each concept words of its own")
+
+    def _starts(self, concept: Concept, last: bool, vectors: int) -> list[Tensor]:
+        """Initial vectors (vectors, width) of a word for each text encoder."""
+        chosen = fill(self.config.tokens.init, words_of(concept))
+        ids = self.backbone.token_ids(chosen) if last else []
+        starts = []
+        for number, table in enumerate(self.backbone.token_tables):
+            draws = generator(self.config.seed, STREAM, number, len(self.learned))
+            deviation = self.config.tokens.deviation or table.float().std().item()
+            start = deviation * torch.randn(vectors, table.shape[1], generator=draws)
+            if ids:
+                start[-1] = table[ids[-1]].float().cpu()  # of several tokens the head noun's
+            starts.append(start.to(table.device))
+        return starts
+
+    def rows(self, word: str) -> list[Tensor]:
+        """All vectors that stand where a prompt says a word, per text encoder, live."""
+        learned: list[Tensor] = list(self.learned[word])
+        nouns = self._nouns.get(word)
+        if nouns is None:
+            return learned
+        return [torch.cat([own, noun], 1) for own, noun in zip(learned, nouns, strict=True)]
+
+    def content(self) -> dict[str, Sequence[Tensor]]:
+        """All words with their vectors, as they go into the adapter file."""
+        return {word: self.rows(word) for word in self.learned}
+
+    def group(self) -> dict:
+        """The parameter group of the learned vectors."""
+        return {
+            "name": "tokens",
+            "params": [
+                (f"tokens.{number}.{word}", vectors)
+                for word, encoders in self.learned.items()
+                for number, vectors in enumerate(encoders)
+            ],
+            "lr": self.config.optim.lr_tokens,
+            "weight_decay": self.config.optim.weight_decay,
+        }
+
+    @torch.no_grad()
+    def train(self, wanted: bool) -> None:
+        """Let the vectors train, unless they have grown to `tokens.stop_norm`, or hold them.
+
+        Held vectors keep their norms: what has grown once stays held, as in Mix-of-Show's code.
+        """
+        vectors = [each for encoders in self.learned.values() for each in encoders]
+        stop = self.config.tokens.stop_norm
+        if stop is not None:
+            norms = torch.cat([each.norm(dim=-1).flatten() for each in vectors])
+            wanted = wanted and bool(norms.mean() < stop)
+        for each in vectors:
+            each.requires_grad_(wanted)
+
+
+def new_words(backbone: Backbone, concept: Concept) -> list[str]:
+    """The words of a concept's trigger that the base does not know."""
+    return [word for word in concept.trigger.split() if not backbone.is_known_word(word)]

@@ -1,0 +1,66 @@
+"""Triggers as the base reads them: what a caption says, and what two concepts must not share."""
+
+from collections.abc import Sequence
+from itertools import combinations
+
+from rite_diffusion.backbones.learned_embeddings import spoken
+from rite_diffusion.backbones.protocols import Backbone
+from rite_diffusion.errors import ConfigError
+from rite_diffusion.types import Concept
+
+
+def says(text: str, trigger: str) -> bool:
+    """Whether a text has a trigger as a word of its own, in upper or lower case."""
+    return len(spoken(text, {trigger: None})) > 1
+
+
+def check_triggers(backbone: Backbone, concepts: Sequence[Concept]) -> None:
+    """Raise ConfigError for a trigger of known words alone, and for two that are read alike."""
+    for concept in concepts:
+        if all(backbone.is_known_word(word) for word in concept.trigger.split()):
+            raise ConfigError(
+                f"trigger '{concept.trigger}' is a word that {backbone.name} already knows, and "
+                "training would overwrite it: use a new word such as "
+                f"'<{'-'.join(concept.trigger.split())}>'."
+            )
+    for one, other in combinations(concepts, 2):
+        tokens = sorted((backbone.token_ids(each.trigger) for each in (one, other)), key=len)
+        if not _contains(tokens[1], tokens[0]):
+            continue
+        if one.trigger == other.trigger:
+            nouns = f"{one.class_noun} and {other.class_noun}"
+            raise ConfigError(f"{one.trigger} stands for {nouns}: give each a trigger of its own.")
+        how = "are the same tokens" if tokens[0] == tokens[1] else "are one inside the other"
+        raise ConfigError(
+            f"{one.trigger} and {other.trigger} {how} to {backbone.name}, and would train into "
+            "each other: use triggers that differ in more than upper and lower case."
+        )
+
+
+def kept_in(backbone: Backbone, caption: str, triggers: Sequence[str]) -> tuple[str, str | None]:
+    """The caption, and the trigger that would have been cut off with its end: it is the end now.
+
+    A trigger of a caption within the base's budget stays where it is.
+    """
+    budget, words = backbone.token_budget, caption.split()
+    trigger = next((each for each in triggers if says(caption, each)), None)
+    if trigger is None or backbone.token_count(caption) <= budget:
+        return caption, None
+    seen = _within(backbone, words, "", budget)
+    if says(seen, trigger):
+        return caption, None
+    return _within(backbone, words, trigger, budget), trigger
+
+
+def _within(backbone: Backbone, words: list[str], end: str, budget: int) -> str:
+    """As many of the words as fit into the budget with an end after them."""
+    for count in range(len(words), 0, -1):
+        text = " ".join([*words[:count], end]).rstrip()
+        if backbone.token_count(text) <= budget:
+            return text
+    return end
+
+
+def _contains(tokens: list[int], wanted: list[int]) -> bool:
+    places = range(len(tokens) - len(wanted) + 1)
+    return any(tokens[place : place + len(wanted)] == wanted for place in places)

@@ -1,0 +1,281 @@
+"""The studio as a typed API: the same page's endpoints under names that stay.
+
+from gradio_client import Client
+
+studio = Client("http://127.0.0.1:7860")
+files = studio.predict(prompt="a cat on a blue background", seed=1, api_name="/generate")
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from rite_diffusion.errors import StudioError
+from rite_diffusion.studio import fusing, library
+from rite_diffusion.studio.exports import export
+from rite_diffusion.studio.page import in_words, shown, uploaded
+from rite_diffusion.studio.presets import STANDARD, training_settings
+from rite_diffusion.studio.sheet_orders import SheetOrder, draw_sheet
+from rite_diffusion.studio.state import DEVICE, Studio
+from rite_diffusion.studio.workspace import name_from, title_of
+
+MOST_PICTURES = 64  # of one request
+
+
+def build(studio: Studio) -> None:
+    """Add the endpoints to the page that is being built."""
+    _build_generation(studio)
+    _build_training(studio)
+    _build_library(studio)
+    _build_fusion(studio)
+
+
+def file_data(path: Path, name: str | None = None) -> Any:
+    """A file as Gradio's clients fetch it."""
+    return _linked(shown(path, name))
+
+
+def _linked(link: str) -> Any:
+    return {"path": link, "meta": {"_type": "gradio.FileData"}}
+
+
+def path_in(file: Any) -> Path:
+    """Where an uploaded file lies; Gradio's FileData is a dictionary by then."""
+    return uploaded(file["path"])
+
+
+def _build_generation(studio: Studio) -> None:
+    @in_words
+    def generate(
+        prompt: str,
+        adapters: list[str] | None = None,
+        negative: str = "",
+        seed: int = 0,
+        num: int = 1,
+        steps: int = 25,
+        guidance: float | None = None,
+        width: int | None = None,
+        height: int | None = None,
+        base: str = "",
+        regions: list[str] | None = None,
+        combine: str = "sum",
+        request: gr.Request = None,  # type: ignore
+    ) -> list[gr.FileData]:
+        """Draw pictures of a prompt; adapters are NAME or NAME:WEIGHT; returns PNG files.
+
+        Regions are "x0,y0,x1,y1: prompt" in fractions; combine is sum, switch or composite.
+        """
+        from rite_diffusion.studio.engine import Wish
+
+        if not 1 <= num <= MOST_PICTURES:
+            raise StudioError(f"num = {num} is not between 1 and {MOST_PICTURES}")
+        space = studio.space(request)
+        chosen = [_weighted(item) for item in adapters or []]
+        wishes = [
+            Wish(
+                prompt, negative, seed + index, steps, guidance, width, height,
+                tuple(regions or []), combine,
+            )
+            for index in range(num)
+        ]  # fmt: skip
+        frames = studio.engine.draw(space, wishes, library.with_weights(space, chosen), base)
+        return [file_data(frame.path) for frame in frames if frame.path is not None]
+
+    @in_words
+    def compare(
+        prompts: list[str],
+        adapters: list[list[str]] | None = None,
+        weights: list[float] | None = None,
+        methods: list[str] | None = None,
+        seeds: list[int] | None = None,
+        columns: str = "seed",
+        steps: int = 25,
+        request: gr.Request = None,  # type: ignore
+    ) -> gr.FileData:
+        """Draw a sheet of every combination; returns a PNG file.
+
+        Each of adapters is a list of names that act together, [] for the base alone; methods say
+        how: attached, or one of `rite fuse`. Columns are prompt, adapter, weight, method or seed.
+        """
+        order = SheetOrder(
+            prompts, adapters or [[]], weights or [1.0], methods or ["attached"], seeds or [0],
+            columns, steps,
+        )  # fmt: skip
+        return file_data(draw_sheet(studio, studio.space(request), order, _unheard))
+
+    @in_words
+    def read_picture(file: gr.FileData) -> dict:
+        """The parameters that a picture of this studio carries."""
+        from rite_diffusion.studio.history import parameters_of
+
+        return asdict(parameters_of(path_in(file)))
+
+    for endpoint in (generate, compare):
+        gr.api(endpoint, concurrency_id=DEVICE, concurrency_limit=1)
+    gr.api(read_picture, concurrency_limit=None)
+
+
+def _unheard(*_: Any) -> None:
+    """Progress that nobody follows."""
+
+
+def _weighted(item: str) -> tuple[str, float]:
+    """Name and weight of `NAME` or `NAME:WEIGHT`."""
+    name, colon, weight = item.rpartition(":")
+    if not colon:
+        return item, 1.0
+    try:
+        return name, float(weight)
+    except ValueError:
+        raise StudioError(f"'{weight}' is no weight: write {name}:0.8, for example.") from None
+
+
+def _build_training(studio: Studio) -> None:
+    from rite_diffusion.studio.progress import read_progress
+
+    @in_words
+    def train(
+        photos: list[gr.FileData],
+        trigger: str,
+        class_noun: str,
+        purpose: str = STANDARD,
+        settings: str = "",
+        base: str = "pocket",
+        name: str = "",
+        request: gr.Request = None,  # type: ignore
+    ) -> str:
+        """Queue a training on photos or zips; settings are key=value lines; returns the run."""
+        from rite_diffusion.studio.uploads import keep_photos
+        from rite_diffusion.training.plan import configure
+
+        space = studio.space(request)
+        stem = name_from(name or class_noun, "run")
+        folder = space.new("photos", stem)
+        needed = {
+            "photos": str(folder),
+            "trigger": trigger,
+            "class_noun": class_noun,
+            "base": space.base(base) or "pocket",
+        }
+        tree = training_settings(purpose, needed, {}, settings)
+        configure(tree)
+        keep_photos([str(path_in(file)) for file in photos], folder)
+        run = space.new("runs", stem)
+        studio.queue.submit(run, tree)
+        return run.name
+
+    @in_words
+    def run_state(run: str, request: gr.Request = None) -> dict:  # type: ignore
+        """State, step, total, loss and seconds left of a run."""
+        found = asdict(read_progress(studio.space(request).find("runs", run)))
+        return {key: value for key, value in found.items() if key not in ("metrics", "previews")}
+
+    @in_words
+    def runs(request: gr.Request = None) -> list[str]:  # type: ignore
+        """Names of all runs, newest first."""
+        return studio.space(request).names("runs")
+
+    @in_words
+    def stop_run(run: str, request: gr.Request = None) -> str:  # type: ignore
+        """Ask a run to end after its step; returns the state it was in."""
+        return studio.queue.stop(studio.space(request).find("runs", run))
+
+    @in_words
+    def resume_run(run: str, request: gr.Request = None) -> str:  # type: ignore
+        """Put a stopped or failed run into the queue again."""
+        studio.queue.resume(studio.space(request).find("runs", run))
+        return "queued"
+
+    @in_words
+    def ask_run(run: str, what: str, request: gr.Request = None) -> str:  # type: ignore
+        """Ask a running run to `save` a checkpoint or to `sample` previews now."""
+        if what not in ("save", "sample"):
+            raise StudioError(f"a run can be asked to save or to sample, not to '{what}'")
+        studio.queue.ask(studio.space(request).find("runs", run), what)
+        return what
+
+    for endpoint in (train, runs, run_state, stop_run, resume_run, ask_run):
+        gr.api(endpoint, concurrency_limit=None)
+
+
+def _build_library(studio: Studio) -> None:
+    @in_words
+    def adapters(request: gr.Request = None) -> list[dict]:  # type: ignore
+        """Every adapter: name, trigger, class noun, base, method, ranks, size in bytes, run."""
+        wanted = ("name", "trigger", "class_noun", "base", "method", "ranks", "size", "run")
+        found = library.cards(studio.space(request))
+        return [{key: getattr(card, key) for key in wanted} for card in found]
+
+    @in_words
+    def import_adapter(file: gr.FileData, request: gr.Request = None) -> str:  # type: ignore
+        """Check an adapter file and bring it into the library; returns its name there."""
+        return library.bring_in(studio.space(request), path_in(file))
+
+    @in_words
+    def download_adapter(name: str, request: gr.Request = None) -> gr.FileData:  # type: ignore
+        """The file of an adapter."""
+        card = library.find(studio.space(request), name)
+        return file_data(card.path, f"{card.name}.safetensors")
+
+    @in_words
+    def rename_adapter(name: str, to: str, request: gr.Request = None) -> str:  # type: ignore
+        """Give an adapter another name."""
+        return library.rename(studio.space(request), name, to)
+
+    @in_words
+    def delete_adapter(name: str, request: gr.Request = None) -> str:  # type: ignore
+        """Delete an adapter, and the run that made it; `undo_delete` puts it back."""
+        library.delete(studio.space(request), name)
+        return name
+
+    @in_words
+    def undo_delete(request: gr.Request = None) -> str:  # type: ignore
+        """Put back what was deleted last."""
+        return title_of(studio.space(request).put_back())
+
+    @in_words
+    def convert_adapter(name: str, to: str, request: gr.Request = None) -> gr.FileData:  # type: ignore
+        """An adapter for another program: kohya, comfyui, diffusers or peft; loaded back first."""
+        link, _ = export(studio, studio.space(request), name, to)
+        return _linked(link)
+
+    for endpoint in (
+        adapters, import_adapter, download_adapter, rename_adapter, delete_adapter, undo_delete,
+    ):  # fmt: skip
+        gr.api(endpoint, concurrency_limit=None)
+    gr.api(convert_adapter, concurrency_id=DEVICE, concurrency_limit=1)
+
+
+def _build_fusion(studio: Studio) -> None:
+    @in_words
+    def conflicts(
+        adapters: list[str],
+        method: str = "gram",
+        rank: int | None = None,
+        request: gr.Request = None,  # type: ignore
+    ) -> dict:
+        """What interferes between adapters (NAME or NAME:WEIGHT) before and after a fusion."""
+        space = studio.space(request)
+        order = fusing.order_of(space, [_weighted(item) for item in adapters], method, rank)
+        return fusing.foresee(studio, space, order, _unheard).as_dict()
+
+    @in_words
+    def fuse(
+        adapters: list[str],
+        method: str = "gram",
+        rank: int | None = None,
+        name: str = "",
+        request: gr.Request = None,  # type: ignore
+    ) -> str:
+        """Fuse adapters (NAME or NAME:WEIGHT) into one in the library; returns its name there."""
+        space = studio.space(request)
+        order = fusing.order_of(space, [_weighted(item) for item in adapters], method, rank)
+        wanted = library.checked_title(name) if name else order.title()
+        draft = fusing.new_draft(space)
+        fusing.fuse(studio, space, order, draft, _unheard)
+        return fusing.keep(space, draft.name, wanted, None)
+
+    for endpoint in (conflicts, fuse):
+        gr.api(endpoint, concurrency_id=DEVICE, concurrency_limit=1)

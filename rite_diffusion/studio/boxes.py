@@ -1,0 +1,133 @@
+"""Boxes on a canvas: what is drawn in each and by which adapter, and how a recipe is told."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from typing import Any
+
+from rite_diffusion.errors import StudioError
+
+MOST = 8
+SMALLEST = 0.05  # of a side
+COLOURS = (
+    "#6d5ef0", "#0e9f6e", "#e07a10", "#e02424", "#0284c7", "#be185d", "#4d7c0f", "#64748b",
+)  # fmt: skip
+BY_WORDS, NONE = "by the words of its prompt", "none: the base alone"  # instead of an adapter
+
+
+@dataclass(frozen=True)
+class Box:
+    """A part of the picture, in fractions of its sides, and what is drawn there."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    prompt: str = ""
+    negative: str = ""
+    adapter: str = BY_WORDS  # a name of the library, BY_WORDS or NONE
+
+    @property
+    def corners(self) -> tuple[float, float, float, float]:
+        """Left, top, right, bottom."""
+        return self.left, self.top, self.right, self.bottom
+
+    def weights(self, adapters: Sequence[str]) -> tuple[float, ...] | None:
+        """How much of each adapter acts in the box; None leaves that to the prompt's triggers."""
+        if self.adapter == BY_WORDS or not adapters:
+            return None
+        if self.adapter not in (NONE, *adapters):
+            raise StudioError(f"'{self.adapter}' is not among the adapters: choose it there too.")
+        return tuple(float(name == self.adapter) for name in adapters)
+
+
+def colour_of(index: int) -> str:
+    """The colour of a box by its index."""
+    return COLOURS[index % len(COLOURS)]
+
+
+def checked_corners(sides: Sequence[float]) -> dict[str, Any]:
+    """Left, top, right and bottom by name, inside the picture; StudioError for what is no box."""
+    left, top, right, bottom = (min(max(round(float(side), 3), 0.0), 1.0) for side in sides)
+    if not (right - left >= SMALLEST and bottom - top >= SMALLEST):  # nor for NaN
+        raise StudioError("that box is too small: drag from corner to corner.")
+    return {"left": left, "top": top, "right": right, "bottom": bottom}
+
+
+def read_corners(text: str) -> dict[str, Any]:
+    """`checked_corners` of four numbers with commas between them."""
+    try:
+        left, top, right, bottom = (float(part) for part in text.split(","))
+    except ValueError:
+        raise StudioError(
+            f"'{text}' is no box: write left, top, right, bottom as fractions, such as 0, 0, 0.5, 1"
+        ) from None
+    return checked_corners([left, top, right, bottom])
+
+
+def side_by_side(boxes: Sequence[Box]) -> list[Box]:
+    """The boxes, two at least, as columns of one width."""
+    empty = [Box(0, 0, 1, 1)] * (2 - len(boxes))
+    columns = [*boxes, *empty]
+    edges = [round(index / len(columns), 3) for index in range(len(columns) + 1)]
+    return [
+        replace(box, left=left, top=0.0, right=right, bottom=1.0)
+        for box, left, right in zip(columns, edges, edges[1:], strict=False)
+    ]
+
+
+def region_texts(boxes: Sequence[Box], adapters: Sequence[str]) -> tuple[str, ...]:
+    """The boxes as `rite generate --region` takes them; StudioError says what is missing."""
+    from rite_diffusion.generation.regions import Region, parse_region
+
+    texts = []
+    for number, box in enumerate(boxes, 1):
+        if not box.prompt.strip():
+            raise StudioError(f"box {number} has no prompt: click it and write what it shows.")
+        if "::" in box.prompt + box.negative:
+            raise StudioError(f"box {number}: '::' has a meaning of its own, leave it out.")
+        prompt, negative = " ".join(box.prompt.split()), " ".join(box.negative.split())
+        region = Region(*box.corners, prompt, negative, box.weights(adapters))
+        texts.append(str(parse_region(str(region))))
+    return tuple(texts)
+
+
+def boxes_of(regions: Sequence[str], adapters: Sequence[str]) -> list[Box]:
+    """The boxes of a picture's regions; `adapters` are the names of its adapters, in order.
+
+    A box has one adapter: of several that weights turn on, the loudest is kept.
+    """
+    from rite_diffusion.generation.regions import parse_region
+
+    boxes = []
+    for region in map(parse_region, regions):
+        adapter = BY_WORDS
+        if region.weights and adapters:
+            loud = dict(zip(adapters, map(abs, region.weights), strict=False))
+            loudest = max(loud, key=lambda name: loud[name])
+            adapter = (loudest or BY_WORDS) if loud[loudest] else NONE
+        corners = region.left, region.top, region.right, region.bottom
+        boxes.append(Box(*corners, region.prompt, region.negative, adapter))
+    return boxes
+
+
+def canvas_html(boxes: Sequence[Box], picked: int) -> str:
+    """The canvas with its boxes; `picked` is the index of the one that is edited, or -1."""
+    shapes = "".join(_shape(box, index, index == picked) for index, box in enumerate(boxes))
+    hint = "" if boxes else "<span>Drag here to draw a box</span>"
+    return f'<div class="pad">{hint}{shapes}<i class="band"></i></div>'
+
+
+def _shape(box: Box, index: int, picked: bool) -> str:
+    left, top = 100 * box.left, 100 * box.top
+    width, height = 100 * (box.right - box.left), 100 * (box.bottom - box.top)
+    place = f"left:{left:g}%;top:{top:g}%;width:{width:g}%;height:{height:g}%"
+    words = escape(box.prompt) or "<em>what is here?</em>"
+    named = box.adapter not in (BY_WORDS, NONE)
+    adapter = f"<small>{escape(box.adapter)}</small>" if named else ""
+    corners = ",".join(f"{side:g}" for side in box.corners)
+    return (
+        f'<div class="box{" picked" if picked else ""}" data-index="{index}" '
+        f'data-box="{corners}" style="{place};--colour:{colour_of(index)}">'
+        f"<p><b>{index + 1}</b>{words}{adapter}</p><i class='grip'></i></div>"
+    )

@@ -1,0 +1,66 @@
+"""Adapters for other programs: converted, proven by loading them back, and put into one file."""
+
+import shutil
+from html import escape
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from rite_diffusion.errors import StudioError
+from rite_diffusion.studio import library
+from rite_diffusion.studio.library import SUFFIX
+from rite_diffusion.studio.page import facts_html, shown
+from rite_diffusion.studio.state import Studio
+from rite_diffusion.studio.workspace import Workspace
+
+if TYPE_CHECKING:
+    from rite_diffusion.api.convert import Export
+
+# Dialects of rite_diffusion.adapters, in words.
+PROGRAMS = {
+    "kohya": "A1111, Forge, kohya's scripts",
+    "comfyui": "ComfyUI",
+    "diffusers": "diffusers",
+    "peft": "PEFT (a folder)",
+}
+
+
+def export(studio: Studio, space: Workspace, name: str, to: str) -> tuple[str, str]:
+    """A link to the export of an adapter, and what proves it as HTML."""
+    from rite_diffusion.api.convert import convert
+
+    if to not in PROGRAMS:
+        raise StudioError(f"no program '{to}': choose one of {', '.join(PROGRAMS)}.")
+    card = library.find(space, name)
+    # Conversion opens models of its own to load the export back: nothing is drawn meanwhile.
+    with TemporaryDirectory() as folder, studio.engine.pause():
+        suffix = "" if to == "peft" else SUFFIX
+        made = convert(card.path, to, Path(folder) / f"{card.name}-{to}{suffix}")
+        return shown(_one_file(made, Path(folder))), _report(made)
+
+
+def _one_file(made: "Export", folder: Path) -> Path:
+    """The export as one file: itself, or a zip of its folder or of it and its embeddings."""
+    if made.path.is_file() and made.embeddings in ([], [made.path]):
+        return made.path
+    inside = folder / "export"
+    inside.mkdir()
+    for path in {made.path, *made.embeddings}:
+        shutil.move(path, inside / path.name)
+    return Path(shutil.make_archive(str(folder / made.path.stem), "zip", inside))
+
+
+def _report(made: "Export") -> str:
+    """What was read and what the checks showed."""
+    facts = [("Read", f"{len(made.adapter.pairs)} modules in {made.adapter.dialect}'s names")]
+    facts += [("Note", note) for note in made.adapter.notes]
+    facts += [
+        ("Averaged", f"the layers of {word}: no other tool keeps them") for word in made.lossy
+    ]
+    facts += [
+        ("Loaded back", f"{each.modules} modules by {each.reader}, largest difference "
+         f"{each.difference:.1e}") for each in made.checks
+    ]  # fmt: skip
+    if made.pixels is not None:
+        facts.append(("Same picture", f"largest difference {made.pixels} of 255"))
+    return f"<p><b>{escape(made.path.name)}</b></p>{facts_html(facts)}"

@@ -1,0 +1,128 @@
+"""What a run folder tells of its training, as a page shows it."""
+
+import json
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pandas
+
+from rite_diffusion.config import read_toml
+from rite_diffusion.errors import ConfigError
+from rite_diffusion.files.writing import read_json
+from rite_diffusion.studio.jobs import last_words, state_of
+
+POINTS = 240  # of a curve
+RECENT = 20  # steps that the speed is taken from
+SMOOTHING = 0.9  # of the smoothed loss
+LAST_LINES = 40  # of the log
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A run at a moment."""
+
+    name: str
+    state: str
+    step: int
+    total: int
+    loss: float | None  # smoothed
+    seconds_left: float | None
+    words: str  # why it failed, or what it does before its first step
+    metrics: list[dict[str, Any]]
+    previews: list[Path]
+    log: str
+
+    def left(self) -> str:
+        """The time that is left, in words."""
+        if self.seconds_left is None:
+            return ""
+        return f"about {timedelta(seconds=round(self.seconds_left))} left"
+
+
+def read_progress(run: Path) -> Progress:
+    """Everything that there is to show of a run."""
+    state, metrics = state_of(run), _metrics(run / "metrics.jsonl")
+    step = metrics[-1]["step"] if metrics else 0
+    config = _config(run)
+    total = read_json(run / "status.json").get("total") or config.get("steps") or 0
+    going = state in ("running", "stopping") and metrics
+    return Progress(
+        name=run.name,
+        state=state,
+        step=step,
+        total=total,
+        loss=_smoothed([row["loss"] for row in metrics])[-1] if metrics else None,
+        seconds_left=(total - step) * _seconds_per_step(metrics, config) if going else None,
+        words=last_words(run) if state in ("failed", "starting", "preparing") else "",
+        metrics=metrics,
+        previews=sorted((run / "previews").glob("step-*.png"), reverse=True),
+        log=_tail(run / "log.txt"),
+    )
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:  # the line that is being written
+            break
+    return rows
+
+
+def _config(run: Path) -> dict[str, Any]:
+    for name in ("config.toml", "job.toml"):
+        try:
+            return read_toml(run / name)
+        except ConfigError:
+            continue
+    return {}
+
+
+def _seconds_per_step(metrics: list[dict[str, Any]], config: dict[str, Any]) -> float:
+    pictures = config.get("batch", 1) * config.get("accumulate", 1)
+    return pictures / median(row["images_per_second"] for row in metrics[-RECENT:])
+
+
+def _smoothed(values: list[float]) -> list[float]:
+    """Exponential means, with the start's bias taken out."""
+    total, weight, means = 0.0, 0.0, []
+    for value in values:
+        total = SMOOTHING * total + (1 - SMOOTHING) * value
+        weight = SMOOTHING * weight + (1 - SMOOTHING)
+        means.append(total / weight)
+    return means
+
+
+def _tail(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return "\n".join(lines[-LAST_LINES:])
+
+
+def loss_curves(metrics: list[dict[str, Any]]) -> pandas.DataFrame:
+    """Columns step, loss, curve: each step's loss, the smoothed one, that of held-out photos."""
+    steps = [row["step"] for row in metrics]
+    losses = [row["loss"] for row in metrics]
+    held_out = [(row["step"], row["validation"]) for row in metrics if "validation" in row]
+    curves = {
+        "each step": list(zip(steps, losses, strict=True)),
+        "smoothed": list(zip(steps, _smoothed(losses), strict=True)),
+        "held out": held_out,
+    }
+    rows = [(step, loss, name) for name, points in curves.items() for step, loss in thin(points)]
+    return pandas.DataFrame(rows, columns=pandas.Index(["step", "loss", "curve"]))
+
+
+def rate_curve(metrics: list[dict[str, Any]]) -> pandas.DataFrame:
+    """Columns step, rate."""
+    points = thin([(row["step"], row["rate"]) for row in metrics])
+    return pandas.DataFrame(points, columns=pandas.Index(["step", "rate"]))
+
+
+def thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At most about `POINTS` of the points, the last among them."""
+    stride = max(1, len(points) // POINTS)
+    return points[-1::-stride][::-1]

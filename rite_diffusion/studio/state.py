@@ -1,0 +1,87 @@
+"""What all tabs share: whose workspace it is, the engine that draws, the queue that trains."""
+
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gradio as gr
+
+from rite_diffusion.errors import StudioError
+from rite_diffusion.studio.jobs import JobQueue
+from rite_diffusion.studio.workspace import Workspace
+
+if TYPE_CHECKING:
+    from rite_diffusion.studio.engine import Engine
+
+DEVICE = "device"  # concurrency_id of every event that uses the model: one at a time
+PAUSE = 1.0  # seconds between looks at the queue
+GRACE = 6.0  # seconds that the first page has before torch is imported beside it
+
+
+class Studio:
+    """One server's state; everything that must outlive it is in files."""
+
+    def __init__(self, root: Path, with_logins: bool):
+        self.root = root
+        self.with_logins = with_logins
+        self.queue = JobQueue(self.all_runs, _devices)
+        self._engine: Engine | None = None
+        self._lock = threading.Lock()
+        self._visited = threading.Event()
+
+    def space(self, request: gr.Request | None) -> Workspace:
+        """The workspace of who asks."""
+        self._visited.set()
+        if not self.with_logins:
+            return Workspace(self.root)
+        user = request.username if request else None
+        if not user:
+            raise StudioError("log in first: reload the page.")
+        return Workspace(self.root / "users" / user)
+
+    def spaces(self) -> list[Workspace]:
+        """Every user's workspace."""
+        if not self.with_logins:
+            return [Workspace(self.root)]
+        return [Workspace(path) for path in sorted((self.root / "users").glob("*"))]
+
+    def all_runs(self) -> list[Path]:
+        """Every user's run folders."""
+        folders = [path for space in self.spaces() for path in space.folder("runs").iterdir()]
+        return [path for path in folders if path.is_dir()]
+
+    @property
+    def engine(self) -> "Engine":
+        """What draws; torch is imported when it is first asked for, after the page is there."""
+        with self._lock:
+            if self._engine is None:
+                from rite_diffusion.studio.engine import Engine
+
+                self._engine = Engine()
+            return self._engine
+
+    def work(self) -> None:
+        """Start the threads that get the engine ready and give waiting runs their turn."""
+        for work in (self._warm_up, self._give_turns):
+            threading.Thread(target=work, daemon=True, name=work.__name__).start()
+
+    def _warm_up(self) -> None:
+        self._visited.wait(GRACE)
+        self.engine.warm_up()
+
+    def _give_turns(self) -> None:
+        self._visited.wait(GRACE)
+        while True:
+            try:
+                self.queue.turn()
+            except OSError as error:
+                print(f"rite studio: cannot start a run: {error}", file=sys.stderr)
+            time.sleep(PAUSE)
+
+
+def _devices() -> list[str]:
+    from rite_diffusion.studio.engine import devices
+
+    return devices()

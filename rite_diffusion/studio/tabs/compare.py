@@ -1,0 +1,118 @@
+"""Compare: one sheet of pictures over prompts, adapters, weights, methods and seeds."""
+
+import gradio as gr
+
+from rite_diffusion.errors import StudioError
+from rite_diffusion.studio import library
+from rite_diffusion.studio.background import followed
+from rite_diffusion.studio.page import empty_state, in_words, shown
+from rite_diffusion.studio.sheet_orders import SheetOrder, draw_sheet
+from rite_diffusion.studio.state import DEVICE, Studio
+from rite_diffusion.studio.tabs import Built, Refresh
+from rite_diffusion.studio.tabs.drawing import waiting_html
+from rite_diffusion.studio.tabs.fuse import METHODS
+
+AXES = [
+    ("prompts", "prompt"), ("adapters", "adapter"), ("weights", "weight"), ("methods", "method"),
+    ("seeds", "seed"),
+]  # fmt: skip
+NO_SHEET = empty_state(
+    "One sheet, everything side by side",
+    "Write prompts, one a line; choose adapters, weights and seeds. Every combination is drawn.",
+)
+BASE_ALONE = "the base alone"
+ATTACHED = "attached"
+UNFUSED = (ATTACHED, "switch", "composite")  # adapters that stay apart
+APART, TOGETHER = "each on its own", "all together"
+
+
+def build(studio: Studio) -> Built:
+    """Lay the tab out and connect it."""
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=320):
+            prompts = gr.Textbox(
+                value="", label="Prompts, one a line", lines=3, elem_id="sheet-prompts",
+                placeholder="a <robot> on a blue background\na <robot> on a green background",
+            )  # fmt: skip
+            names = gr.Dropdown(
+                [BASE_ALONE], value=[BASE_ALONE], multiselect=True, label="Adapters",
+                elem_id="sheet-adapters",
+            )  # fmt: skip
+            how = gr.Radio([APART, TOGETHER], value=APART, show_label=False, container=False)
+            with gr.Row():
+                weights = gr.Textbox("1", label="Weights", placeholder="0.5, 1", min_width=110,
+                                     elem_id="sheet-weights")  # fmt: skip
+                seeds = gr.Textbox("0, 1, 2", label="Seeds", min_width=110, elem_id="sheet-seeds")
+            methods = gr.Dropdown(
+                [*UNFUSED, *METHODS], value=[ATTACHED], multiselect=True,
+                label="How those that are together are joined",
+                info="attached, switch and composite leave the adapters apart; the others fuse",
+            )  # fmt: skip
+            with gr.Row():
+                columns = gr.Dropdown(AXES, value="seed", label="Columns are", min_width=110)
+                steps = gr.Slider(1, 100, value=25, step=1, label="Steps", min_width=140)
+            with gr.Row():
+                go = gr.Button("Draw the sheet", variant="primary", scale=2, elem_id="compare")
+                stop = gr.Button("Stop", scale=0, min_width=80)
+        with gr.Column(scale=7, min_width=320):
+            stage = gr.HTML(NO_SHEET, elem_id="sheet-stage")
+            sheet = gr.Image(
+                label="Sheet", type="filepath", visible=False, interactive=False,
+                buttons=["download", "fullscreen"], elem_id="sheet",
+            )  # fmt: skip
+
+    @in_words
+    def draw(
+        request: gr.Request, prompts: str, names: list[str], how: str, weights: str, seeds: str,
+        methods: list[str], columns: str, steps: float,
+    ):  # fmt: skip
+        space = studio.space(request)
+        order = SheetOrder(
+            [line.strip() for line in prompts.splitlines() if line.strip()],
+            groups_of(names, how),
+            numbers_in(weights, "weights", float),
+            methods or [ATTACHED],
+            numbers_in(seeds, "seeds", int),
+            columns,
+            int(steps),
+        )
+        yield {stage: waiting_html("Opening the model…"), sheet: gr.Image(visible=False)}
+        for kind, what in followed(lambda listen: draw_sheet(studio, space, order, listen)):
+            if kind == "heard":
+                done, total = what
+                yield {stage: waiting_html(f"{done} of {total} pictures", done / total)}
+            else:
+                yield {stage: "", sheet: gr.Image(value=shown(what), visible=True)}
+
+    @in_words
+    def refresh(chosen: list[str], request: gr.Request):
+        known = [BASE_ALONE, *(card.name for card in library.cards(studio.space(request)))]
+        return gr.Dropdown(choices=known, value=[name for name in chosen if name in known])
+
+    event = go.click(
+        draw, [prompts, names, how, weights, seeds, methods, columns, steps], [stage, sheet],
+        show_progress="hidden", concurrency_id=DEVICE, concurrency_limit=1,
+        trigger_mode="once", api_visibility="private",
+    )  # fmt: skip
+    event.failure(lambda: NO_SHEET, None, stage, show_progress="hidden", api_visibility="private")
+    stop.click(
+        lambda: NO_SHEET, None, stage, cancels=[event], queue=False, api_visibility="private"
+    )
+    return Built([Refresh(refresh, [names], [names])])
+
+
+def groups_of(names: list[str], how: str) -> list[list[str]]:
+    """The adapters of each part of a sheet; the base alone stays on its own."""
+    own = [name for name in names if name != BASE_ALONE]
+    alone: list[list[str]] = [[]] if BASE_ALONE in names or not own else []
+    if how == TOGETHER:
+        return [*alone, own] if own else alone
+    return [*alone, *([name] for name in own)]
+
+
+def numbers_in(text: str, what: str, kind: type) -> list:
+    """The numbers of a text, with commas between them; StudioError for anything else."""
+    try:
+        return [kind(part) for part in text.replace(";", ",").split(",") if part.strip()]
+    except ValueError:
+        raise StudioError(f"{what} are numbers with commas between them, not '{text}'.") from None

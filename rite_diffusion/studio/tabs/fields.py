@@ -1,0 +1,113 @@
+"""The fields that decide a picture, and the pictures that they ask for."""
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+from rite_diffusion.errors import StudioError
+
+if TYPE_CHECKING:
+    from rite_diffusion.studio.engine import Wish
+
+MOST_PICTURES = 16
+MOST_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The fields that decide a picture, adapters aside."""
+
+    prompt: gr.Textbox
+    negative: gr.Textbox
+    seed: gr.Number
+    fresh: gr.Checkbox
+    count: gr.Slider
+    steps: gr.Slider
+    guidance: gr.Textbox
+    width: gr.Textbox
+    height: gr.Textbox
+    base: gr.Textbox
+
+    def all(self) -> list[Any]:
+        """The components in order."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+def optional_number(label: str, name: str) -> gr.Textbox:
+    """A field for a number that may stay empty; a gr.Number would show and send 0 instead."""
+    return gr.Textbox(
+        value="",
+        label=label,
+        placeholder="auto",
+        max_lines=1,
+        max_length=12,
+        min_width=80,
+        elem_id=name,
+    )
+
+
+def whole_number(text: str, label: str) -> int | None:
+    """What an optional field says, None where it is empty; StudioError for anything else."""
+    if not text.strip():
+        return None
+    try:
+        return int(text)
+    except ValueError:
+        raise StudioError(f"{label} is a whole number, not '{text}': or leave it empty.") from None
+
+
+def decimal(text: str, label: str) -> float | None:
+    """What an optional field says, None where it is empty; StudioError for anything else."""
+    try:
+        value = float(text) if text.strip() else None
+    except ValueError:
+        value = math.nan
+    if value is not None and not math.isfinite(value):
+        raise StudioError(f"{label} is a number, not '{text}': or leave it empty.")
+    return value
+
+
+def lay_out_fields(prompt: gr.Textbox) -> Fields:
+    """Lay out all fields but the prompt, which has its place already."""
+    negative = gr.Textbox("", label="Negative prompt", placeholder="what to avoid", max_lines=4)
+    with gr.Row():
+        seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=110)
+        fresh = gr.Checkbox(True, label="New seed each time", min_width=150)
+    with gr.Row():
+        count = gr.Slider(1, MOST_PICTURES, value=4, step=1, label="Pictures", min_width=140)
+        steps = gr.Slider(1, 100, value=25, step=1, label="Steps", min_width=140)
+    with gr.Accordion("Size, guidance, base model", open=False):
+        with gr.Row():
+            width = optional_number("Width", "width")
+            height = optional_number("Height", "height")
+            guidance = optional_number("Guidance", "guidance")
+        base = gr.Textbox("", label="Base model", placeholder="the adapters' own, else pocket")
+        gr.HTML("<small>What is left empty is the base model's own.</small>")
+    return Fields(prompt, negative, seed, fresh, count, steps, guidance, width, height, base)
+
+
+def named(values: Sequence[Any]) -> dict[str, Any]:
+    """The fields' values, in their order, by name."""
+    return dict(zip([field.name for field in fields(Fields)], values, strict=True))
+
+
+def wishes_of(wanted: dict[str, Any], regions: tuple[str, ...] = ()) -> list["Wish"]:
+    """The pictures that the fields ask for, with seeds in a row."""
+    from rite_diffusion.studio.engine import Wish
+
+    if not wanted["prompt"].strip() and not regions:
+        raise StudioError("write a prompt first: what should the picture show?")
+    count = min(max(int(wanted["count"]), 1), MOST_PICTURES)
+    first = random.randrange(2**31) if wanted["fresh"] else int(wanted["seed"] or 0)
+    kept = {key: wanted[key] for key in ("prompt", "negative")}
+    sizes: dict[str, Any] = {key: whole_number(wanted[key], key) for key in ("width", "height")}
+    guidance = decimal(wanted["guidance"], "guidance")
+    steps = min(max(int(wanted["steps"]), 1), MOST_STEPS)
+    return [
+        Wish(**kept, **sizes, guidance=guidance, seed=first + index, steps=steps, regions=regions)
+        for index in range(count)
+    ]

@@ -1,0 +1,121 @@
+"""Pictures that were made: their facts, their history, and their settings back in the fields."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from rite_diffusion.studio import library
+from rite_diffusion.studio.boxes import boxes_of
+from rite_diffusion.studio.page import facts_html, in_words, shown_all, tell, uploaded
+from rite_diffusion.studio.state import Studio
+from rite_diffusion.studio.tabs.adapters import MOST, Chooser, sliders
+from rite_diffusion.studio.tabs.drawing import Easel
+from rite_diffusion.studio.tabs.fields import Fields
+from rite_diffusion.studio.tabs.regions import RegionPanel, panel_values
+from rite_diffusion.studio.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Recall:
+    """Where pictures are clicked or dropped, and the fields that their settings come back to."""
+
+    settings: Fields
+    chooser: Chooser
+    regions: RegionPanel
+    drop: gr.File
+    again: gr.Button
+    fold: gr.Accordion
+    history: gr.Gallery
+    easel: Easel
+
+    def filled(self) -> list[Any]:
+        """What `_restored` has values for."""
+        chooser = self.chooser
+        own = [*self.settings.all(), chooser.chosen, chooser.weighted, *chooser.inputs()]
+        return [*own, *self.regions.shown()]
+
+
+def connect_recall(studio: Studio, recall: Recall) -> None:
+    """Show the facts of a picture that is clicked; restore those of one that is dropped."""
+    picked = gr.State("")  # the picture whose facts are shown
+    listed = gr.State([])  # of the pictures in the history
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+    @in_words
+    def look(names: list[str], request: gr.Request, event: gr.SelectData):
+        name, space = names[event.index], studio.space(request)
+        return name, _facts(space, space.find("outputs", name)), gr.Button(visible=True)
+
+    @in_words
+    def load(request: gr.Request):
+        from rite_diffusion.studio.history import newest
+
+        pictures = newest(studio.space(request))
+        return shown_all(pictures), [path.name for path in pictures]
+
+    @in_words
+    def restore_picked(name: str, request: gr.Request):
+        space = studio.space(request)
+        return _restored(space, space.find("outputs", name))
+
+    @in_words
+    def restore_dropped(path: str, request: gr.Request):
+        return [*_restored(studio.space(request), uploaded(path)), None]
+
+    easel, told = recall.easel, [picked, recall.easel.facts, recall.again]
+    recall.fold.expand(load, None, [recall.history, listed], **quiet)
+    easel.made.select(look, easel.names, told, **quiet)
+    recall.history.select(look, listed, told, **quiet)
+    recall.again.click(restore_picked, picked, recall.filled(), **quiet)
+    recall.drop.upload(restore_dropped, recall.drop, [*recall.filled(), recall.drop], **quiet)
+
+
+def _facts(space: Workspace, picture: Path) -> str:
+    from rite_diffusion.studio.history import restore
+
+    found = restore(space, picture)
+    facts = found.parameters
+    used = ", ".join(f"{each.name or each.file} at {each.weight:g}" for each in found.adapters)
+    size = f"{facts.width} x {facts.height}"
+    how = f"seed {facts.seed}, {facts.steps} steps, guidance {facts.guidance:g}, {size}"
+    rows = [("Prompt", facts.prompt), ("Negative", facts.negative), ("Made with", how)]
+    rows += [(f"Box {number}", text) for number, text in enumerate(facts.regions, 1)]
+    return facts_html([*rows, ("Adapters", used), ("Base", facts.base), ("File", picture.name)])
+
+
+def _base_field(space: Workspace, base: str) -> str:
+    """What the field for the base model says for a picture's base."""
+    if base == "pocket":
+        return ""
+    return Path(base).name if Path(base).name in space.names("models") else base
+
+
+def _restored(space: Workspace, picture: Path) -> list[Any]:
+    """Values of `Recall.filled`."""
+    from rite_diffusion.studio.history import restore
+
+    found = restore(space, picture)
+    facts = found.parameters
+    if found.missing():
+        tell(f"Not in the library any more: {', '.join(found.missing())}.")
+    present = [each for each in found.adapters if each.name][:MOST]
+    names, weights = [each.name for each in present], [each.weight for each in present]
+    values = {
+        "prompt": facts.prompt,
+        "negative": facts.negative,
+        "seed": facts.seed,
+        "fresh": False,
+        "count": 1,
+        "steps": facts.steps,
+        "guidance": str(facts.guidance),
+        "width": str(facts.width),
+        "height": str(facts.height),
+        "base": _base_field(space, facts.base),
+    }
+    known = [card.name for card in library.cards(space)]
+    weighted, *fresh = sliders(names, names, *weights)
+    chosen = [names, weighted, gr.Dropdown(choices=known, value=names), *fresh]
+    boxes = boxes_of(facts.regions, [each.name for each in found.adapters])
+    return [*values.values(), *chosen, *panel_values(names, boxes, 0)]

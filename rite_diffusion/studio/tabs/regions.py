@@ -1,0 +1,251 @@
+"""Regions: boxes on a canvas, each with a prompt and an adapter. A fold of the Generate tab."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gradio as gr
+
+from rite_diffusion.errors import StudioError
+from rite_diffusion.studio.boxes import (
+    BY_WORDS,
+    MOST,
+    NONE,
+    Box,
+    canvas_html,
+    checked_corners,
+    colour_of,
+    read_corners,
+    side_by_side,
+)
+from rite_diffusion.studio.page import in_words
+
+NEXT = (0.25, 0.25, 0.75, 0.75)  # where a box is put that nobody has drawn
+CANVAS_CSS = """
+.pad { position: relative; width: 100%; aspect-ratio: var(--ratio, 1); border-radius: 14px;
+  touch-action: none; user-select: none; cursor: crosshair; overflow: hidden;
+  background: var(--input-background-fill); border: 1.5px dashed var(--border-color-primary); }
+.pad > span { position: absolute; inset: 0; display: grid; place-items: center;
+  color: var(--body-text-color-subdued); }
+.band, .box { position: absolute; border-radius: 8px; box-sizing: border-box; }
+.band { display: none; border: 2px solid #6d5ef0; background: rgb(109 94 240 / .15); }
+.box { border: 2px solid var(--colour); cursor: move; overflow: hidden; opacity: .85;
+  background: color-mix(in srgb, var(--colour) 16%, transparent); }
+.box.picked { opacity: 1; box-shadow: 0 0 0 2px color-mix(in srgb, var(--colour) 45%, transparent);
+  background: color-mix(in srgb, var(--colour) 28%, transparent); }
+.box p { margin: 0; padding: .35rem .5rem; font-size: .85rem; line-height: 1.35;
+  color: var(--body-text-color); pointer-events: none; overflow-wrap: anywhere; }
+.box b { display: inline-block; min-width: 1.35em; margin-right: .4em; border-radius: 99px;
+  background: var(--colour); color: white; text-align: center; font-size: .78rem; }
+.box em { color: var(--body-text-color-subdued); }
+.box small { display: block; opacity: .75; }
+.grip { position: absolute; right: 0; bottom: 0; width: 22px; height: 22px; cursor: nwse-resize;
+  background: linear-gradient(135deg, transparent 55%, var(--colour) 55%); }
+"""
+# A drag on the empty canvas draws a box, one on a box moves it, one on its corner resizes it; a
+# click picks. The server is told the box's index, -1 for a new one, and its corners as fractions.
+CANVAS_JS = """
+let drag = null;
+const inside = (value) => Math.min(1, Math.max(0, value));
+const at = (event) => {
+  const frame = element.querySelector('.pad').getBoundingClientRect();
+  return [inside((event.clientX - frame.left) / frame.width),
+          inside((event.clientY - frame.top) / frame.height)];
+};
+const dragged = ([x, y]) => {
+  const [left, top, right, bottom] = drag.box;
+  if (drag.index < 0)
+    return [Math.min(left, x), Math.min(top, y), Math.max(left, x), Math.max(top, y)];
+  if (drag.grip) return [left, top, Math.max(left + .06, x), Math.max(top + .06, y)];
+  const across = Math.min(1 - right, Math.max(-left, x - drag.start[0]));
+  const down = Math.min(1 - bottom, Math.max(-top, y - drag.start[1]));
+  return [left + across, top + down, right + across, bottom + down];
+};
+element.addEventListener('pointerdown', (event) => {
+  if (!event.target.closest('.pad')) return;
+  const node = event.target.closest('.box'), start = at(event);
+  const box = node ? node.dataset.box.split(',').map(Number) : [...start, ...start];
+  drag = { start, box, now: box, index: node ? Number(node.dataset.index) : -1,
+           grip: event.target.matches('.grip'), node: node || element.querySelector('.band') };
+  element.setPointerCapture(event.pointerId);
+});
+element.addEventListener('pointermove', (event) => {
+  if (!drag) return;
+  const [left, top, right, bottom] = drag.now = dragged(at(event));
+  Object.assign(drag.node.style, { display: 'block', left: 100 * left + '%', top: 100 * top + '%',
+    width: 100 * (right - left) + '%', height: 100 * (bottom - top) + '%' });
+});
+element.addEventListener('pointerup', () => {
+  if (!drag) return;
+  const { index, now, node } = drag;
+  drag = null;
+  if (index < 0) node.style.display = 'none';
+  if (index >= 0 || (now[2] - now[0] >= .05 && now[3] - now[1] >= .05))
+    trigger('select', { index, box: now });
+});
+"""
+RATIO_JS = """(width, height) => {
+  const ratio = Number(width) > 0 && Number(height) > 0 ? width / height : 1;
+  document.querySelector('#canvas').style.setProperty('--ratio', ratio);
+}"""
+
+
+LABEL = "Regions: parts of the picture with prompts of their own"
+
+
+@dataclass(frozen=True)
+class RegionPanel:
+    """The canvas, and the fields of the box that is picked."""
+
+    fold: gr.Accordion
+    boxes: gr.State  # list[Box]
+    picked: gr.Number  # index of a box or -1; a component, so that it travels with the fields
+    canvas: gr.HTML
+    editor: gr.Group
+    title: gr.HTML
+    prompt: gr.Textbox
+    adapter: gr.Dropdown
+    negative: gr.Textbox
+    corners: gr.Textbox
+
+    def inputs(self) -> list[Any]:
+        """What `edited` takes."""
+        return [self.boxes, self.picked, self.prompt, self.adapter, self.negative]
+
+    def shown(self) -> list[Any]:
+        """What `panel_values` fills."""
+        return [
+            self.fold, self.boxes, self.picked, self.canvas, self.editor, self.title,
+            self.prompt, self.adapter, self.negative, self.corners,
+        ]  # fmt: skip
+
+
+def edited(
+    boxes: Sequence[Box], picked: float, prompt: str, adapter: str, negative: str
+) -> list[Box]:
+    """The boxes with what the fields say of the one that is picked."""
+    return [
+        replace(box, prompt=prompt, adapter=adapter, negative=negative) if index == picked else box
+        for index, box in enumerate(boxes)
+    ]
+
+
+def panel_values(names: Sequence[str], boxes: list[Box], picked: int) -> list[Any]:
+    """Values of `RegionPanel.shown`, where the adapters of these names can act in a box."""
+    canvas = canvas_html(boxes, picked)
+    if not boxes:
+        fold, editor = gr.Accordion(label=LABEL), gr.Group(visible=False)
+        return [fold, [], -1, canvas, editor, "", "", box_adapters(names, BY_WORDS), "", ""]
+    box = boxes[picked]
+    fold = gr.Accordion(label=f"Regions: {_count(boxes)}", open=True)
+    title = f'<b class="box-title" style="--colour:{colour_of(picked)}">Box {picked + 1}</b>'
+    corners = ", ".join(f"{side:g}" for side in box.corners)
+    return [
+        fold, boxes, picked, canvas, gr.Group(visible=True), title, box.prompt,
+        box_adapters(names, box.adapter), box.negative, corners,
+    ]  # fmt: skip
+
+
+def _count(boxes: Sequence[Box]) -> str:
+    return "one box" if len(boxes) == 1 else f"{len(boxes)} boxes"
+
+
+def build_regions(names: gr.Dropdown) -> RegionPanel:
+    """Lay the canvas out and connect it; `names` are the adapters that can act in a box."""
+    with gr.Accordion(LABEL, open=False, elem_id="regions") as fold:
+        panel, buttons = _lay_out(fold)
+    quiet = {
+        "show_progress": "hidden", "api_visibility": "private",
+        "concurrency_id": "canvas", "concurrency_limit": 1,
+    }  # fmt: skip
+
+    @in_words
+    def draw(event: gr.EventData, names: list[str], *fields: Any):
+        boxes, index = edited(*fields), int(event.index)
+        if index >= len(boxes):  # of a box that was removed meanwhile
+            return panel_values(names, boxes, len(boxes) - 1)
+        if index >= 0:
+            boxes[index] = replace(boxes[index], **checked_corners(event.box))
+            return panel_values(names, boxes, index)
+        return panel_values(names, *_with_box(boxes, event.box))
+
+    @in_words
+    def add(names: list[str], *fields: Any):
+        return panel_values(names, *_with_box(edited(*fields), NEXT))
+
+    def columns(names: list[str], *fields: Any):
+        boxes = side_by_side(edited(*fields))
+        return panel_values(names, boxes, min(max(int(fields[1]), 0), len(boxes) - 1))
+
+    def remove(names: list[str], *fields: Any):
+        boxes = [box for index, box in enumerate(fields[0]) if index != fields[1]]
+        return panel_values(names, boxes, len(boxes) - 1)
+
+    @in_words
+    def move(corners: str, names: list[str], *fields: Any):
+        boxes, picked = edited(*fields), int(fields[1])
+        boxes[picked] = replace(boxes[picked], **read_corners(corners))
+        return panel_values(names, boxes, picked)
+
+    def keep(*fields: Any):
+        boxes = edited(*fields)
+        return boxes, canvas_html(boxes, int(fields[1]))
+
+    inputs = [names, *panel.inputs()]
+    panel.canvas.select(draw, inputs, panel.shown(), **quiet)
+    buttons["add"].click(add, inputs, panel.shown(), **quiet)
+    buttons["columns"].click(columns, inputs, panel.shown(), **quiet)
+    buttons["remove"].click(remove, inputs, panel.shown(), **quiet)
+    panel.corners.submit(move, [panel.corners, *inputs], panel.shown(), **quiet)
+    gr.on(
+        [panel.prompt.input, panel.adapter.input, panel.negative.input],
+        keep, panel.inputs(), [panel.boxes, panel.canvas], trigger_mode="always_last", **quiet,
+    )  # fmt: skip
+    return panel
+
+
+def _with_box(boxes: list[Box], corners: Sequence[float]) -> tuple[list[Box], int]:
+    """The boxes with a new one, and its index."""
+    if len(boxes) >= MOST:
+        raise StudioError(f"{MOST} boxes at most: remove one first.")
+    return [*boxes, Box(**checked_corners(corners))], len(boxes)
+
+
+def _lay_out(fold: gr.Accordion) -> tuple[RegionPanel, dict[str, gr.Button]]:
+    canvas = gr.HTML(
+        canvas_html([], -1), css_template=CANVAS_CSS, js_on_load=CANVAS_JS, elem_id="canvas"
+    )
+    with gr.Row():
+        buttons = {
+            "add": gr.Button("Add a box", size="sm", min_width=90),
+            "columns": gr.Button("Side by side", size="sm", min_width=90, elem_id="columns"),
+        }
+    with gr.Group(visible=False) as editor:
+        title = gr.HTML("", padding=True)
+        prompt = gr.Textbox(
+            value="",
+            label="What this box shows",
+            placeholder="a <robot> on the left",
+            info="With the place: what has none is drawn in the middle of the picture.",
+            max_lines=4,
+            elem_id="box-prompt",
+        )
+        adapter = gr.Dropdown([BY_WORDS, NONE], value=BY_WORDS, label="Adapter in this box",
+                              elem_id="box-adapter")  # fmt: skip
+        with gr.Row():
+            negative = gr.Textbox("", label="Negative prompt", min_width=120)
+            corners = gr.Textbox("", label="Left, top, right, bottom", min_width=120,
+                                 elem_id="box-corners")  # fmt: skip
+        buttons["remove"] = gr.Button("Remove this box", size="sm", elem_id="box-remove")
+    picked = gr.Number(-1, visible="hidden")
+    boxes = gr.State([])
+    panel = RegionPanel(
+        fold, boxes, picked, canvas, editor, title, prompt, adapter, negative, corners
+    )
+    return panel, buttons
+
+
+def box_adapters(names: Sequence[str], chosen: str) -> gr.Dropdown:
+    """The list of what can act in a box, for the adapters that are chosen."""
+    known = [BY_WORDS, NONE, *names]
+    return gr.Dropdown(choices=known, value=chosen if chosen in known else BY_WORDS)

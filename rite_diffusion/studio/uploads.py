@@ -1,0 +1,111 @@
+"""What a page sends: photos, zip archives, adapters; counted and measured before it is kept."""
+
+import shutil
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from rite_diffusion.errors import StudioError
+from rite_diffusion.photos.images import SUFFIXES
+from rite_diffusion.studio.workspace import name_from
+
+MOST_FILES = 500  # photos and captions of one set
+MOST_ENTRIES = 10_000  # of an archive, whatever they are
+LARGEST_FILE = 64_000_000  # bytes
+LARGEST_SET = 1_000_000_000  # bytes
+CAPTIONS = {".txt", ".caption"}
+_CHUNK = 1 << 20
+
+
+def keep_photos(uploads: Sequence[str], folder: Path) -> None:
+    """Copy photos and captions into a folder; what lies in a zip comes with them.
+
+    Names are made plain and unique. StudioError, with nothing kept, where it is too many or too
+    much or an archive is not what it should be.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    kept: list[Path] = []
+    try:
+        for source, name in _files(uploads):
+            kept.append(_keep(source, name, folder))
+            if len(kept) > MOST_FILES:
+                raise StudioError(f"more than {MOST_FILES} files: choose fewer photos.")
+            if sum(path.stat().st_size for path in kept) > LARGEST_SET:
+                raise StudioError(f"the photos are over {LARGEST_SET // 10**9} GB: choose fewer.")
+    except (StudioError, zipfile.BadZipFile, OSError) as error:
+        for path in kept:
+            path.unlink(missing_ok=True)
+        if isinstance(error, zipfile.BadZipFile):
+            raise StudioError("the zip archive is damaged: make it again.") from None
+        raise
+    if not kept:
+        raise StudioError("no photos among the files: expected .jpg, .png, .webp or a .zip.")
+
+
+def _files(uploads: Sequence[str]) -> Iterator[tuple[Path | tuple[zipfile.ZipFile, str], str]]:
+    """Each wanted file: where it lies, on the disk or in an archive, and its bare name."""
+    for upload in map(Path, uploads):
+        suffix = upload.suffix.lower()
+        if suffix == ".zip":
+            with zipfile.ZipFile(upload) as archive:
+                for entry in _entries(archive):
+                    yield (archive, entry), PurePosixPath(entry).name
+        elif suffix in SUFFIXES | CAPTIONS:
+            yield upload, upload.name
+
+
+def _entries(archive: zipfile.ZipFile) -> list[str]:
+    """Names of an archive's photos and captions; StudioError for one that is built to harm."""
+    if len(archive.infolist()) > MOST_ENTRIES:
+        raise StudioError(f"the zip archive holds over {MOST_ENTRIES} files: choose fewer photos.")
+    names = []
+    for entry in archive.infolist():
+        path = PurePosixPath(entry.filename.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or ":" in entry.filename:
+            raise StudioError(f"the zip archive holds a path that leads out of it: {path}.")
+        if (entry.external_attr >> 16) & 0o170000 == 0o120000:
+            raise StudioError(f"the zip archive holds a link: {path}.")
+        hidden = path.name.startswith(".") or "__MACOSX" in path.parts
+        if entry.is_dir() or hidden or path.suffix.lower() not in SUFFIXES | CAPTIONS:
+            continue
+        if entry.flag_bits & 1:
+            raise StudioError("the zip archive has a password: make one without.")
+        if entry.file_size > LARGEST_FILE:
+            raise StudioError(f"{path} is over {LARGEST_FILE // 10**6} MB: make it smaller.")
+        names.append(entry.filename)
+    return names
+
+
+def _keep(source: Path | tuple[zipfile.ZipFile, str], name: str, folder: Path) -> Path:
+    """Copy one file under a plain name; a caption keeps its picture's stem."""
+    original = PurePosixPath(name)
+    stem, suffix = name_from(original.stem, "photo"), original.suffix.lower()
+    target = _free(folder, stem, suffix)
+    if isinstance(source, Path):
+        if source.stat().st_size > LARGEST_FILE:
+            raise StudioError(f"{name} is over {LARGEST_FILE // 10**6} MB: make it smaller.")
+        shutil.copyfile(source, target)
+        return target
+    try:
+        _unpack(*source, target)
+    except (StudioError, zipfile.BadZipFile, OSError):
+        target.unlink(missing_ok=True)
+        raise
+    return target
+
+
+def _unpack(archive: zipfile.ZipFile, entry: str, target: Path) -> None:
+    """Write an archive's entry, up to LARGEST_FILE bytes whatever the archive's directory says."""
+    left = LARGEST_FILE
+    with archive.open(entry) as stream, target.open("wb") as out:
+        while chunk := stream.read(_CHUNK):
+            left -= len(chunk)
+            if left < 0:
+                size = LARGEST_FILE // 10**6
+                raise StudioError(f"{target.name} is over {size} MB: make it smaller.")
+            out.write(chunk)
+
+
+def _free(folder: Path, stem: str, suffix: str) -> Path:
+    paths = (folder / f"{stem}{suffix}", *(folder / f"{stem}-{i}{suffix}" for i in range(2, 9999)))
+    return next(path for path in paths if not path.exists())

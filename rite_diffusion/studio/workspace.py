@@ -1,0 +1,116 @@
+"""The one folder that the studio works in; no name that a page sends leads out of it.
+
+photos/<set>/  runs/<run>/  adapters/<name>.safetensors  outputs/00000.png  models/  trash/
+users/<name>/ holds all of this for each user, where the studio asks for a password.
+"""
+
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from rite_diffusion.errors import StudioError
+
+LONGEST_NAME = 64  # characters
+_NAME = re.compile(r"\w(?:[\w .+()-]*[\w+)])?")
+_NO_NAME = re.compile(r"[^\w .+()-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+
+
+def checked_name(text: str) -> str:
+    """The text, if it can name a file anywhere; StudioError otherwise."""
+    if len(text) > LONGEST_NAME or not _NAME.fullmatch(text):
+        raise StudioError(
+            f"'{text[:LONGEST_NAME]}' is no name: use up to {LONGEST_NAME} letters, digits, "
+            "spaces, dots and dashes, and begin with a letter or digit."
+        )
+    return text
+
+
+def name_from(text: str, fallback: str) -> str:
+    """A name that is as close to the text as can be."""
+    name = _NO_NAME.sub("", text)[:LONGEST_NAME].strip(" .-(")
+    return name if _NAME.fullmatch(name) else fallback
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The folders of one user; those that do not exist yet are made when they are asked for."""
+
+    root: Path
+
+    def folder(self, name: str) -> Path:
+        """One of the folders that the module's head names."""
+        path = self.root / name
+        path.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def find(self, folder: str, name: str) -> Path:
+        """What a name stands for in a folder; StudioError where it is not there or leads out."""
+        home = self.folder(folder)
+        path = home / checked_name(name)
+        if not path.exists() or not path.resolve().is_relative_to(home.resolve()):
+            raise StudioError(f"there is no '{name}' among the {folder}: choose one from the list.")
+        return path
+
+    def new(self, folder: str, name: str, suffix: str = "") -> Path:
+        """A path in a folder that is still free: the name, or the name with a number."""
+        home = self.folder(folder)
+        stem = checked_name(name)
+        names = (stem, *(f"{stem[: LONGEST_NAME - 5]}-{i}" for i in range(2, 10_000)))
+        return next(path for each in names if not (path := home / f"{each}{suffix}").exists())
+
+    def names(self, folder: str) -> list[str]:
+        """Names in a folder, newest first; hidden ones are left out."""
+        found = [path for path in self.folder(folder).iterdir() if _NAME.fullmatch(path.name)]
+        return [path.name for path in sorted(found, key=_changed, reverse=True)]
+
+    def base(self, text: str) -> str | None:
+        """The base model that a user names, None for nothing; no path outside `models/`."""
+        text = text.strip()
+        if text in ("", "pocket"):
+            return text or None
+        if text in self.names("models"):
+            return str(self.find("models", text))
+        if _HUB_ID.fullmatch(text) and not Path(text).exists():
+            return text
+        raise StudioError(
+            f"no base model '{text}': write pocket, a hub id (owner/model), or the name of a file "
+            f"or folder in {self.folder('models')}."
+        )
+
+    def throw_away(self, home: Path, *beside: Path) -> None:
+        """Move a file or folder into the trash, with what belongs to it in the same folder."""
+        place = self.folder("trash") / f"{time.time_ns()}"
+        (place / "held").mkdir(parents=True)
+        (place / "from").write_text(str(home.relative_to(self.root)), encoding="utf-8")
+        for path in (home, *beside):
+            shutil.move(path, place / "held" / path.name)
+
+    def thrown_away(self) -> str:
+        """The name of what `put_back` would bring back, "" for nothing."""
+        places = sorted(self.folder("trash").iterdir())
+        return title_of((places[-1] / "from").read_text(encoding="utf-8")) if places else ""
+
+    def put_back(self) -> Path:
+        """Undo the newest `throw_away`; StudioError where that cannot be."""
+        places = sorted(self.folder("trash").iterdir())
+        if not places:
+            raise StudioError("nothing was deleted that could be put back.")
+        home = self.root / (places[-1] / "from").read_text(encoding="utf-8")
+        if home.exists():
+            raise StudioError(f"'{title_of(home)}' is there again: rename it first, then undo.")
+        for path in (places[-1] / "held").iterdir():
+            shutil.move(path, home.with_name(path.name))
+        shutil.rmtree(places[-1])
+        return home
+
+
+def title_of(path: str | Path) -> str:
+    """What a page calls a file or folder: its name, without the suffix of adapters."""
+    return Path(path).name.removesuffix(".safetensors")
+
+
+def _changed(path: Path) -> float:
+    return path.stat().st_mtime

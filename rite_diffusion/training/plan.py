@@ -1,0 +1,248 @@
+"""A training run before it starts: settings resolved, photos read, the base open."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rite_diffusion.backbones import StableDiffusion, load_backbone
+from rite_diffusion.backbones.source import default_device, usable_precision
+from rite_diffusion.config import PhotoSource, TrainConfig, fill, load_preset, merge, resolve
+from rite_diffusion.config.rates import with_rates
+from rite_diffusion.errors import ConfigError
+from rite_diffusion.files.writing import cache_folder
+from rite_diffusion.generation.class_pictures import class_pictures
+from rite_diffusion.methods.triggers import check_triggers, kept_in, says
+from rite_diffusion.methods.weights import adapted_paths
+from rite_diffusion.optim import optimizer_spec
+from rite_diffusion.photos.class_photos import read_class_photos, refuse_concepts
+from rite_diffusion.photos.dataset import Encoding, balanced, target_sizes
+from rite_diffusion.photos.folder import PhotoFolder, joined, read_folder
+from rite_diffusion.seeding import generator
+from rite_diffusion.training.batch import HELD_OUT
+from rite_diffusion.training.resume import inputs_of
+from rite_diffusion.types import Concept, Photo
+
+PAIR_RATES = ("lr", "lr_unet", "lr_text_encoder")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked training run, ready to start."""
+
+    config: TrainConfig
+    backbone: StableDiffusion
+    folder: PhotoFolder  # the concepts' photos, as found
+    photos: list[Photo]  # what the steps draw from, balanced
+    classes: PhotoFolder  # given pictures of the class, for prior preservation, as found
+    class_photos: list[Photo]  # those of `photos` that show the class
+    undrawn: list[str]  # class nouns whose pictures the base has yet to draw
+    moved: list[tuple[str, str]]  # over-long captions, and the trigger at their end that was kept
+    held_out: list[Photo]  # for the validation loss
+    fallbacks: list[str]  # what this machine cannot do, and what is done instead
+
+    @property
+    def encoding(self) -> Encoding:
+        """How the photos become latents."""
+        config = self.config
+        return Encoding(
+            config.resolution or self.backbone.resolution,
+            config.buckets,
+            config.augment,
+            config.objective.mask_floor,
+            config.seed,
+            cache_folder() / "latents" if config.cache else None,
+        )
+
+    def cut_captions(self) -> list[str]:
+        """Captions longer than the base model's token budget."""
+        budget = self.backbone.token_budget
+        captions = {photo.caption for photo in self.folder.photos}
+        return sorted(text for text in captions if self.backbone.token_count(text) > budget)
+
+    def inputs(self) -> dict[str, str]:
+        """What the run learns from and with, for a continued run to compare."""
+        return inputs_of([*self.photos, *self.held_out], self.backbone.fingerprint)
+
+    def buckets(self) -> dict[tuple[int, int], list[str]]:
+        """Size (width, height) that is trained on -> names of the photos cut to it."""
+        photos, how = self.folder.photos, self.encoding
+        table: dict[tuple[int, int], list[str]] = {}
+        sizes = target_sizes(photos, how.resolution, self.backbone.multiple, how.bucketed)
+        for photo, size in zip(photos, sizes, strict=True):
+            table.setdefault(size, []).append(photo.path.name)
+        return dict(sorted(table.items()))
+
+    def captions_without_trigger(self) -> list[str]:
+        """Captions that teach no trigger."""
+        triggers = [concept.trigger for concept in self.config.concepts()]
+        captions = [photo.caption for photo in self.folder.photos]
+        return [text for text in captions if not any(says(text, each) for each in triggers)]
+
+
+def configure(settings: dict[str, Any], preset: str | None = None) -> TrainConfig:
+    """The resolved configuration: settings over a preset, every rate filled in.
+
+    The preset defaults to `pocket` on the pocket base and to `sd15` elsewhere, for other methods
+    than LoRA to `pocket-pivotal` and the like. A preset's rates belong to its optimizer: another
+    optimizer without a rate takes its own default, but for new words, which AdamW trains. With
+    `optim.lr = "auto"` the rates stay open until the probe has found them.
+    """
+    low = load_preset(preset or _default_preset(settings))
+    chosen = settings.get("optim", {}).get("name")
+    if chosen and chosen != low.get("optim", {}).get("name"):
+        kept = {k: v for k, v in low["optim"].items() if k not in PAIR_RATES}
+        low = low | {"optim": kept}
+    if "lr" in settings.get("optim", {}):
+        low.get("optim", {}).pop("lr_text_encoder", None)
+    config = resolve(merge(low, settings))
+    optim = config.optim
+    if optim.lr == "auto":
+        optimizer_spec(optim.name)  # refuses an unknown name here
+        return config
+    lr = optim.lr or optimizer_spec(optim.name).lr
+    given = {"lr": lr, "lr_unet": optim.lr_unet, "lr_text_encoder": optim.lr_text_encoder}
+    rates = {key: rate for key, rate in given.items() if rate is not None}
+    filled = with_rates(config, lr)
+    return filled.model_copy(update={"optim": filled.optim.model_copy(update=rates)})
+
+
+def _default_preset(settings: dict[str, Any]) -> str:
+    base = "pocket" if settings.get("base", "pocket") == "pocket" else "sd15"
+    method = settings.get("method", "lora")
+    return base if method == "lora" else f"{base}-{method}"
+
+
+def plan_training(config: TrainConfig, listen: Callable[[str], None] = lambda line: None) -> Plan:
+    """The plan of a training, its class pictures drawn; raises and hears as its two parts do."""
+    return draw_class_pictures(survey(config), listen)
+
+
+def survey(config: TrainConfig) -> Plan:
+    """The plan of a training as far as it needs no drawing, for a report before what takes time.
+
+    Reads the photos and opens the base; raises a RiteError for all that cannot be trained on.
+    """
+    folders = [_read(source) for source in config.sources()]
+    precision, fallback = usable_precision(config.precision, default_device())
+    backbone = load_backbone(config.base, precision)
+    check_triggers(backbone, config.concepts())
+    side = config.resolution or backbone.resolution
+    if side % backbone.multiple:
+        raise ConfigError(f"resolution {side} is not a multiple of {backbone.multiple} pixels")
+    _check_rank(backbone, config)
+    config = config.model_copy(update={"resolution": side, "precision": precision})
+    triggers = [concept.trigger for concept in config.concepts()]
+    folders, moved = _with_triggers_kept(backbone, folders, triggers)
+    groups, held_out = _hold_out(folders, config)
+    photos = balanced(groups) if config.balance else [photo for group in groups for photo in group]
+    given, undrawn = _classes(config) if config.prior.weight else ([], [])
+    classes = joined(given)
+    whole = joined(folders)
+    refuse_concepts(classes.photos, whole.photos, triggers, says)
+    plan = Plan(
+        config, backbone, whole, photos, classes, [], undrawn, moved, held_out,
+        [fallback] if fallback else [],
+    )  # fmt: skip
+    return _with_class_photos(plan, classes.photos) if classes.photos and not undrawn else plan
+
+
+def _with_triggers_kept(
+    backbone: StableDiffusion, folders: list[PhotoFolder], triggers: list[str]
+) -> tuple[list[PhotoFolder], list[tuple[str, str]]]:
+    """The folders with captions that keep their trigger, and the captions that would not have."""
+    moved: dict[str, str] = {}
+    result = []
+    for folder in folders:
+        photos = []
+        for photo in folder.photos:
+            caption, trigger = kept_in(backbone, photo.caption, triggers)
+            if trigger:
+                moved[photo.caption] = trigger
+            photos.append(replace(photo, caption=caption))
+        result.append(replace(folder, photos=photos))
+    return result, list(moved.items())
+
+
+def draw_class_pictures(plan: Plan, listen: Callable[[str], None] = lambda line: None) -> Plan:
+    """The plan with the pictures of its classes that the base draws, or has drawn before.
+
+    `listen` hears of those that are drawn.
+    """
+    if not plan.undrawn:
+        return plan
+    prior, photos = plan.config.prior, list(plan.classes.photos)
+    for noun in plan.undrawn:
+        prompts = [fill(prompt, {"class_noun": noun}) for prompt in prior.prompts]
+        folder = class_pictures(plan.backbone, prompts, prior.count, listen)
+        photos += read_class_photos(folder, noun).photos
+    return _with_class_photos(replace(plan, undrawn=[]), photos)
+
+
+def _with_class_photos(plan: Plan, pictures: list[Photo]) -> Plan:
+    weighted = [replace(photo, weight=plan.config.prior.weight) for photo in pictures]
+    photos = balanced([plan.photos, weighted])
+    return replace(plan, photos=photos, class_photos=photos[len(plan.photos) :])
+
+
+def _classes(config: TrainConfig) -> tuple[list[PhotoFolder], list[str]]:
+    """The given pictures of each class, and the class nouns of which none are given.
+
+    Several folders of one class count together.
+    """
+    folders: dict[str, dict[Path, Path]] = {}
+    for source in config.sources():
+        given = folders.setdefault(source.concept.class_noun, {})
+        if source.class_photos:
+            folder = Path(source.class_photos).expanduser()
+            given[folder.resolve()] = folder
+    read = [
+        read_class_photos(folder, noun)
+        for noun, given in folders.items()
+        for folder in given.values()
+    ]
+    return read, [noun for noun, given in folders.items() if not given]
+
+
+def _check_rank(backbone: StableDiffusion, config: TrainConfig) -> None:
+    """ConfigError for a rank that the narrowest adapted layer cannot have."""
+    layers = [
+        backbone.components[part].get_submodule(path)
+        for part, paths in adapted_paths(backbone, config).items()
+        for path in paths
+    ]
+    weights = [each.weight for each in layers if isinstance(each, nn.Linear | nn.Conv2d)]
+    widths = [min(len(weight), weight[0].numel()) for weight in weights]
+    if config.lora.rank > min(widths):
+        raise ConfigError(
+            f"lora.rank = {config.lora.rank} is more than the narrowest layer of {config.base} has "
+            f"({min(widths)}): choose a smaller rank."
+        )
+
+
+def _read(source: PhotoSource) -> PhotoFolder:
+    folder = Path(source.photos).expanduser()
+    return read_folder(folder, source.concept, source.templates, source.repeats)
+
+
+def _hold_out(
+    folders: list[PhotoFolder], config: TrainConfig
+) -> tuple[list[list[Photo]], list[Photo]]:
+    """Each concept's photos to train on, and those that a seeded draw holds out."""
+    photos = [photo for folder in folders for photo in folder.photos]
+    order = torch.randperm(len(photos), generator=generator(config.seed, 0, HELD_OUT)).tolist()
+    held_out = [photos[place] for place in sorted(order[: config.validation.photos])]
+    names = {photo.path for photo in held_out}
+    groups: dict[Concept, list[Photo]] = {concept: [] for concept in config.concepts()}
+    for source, folder in zip(config.sources(), folders, strict=True):
+        groups[source.concept] += [photo for photo in folder.photos if photo.path not in names]
+    for concept, kept in groups.items():
+        if not kept:
+            raise ConfigError(
+                f"validation.photos = {config.validation.photos} leaves no photo of "
+                f"{concept.trigger} to train on: hold out fewer."
+            )
+    return list(groups.values()), held_out

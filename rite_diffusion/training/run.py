@@ -1,0 +1,246 @@
+"""A plan becomes an adapter, in a run folder that survives whatever happens to the process."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rite_diffusion._version import __version__
+from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
+from rite_diffusion.adapters.learned_embeddings import tokens_of
+from rite_diffusion.config import AugmentSection, fill, to_toml, without_paths, words_of
+from rite_diffusion.config.rates import with_rates
+from rite_diffusion.errors import BackboneError, ConfigError, RiteError, RunError
+from rite_diffusion.generation.denoise import sample
+from rite_diffusion.methods import METHODS, Method
+from rite_diffusion.optim import optimizer_spec
+from rite_diffusion.photos.dataset import encode_photos
+from rite_diffusion.training.interrupt import stop_on_signal
+from rite_diffusion.training.job import Job, release_encoders
+from rite_diffusion.training.memory import is_out_of_memory, peak_memory
+from rite_diffusion.training.plan import Plan
+from rite_diffusion.training.probe import probe_rates
+from rite_diffusion.training.processes import is_main_process, process_count
+from rite_diffusion.training.resume import begin_or_continue, changes, with_earlier_rates
+from rite_diffusion.training.run_folder import RunFolder
+from rite_diffusion.training.snapshot import Snapshot
+from rite_diffusion.training.trackers import open_trackers
+from rite_diffusion.training.trainer import StepReport, train_steps
+
+LICENCE = "unspecified"
+
+
+class Stopped(RiteError):
+    """A signal ended the run early; what was learned until then is in the adapter."""
+
+    def __init__(self, adapter: Path, step: int, signal: int):
+        super().__init__(f"stopped at step {step}; the adapter of that step is {adapter}")
+        self.signal = signal
+
+
+def _adapter(plan: Plan, method: Method, step: int) -> Adapter:
+    """The adapter as trained so far; its header holds no absolute path."""
+    config, concepts = plan.config, plan.config.concepts()
+    base = Path(config.base).name if Path(config.base).exists() else config.base
+    info = AdapterInfo(
+        trigger=", ".join(concept.trigger for concept in concepts),
+        class_noun=", ".join(concept.class_noun for concept in concepts),
+        base=base,
+        base_fingerprint=plan.backbone.fingerprint,
+        method=config.method,
+        optimizer=config.optim.name,
+        steps=str(step),
+        images=str(len(plan.folder.photos)),
+        config=to_toml(without_paths(config.model_copy(update={"base": base}))),
+        licence=LICENCE,
+        version=__version__,
+    )
+    return Adapter(method.pairs(), info, tokens_of(method.words()))
+
+
+def _write_previews(plan: Plan, run: RunFolder, step: int) -> None:
+    """Pictures of every preview prompt and concept; where none can be made, a line in the log."""
+    previews, concepts = plan.config.previews, plan.config.concepts()
+    prompts = [fill(prompt, words_of(c)) for c in concepts for prompt in previews.prompts]
+    for index, prompt in enumerate(prompts):
+        try:
+            [image] = sample(
+                plan.backbone,
+                [prompt],
+                [previews.seed],
+                steps=previews.steps,
+                guidance=previews.guidance,
+            )
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            run.log(f"out of memory for the previews of step {step}: left out")
+            return
+        except BackboneError as error:  # the base's files are read again where parts had left
+            run.log(f"no previews of step {step}: {error}")
+            return
+        image.save(run.path / "previews" / f"step-{step:06d}-{index}.png")
+
+
+def run_training(
+    plan: Plan,
+    out: Path,
+    listen: Callable[[StepReport], None] = lambda report: None,
+    override: bool = False,
+) -> Path:
+    """Train, and return the path of the adapter file in the run folder `out`.
+
+    A run that was stopped or killed goes on from its newest checkpoint, as if it had never been
+    interrupted; RunError tells what has changed since, unless `override` accepts it. Raises Stopped
+    after Ctrl-C or SIGTERM, once the adapter of the last step is written.
+    """
+    if not is_main_process():
+        return _follow(plan, RunFolder(out))
+    total = plan.config.steps
+    with RunFolder(out) as run, stop_on_signal() as request:
+        config = with_earlier_rates(run, plan.config)
+        resume = begin_or_continue(run, config, plan.inputs(), override)
+        _log_beginning(run, replace(plan, config=config))
+        run.write_status("preparing", resume.step if resume else 0, total)
+        try:
+            plan = _with_rates(replace(plan, config=config), run)
+            done = _learn(plan, run, listen, request.is_set, resume)
+        except BaseException as error:
+            run.close_as_failed(error, total)
+            if isinstance(error, OSError):
+                raise RunError(
+                    f"cannot write to {out}: {error.strerror or error}. Make room or choose "
+                    "another --out; the newest checkpoint is whole, and the same command goes on."
+                ) from error
+            raise
+        run.write_status("finished" if done == total else "stopped", done, total)
+        run.log(f"wrote {run.adapter_path.name} after {done} steps")
+        if request.signal is not None and done < total:
+            raise Stopped(run.adapter_path, done, request.signal)
+    return run.adapter_path
+
+
+def _log_beginning(run: RunFolder, plan: Plan) -> None:
+    """What trains where."""
+    run.log(f"rite_diffusion {__version__}, {len(plan.folder.photos)} photos")
+    base, precision = plan.backbone, plan.config.precision
+    run.log(f"{plan.config.base} on {base.device}, {precision}, attention {base.attention}")
+    for fallback in plan.fallbacks:
+        run.log(fallback)
+
+
+def _with_rates(plan: Plan, run: RunFolder) -> Plan:
+    """The plan with every rate set; with `optim.lr = "auto"` by a probe that the log tells of."""
+    config = plan.config
+    if config.optim.lr_unet is not None:
+        return plan
+    if process_count() > 1:
+        raise ConfigError("optim.lr = auto needs one process: probe first, then pass the rate.")
+    data = encode_photos(plan.backbone, plan.photos, plan.encoding)
+    default = optimizer_spec(config.optim.name).lr
+    losses = probe_rates(
+        plan.backbone, lambda each: METHODS[each.method](plan.backbone, each), data, config, default
+    )
+    run.log(f"probe: {', '.join(f'rate {r:g}: loss {value:.4f}' for r, value in losses.items())}")
+    config = with_rates(config, min(losses, key=lambda rate: losses[rate]))
+    run.write_settings(to_toml(config), plan.inputs())
+    return replace(plan, config=config)
+
+
+def _learn(
+    plan: Plan,
+    run: RunFolder,
+    listen: Callable[[StepReport], None],
+    stop: Callable[[], bool],
+    resume: Snapshot | None,
+) -> int:
+    """Train in an open run folder, write the adapter, and return the steps done."""
+    config = plan.config
+
+    def after(report: StepReport) -> None:
+        step = report.step
+        run.write_metrics(**{k: v for k, v in vars(report).items() if v not in (None, [])})
+        if report.skipped:
+            run.log(f"step {step} left out, no number came of {', '.join(report.skipped)}")
+        track(report)
+        due = config.previews.every and step % config.previews.every == 0
+        if run.take_request("sample") or due:
+            _write_previews(plan, run, step)
+            release_encoders(job)
+        listen(report)
+
+    def save(snapshot: Snapshot, last: bool) -> None:
+        adapter = _adapter(plan, job.method, snapshot.step)
+        kept = config.checkpoints
+        run.save_checkpoint(adapter, snapshot, kept.keep, kept.milestones)
+        run.write_status("running", snapshot.step, config.steps)
+        if last:
+            save_adapter(run.adapter_path, adapter)
+
+    with _job(plan) as job, open_trackers(config.trackers, run.path, config) as track:
+        run.write_status("running", resume.step if resume else 0, config.steps)
+        return train_steps(job, after, save, stop, resume, lambda: run.take_request("save"))
+
+
+def _follow(plan: Plan, run: RunFolder) -> Path:
+    """Train beside the main process, which alone writes."""
+    resume = run.newest_snapshot()
+    with stop_on_signal() as request, _job(plan) as job:
+        train_steps(job, lambda _: None, stop=request.is_set, resume=resume)
+    return run.adapter_path
+
+
+@contextmanager
+def _job(plan: Plan) -> Iterator[Job]:
+    """The method in place in the backbone, and the encoded photos."""
+    backbone, config = plan.backbone, plan.config
+    data = encode_photos(backbone, plan.photos, plan.encoding)
+    plain = replace(plan.encoding, augment=AugmentSection())
+    held_out = encode_photos(backbone, plan.held_out, plain) if plan.held_out else None
+    method = METHODS[config.method](backbone, config)
+    try:
+        yield Job(backbone, method, data, config, held_out)
+    finally:
+        method.remove()
+        backbone.recall()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run will take, measured on its first steps."""
+
+    seconds_per_step: float
+    peak_bytes: int  # of memory; on a CUDA device of its memory
+
+
+def measure(plan: Plan) -> Cost:
+    """The cost of the plan's second real step; nothing of it is kept."""
+    config, reports = plan.config, list[StepReport]()
+    if config.optim.lr_unet is None:
+        config = with_rates(config, optimizer_spec(config.optim.name).lr)
+    short = replace(plan, config=config.model_copy(update={"steps": 2}), held_out=[])
+    with _job(short) as job:
+        train_steps(job, reports.append)
+    pictures = config.batch * config.accumulate * process_count()
+    seconds = pictures / reports[-1].images_per_second
+    return Cost(seconds, peak_memory(plan.backbone.device))
+
+
+def default_run(plan: Plan) -> Path:
+    """The run folder of a plan: a stopped run that was begun alike, or the first free name.
+
+    Names are runs/name, runs/name-2, … after the photo folder.
+    """
+    if process_count() > 1:
+        raise ConfigError("several processes need one run folder: pass --out")
+    name = Path(plan.config.sources()[0].photos).expanduser().resolve().name or "run"
+    candidates = [Path("runs") / name, *(Path("runs") / f"{name}-{i}" for i in range(2, 10_000))]
+    return next(path for path in candidates if not path.exists() or _goes_on(plan, path))
+
+
+def _goes_on(plan: Plan, path: Path) -> bool:
+    """Whether a run folder holds an unfinished run of this plan that nobody works on."""
+    run = RunFolder(path)
+    if run.state() == "finished" or run.in_use() or not run.has_settings():
+        return False
+    return not changes(run, with_earlier_rates(run, plan.config), plan.inputs())

@@ -1,0 +1,199 @@
+"""The training loop: straight-line, and every random choice a function of (seed, step)."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from rite_diffusion.backbones.protocols import Backbone
+from rite_diffusion.config import OptimSection, TrainConfig
+from rite_diffusion.errors import ConfigError, OptimizerError, RunError
+from rite_diffusion.methods import Method
+from rite_diffusion.optim import optimizer_spec
+from rite_diffusion.training.average import WeightAverage
+from rite_diffusion.training.batch import Batch, draw_batch
+from rite_diffusion.training.job import Job, keep_captions, release_encoders
+from rite_diffusion.training.loss import batch_loss
+from rite_diffusion.training.memory import is_out_of_memory, out_of_memory
+from rite_diffusion.training.processes import average_gradients, mean_over_processes
+from rite_diffusion.training.snapshot import Snapshot, put_back, take
+from rite_diffusion.training.validation import held_out_loss
+
+BAD_STEPS = 5  # losses in a row that are no number before the run stops
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step tells its listeners."""
+
+    step: int  # steps done
+    loss: float
+    rate: float  # learning rate of the first group
+    images_per_second: float
+    skipped: list[str]  # names of the photos of a step that was left out; no number came of them
+    validation: float | None  # loss on the held-out photos, where it was measured
+
+
+def rate_factor(optim: OptimSection, steps: int) -> Callable[[int], float]:
+    """Learning-rate factor of a step: linear warm-up, then constant, cosine or linear to zero."""
+    decays = {
+        "constant": lambda progress: 1.0,
+        "linear": lambda progress: 1.0 - progress,
+        "cosine": lambda progress: 0.5 + 0.5 * float(torch.cos(torch.tensor(torch.pi * progress))),
+    }
+    decay = decays[optim.schedule]
+    return lambda step: min(1.0, (step + 1) / (optim.warmup + 1)) * decay(min(1.0, step / steps))
+
+
+def build_optimizer(method: Method, config: TrainConfig) -> torch.optim.Optimizer:
+    """The configured optimizer over the method's parameter groups."""
+    optim = config.optim
+    try:
+        return optimizer_spec(optim.name).build(method.groups(), **optim.options)
+    except (OptimizerError, TypeError) as error:
+        raise ConfigError(f"optimizer '{optim.name}': {error}") from None
+
+
+def new_accelerator(backbone: Backbone, config: TrainConfig) -> Accelerator:
+    """The accelerator of a run; a process may train twice, at two precisions."""
+    AcceleratorState._reset_state()
+    return Accelerator(
+        cpu=backbone.device.type == "cpu",
+        mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
+    )
+
+
+class Trainer:
+    """A job with its optimizer, ready to take steps in any order of their numbers."""
+
+    def __init__(self, job: Job, between: Callable[[], object] = lambda: None):
+        """`between` is called before each part of a step, and may raise to end it."""
+        self.job, self._between = job, between
+        self.accelerator = new_accelerator(job.backbone, job.config)
+        self.optimizer = build_optimizer(job.method, job.config)
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        named = [named for group in job.method.groups() for named in group["params"]]
+        self.average = WeightAverage(named, job.config.ema)
+        self.parameters = [parameter for _, parameter in named]
+        self._stepper = self.accelerator.prepare(self.optimizer)
+
+    def step(self, step: int) -> tuple[float, Batch, bool]:
+        """One optimizer step: its loss, its batch, and whether it changed the weights.
+
+        A loss or a gradient that is no number changes nothing.
+        """
+        job, accelerator = self.job, self.accelerator
+        job.method.begin(step)
+        start, length = job.method.schedule(step)
+        factor = rate_factor(job.config.optim, length)(step - start)
+        for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * factor
+        batch = draw_batch(job.backbone, job.data, job.config, step, accelerator.num_processes)
+        loss = self._gradients(batch)
+        norm = accelerator.clip_grad_norm_(self.parameters, job.config.optim.clip_norm)
+        # In fp16 a gradient may overflow; the scaler then leaves the step out by itself.
+        usable = accelerator.scaler is not None or bool(torch.isfinite(torch.as_tensor(norm)))
+        good = math.isfinite(loss) and usable
+        if good:
+            self._stepper.step()
+            self.average.update(step)
+        self._stepper.zero_grad()
+        return loss, batch, good
+
+    def _gradients(self, batch: Batch) -> float:
+        """Gradients of the batch's mean loss, this process's share of it; returns that loss."""
+        job, accelerator = self.job, self.accelerator
+        processes, share = accelerator.num_processes, job.config.accumulate
+        value = 0.0
+        for part in batch.parts(share * processes)[accelerator.process_index :: processes]:
+            self._between()
+            with accelerator.autocast():
+                loss = batch_loss(job.backbone, job.method, part, job.config) / share
+            accelerator.backward(loss)
+            value += loss.item()
+        average_gradients(accelerator, self.parameters)
+        return mean_over_processes(accelerator, value)
+
+    def validation(self) -> float | None:
+        """The loss on the held-out photos, None without any."""
+        job = self.job
+        if job.held_out is None:
+            return None
+        with self.accelerator.autocast():
+            return held_out_loss(job.backbone, job.method, job.held_out, job.config)
+
+
+def bad_loss(value: float, step: int, names: list[str], config: TrainConfig) -> RunError:
+    """The error of a run whose loss is no number any more; it names the last batch's photos."""
+    return RunError(
+        f"the loss or its gradient is no number in {BAD_STEPS} steps up to {step + 1} (loss "
+        f"{value}), at last with {', '.join(names)}: lower optim.lr (now {config.optim.lr}), or "
+        f"use another precision than {config.precision}."
+    )
+
+
+def train_steps(
+    job: Job,
+    listen: Callable[[StepReport], None],
+    save: Callable[[Snapshot, bool], None] = lambda snapshot, last: None,
+    stop: Callable[[], bool] = lambda: False,
+    resume: Snapshot | None = None,
+    save_now: Callable[[], bool] = lambda: False,
+) -> int:
+    """Run all steps, or those after `resume`, until `stop` says so; returns the steps done.
+
+    `stop` is asked after each step, and called before each part of one, where it may raise.
+
+    `listen` hears of every step; `save` gets a snapshot, and whether it is the last, at every
+    checkpoint, when `save_now` says so, and at the end; while they run, averaged weights
+    (`config.ema`) are in place. A step whose loss or gradient is no number changes nothing;
+    RunError after five in a row.
+    """
+    config, trainer = job.config, Trainer(job, between=stop)
+    if resume is not None:
+        put_back(resume, trainer.optimizer, trainer.average)
+        if resume.step >= config.steps:  # all steps were done, but the adapter was not written
+            with trainer.average.swapped_in():
+                save(resume, True)
+            return resume.step
+    job.backbone.checkpoint_gradients(config.gradient_checkpointing)
+    job.backbone.compile_denoiser(config.compile)
+    with trainer.accelerator.autocast():
+        keep_captions(job)
+    release_encoders(job)
+    bad = 0
+    for step in range(resume.step if resume else 0, config.steps):
+        start = time.perf_counter()
+        try:
+            loss, batch, good = trainer.step(step)
+        except RuntimeError as error:
+            raise (out_of_memory(config) if is_out_of_memory(error) else error) from None
+        speed = len(batch.indices) / (time.perf_counter() - start)
+        names = sorted({job.data.names[index] for index in batch.indices})
+        bad = 0 if good else bad + 1
+        if bad == BAD_STEPS:
+            raise bad_loss(loss, step, names, config)
+        stopped = mean_over_processes(trainer.accelerator, float(stop())) > 0
+        last = stopped or step + 1 == config.steps
+        with trainer.average.swapped_in():
+            validated = last or (step + 1) % config.validation.every == 0
+            rate = trainer.optimizer.param_groups[0]["lr"]
+            skipped = [] if good else names
+            validation = trainer.validation() if validated else None
+            listen(StepReport(step + 1, loss, rate, speed, skipped, validation))
+        if last or is_checkpoint(step + 1, config) or save_now():
+            snapshot = take(step + 1, trainer.optimizer, trainer.average)
+            with trainer.average.swapped_in():
+                save(snapshot, last)
+        if last:
+            return step + 1
+    return config.steps
+
+
+def is_checkpoint(step: int, config: TrainConfig) -> bool:
+    """Whether the run's state is kept after so many steps."""
+    return step % config.checkpoints.every == 0 or step in config.checkpoints.milestones
