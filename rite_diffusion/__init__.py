@@ -28,14 +28,14 @@ __all__ = [
 
 _HOMES = {
     "convert": "rite_diffusion.api.convert",
-    "train": "rite_diffusion.api.generate",
+    "train": "rite_diffusion.api.train",
     "generate": "rite_diffusion.api.generate",
-    "inspect": "rite_diffusion.api.generate",
+    "inspect": "rite_diffusion.api.inspect",
     "fuse": "rite_diffusion.api.fuse",
     "sketch": "rite_diffusion.api.sketch",
     "grid": "rite_diffusion.api.sheet",
     "make_masks": "rite_diffusion.api.masks",
-    "RiteError": "rite_diffusion.types",
+    "RiteError": "rite_diffusion.errors",
 }
 
 if TYPE_CHECKING:

@@ -1,7 +1,25 @@
-"""Random numbers that are functions of their keys."""
+"""Random numbers that are functions of their keys, and the streams that keep their uses apart."""
+
+from enum import IntEnum
 
 import numpy as np
 import torch
+
+
+class Stream(IntEnum):
+    """What a random number is for; equal seeds and steps give each use numbers of its own."""
+
+    ORDER = 0  # of the samples in an epoch
+    NOISE = 1
+    TIMESTEPS = 2
+    CAPTION_DROPOUT = 3
+    NOISE_OFFSET = 4
+    INPUT_PERTURBATION = 5
+    BUCKETS = 6
+    VIEWS = 7
+    CAPTION_SHUFFLE = 8
+    HELD_OUT = 9
+    NEW_EMBEDDINGS = 10
 
 
 def generator(*keys: int) -> torch.Generator:

@@ -6,9 +6,9 @@ import shutil
 import signal
 from pathlib import Path
 
-import rite_diffusion.recipes  # noqa: F401 - everything heavy, once for all forks
 import torch
 
+import rite_diffusion.api.train  # noqa: F401 - everything heavy, once for all forks
 from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
 from rite_diffusion.training.run_folder import RunFolder
 from rite_diffusion.training.snapshot import Snapshot

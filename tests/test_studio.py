@@ -63,7 +63,7 @@ def pixels(file: str | Path) -> np.ndarray:
 
 
 def test_the_page_is_laid_out_without_torch():
-    code = "import sys, rite_diffusion.ui.app; sys.exit('torch' in sys.modules)"
+    code = "import sys, rite_diffusion.studio.app; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

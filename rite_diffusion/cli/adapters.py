@@ -11,10 +11,10 @@ app = typer.Typer()
 @app.command()
 def inspect(file: Annotated[Path, typer.Argument(help="An adapter, .safetensors.")]) -> None:
     """Show what an adapter file holds and how it was trained."""
-    from rite_diffusion.api import generate as recipes
+    from rite_diffusion.api.inspect import inspect as inspected
     from rite_diffusion.cli.output import describe_adapter
 
-    describe_adapter(file, recipes.inspect(file))
+    describe_adapter(file, inspected(file))
 
 
 @app.command()

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rite_diffusion.cli import fusion as cli_fusion
+from rite_diffusion.cli import adapters, fusion, generate, machine, train
 from rite_diffusion.errors import RiteError
 
 app = typer.Typer(
@@ -18,7 +18,8 @@ app = typer.Typer(
 )
 
 
-app.add_typer(cli_fusion.app)
+for _group in (train, generate, fusion, adapters, machine):
+    app.add_typer(_group.app)
 
 
 def main() -> None:

@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-from rite_diffusion.cli.fusion import app
-
 app = typer.Typer()
 
 
@@ -50,9 +48,9 @@ def generate(
     ] = False,
 ) -> None:
     """Make pictures of a prompt, with any number of adapters."""
-    from rite_diffusion.api import generate as recipes
+    from rite_diffusion.api.generate import generate as drawn
 
-    images = recipes.generate(
+    images = drawn(
         prompt,
         adapters=adapter or [],
         regions=region or [],

@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from rite_diffusion.cli import fusion as cli_fusion
-from rite_diffusion.cli.app import app
 from rite_diffusion.cli.settings import settings_tree
 
 app = typer.Typer()

@@ -15,9 +15,9 @@ from rite_diffusion.backbones.attention_maps import AttentionRecorder
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.methods.embedding_method import WordMethod
-from rite_diffusion.methods.new_embeddings import STREAM, NewWords, new_words
+from rite_diffusion.methods.new_embeddings import NewWords, new_words
 from rite_diffusion.methods.weights import LoraWeights, adapted_paths
-from rite_diffusion.seeding import generator
+from rite_diffusion.seeding import Stream, generator
 
 CAPTIONS_KEPT = 256  # places of words in them that stay in memory
 INSIDE = 0.5  # a latent cell's mask, above which it is of the subject
@@ -31,7 +31,7 @@ class EdLora(WordMethod):
     def __init__(self, backbone: Backbone, config: TrainConfig):
         weights = LoraWeights(backbone, config, adapted_paths(backbone, config))
         for number, pair in enumerate(weights.pairs()):  # as a linear layer's own start
-            draws = generator(config.seed, STREAM, number)
+            draws = generator(config.seed, Stream.NEW_EMBEDDINGS, number)
             nn.init.kaiming_uniform_(pair.down, a=5**0.5, generator=draws)
         layers = len(backbone.cross_attentions)
         learned = NewWords(backbone, config, layers=layers, alone=2)

@@ -9,10 +9,8 @@ from rite_diffusion.backbones.protocols import Backbone, Word
 from rite_diffusion.config import TrainConfig, fill, words_of
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.methods.method import NAME
-from rite_diffusion.seeding import generator
+from rite_diffusion.seeding import Stream, generator
 from rite_diffusion.types import Concept
-
-STREAM = 10  # of random numbers; the trainer's have lower ones
 
 
 class NewWords:
@@ -63,7 +61,7 @@ class NewWords:
         ids = self.backbone.token_ids(chosen) if last else []
         starts = []
         for number, table in enumerate(self.backbone.token_tables):
-            draws = generator(self.config.seed, STREAM, number, len(self.learned))
+            draws = generator(self.config.seed, Stream.NEW_EMBEDDINGS, number, len(self.learned))
             deviation = self.config.tokens.deviation or table.float().std().item()
             start = deviation * torch.randn(vectors, table.shape[1], generator=draws)
             if ids:

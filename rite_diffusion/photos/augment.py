@@ -10,10 +10,9 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from rite_diffusion.config import AugmentSection
 from rite_diffusion.photos.images import fit
-from rite_diffusion.seeding import generator
+from rite_diffusion.seeding import Stream, generator
 from rite_diffusion.types import Photo
 
-STREAM = 7  # of random numbers; the training loop's have lower ones
 SCALES = (0.4, 1.4)  # of the photo in its frame (Kumari et al. 2023, Sec. 4)
 SMALL, CLOSE = (0.6, ("very small", "far away")), (1.2, ("zoomed in", "close up"))
 
@@ -39,7 +38,7 @@ def views_of(
     whole = View(image, photo.caption, mask, None)
     views = [_fitted(whole, size)]
     for number in range(1, augment.views):
-        draws = generator(seed, index, number, STREAM)
+        draws = generator(seed, index, number, Stream.VIEWS)
         view = _fitted(_cut(whole, augment.crop, draws), size)
         if augment.scale_and_prefix:
             view = _scaled(view, draws)

@@ -10,7 +10,7 @@ from itertools import accumulate
 
 import torch
 
-from rite_diffusion.seeding import generator
+from rite_diffusion.seeding import Stream, generator
 
 WIDEST = 2.0  # long side over short side
 
@@ -44,7 +44,7 @@ def bucket_of_step(counts: list[int], seed: int, step: int) -> tuple[int, int]:
     total = sum(counts)
     period, place = divmod(step, total)
     ends = list(accumulate(counts))
-    order = torch.randperm(total, generator=generator(seed, period, 6)).tolist()
+    order = torch.randperm(total, generator=generator(seed, period, Stream.BUCKETS)).tolist()
     turns = [bisect(ends, position) for position in order[: place + 1]]
     bucket = turns[-1]
     return bucket, period * counts[bucket] + turns.count(bucket) - 1
@@ -59,7 +59,9 @@ def batch_indices(buckets: list[list[int]], batch: int, seed: int, step: int) ->
     members = buckets[bucket]
     places = range(turn * batch, (turn + 1) * batch)
     orders = {
-        epoch: torch.randperm(len(members), generator=generator(seed, epoch, 0, bucket)).tolist()
+        epoch: torch.randperm(
+            len(members), generator=generator(seed, epoch, Stream.ORDER, bucket)
+        ).tolist()
         for epoch in {place // len(members) for place in places}
     }
     return [members[orders[place // len(members)][place % len(members)]] for place in places]

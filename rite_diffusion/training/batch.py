@@ -9,7 +9,7 @@ from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import CaptionSection, TrainConfig
 from rite_diffusion.photos.buckets import batch_indices
 from rite_diffusion.photos.dataset import LatentSet
-from rite_diffusion.seeding import generator
+from rite_diffusion.seeding import Stream, generator
 from rite_diffusion.training.objective import offset_noise, perturb, stratified_timesteps
 
 
@@ -56,21 +56,21 @@ def draw_batch(
 
     indices = batch_indices(data.buckets, count, config.seed, step)
     captions = [data.captions[index] for index in indices]
-    captions = shuffle_parts(captions, config.captions, stream(SHUFFLE))
-    captions = drop_captions(captions, config.captions.dropout, stream(DROPOUT))
+    captions = shuffle_parts(captions, config.captions, stream(Stream.CAPTION_SHUFFLE))
+    captions = drop_captions(captions, config.captions.dropout, stream(Stream.CAPTION_DROPOUT))
     density = (goal.timestep_mean, goal.timestep_deviation)
     timesteps = stratified_timesteps(
         count,
         len(backbone.noise_schedule),
-        stream(TIMESTEPS),
+        stream(Stream.TIMESTEPS),
         density if goal.timesteps == "logit_normal" else None,
     )
-    noise = torch.randn((count, *latents_shape(data, indices)), generator=stream(NOISE))
+    noise = torch.randn((count, *latents_shape(data, indices)), generator=stream(Stream.NOISE))
     if goal.noise_offset:
-        noise = offset_noise(noise, goal.noise_offset, stream(OFFSET))
+        noise = offset_noise(noise, goal.noise_offset, stream(Stream.NOISE_OFFSET))
     seen = noise
     if goal.input_perturbation:
-        seen = perturb(noise, goal.input_perturbation, stream(PERTURBATION))
+        seen = perturb(noise, goal.input_perturbation, stream(Stream.INPUT_PERTURBATION))
     return make_batch(backbone, data, indices, captions, noise, seen, timesteps)
 
 

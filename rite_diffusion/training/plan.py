@@ -21,8 +21,7 @@ from rite_diffusion.optim import optimizer_spec
 from rite_diffusion.photos.class_photos import read_class_photos, refuse_concepts
 from rite_diffusion.photos.dataset import Encoding, balanced, target_sizes
 from rite_diffusion.photos.folder import PhotoFolder, joined, read_folder
-from rite_diffusion.seeding import generator
-from rite_diffusion.training.batch import HELD_OUT
+from rite_diffusion.seeding import Stream, generator
 from rite_diffusion.training.resume import inputs_of
 from rite_diffusion.types import Concept, Photo
 
@@ -233,7 +232,9 @@ def _hold_out(
 ) -> tuple[list[list[Photo]], list[Photo]]:
     """Each concept's photos to train on, and those that a seeded draw holds out."""
     photos = [photo for folder in folders for photo in folder.photos]
-    order = torch.randperm(len(photos), generator=generator(config.seed, 0, HELD_OUT)).tolist()
+    order = torch.randperm(
+        len(photos), generator=generator(config.seed, 0, Stream.HELD_OUT)
+    ).tolist()
     held_out = [photos[place] for place in sorted(order[: config.validation.photos])]
     names = {photo.path for photo in held_out}
     groups: dict[Concept, list[Photo]] = {concept: [] for concept in config.concepts()}

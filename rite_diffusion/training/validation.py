@@ -8,8 +8,8 @@ from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.methods import Method
 from rite_diffusion.photos.dataset import LatentSet
-from rite_diffusion.seeding import generator
-from rite_diffusion.training.batch import HELD_OUT, latents_shape, make_batch
+from rite_diffusion.seeding import Stream, generator
+from rite_diffusion.training.batch import latents_shape, make_batch
 from rite_diffusion.training.loss import batch_loss
 
 LEVELS = 8  # noise levels per sample, evenly spaced
@@ -24,7 +24,7 @@ def held_out_loss(
     timesteps = ((torch.arange(LEVELS) + 0.5) * length / LEVELS).long()
     for index in range(len(data.samples)):
         indices = [index] * LEVELS
-        draws = generator(config.seed, index, HELD_OUT)
+        draws = generator(config.seed, index, Stream.HELD_OUT)
         noise = torch.randn((LEVELS, *latents_shape(data, indices)), generator=draws)
         captions = [data.captions[index]] * LEVELS
         batch = make_batch(backbone, data, indices, captions, noise, noise, timesteps)

@@ -1,0 +1,39 @@
+"""The fusion methods: one file each, FUSIONS by name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rite_diffusion.fusion.layer import Factors, Layer
+from rite_diffusion.fusion.methods.concat import concat
+from rite_diffusion.fusion.methods.custom_diffusion import custom_diffusion
+from rite_diffusion.fusion.methods.dare import dare
+from rite_diffusion.fusion.methods.gradient import gradient
+from rite_diffusion.fusion.methods.gram import gram
+from rite_diffusion.fusion.methods.knots import knots
+from rite_diffusion.fusion.methods.svd import svd
+from rite_diffusion.fusion.methods.ties import ties
+from rite_diffusion.fusion.methods.weighted import weighted
+from rite_diffusion.fusion.settings import FusionSettings
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """A method: what it makes of one layer, and whether it looks at the layer's inputs."""
+
+    fuse_layer: Callable[[Layer, FusionSettings], Factors]
+    statistics: bool
+
+
+FUSIONS = {
+    "gram": Fusion(gram, statistics=True),
+    "weighted": Fusion(weighted, statistics=False),
+    "concat": Fusion(concat, statistics=False),
+    "svd": Fusion(svd, statistics=False),
+    "ties": Fusion(ties, statistics=False),
+    "dare": Fusion(dare, statistics=False),
+    "knots": Fusion(knots, statistics=False),
+    "custom_diffusion": Fusion(custom_diffusion, statistics=True),
+    "gradient": Fusion(gradient, statistics=True),
+}
+
+__all__ = ["FUSIONS", "Fusion"]
