@@ -31,10 +31,10 @@ from models import (  # noqa: E402
 )
 from rite_diffusion.adapters import Adapter, AdapterInfo, attach, load_adapter, save_adapter
 from rite_diffusion.adapters.verify import verify_in_diffusers  # noqa: E402
-from rite_diffusion.api.generate import configure  # noqa: E402
 from rite_diffusion.backbones import load_backbone  # noqa: E402
 from rite_diffusion.generation.denoise import sample  # noqa: E402
 from rite_diffusion.methods import PlainLora  # noqa: E402
+from rite_diffusion.training.plan import configure  # noqa: E402
 from rite_diffusion.training.trainer import build_optimizer  # noqa: E402
 
 BUILDERS = {

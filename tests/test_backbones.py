@@ -10,11 +10,11 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 import rite_diffusion as rite
 from rite_diffusion.adapters.attach import STRANGER
-from rite_diffusion.api.generate import configure
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.fingerprint import fingerprint
 from rite_diffusion.errors import AdapterError, BackboneError
 from rite_diffusion.methods import PlainLora
+from rite_diffusion.training.plan import configure
 
 SETTINGS = {"steps": 2, "batch": 2, "precision": "fp32", "previews": {"every": 0}}
 

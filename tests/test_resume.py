@@ -20,6 +20,7 @@ from rite_diffusion.methods import PlainLora
 from rite_diffusion.optim import OPTIMIZERS
 from rite_diffusion.photos.dataset import Encoding, encode_photos
 from rite_diffusion.photos.folder import read_folder
+from rite_diffusion.training import resume
 from rite_diffusion.training.interrupt import stop_on_signal
 from rite_diffusion.training.job import Job
 from rite_diffusion.training.run_folder import RunFolder
@@ -153,7 +154,7 @@ def test_another_version_or_base_is_shown_and_refused(
     adapter = run / "checkpoints/step-000001/adapter.safetensors"
     before = adapter.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(rite, "__version__", "99.0")
+        patch.setattr(resume, "__version__", "99.0")
         with pytest.raises(RunError, match=r"version: \S+ -> 99.0.*--override"):
             train(photos, run, **settings)
     base.unlink()
