@@ -18,7 +18,7 @@ from rite_diffusion.adapters import Adapter, load_adapter, save_adapter
 from rite_diffusion.errors import FusionError
 from rite_diffusion.fusion import FUSIONS, FusionSettings
 from rite_diffusion.fusion.embeddings import merge_tokens
-from rite_diffusion.fusion.layer import Factors, Layer, Part, stack
+from rite_diffusion.fusion.layer import Factors, Layer, Part, output_energy, stack
 from rite_diffusion.fusion.low_rank import (
     factorised,
     to_error,
@@ -33,7 +33,8 @@ from rite_diffusion.fusion.methods.dare import bernoulli
 from rite_diffusion.fusion.methods.gradient import gradient
 from rite_diffusion.fusion.methods.gram import gram, objective
 from rite_diffusion.fusion.methods.ties import ties_merge, trim
-from rite_diffusion.fusion.second_moments import GramSum, full_gram, mean, output_energy, truncated
+from rite_diffusion.fusion.second_moments import GramSum, full_gram, mean, truncated
+from rite_diffusion.fusion.settings import checked_settings
 
 NAMES = list(SHAPES)
 PLAIN = FusionSettings()
@@ -346,9 +347,18 @@ def test_methods_and_settings_are_checked():
         merge(members, "grim", PLAIN)
     with pytest.raises(FusionError, match="rank or an error"):
         merge(members, "svd", PLAIN)
-    for bad in ({"rank": 0}, {"error": 0.0}, {"trim": 2.0}, {"ridge": 0.0}, {"preserve": -1.0}):
+    for bad in (
+        {"rank": 0},
+        {"rank": True},
+        {"rank": 2.5},
+        {"error": 0.0},
+        {"ridg": 1.0},
+        {"trim": 2.0},
+        {"ridge": 0.0},
+        {"preserve": -1.0},
+    ):
         with pytest.raises(FusionError, match=next(iter(bad))):
-            FusionSettings(**bad)
+            checked_settings(bad)
     bare = [Member(random_adapter(seed), 1.0, Path("a")) for seed in range(2)]
     with pytest.raises(FusionError, match="says nothing of"):
         merge(bare, "gram", PLAIN)

@@ -22,7 +22,7 @@ from rite_diffusion.fusion.dora import as_plain, has_dora
 from rite_diffusion.fusion.members import Member, checked
 from rite_diffusion.fusion.merge import merge, method_named
 from rite_diffusion.fusion.report import ConflictReport, report_on
-from rite_diffusion.fusion.settings import FusionSettings
+from rite_diffusion.fusion.settings import FusionSettings, checked_settings
 from rite_diffusion.fusion.statistics import USUAL, Drawing
 from rite_diffusion.generation.denoise import default_guidance, sample
 from rite_diffusion.generation.output import output_target
@@ -147,15 +147,6 @@ def _merged(
             seen = with_statistics_of(fused, members, open_backbone(), drawing, listen)
             fused = merge(seen, method, settings)
     return fused
-
-
-def checked_settings(settings: dict[str, Any]) -> FusionSettings:
-    """The settings; FusionError names an unknown one."""
-    unknown = settings.keys() - vars(FusionSettings()).keys()
-    if unknown:
-        known = ", ".join(vars(FusionSettings()))
-        raise FusionError(f"unknown setting '{min(unknown)}': choose from {known}.")
-    return FusionSettings(**settings)
 
 
 def _members(adapters: Sequence[str | Path], out: Path) -> list[Member]:

@@ -13,6 +13,7 @@ from rite_diffusion.config.schema import (
 )
 from rite_diffusion.config.templates import fill, unknown_placeholder, words_of
 from rite_diffusion.config.tree import (
+    explain,
     flatten,
     from_toml,
     known_keys,
@@ -34,6 +35,7 @@ __all__ = [
     "PhotoSource",
     "TrainConfig",
     "fill",
+    "explain",
     "flatten",
     "from_toml",
     "known_keys",

@@ -91,12 +91,15 @@ def known_keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> list[s
     return keys
 
 
-def _explain(fault: Any) -> str:
+def explain(fault: Any, model: type[BaseModel]) -> str:
+    """One fault of a pydantic model in words: the setting, what it was given, what it takes."""
     key = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         plain = ".".join(part for part in fault["loc"] if isinstance(part, str))
-        near = get_close_matches(plain, known_keys(), n=1, cutoff=0.5)
-        hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known_keys())}"
+        near = get_close_matches(plain, known_keys(model), n=1, cutoff=0.5)
+        hint = (
+            f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known_keys(model))}"
+        )
         return f"unknown setting '{key}': {hint}"
     if fault["type"] == "value_error":  # of several settings together
         return f"{key}: {fault['ctx']['error']}" if key else str(fault["ctx"]["error"])
@@ -108,7 +111,9 @@ def resolve(settings: dict[str, Any]) -> TrainConfig:
     try:
         return TrainConfig.model_validate(settings)
     except ValidationError as error:
-        raise ConfigError("; ".join(_explain(fault) for fault in error.errors())) from None
+        raise ConfigError(
+            "; ".join(explain(fault, TrainConfig) for fault in error.errors())
+        ) from None
 
 
 def to_toml(config: TrainConfig) -> str:

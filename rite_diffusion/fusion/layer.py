@@ -4,19 +4,14 @@ Everything is flat: a convolution's kernel (in, k, k) is a vector of in * k * k 
 for `torch.nn.functional.unfold`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rite_diffusion.errors import FusionError
+from rite_diffusion.fusion.second_moments import AnyGram
 from rite_diffusion.types import LoraPair
-
-if TYPE_CHECKING:
-    from rite_diffusion.fusion.second_moments import AnyGram
 
 
 @dataclass(frozen=True)
@@ -85,3 +80,9 @@ def as_pair(name: str, factors: Factors, kernel: torch.Size) -> LoraPair:
     down = factors.down.reshape(factors.rank, *kernel).float()
     up = factors.up.float()
     return LoraPair(name, down, up[:, :, None, None] if len(kernel) == 3 else up, 1.0)
+
+
+def output_energy(factors: Factors, gram: AnyGram) -> float:
+    """E|D x|^2 of an update D = up @ down over the inputs of a Gram: tr(D G D^T)."""
+    inner = gram.times(factors.down) @ factors.down.mT  # (r, r)
+    return ((factors.up.mT @ factors.up) * inner).sum().clamp(min=0).item()

@@ -49,7 +49,7 @@ def _alone(layer: Layer) -> Factors:
 def fused_info(members: Sequence[Member], name: str, settings: FusionSettings) -> AdapterInfo:
     """The header of a fused adapter: all triggers, where each came from, and the settings."""
     infos = [member.adapter.info for member in members]
-    table = {"method": name} | {key: v for key, v in vars(settings).items() if v is not None}
+    table = {"method": name} | settings.model_dump(exclude_none=True)
     return AdapterInfo(
         trigger=_joined(info.trigger for info in infos),
         class_noun=_joined(info.class_noun for info in infos),

@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass
 from statistics import median
 
 from rite_diffusion.adapters import Adapter
-from rite_diffusion.fusion.layer import Factors, Layer, Part, flat, stack
+from rite_diffusion.fusion.layer import Factors, Layer, Part, flat, output_energy, stack
 from rite_diffusion.fusion.members import Member, checked, layers
 from rite_diffusion.fusion.methods.gram import with_statistics
-from rite_diffusion.fusion.second_moments import AnyGram, output_energy
+from rite_diffusion.fusion.second_moments import AnyGram
 
 WORST = 8  # layers that the report names
 

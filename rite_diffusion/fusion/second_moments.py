@@ -13,8 +13,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from rite_diffusion.fusion.layer import Factors
-
 
 @dataclass(frozen=True, eq=False)
 class Gram:
@@ -189,9 +187,3 @@ class GramSum:
         inner.diagonal().add_(self.tail)
         projected = torch.cholesky_solve(self.roots @ rows.mT, torch.linalg.cholesky(inner))
         return (rows - projected.mT @ self.roots) / self.tail
-
-
-def output_energy(factors: Factors, gram: AnyGram) -> float:
-    """E|D x|^2 of an update D = up @ down over the inputs of a Gram: tr(D G D^T)."""
-    inner = gram.times(factors.down) @ factors.down.mT  # (r, r)
-    return ((factors.up.mT @ factors.up) * inner).sum().clamp(min=0).item()

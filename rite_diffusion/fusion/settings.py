@@ -1,38 +1,51 @@
 """What can be set about a fusion."""
 
-from dataclasses import dataclass
+from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from rite_diffusion.config import explain
 from rite_diffusion.errors import FusionError
 
 
-@dataclass(frozen=True)
-class FusionSettings:
-    """Settings of all methods; each reads its own. FusionError where one is out of range."""
+class FusionSettings(BaseModel):
+    """Settings of all methods; each reads its own."""
 
-    rank: int | None = None  # at most this per layer; None: as the method gives it
-    error: float | None = None  # svd: relative Frobenius error per layer, instead of a rank
-    trim: float = 0.2  # ties, knots: share of each update's entries that stays
-    keep: float = 0.5  # dare: share of each update's entries that stays
-    ridge: float = 1e-3  # gram: in units of the mean eigenvalue of the Gram matrices
-    preserve: float = 0.1  # gram: weight of the base model's inputs; a concept's is 1
-    refine: int = 0  # methods with statistics: how often these are taken anew of the fused adapter
-    constraints: int = 8  # custom_diffusion: directions per concept that come out exactly
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if value is None:
-                continue
-            if name in ("rank", "constraints"):
-                good, wanted = type(value) is int and 1 <= value <= 4096, "a whole number to 4096"
-            elif name == "refine":
-                good, wanted = type(value) is int and 0 <= value <= 10, "a whole number to 10"
-            elif name == "preserve":
-                good, wanted = _is_number(value) and 0 <= value <= 1000, "from 0 to 1000"
-            else:
-                good, wanted = _is_number(value) and 0 < value <= 1, "above 0 and at most 1"
-            if not good:
-                raise FusionError(f"{name} = {value!r} is not {wanted}")
+    rank: int | None = Field(
+        default=None, ge=1, le=4096, description="at most this per layer; default: the method's own"
+    )
+    error: float | None = Field(
+        default=None, gt=0, le=1, description="svd: relative Frobenius error, instead of a rank"
+    )
+    trim: float = Field(
+        default=0.2, gt=0, le=1, description="ties, knots: share of an update's entries that stays"
+    )
+    keep: float = Field(
+        default=0.5, gt=0, le=1, description="dare: share of an update's entries that stays"
+    )
+    ridge: float = Field(
+        default=1e-3, gt=0, le=1, description="gram: in units of the moments' mean eigenvalue"
+    )
+    preserve: float = Field(
+        default=0.1,
+        ge=0,
+        le=1000,
+        description="gram: weight of the base's inputs; a concept has 1",
+    )
+    refine: int = Field(
+        default=0, ge=0, le=10, description="how often statistics are taken anew, of the fused one"
+    )
+    constraints: int = Field(
+        default=8, ge=1, le=4096, description="custom_diffusion: exact directions per concept"
+    )
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float)
+def checked_settings(settings: dict[str, Any]) -> FusionSettings:
+    """The settings; FusionError names every one that is unknown or out of range."""
+    try:
+        return FusionSettings.model_validate(settings)
+    except ValidationError as error:
+        faults = (explain(fault, FusionSettings) for fault in error.errors())
+        raise FusionError("; ".join(faults)) from None

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from rite_diffusion.adapters.attach import places
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.fusion.second_moments import AnyGram, FullGram, Gram, from_eigen, full_gram
+from rite_diffusion.generation.denoise import conditional, denoising
 
 EXACT_WIDTH = 2048  # inputs of a linear layer; a wider one's Gram is sketched as it streams
 EXACT_WIDTH_CONVOLUTION = 768  # unfolded; a model has dozens, and neighbours' inputs are alike
@@ -171,17 +172,8 @@ USUAL = Drawing()
 
 def _draw(backbone: Backbone, prompt: str, seed: int, steps: int) -> None:
     """Denoise one picture of a prompt and throw it away."""
-    side = backbone.resolution // backbone.pixels_per_latent
-    noise = torch.Generator().manual_seed(seed)
-    latents = torch.randn(1, backbone.latent_channels, side, side, generator=noise)
-    conditioning = backbone.encode_prompts([prompt])
-    scheduler = backbone.new_scheduler()
-    scheduler.set_timesteps(steps, device=backbone.device)
-    latents = latents.to(backbone.device) * scheduler.init_noise_sigma
-    for timestep in scheduler.timesteps:
-        noisy = scheduler.scale_model_input(latents, timestep)
-        prediction = backbone.denoise(noisy, timestep.expand(1), conditioning).float()
-        latents = scheduler.step(prediction, timestep, latents).prev_sample
+    for _ in denoising(backbone, conditional(backbone, [prompt]), [seed], steps=steps):
+        pass
 
 
 def leaders(

@@ -45,6 +45,15 @@ def guided(backbone: Backbone, prompts: list[str], negative: str, guidance: floa
     )
 
 
+def conditional(backbone: Backbone, prompts: list[str]) -> Predict:
+    """What predicts from the prompts alone, without guidance; one prompt per picture."""
+    with torch.no_grad():
+        conditioning = backbone.encode_prompts(prompts)
+    return lambda latents, timestep: backbone.denoise(
+        latents, timestep.expand(len(latents)), conditioning
+    ).float()
+
+
 @torch.no_grad()
 def denoising(
     backbone: Backbone,

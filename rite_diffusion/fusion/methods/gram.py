@@ -13,9 +13,9 @@ With D_i = B_i A_i that is sum_i B_i (A_i G_i S^-1): the ups as they were, the d
 import torch
 
 from rite_diffusion.errors import FusionError
-from rite_diffusion.fusion.layer import Factors, Layer, Part, stack
+from rite_diffusion.fusion.layer import Factors, Layer, Part, output_energy, stack
 from rite_diffusion.fusion.low_rank import to_rank_on_inputs
-from rite_diffusion.fusion.second_moments import GramSum, output_energy
+from rite_diffusion.fusion.second_moments import GramSum
 from rite_diffusion.fusion.settings import FusionSettings
 
 
