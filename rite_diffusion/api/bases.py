@@ -6,17 +6,18 @@ from pathlib import Path
 from rite_diffusion.adapters import AdapterInfo, attach
 from rite_diffusion.adapters.attach import check_base
 from rite_diffusion.adapters.choice import Chosen
-from rite_diffusion.backbones import StableDiffusion, load_backbone
+from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import AdapterError
 from rite_diffusion.generation.attached import attached_name
 
 
-def open_base(base: str | StableDiffusion | None, infos: Sequence[AdapterInfo]) -> StableDiffusion:
+def open_base(base: str | Backbone | None, infos: Sequence[AdapterInfo]) -> Backbone:
     """The base model; it defaults to the one that the adapters were made for, else to `pocket`.
 
     A model that is open already comes back as it is.
     """
-    if isinstance(base, StableDiffusion):
+    if base is not None and not isinstance(base, str):
         return base
     recorded = [info.base for info in infos if info.base]
     base = base or (recorded[0] if recorded else "pocket")
@@ -27,7 +28,7 @@ def open_base(base: str | StableDiffusion | None, infos: Sequence[AdapterInfo]) 
 
 def open_with_adapters(
     base: str | None, adapters: list[Chosen], other_base: bool = False
-) -> StableDiffusion:
+) -> Backbone:
     """The base model with the adapters attached; it defaults to the base they were made for.
 
     AdapterError where they were trained on another base, unless `other_base` accepts it.

@@ -14,7 +14,6 @@ from rite_diffusion.adapters.attach import base_weights, check_base, check_fit
 from rite_diffusion.adapters.choice import choose_adapters
 from rite_diffusion.api.bases import open_base
 from rite_diffusion.api.sketch import with_sketches, with_statistics_of
-from rite_diffusion.backbones import StableDiffusion
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import FusionError
 from rite_diffusion.fusion.conflict_sheet import ConceptPictures, conflict_sheet
@@ -24,7 +23,7 @@ from rite_diffusion.fusion.merge import merge, method_named
 from rite_diffusion.fusion.report import ConflictReport, report_on
 from rite_diffusion.fusion.settings import FusionSettings, checked_settings
 from rite_diffusion.fusion.statistics import USUAL, Drawing
-from rite_diffusion.generation.denoise import default_guidance, sample
+from rite_diffusion.generation.denoise import sample
 from rite_diffusion.generation.output import output_target
 
 SHOWN = 2  # pictures of each concept in a report
@@ -53,7 +52,7 @@ def fuse(
     *,
     method: str = "gram",
     out: str | Path = "fused.safetensors",
-    base: str | StableDiffusion | None = None,
+    base: str | Backbone | None = None,
     drawing: Drawing = USUAL,
     listen: Callable[[int, int], None] = lambda done, total: None,
     **settings: Any,
@@ -82,7 +81,7 @@ def fuse_and_report(
     *,
     method: str = "gram",
     out: str | Path = "fused.safetensors",
-    base: str | StableDiffusion | None = None,
+    base: str | Backbone | None = None,
     drawing: Drawing = USUAL,
     listen: Callable[[int, int], None] = lambda done, total: None,
     **settings: Any,
@@ -112,7 +111,7 @@ def foresee(
     adapters: Sequence[str | Path],
     *,
     method: str = "gram",
-    base: str | StableDiffusion | None = None,
+    base: str | Backbone | None = None,
     drawing: Drawing = USUAL,
     listen: Callable[[int, int], None] = lambda done, total: None,
     **settings: Any,
@@ -166,7 +165,7 @@ def _chosen_members(adapters: Sequence[str | Path]) -> list[Member]:
     )
 
 
-def _opener(base: str | StableDiffusion | None, members: list[Member]) -> Callable[[], Backbone]:
+def _opener(base: str | Backbone | None, members: list[Member]) -> Callable[[], Backbone]:
     """A function that opens the base model, and checks that it is theirs, when first called."""
 
     @cache
@@ -230,7 +229,7 @@ def _draw(
         attach(backbone, adapter, name, weight)
     try:
         seeds = list(range(seed, seed + SHOWN))
-        guidance = default_guidance(backbone)
+        guidance = backbone.default_guidance
         return [sample(backbone, [prompt] * SHOWN, seeds, guidance=guidance) for prompt in prompts]
     finally:
         for name in names:

@@ -18,7 +18,6 @@ from rite_diffusion.adapters.choice import Chosen, choose_adapters, split_weight
 from rite_diffusion.api.bases import open_base
 from rite_diffusion.api.fuse import with_plain_updates
 from rite_diffusion.api.sketch import with_sketches
-from rite_diffusion.backbones import StableDiffusion
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.fusion import FUSIONS
@@ -139,7 +138,7 @@ def grid(
     methods: Sequence[str] = (ATTACHED,),
     seeds: Sequence[int] = (0,),
     columns: str = "seed",
-    base: str | StableDiffusion | None = None,
+    base: str | Backbone | None = None,
     steps: int = 25,
     guidance: float | None = None,
     negative: str = "",

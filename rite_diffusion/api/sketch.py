@@ -8,7 +8,6 @@ from pathlib import Path
 from rite_diffusion.adapters import Adapter, load_adapter
 from rite_diffusion.adapters.attach import check_base
 from rite_diffusion.api.bases import open_base
-from rite_diffusion.backbones import StableDiffusion
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import FusionError
 from rite_diffusion.fusion.measure import measure, measure_concepts, sketched_layers
@@ -26,7 +25,7 @@ def sketch(
     adapter: str | Path,
     *,
     out: str | Path | None = None,
-    base: str | StableDiffusion | None = None,
+    base: str | Backbone | None = None,
     prompts: Sequence[str] = (),
     directions: int = SKETCH_DIRECTIONS,
     drawing: Drawing = USUAL,

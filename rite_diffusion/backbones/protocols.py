@@ -64,32 +64,39 @@ class NoiseSchedule:
         return NoiseSchedule(*(table.to(device) for table in tables))
 
 
-class Backbone(Protocol):
-    """A text-to-image model as the trainer and the generator see it."""
+class ImageCodec(Protocol):
+    """Between pictures and latents."""
 
-    name: str
-    fingerprint: str
     resolution: int  # pixels of the native side
     multiple: int  # picture sides are multiples of this many pixels
     latent_channels: int
-    prediction_type: PredictionType
-    noise_schedule: NoiseSchedule
-    device: device
-    dtype: dtype
-    words: dict[str, Word]  # learned beside the model's own
 
     @property
-    def cross_attentions(self) -> Sequence[nn.Module]:
-        """The layers that look at the text (diffusers' `Attention`), as a picture passes them."""
-        ...
-
-    @property
-    def token_tables(self) -> list[Tensor]:
-        """Each text encoder's embeddings (tokens, width)."""
+    def pixels_per_latent(self) -> int:
+        """Pixels along one side of a latent cell."""
         ...
 
     def encoder_fingerprint(self) -> str:
         """A name for what makes latents of pictures, the same for equal weights."""
+        ...
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Latents (B, C, h, w) of pictures (B, 3, H, W) in [-1, 1]."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1]."""
+        ...
+
+
+class TextConditioner(Protocol):
+    """From prompts to what the denoiser is conditioned on."""
+
+    words: dict[str, Word]  # learned beside the model's own
+
+    @property
+    def token_tables(self) -> list[Tensor]:
+        """Each text encoder's embeddings (tokens, width)."""
         ...
 
     @property
@@ -97,45 +104,13 @@ class Backbone(Protocol):
         """A name for what makes conditioning of prompts, the same for equal weights."""
         ...
 
-    def release(self, names: Sequence[str]) -> None:
-        """Let encoders (`vae`, `text_encoder`, …) leave memory until something needs them."""
-        ...
-
-    def recall(self) -> None:
-        """Let released encoders be `components` like others."""
-        ...
-
     @property
-    def components(self) -> dict[str, nn.Module]:
-        """The parts that adapters attach to, by name: `unet`, `text_encoder`, …."""
-        ...
-
-    def lora_targets(self, component: str, blocks: bool = False) -> list[str]:
-        """Paths of the attention projections within a component; or of all its blocks' layers."""
-        ...
-
-    def encode_images(self, pixels: Tensor) -> Tensor:
-        """Latents (B, C, h, w) of pictures (B, 3, H, W) in [-1, 1]."""
+    def token_budget(self) -> int:
+        """How many tokens a prompt may have, begin and end marks excluded."""
         ...
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """Conditioning of prompts, with gradients to the text encoder's trainable weights."""
-        ...
-
-    def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The prediction (B, C, h, w) for latents at times (B,) of the noise schedule."""
-        ...
-
-    def checkpoint_gradients(self, wanted: bool) -> None:
-        """Recompute activations in the backward pass instead of keeping them, or keep them."""
-        ...
-
-    def compile_denoiser(self, wanted: bool) -> None:
-        """Run the denoiser through `torch.compile`, or as it is."""
-        ...
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1]."""
         ...
 
     def token_count(self, prompt: str) -> int:
@@ -154,16 +129,69 @@ class Backbone(Protocol):
         """Whether the model came with the word."""
         ...
 
-    @property
-    def token_budget(self) -> int:
-        """How many tokens a prompt may have, begin and end marks excluded."""
-        ...
 
-    @property
-    def pixels_per_latent(self) -> int:
-        """Pixels along one side of a latent cell."""
+class Denoiser(Protocol):
+    """The network that predicts, with the noise that it was trained on."""
+
+    prediction_type: PredictionType
+    noise_schedule: NoiseSchedule
+    default_guidance: float  # classifier-free guidance scale that suits the model
+    default_steps: int  # denoising steps that suit it
+
+    def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """The prediction (B, C, h, w) for latents at times (B,) of the noise schedule."""
         ...
 
     def new_scheduler(self) -> Any:
         """A fresh diffusers scheduler for sampling."""
+        ...
+
+    def checkpoint_gradients(self, wanted: bool) -> None:
+        """Recompute activations in the backward pass instead of keeping them, or keep them."""
+        ...
+
+    def compile_denoiser(self, wanted: bool) -> None:
+        """Run the denoiser through `torch.compile`, or as it is."""
+        ...
+
+
+class AdapterHost(Protocol):
+    """The modules that adapters attach to."""
+
+    name: str
+    fingerprint: str
+    denoiser_name: str  # which of the components is the denoiser: `unet`, `transformer`
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        """The parts that adapters attach to, by name: the denoiser, `text_encoder`, …."""
+        ...
+
+    def lora_targets(self, component: str, blocks: bool = False) -> list[str]:
+        """Paths of the attention projections within a component; or of all its blocks' layers."""
+        ...
+
+
+class CrossAttending(Protocol):
+    """A model whose text enters by cross-attention alone, as a UNet's does."""
+
+    @property
+    def cross_attentions(self) -> Sequence[nn.Module]:
+        """The layers that look at the text (diffusers' `Attention`), as a picture passes them."""
+        ...
+
+
+class Backbone(ImageCodec, TextConditioner, Denoiser, AdapterHost, CrossAttending, Protocol):
+    """A text-to-image model as training, generation and fusion see it."""
+
+    device: device
+    dtype: dtype
+    attention: str  # the implementation of attention that is in use
+
+    def release(self, names: Sequence[str]) -> None:
+        """Let encoders (`vae`, `text_encoder`, …) leave memory until something needs them."""
+        ...
+
+    def recall(self) -> None:
+        """Let released encoders be `components` like others."""
         ...

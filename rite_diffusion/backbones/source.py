@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
+from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.backbones.sdxl import StableDiffusionXL
 from rite_diffusion.backbones.stable_diffusion import Pipeline, StableDiffusion
 from rite_diffusion.errors import BackboneError
 
 POCKET = Path(__file__).parent / "pocket" / "weights"
+POCKET_GUIDANCE = 3.0  # at which its pictures look best
 PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
 PIPELINES = {
@@ -37,7 +39,7 @@ def default_device() -> torch.device:
 
 def load_backbone(
     base: str, precision: str | None = None, device: torch.device | None = None
-) -> StableDiffusion:
+) -> Backbone:
     """The base model behind a name: `pocket`, a diffusers folder, a `.safetensors` or a hub id.
 
     Weights are read in `precision` (fp32, fp16, bf16), by default fp16 on CUDA and fp32 elsewhere.
@@ -49,7 +51,8 @@ def load_backbone(
     pipeline = reopen()
     xl = isinstance(pipeline, StableDiffusionXLPipeline)
     kind = StableDiffusionXL if xl else StableDiffusion
-    return kind(pipeline, base, device, choose_attention(pipeline), reopen)
+    guidance = {"default_guidance": POCKET_GUIDANCE} if base == "pocket" else {}
+    return kind(pipeline, base, device, choose_attention(pipeline), reopen, **guidance)
 
 
 def usable_precision(wanted: str, device: torch.device) -> tuple[str, str]:

@@ -48,6 +48,8 @@ class StableDiffusion:
     """
 
     multiple = 8
+    denoiser_name = "unet"
+    default_steps = 25
     encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
 
     def __init__(
@@ -57,8 +59,10 @@ class StableDiffusion:
         device: torch.device,
         attention: str,
         reopen: Callable[[], Pipeline],
+        default_guidance: float = 7.5,
     ):
         self.name = name
+        self.default_guidance = default_guidance
         self.device = device
         self.attention = attention
         self.unet = pipeline.unet.requires_grad_(False).eval().to(device)

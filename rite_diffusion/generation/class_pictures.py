@@ -7,7 +7,7 @@ from pathlib import Path
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.files.cache import writing
 from rite_diffusion.files.writing import cache_folder
-from rite_diffusion.generation.denoise import default_guidance, sample
+from rite_diffusion.generation.denoise import sample
 
 STEPS = 25
 
@@ -19,7 +19,7 @@ def class_pictures(
 
     It lies in the cache, under the base's fingerprint and a digest of what decides the pictures.
     """
-    guidance = default_guidance(backbone)
+    guidance = backbone.default_guidance
     facts = f"{prompts}\n{count}\n{STEPS}\n{guidance}\n{backbone.resolution}\n{backbone.dtype}"
     name = sha256(facts.encode()).hexdigest()[:16]
     folder = cache_folder() / "class_pictures" / backbone.fingerprint / name

@@ -94,7 +94,7 @@ def _control(backbone: Backbone, wanted: Wanted, width: int, height: int) -> Con
 def _check_fit(network: ControlNetwork, model: str, backbone: Backbone) -> None:
     """ConfigError where the network's widths are not the denoiser's."""
     names = ("block_out_channels", "cross_attention_dim")
-    denoiser: dict[str, Any] = backbone.components["unet"].config  # pyright: ignore[reportAssignmentType]
+    denoiser: dict[str, Any] = backbone.components[backbone.denoiser_name].config  # pyright: ignore[reportAssignmentType]
     ours = {name: denoiser[name] for name in names}
     if isinstance(network, T2IAdapter):
         theirs = {"block_out_channels": network.config["channels"]}
@@ -127,7 +127,7 @@ def under_control(predict: Predict, backbone: Backbone, controls: Sequence[Contr
         return arguments, keywords | _residuals(controls, features, tokens, arguments, keywords)
 
     def controlled(latents: Tensor, timestep: Tensor) -> Tensor:
-        denoiser = backbone.components["unet"]
+        denoiser = backbone.components[backbone.denoiser_name]
         handle = denoiser.register_forward_pre_hook(hook, with_kwargs=True)
         try:
             return predict(latents, timestep)

@@ -100,8 +100,3 @@ def sample(
 def pictures(backbone: Backbone, latents: Tensor) -> list[Image]:
     """The pictures of latents (B, C, h, w)."""
     return [to_image(pixels) for pixels in backbone.decode(latents)]
-
-
-def default_guidance(backbone: Backbone) -> float:
-    """Guidance scale that suits a base: 3 for the pocket base, 7.5 for Stable Diffusion."""
-    return 3.0 if backbone.name == "pocket" else 7.5

@@ -113,7 +113,7 @@ class RegionalAttention:
 @contextmanager
 def regional(backbone: Backbone, plan: Plan, adapters: Sequence[Attached]) -> Iterator[None]:
     """The denoiser with regional cross-attentions and routed adapters, until the block ends."""
-    denoiser = backbone.components["unet"]
+    denoiser = backbone.components[backbone.denoiser_name]
     with ExitStack() as stack:
         for module in denoiser.modules():
             if isinstance(module, Attention) and module.is_cross_attention:

@@ -13,7 +13,7 @@ from rite_diffusion.errors import ConfigError
 from rite_diffusion.generation.attached import Attached, turned
 from rite_diffusion.generation.composition import COMPOSITIONS, SUM
 from rite_diffusion.generation.control import Control, under_control
-from rite_diffusion.generation.denoise import Predict, default_guidance, denoising, guided, pictures
+from rite_diffusion.generation.denoise import Predict, denoising, guided, pictures
 from rite_diffusion.generation.layout import find_boxes
 from rite_diffusion.generation.metadata import Parameters
 from rite_diffusion.generation.regional import regionally_guided
@@ -57,7 +57,7 @@ def complete(
         negative=negative,
         seed=seed,
         steps=steps,
-        guidance=default_guidance(backbone) if guidance is None else guidance,
+        guidance=backbone.default_guidance if guidance is None else guidance,
         width=width,
         height=height,
         base=backbone.name,

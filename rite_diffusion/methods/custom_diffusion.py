@@ -28,7 +28,7 @@ class CustomDiffusion(WordMethod):
             weights = FullWeights(backbone, config, paths)
         new_words = NewWords(backbone, config, named=True)
         super().__init__(backbone, config, weights, new_words)
-        unet = backbone.components["unet"]
+        unet = backbone.components[backbone.denoiser_name]
         layers = [unet.get_submodule(path) for path in paths]
         self._handles = [layer.register_forward_hook(_hold_begin_mark) for layer in layers]
 

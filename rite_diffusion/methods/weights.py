@@ -84,7 +84,7 @@ class FullWeights:
 
     def __init__(self, backbone: Backbone, config: TrainConfig, paths: list[str]):
         self.config = config
-        unet = backbone.components["unet"]
+        unet = backbone.components[backbone.denoiser_name]
         self._deltas: dict[str, nn.Parameter] = {}
         self._handles = []
         for path in paths:

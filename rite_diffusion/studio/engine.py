@@ -13,7 +13,8 @@ from PIL.Image import Image
 from rite_diffusion.adapters import attach, detach
 from rite_diffusion.adapters.attach import set_weight
 from rite_diffusion.adapters.choice import Chosen, choose_adapters
-from rite_diffusion.backbones import StableDiffusion, load_backbone
+from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.generation.attached import Attached, as_attached, attached_name
 from rite_diffusion.generation.composition import SUM
 from rite_diffusion.generation.denoise import pictures
@@ -61,7 +62,7 @@ class Engine:
     def __init__(self):
         self._lock = threading.Lock()
         self._turn = 0
-        self._backbone: StableDiffusion | None = None
+        self._backbone: Backbone | None = None
         self._base = ""
         self._attached: list[tuple[Path, int]] = []  # path and time of change
 
@@ -70,13 +71,13 @@ class Engine:
         with self._lock:
             self._open("pocket")
 
-    def _open(self, base: str) -> StableDiffusion:
+    def _open(self, base: str) -> Backbone:
         if self._backbone is None or self._base != base:
             self._backbone, self._attached = None, []  # room for the next
             self._backbone, self._base = load_backbone(base), base
         return self._backbone
 
-    def _attach(self, backbone: StableDiffusion, chosen: list[Chosen]) -> None:
+    def _attach(self, backbone: Backbone, chosen: list[Chosen]) -> None:
         wanted = [(each.path, each.path.stat().st_mtime_ns) for each in chosen]
         if wanted != self._attached:
             self._detach(backbone)
@@ -86,15 +87,13 @@ class Engine:
         for index, each in enumerate(chosen):
             set_weight(backbone, attached_name(index), each.weight)
 
-    def _detach(self, backbone: StableDiffusion) -> None:
+    def _detach(self, backbone: Backbone) -> None:
         for index in range(len(self._attached)):
             detach(backbone, attached_name(index))
         self._attached = []
 
     @contextmanager
-    def lend(
-        self, space: Workspace, base: str, recorded: Sequence[str]
-    ) -> Iterator[StableDiffusion]:
+    def lend(self, space: Workspace, base: str, recorded: Sequence[str]) -> Iterator[Backbone]:
         """The base model alone, for a recipe, until the block ends; drawings wait that long.
 
         The base is what a user calls it, by default the first that the adapters were made for.
@@ -139,7 +138,7 @@ class Engine:
 
     def _prepare(
         self, space: Workspace, base: str, adapters: Sequence[str]
-    ) -> tuple[StableDiffusion, list[Chosen]]:
+    ) -> tuple[Backbone, list[Chosen]]:
         chosen = choose_adapters(adapters)
         recorded = [each.adapter.info.base for each in chosen]
         backbone = self._open(_named(space, base, recorded))
@@ -158,7 +157,7 @@ def _named(space: Workspace, base: str, recorded: Sequence[str]) -> str:
 
 
 def _frames(
-    backbone: StableDiffusion, parameters: Parameters, attached: list[Attached], folder: Path
+    backbone: Backbone, parameters: Parameters, attached: list[Attached], folder: Path
 ) -> Iterator[Frame]:
     """A frame after every step; those that come fast have no picture."""
     shown = 0.0

@@ -42,5 +42,5 @@ def release_encoders(job: Job) -> None:
     """
     if job.config.previews.every and job.backbone.device.type == "cpu":
         return
-    texts = [name for name in job.backbone.components if name != "unet"]
+    texts = [name for name in job.backbone.components if name != job.backbone.denoiser_name]
     job.backbone.release(["vae", *(texts if captions_are_kept(job) else [])])

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from rite_diffusion.backbones import StableDiffusion, load_backbone
+from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.backbones.source import default_device, usable_precision
 from rite_diffusion.config import PhotoSource, TrainConfig, fill, load_preset, merge, resolve
 from rite_diffusion.config.rates import with_rates
@@ -33,7 +34,7 @@ class Plan:
     """A checked training run, ready to start."""
 
     config: TrainConfig
-    backbone: StableDiffusion
+    backbone: Backbone
     folder: PhotoFolder  # the concepts' photos, as found
     photos: list[Photo]  # what the steps draw from, balanced
     classes: PhotoFolder  # given pictures of the class, for prior preservation, as found
@@ -150,7 +151,7 @@ def survey(config: TrainConfig) -> Plan:
 
 
 def _with_triggers_kept(
-    backbone: StableDiffusion, folders: list[PhotoFolder], triggers: list[str]
+    backbone: Backbone, folders: list[PhotoFolder], triggers: list[str]
 ) -> tuple[list[PhotoFolder], list[tuple[str, str]]]:
     """The folders with captions that keep their trigger, and the captions that would not have."""
     moved: dict[str, str] = {}
@@ -206,7 +207,7 @@ def _classes(config: TrainConfig) -> tuple[list[PhotoFolder], list[str]]:
     return read, [noun for noun, given in folders.items() if not given]
 
 
-def _check_rank(backbone: StableDiffusion, config: TrainConfig) -> None:
+def _check_rank(backbone: Backbone, config: TrainConfig) -> None:
     """ConfigError for a rank that the narrowest adapted layer cannot have."""
     layers = [
         backbone.components[part].get_submodule(path)
