@@ -54,7 +54,7 @@ TEXT = ("trained", "frozen")  # the text encoder
 PACKAGES = ("torchvision", "diffusers", "transformers", "peft", "accelerate")
 # Of our step: the functions whose time counts as each part's.
 PARTS = {
-    "data": (loop, "draw_batch"),
+    "data": (loop, "step_batch"),
     "text encoder, forward": (PlainLora, "conditioning"),
     "denoiser, forward": (StableDiffusion, "denoise"),
     "backward": (Accelerator, "backward"),

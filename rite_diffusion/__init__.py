@@ -14,32 +14,46 @@ from typing import TYPE_CHECKING
 from rite_diffusion._version import __version__
 
 __all__ = [
+    "Lora",
     "RiteError",
     "__version__",
     "convert",
+    "diffusion_loss",
+    "draw_batch",
+    "encode_photos",
     "fuse",
     "generate",
     "grid",
     "inspect",
+    "load_base",
     "make_masks",
+    "optim",
     "sketch",
     "train",
 ]
 
 _HOMES = {
-    "convert": "rite_diffusion.api.convert",
-    "train": "rite_diffusion.api.train",
-    "generate": "rite_diffusion.api.generate",
-    "inspect": "rite_diffusion.api.inspect",
-    "fuse": "rite_diffusion.api.fuse",
-    "sketch": "rite_diffusion.api.sketch",
-    "grid": "rite_diffusion.api.sheet",
-    "make_masks": "rite_diffusion.api.masks",
+    "Lora": "rite_diffusion.methods.lora",
     "RiteError": "rite_diffusion.errors",
+    "convert": "rite_diffusion.api.convert",
+    "diffusion_loss": "rite_diffusion.training.loss",
+    "draw_batch": "rite_diffusion.training.batch",
+    "encode_photos": "rite_diffusion.api.encode",
+    "fuse": "rite_diffusion.api.fuse",
+    "generate": "rite_diffusion.api.generate",
+    "grid": "rite_diffusion.api.sheet",
+    "inspect": "rite_diffusion.api.inspect",
+    "load_base": "rite_diffusion.api.bases",
+    "make_masks": "rite_diffusion.api.masks",
+    "sketch": "rite_diffusion.api.sketch",
+    "train": "rite_diffusion.api.train",
 }
 
 if TYPE_CHECKING:
+    from rite_diffusion import optim
+    from rite_diffusion.api.bases import load_base
     from rite_diffusion.api.convert import convert
+    from rite_diffusion.api.encode import encode_photos
     from rite_diffusion.api.fuse import fuse
     from rite_diffusion.api.generate import generate
     from rite_diffusion.api.inspect import inspect
@@ -48,10 +62,20 @@ if TYPE_CHECKING:
     from rite_diffusion.api.sketch import sketch
     from rite_diffusion.api.train import train
     from rite_diffusion.errors import RiteError
+    from rite_diffusion.methods.lora import Lora
+    from rite_diffusion.training.batch import draw_batch
+    from rite_diffusion.training.loss import diffusion_loss
 
 
 def __getattr__(name: str):
     """Import a public function from its module when it is first asked for (PEP 562)."""
+    if name == "optim":
+        return import_module("rite_diffusion.optim")
     if name not in _HOMES:
         raise AttributeError(f"module 'rite_diffusion' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return __all__

@@ -10,7 +10,7 @@ import rite_diffusion as rite
 from rite_diffusion.config import from_toml, read_toml, resolve, to_toml
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.files.writing import cache_folder
-from rite_diffusion.training.batch import draw_batch
+from rite_diffusion.training.configured import step_batch
 from rite_diffusion.training.plan import configure, plan_training
 from rite_diffusion.types import Concept
 from runs import QUICK, config_of, train
@@ -128,16 +128,16 @@ def test_class_photos_can_be_given(photos, tmp_path):
 def test_the_prior_weighs_in_the_loss(photos, tmp_path):
     from rite_diffusion.methods import PlainLora
     from rite_diffusion.photos.dataset import encode_photos
-    from rite_diffusion.training.loss import batch_loss
+    from rite_diffusion.training.configured import step_loss
 
     losses = {}
     for weight in (1.0, 3.0):
         plan = plan_training(config_of(photos, batch=8, prior={"weight": weight, "count": 2}))
         data = encode_photos(plan.backbone, plan.photos, plan.encoding)
-        batch = draw_batch(plan.backbone, data, plan.config, 0)
+        batch = step_batch(plan.backbone, data, plan.config, 0)
         method = PlainLora(plan.backbone, plan.config)
         losses[weight] = [
-            batch_loss(plan.backbone, method, part, plan.config).item() for part in batch.parts(8)
+            step_loss(plan.backbone, method, part, plan.config).item() for part in batch.parts(8)
         ]
         own = batch.weights == 1 if weight == 3 else None
     for plain, heavy, is_own in zip(losses[1.0], losses[3.0], own.tolist(), strict=True):

@@ -27,7 +27,7 @@ OUT_OF_MEMORY = RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate
 
 def test_out_of_memory_says_what_saves_memory(photos, tmp_path, monkeypatch):
     steps = iter([None, OUT_OF_MEMORY])
-    real = loop.batch_loss
+    real = loop.step_loss
 
     def loss(*arguments):
         fault = next(steps)
@@ -35,7 +35,7 @@ def test_out_of_memory_says_what_saves_memory(photos, tmp_path, monkeypatch):
             raise fault
         return real(*arguments)
 
-    monkeypatch.setattr(loop, "batch_loss", loss)
+    monkeypatch.setattr(loop, "step_loss", loss)
     with pytest.raises(RunError, match="batch = 1 with accumulate = 2, or precision = bf16"):
         train(photos, tmp_path / "run")
     monkeypatch.undo()
@@ -49,7 +49,7 @@ def test_another_fault_is_not_taken_for_memory(photos, tmp_path, monkeypatch):
     def loss(*arguments):
         raise RuntimeError("shapes differ")
 
-    monkeypatch.setattr(loop, "batch_loss", loss)
+    monkeypatch.setattr(loop, "step_loss", loss)
     with pytest.raises(RuntimeError, match="shapes differ"):
         train(photos, tmp_path / "run")
 
@@ -143,12 +143,12 @@ def test_a_kill_at_any_write_leaves_a_whole_checkpoint(tmp_path, monkeypatch, st
 
 def test_losses_that_stay_no_number_keep_the_last_good_checkpoint(photos, tmp_path, monkeypatch):
     settings = {"steps": 9, "previews": {"every": 0}, "checkpoints": {"every": 1, "keep": 9}}
-    real, calls = loop.batch_loss, itertools.count()
+    real, calls = loop.step_loss, itertools.count()
 
     def loss(*arguments):
         return real(*arguments) * (torch.nan if next(calls) >= 2 else 1)
 
-    monkeypatch.setattr(loop, "batch_loss", loss)
+    monkeypatch.setattr(loop, "step_loss", loss)
     with pytest.raises(RunError, match=r"5 steps up to 7 .*\.png.*lower optim.lr"):
         train(photos, tmp_path / "run", **settings)
     folders = sorted((tmp_path / "run/checkpoints").iterdir())

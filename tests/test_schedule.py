@@ -25,9 +25,8 @@ from rite_diffusion.errors import BackboneError
 from rite_diffusion.generation.denoise import denoising, guided
 from rite_diffusion.methods import PlainLora
 from rite_diffusion.photos.dataset import encode_photos
-from rite_diffusion.training.batch import draw_batch
+from rite_diffusion.training.configured import step_batch, step_loss
 from rite_diffusion.training.job import Job
-from rite_diffusion.training.loss import batch_loss
 from rite_diffusion.training.objective import TARGETS, add_noise, flow_target, timestep_weight
 from rite_diffusion.training.plan import plan_training
 from rite_diffusion.training.trainer import train_steps
@@ -116,8 +115,8 @@ def test_a_flow_model_learns_its_photos(flow_folder, photos):
 
     @torch.no_grad()
     def mean_loss():
-        batches = (draw_batch(plan.backbone, data, plan.config, 9000 + i) for i in range(6))
-        return sum(batch_loss(plan.backbone, method, each, plan.config) for each in batches) / 6
+        batches = (step_batch(plan.backbone, data, plan.config, 9000 + i) for i in range(6))
+        return sum(step_loss(plan.backbone, method, each, plan.config) for each in batches) / 6
 
     before = mean_loss()
     train_steps(Job(plan.backbone, method, data, plan.config), lambda report: None)
@@ -130,7 +129,7 @@ def test_the_loss_of_a_flow_is_that_of_its_equations(flow_folder, photos):
     backbone, config = plan.backbone, plan.config
     data = encode_photos(backbone, plan.photos, plan.encoding)
     method = PlainLora(backbone, config)
-    batch = draw_batch(backbone, data, config, 3)
+    batch = step_batch(backbone, data, config, 3)
     errors = []
     for i in range(config.batch):
         share = (batch.timesteps[i].item() + 1) / 1000
@@ -139,7 +138,7 @@ def test_the_loss_of_a_flow_is_that_of_its_equations(flow_folder, photos):
         time, states = torch.tensor([1000 * sigma]), backbone.encode_prompts([batch.captions[i]])
         velocity = backbone.denoise(noisy[None], time, states)[0]
         errors.append((velocity - (batch.noise[i] - batch.latents[i])).square().mean().item())
-    loss = batch_loss(backbone, method, batch, config).item()
+    loss = step_loss(backbone, method, batch, config).item()
     assert loss == pytest.approx(sum(errors) / len(errors), rel=1e-4)
 
 

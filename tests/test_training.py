@@ -18,9 +18,8 @@ from rite_diffusion.optim import OPTIMIZERS
 from rite_diffusion.photos.dataset import Encoding, encode_photos
 from rite_diffusion.photos.folder import read_folder
 from rite_diffusion.training import loss, probe
-from rite_diffusion.training.batch import draw_batch
+from rite_diffusion.training.configured import step_batch, step_loss
 from rite_diffusion.training.job import Job
-from rite_diffusion.training.loss import batch_loss
 from rite_diffusion.training.plan import plan_training
 from rite_diffusion.training.run import measure
 from rite_diffusion.training.trainer import build_optimizer, rate_factor, train_steps
@@ -63,14 +62,14 @@ def test_the_same_seed_gives_the_same_adapter_and_another_does_not(photos, tmp_p
         assert not torch.equal(one.down, three.down)
 
 
-def step_loss(backbone, method, data, config, step):
-    return batch_loss(backbone, method, draw_batch(backbone, data, config, step), config)
+def loss_at(backbone, method, data, config, step):
+    return step_loss(backbone, method, step_batch(backbone, data, config, step), config)
 
 
 @torch.no_grad()
 def _mean_loss(backbone, method, data, config) -> float:
     """The loss at fixed noise and timesteps that training never uses."""
-    return sum(step_loss(backbone, method, data, config, 10_000 + i).item() for i in range(8)) / 8
+    return sum(loss_at(backbone, method, data, config, 10_000 + i).item() for i in range(8)) / 8
 
 
 def test_training_lowers_the_loss_and_leaves_the_base_alone(photos, pocket):
@@ -107,7 +106,7 @@ def test_a_step_is_a_function_of_seed_and_step(photos, pocket):
     found = read_folder(photos, Concept("<thing>", "toy"), config.templates).photos
     data = encode_photos(pocket, found, Encoding(64))
     method = PlainLora(pocket, config)
-    losses = [step_loss(pocket, method, data, config, step).item() for step in (5, 6, 5)]
+    losses = [loss_at(pocket, method, data, config, step).item() for step in (5, 6, 5)]
     assert losses[0] == losses[2] != losses[1]
 
 
@@ -205,7 +204,7 @@ def test_every_setting_of_the_loss_acts(photos, pocket, setting):
     data = encode_photos(pocket, found, Encoding(64))
     plain, changed = config_of(photos), config_of(photos, **setting)
     method = PlainLora(pocket, plain)
-    losses = [step_loss(pocket, method, data, each, 3).item() for each in (plain, changed)]
+    losses = [loss_at(pocket, method, data, each, 3).item() for each in (plain, changed)]
     assert losses[0] != losses[1] and all(map(math.isfinite, losses))
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 
 from torch import Tensor
 
@@ -67,6 +68,11 @@ class Adapter:
     def modules(self) -> set[str]:
         """Names of all modules that it changes, those with shifts alone too."""
         return {each.name for each in (*self.pairs, *self.shifts)}
+
+
+def shown_base(base: str) -> str:
+    """How a header names a base model: of a path its last part, which holds no private folder."""
+    return Path(base).name if Path(base).exists() else base
 
 
 def facts_of(adapter: Adapter) -> dict[str, str]:

@@ -12,6 +12,15 @@ from rite_diffusion.errors import AdapterError
 from rite_diffusion.generation.attached import attached_name
 
 
+def load_base(base: str = "pocket", precision: str | None = None) -> Backbone:
+    """The base model behind a name: `pocket`, a diffusers folder, a `.safetensors` or a hub id.
+
+    Weights are read in `precision` (fp32, fp16, bf16), by default fp16 on CUDA and fp32 elsewhere.
+    Raises BackboneError where there is none.
+    """
+    return load_backbone(base, precision)
+
+
 def open_base(base: str | Backbone | None, infos: Sequence[AdapterInfo]) -> Backbone:
     """The base model; it defaults to the one that the adapters were made for, else to `pocket`.
 

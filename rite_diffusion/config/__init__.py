@@ -7,6 +7,7 @@ nearest known one.
 from rite_diffusion.config.schema import (
     AugmentSection,
     CaptionSection,
+    ObjectiveSection,
     OptimSection,
     PhotoSource,
     TrainConfig,
@@ -31,6 +32,7 @@ from rite_diffusion.config.tree import (
 __all__ = [
     "AugmentSection",
     "CaptionSection",
+    "ObjectiveSection",
     "OptimSection",
     "PhotoSource",
     "TrainConfig",

@@ -21,15 +21,19 @@ class CustomDiffusion(WordMethod):
     """Keys and values that learn from all of a text but its begin mark, and a modifier."""
 
     def __init__(self, backbone: Backbone, config: TrainConfig):
-        paths = [p for p in backbone.lora_targets("unet") if p.endswith(KEYS_AND_VALUES)]
+        targets = backbone.lora_targets(backbone.denoiser_name)
+        paths = [path for path in targets if path.endswith(KEYS_AND_VALUES)]
         if config.custom_diffusion.weights == "lora":
-            weights = LoraWeights(backbone, config, {"unet": paths})
+            lora, home = config.lora, {backbone.denoiser_name: paths}
+            weights = LoraWeights(
+                backbone, home, rank=lora.rank, alpha=lora.alpha, seed=config.seed
+            )
         else:
-            weights = FullWeights(backbone, config, paths)
+            weights = FullWeights(backbone, paths)
         new_words = NewWords(backbone, config, named=True)
         super().__init__(backbone, config, weights, new_words)
-        unet = backbone.components[backbone.denoiser_name]
-        layers = [unet.get_submodule(path) for path in paths]
+        denoiser = backbone.components[backbone.denoiser_name]
+        layers = [denoiser.get_submodule(path) for path in paths]
         self._handles = [layer.register_forward_hook(_hold_begin_mark) for layer in layers]
 
     def remove(self) -> None:

@@ -16,7 +16,7 @@ from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.methods.embedding_method import WordMethod
 from rite_diffusion.methods.new_embeddings import NewWords, new_words
-from rite_diffusion.methods.weights import LoraWeights, adapted_paths
+from rite_diffusion.methods.weights import lora_weights
 from rite_diffusion.seeding import Stream, generator
 
 CAPTIONS_KEPT = 256  # places of words in them that stay in memory
@@ -29,7 +29,7 @@ class EdLora(WordMethod):
     wants_masks = True
 
     def __init__(self, backbone: Backbone, config: TrainConfig):
-        weights = LoraWeights(backbone, config, adapted_paths(backbone, config))
+        weights = lora_weights(backbone, config)
         for number, pair in enumerate(weights.pairs()):  # as a linear layer's own start
             draws = generator(config.seed, Stream.NEW_EMBEDDINGS, number)
             nn.init.kaiming_uniform_(pair.down, a=5**0.5, generator=draws)

@@ -9,7 +9,7 @@ from rite_diffusion.backbones.protocols import Backbone, Conditioning
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.methods.method import NAME, Method
 from rite_diffusion.methods.new_embeddings import NewWords
-from rite_diffusion.methods.weights import Weights
+from rite_diffusion.methods.weights import Weights, parameter_groups
 from rite_diffusion.types import LoraPair
 
 
@@ -25,7 +25,8 @@ class WordMethod(Method):
 
     def groups(self) -> list[dict]:
         """The weights by component, and the words."""
-        return [*self._weights.groups(), self._words.group()]
+        pairs = parameter_groups(self.backbone, self._weights.named, self.config.optim)
+        return [*pairs, self._words.group()]
 
     def begin(self, step: int) -> None:
         """All train, but for words that have grown."""

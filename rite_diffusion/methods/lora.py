@@ -1,15 +1,25 @@
-"""Plain LoRA (Hu et al. 2021) on the attention of UNet and text encoder, or on more layers."""
+"""Plain LoRA (Hu et al. 2021) on the attention of denoiser and text encoder, or on more layers."""
 
 from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
+from rite_diffusion._version import __version__
+from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
+from rite_diffusion.adapters.adapter import shown_base
 from rite_diffusion.backbones.protocols import Backbone, Conditioning
 from rite_diffusion.backbones.text_cache import cached_conditioning
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.files.writing import cache_folder
 from rite_diffusion.methods.method import Method
-from rite_diffusion.methods.weights import LoraWeights, adapted_paths
+from rite_diffusion.methods.weights import (
+    LoraWeights,
+    adapted_paths,
+    lora_weights,
+    parameter_groups,
+)
 from rite_diffusion.types import LoraPair
 
 CAPTIONS_KEPT = 256  # states that stay in memory where the text encoder does not train
@@ -20,14 +30,14 @@ class PlainLora(Method):
 
     def __init__(self, backbone: Backbone, config: TrainConfig):
         super().__init__(backbone, config)
-        self._weights = LoraWeights(backbone, config, adapted_paths(backbone, config))
+        self._weights = lora_weights(backbone, config)
         folder = cache_folder() / "captions" if config.cache else None
         encode = partial(cached_conditioning, backbone, folder=folder)
         self._frozen_states = lru_cache(CAPTIONS_KEPT)(encode)
 
     def groups(self) -> list[dict]:
         """A group for the UNet's pairs and one for each text encoder's."""
-        return self._weights.groups()
+        return parameter_groups(self.backbone, self._weights.named, self.config.optim)
 
     @property
     def text_is_frozen(self) -> bool:
@@ -52,6 +62,54 @@ class PlainLora(Method):
 
     def remove(self) -> None:
         """Take the LoRA layers out."""
+        self._weights.remove()
+
+
+class Lora:
+    """LoRA pairs in a backbone, for a training loop of one's own; `remove` takes them out.
+
+    `layers` is "attention" or "blocks", all layers of the denoiser's blocks; scale = alpha / rank,
+    `alpha` defaults to the rank. Fresh pairs change nothing: `up` is zero.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        rank: int = 8,
+        alpha: float | None = None,
+        layers: Literal["attention", "blocks"] = "attention",
+        text_encoder: bool = True,
+        seed: int = 0,
+    ):
+        self.backbone = backbone
+        paths = adapted_paths(backbone, layers, text_encoder)
+        self._weights = LoraWeights(backbone, paths, rank=rank, alpha=alpha, seed=seed)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """A torch parameter group for each component, with names; rates are the optimizer's."""
+        return [{"name": name, "params": list(own)} for name, own in self._weights.named.items()]
+
+    def pairs(self) -> list[LoraPair]:
+        """The live pairs."""
+        return self._weights.pairs()
+
+    def save(self, path: str | Path, *, trigger: str, class_noun: str = "") -> Path:
+        """Write the pairs as an adapter file, `.safetensors`, and return its path."""
+        target = Path(path).expanduser()
+        info = AdapterInfo(
+            trigger=trigger,
+            class_noun=class_noun,
+            base=shown_base(self.backbone.name),
+            base_fingerprint=self.backbone.fingerprint,
+            method="lora",
+            version=__version__,
+        )
+        save_adapter(target, Adapter(self.pairs(), info))
+        return target
+
+    def remove(self) -> None:
+        """Take the pairs out of the backbone again."""
         self._weights.remove()
 
 

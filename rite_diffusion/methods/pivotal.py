@@ -8,7 +8,7 @@ from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.methods.embedding_method import WordMethod
 from rite_diffusion.methods.new_embeddings import NewWords
-from rite_diffusion.methods.weights import LoraWeights, adapted_paths
+from rite_diffusion.methods.weights import lora_weights
 from rite_diffusion.types import LoraPair
 
 
@@ -16,7 +16,7 @@ class Pivotal(WordMethod):
     """New words for `tokens.first` steps, then LoRA with the words held; or both together."""
 
     def __init__(self, backbone: Backbone, config: TrainConfig):
-        weights = LoraWeights(backbone, config, adapted_paths(backbone, config))
+        weights = lora_weights(backbone, config)
         super().__init__(backbone, config, weights, NewWords(backbone, config))
 
     def schedule(self, step: int) -> tuple[int, int]:
@@ -27,8 +27,8 @@ class Pivotal(WordMethod):
     def begin(self, step: int) -> None:
         """First the words alone, then the pairs alone; or both."""
         first = self.config.tokens.first
-        for group in self._weights.groups():
-            for _, parameter in group["params"]:
+        for named in self._weights.named.values():
+            for _, parameter in named:
                 parameter.requires_grad_(step >= first)
         self._words.train(step < first or not first)
 

@@ -1,6 +1,6 @@
 """What a method can train in a backbone beside words: LoRA pairs, or whole matrices."""
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -9,16 +9,19 @@ from torch.nn import functional as F
 from rite_diffusion.adapters import detach, inject, read_pairs
 from rite_diffusion.adapters.names import module_name
 from rite_diffusion.backbones.protocols import Backbone
-from rite_diffusion.config import TrainConfig
+from rite_diffusion.config import OptimSection, TrainConfig
 from rite_diffusion.methods.method import NAME
 from rite_diffusion.types import LoraPair
+
+NamedParameters = dict[str, list[tuple[str, nn.Parameter]]]  # by component
 
 
 class Weights(Protocol):
     """Trainable weights that are in the backbone until `remove`."""
 
-    def groups(self) -> list[dict]:
-        """Their parameter groups."""
+    @property
+    def named(self) -> NamedParameters:
+        """The trainable parameters by component."""
         ...
 
     def pairs(self) -> list[LoraPair]:
@@ -30,37 +33,54 @@ class Weights(Protocol):
         ...
 
 
-def adapted_paths(backbone: Backbone, config: TrainConfig) -> dict[str, list[str]]:
-    """Paths per component of the layers that `lora.layers` and `lora.text_encoder` choose."""
-    components = list(backbone.components) if config.lora.text_encoder else ["unet"]
-    blocks = config.lora.layers == "blocks"
-    return {name: backbone.lora_targets(name, blocks) for name in components}
+def adapted_paths(
+    backbone: Backbone, layers: str = "attention", text_encoder: bool = True
+) -> dict[str, list[str]]:
+    """Paths per component of the layers to adapt: of the attention, or of all `blocks`."""
+    components = list(backbone.components) if text_encoder else [backbone.denoiser_name]
+    return {name: backbone.lora_targets(name, layers == "blocks") for name in components}
+
+
+def parameter_groups(
+    backbone: Backbone, named: NamedParameters, optim: OptimSection
+) -> list[dict[str, Any]]:
+    """A torch parameter group for each component, at the rates that the settings give it."""
+    return [
+        {
+            "name": component,
+            "params": list(parameters),
+            "lr": optim.lr_unet if component == backbone.denoiser_name else optim.lr_text_encoder,
+            "weight_decay": optim.weight_decay,
+        }
+        for component, parameters in named.items()
+    ]
 
 
 class LoraWeights:
-    """Fresh pairs at paths per component, a function of the seed; scale = alpha / rank."""
+    """Fresh pairs at paths per component, a function of the seed; scale = alpha / rank.
 
-    def __init__(self, backbone: Backbone, config: TrainConfig, paths: dict[str, list[str]]):
+    `alpha` defaults to the rank.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        paths: dict[str, list[str]],
+        *,
+        rank: int,
+        alpha: float | None = None,
+        seed: int = 0,
+    ):
         self.backbone = backbone
-        self.config = config
-        rank, alpha = config.lora.rank, config.lora.alpha or config.lora.rank
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            inject(backbone, NAME, paths, rank, alpha)
+            torch.manual_seed(seed)
+            inject(backbone, NAME, paths, rank, alpha or rank)
         self._named = {component: _trainable(backbone, component) for component in paths}
 
-    def groups(self) -> list[dict]:
-        """A group for the UNet's pairs and one for each text encoder's."""
-        optim = self.config.optim
-        return [
-            {
-                "name": component,
-                "params": list(named),
-                "lr": optim.lr_unet if component == "unet" else optim.lr_text_encoder,
-                "weight_decay": optim.weight_decay,
-            }
-            for component, named in self._named.items()
-        ]
+    @property
+    def named(self) -> NamedParameters:
+        """The factors by component."""
+        return self._named
 
     def pairs(self) -> list[LoraPair]:
         """The pairs in training."""
@@ -71,39 +91,45 @@ class LoraWeights:
         detach(self.backbone, NAME)
 
 
+def lora_weights(backbone: Backbone, config: TrainConfig) -> LoraWeights:
+    """Fresh pairs as a configuration wants them."""
+    lora = config.lora
+    paths = adapted_paths(backbone, lora.layers, lora.text_encoder)
+    return LoraWeights(backbone, paths, rank=lora.rank, alpha=lora.alpha, seed=config.seed)
+
+
 def _trainable(backbone: Backbone, component: str) -> list[tuple[str, nn.Parameter]]:
     named = backbone.components[component].named_parameters()
     return [(f"{component}.{name}", each) for name, each in named if each.requires_grad]
 
 
 class FullWeights:
-    """Whole matrices of the UNet's linear layers, as what is added to the base's own.
+    """Whole matrices of the denoiser's linear layers, as what is added to the base's own.
 
     Weight decay therefore draws to the base, where decay of the sum would draw to zero.
     """
 
-    def __init__(self, backbone: Backbone, config: TrainConfig, paths: list[str]):
-        self.config = config
-        unet = backbone.components[backbone.denoiser_name]
+    def __init__(self, backbone: Backbone, paths: list[str]):
+        self.component = backbone.denoiser_name
+        denoiser = backbone.components[self.component]
         self._deltas: dict[str, nn.Parameter] = {}
         self._handles = []
         for path in paths:
-            layer = unet.get_submodule(path)
+            layer = denoiser.get_submodule(path)
             assert isinstance(layer, nn.Linear)
             delta = nn.Parameter(torch.zeros_like(layer.weight, dtype=torch.float32))
             self._deltas[path] = delta
             self._handles.append(layer.register_forward_hook(_adding(delta)))
 
-    def groups(self) -> list[dict]:
-        """One group."""
-        named = [(f"unet.{path}.delta", delta) for path, delta in self._deltas.items()]
-        optim = self.config.optim
-        rates = {"lr": optim.lr_unet, "weight_decay": optim.weight_decay}
-        return [{"name": "unet", "params": named} | rates]
+    @property
+    def named(self) -> NamedParameters:
+        """The matrices, all of the denoiser."""
+        deltas = self._deltas.items()
+        return {self.component: [(f"{self.component}.{path}.delta", d) for path, d in deltas]}
 
     def pairs(self) -> list[LoraPair]:
         """The matrices as pairs of full rank, which are exact: one factor is the identity."""
-        return [full_pair(module_name("unet", path), d) for path, d in self._deltas.items()]
+        return [full_pair(module_name(self.component, path), d) for path, d in self._deltas.items()]
 
     def remove(self) -> None:
         """Take the hooks out."""

@@ -6,11 +6,13 @@ import torch
 from torch import Tensor
 
 from rite_diffusion.backbones.protocols import Backbone
-from rite_diffusion.config import CaptionSection, TrainConfig
+from rite_diffusion.config import CaptionSection, ObjectiveSection
 from rite_diffusion.photos.buckets import batch_indices
 from rite_diffusion.photos.dataset import LatentSet
 from rite_diffusion.seeding import Stream, generator
 from rite_diffusion.training.objective import offset_noise, perturb, stratified_timesteps
+
+DEFAULT_OBJECTIVE, DEFAULT_CAPTIONS = ObjectiveSection(), CaptionSection()
 
 
 @dataclass(frozen=True)
@@ -46,32 +48,42 @@ class Batch:
 
 
 def draw_batch(
-    backbone: Backbone, data: LatentSet, config: TrainConfig, step: int, processes: int = 1
+    backbone: Backbone,
+    data: LatentSet,
+    step: int,
+    *,
+    size: int = 4,
+    seed: int = 0,
+    objective: ObjectiveSection = DEFAULT_OBJECTIVE,
+    captions: CaptionSection = DEFAULT_CAPTIONS,
 ) -> Batch:
-    """A step's batch for all processes."""
-    goal, count = config.objective, config.batch * config.accumulate * processes
+    """The `size` samples of a step, counted from 0, with their noise: a function of the seed.
+
+    The objective says how timesteps and noise are drawn, `captions` how captions are changed.
+    """
+    goal = objective
 
     def stream(number: int) -> torch.Generator:
-        return generator(config.seed, step, number)
+        return generator(seed, step, number)
 
-    indices = batch_indices(data.buckets, count, config.seed, step)
-    captions = [data.captions[index] for index in indices]
-    captions = shuffle_parts(captions, config.captions, stream(Stream.CAPTION_SHUFFLE))
-    captions = drop_captions(captions, config.captions.dropout, stream(Stream.CAPTION_DROPOUT))
+    indices = batch_indices(data.buckets, size, seed, step)
+    texts = [data.captions[index] for index in indices]
+    texts = shuffle_parts(texts, captions, stream(Stream.CAPTION_SHUFFLE))
+    texts = drop_captions(texts, captions.dropout, stream(Stream.CAPTION_DROPOUT))
     density = (goal.timestep_mean, goal.timestep_deviation)
     timesteps = stratified_timesteps(
-        count,
+        size,
         len(backbone.noise_schedule),
         stream(Stream.TIMESTEPS),
         density if goal.timesteps == "logit_normal" else None,
     )
-    noise = torch.randn((count, *latents_shape(data, indices)), generator=stream(Stream.NOISE))
+    noise = torch.randn((size, *latents_shape(data, indices)), generator=stream(Stream.NOISE))
     if goal.noise_offset:
         noise = offset_noise(noise, goal.noise_offset, stream(Stream.NOISE_OFFSET))
     seen = noise
     if goal.input_perturbation:
         seen = perturb(noise, goal.input_perturbation, stream(Stream.INPUT_PERTURBATION))
-    return make_batch(backbone, data, indices, captions, noise, seen, timesteps)
+    return make_batch(backbone, data, indices, texts, noise, seen, timesteps)
 
 
 def latents_shape(data: LatentSet, indices: list[int]) -> torch.Size:

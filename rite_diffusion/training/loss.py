@@ -3,9 +3,9 @@
 from torch import Tensor
 
 from rite_diffusion.backbones.protocols import Backbone
-from rite_diffusion.config import TrainConfig
+from rite_diffusion.config import ObjectiveSection
 from rite_diffusion.methods import Method
-from rite_diffusion.training.batch import Batch
+from rite_diffusion.training.batch import DEFAULT_OBJECTIVE, Batch
 from rite_diffusion.training.objective import (
     TARGETS,
     add_noise,
@@ -16,13 +16,24 @@ from rite_diffusion.training.objective import (
 )
 
 
-def batch_loss(backbone: Backbone, method: Method, batch: Batch, config: TrainConfig) -> Tensor:
-    """The mean loss of a batch (Ho et al. 2020, Alg. 1, on latents)."""
-    goal, kind, schedule = config.objective, backbone.prediction_type, backbone.noise_schedule
+def diffusion_loss(
+    backbone: Backbone,
+    batch: Batch,
+    *,
+    objective: ObjectiveSection = DEFAULT_OBJECTIVE,
+    method: Method | None = None,
+) -> Tensor:
+    """The mean loss of a batch, a scalar (Ho et al. 2020, Alg. 1, on latents).
+
+    A method gives the captions' conditioning and may add a penalty; without one the backbone
+    encodes them.
+    """
+    goal, kind, schedule = objective, backbone.prediction_type, backbone.noise_schedule
     at = batch.timesteps
     signal, sigma, snr = schedule.signal[at], schedule.sigma[at], schedule.snr[at]  # (B,) each
     noisy = add_noise(batch.latents, batch.seen, signal, sigma)
-    conditioning = method.conditioning(batch.captions)
+    encode = method.conditioning if method else backbone.encode_prompts
+    conditioning = encode(batch.captions)
     prediction = backbone.denoise(noisy, schedule.times[at], conditioning)
     target = TARGETS[kind](batch.latents, batch.noise, signal, sigma)
     if goal.loss == "huber":
@@ -31,4 +42,4 @@ def batch_loss(backbone: Backbone, method: Method, batch: Batch, config: TrainCo
         error = squared_error(prediction, target)
     weight = batch.weights * timestep_weight(kind, snr, goal.weighting, goal.min_snr_gamma)
     loss = (masked_mean(error, batch.masks) * weight).mean()
-    return loss + method.penalty(batch.captions, batch.masks)
+    return loss + method.penalty(batch.captions, batch.masks) if method else loss

@@ -209,9 +209,10 @@ def _classes(config: TrainConfig) -> tuple[list[PhotoFolder], list[str]]:
 
 def _check_rank(backbone: Backbone, config: TrainConfig) -> None:
     """ConfigError for a rank that the narrowest adapted layer cannot have."""
+    lora = config.lora
     layers = [
         backbone.components[part].get_submodule(path)
-        for part, paths in adapted_paths(backbone, config).items()
+        for part, paths in adapted_paths(backbone, lora.layers, lora.text_encoder).items()
         for path in paths
     ]
     weights = [each.weight for each in layers if isinstance(each, nn.Linear | nn.Conv2d)]

@@ -15,9 +15,9 @@ from rite_diffusion.errors import ConfigError, OptimizerError, RunError
 from rite_diffusion.methods import Method
 from rite_diffusion.optim import optimizer_spec
 from rite_diffusion.training.average import WeightAverage
-from rite_diffusion.training.batch import Batch, draw_batch
+from rite_diffusion.training.batch import Batch
+from rite_diffusion.training.configured import step_batch, step_loss
 from rite_diffusion.training.job import Job, keep_captions, release_encoders
-from rite_diffusion.training.loss import batch_loss
 from rite_diffusion.training.memory import is_out_of_memory, out_of_memory
 from rite_diffusion.training.processes import average_gradients, mean_over_processes
 from rite_diffusion.training.snapshot import Snapshot, put_back, take
@@ -92,7 +92,7 @@ class Trainer:
         factor = rate_factor(job.config.optim, length)(step - start)
         for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
-        batch = draw_batch(job.backbone, job.data, job.config, step, accelerator.num_processes)
+        batch = step_batch(job.backbone, job.data, job.config, step, accelerator.num_processes)
         loss = self._gradients(batch)
         norm = accelerator.clip_grad_norm_(self.parameters, job.config.optim.clip_norm)
         # In fp16 a gradient may overflow; the scaler then leaves the step out by itself.
@@ -112,7 +112,7 @@ class Trainer:
         for part in batch.parts(share * processes)[accelerator.process_index :: processes]:
             self._between()
             with accelerator.autocast():
-                loss = batch_loss(job.backbone, job.method, part, job.config) / share
+                loss = step_loss(job.backbone, job.method, part, job.config) / share
             accelerator.backward(loss)
             value += loss.item()
         average_gradients(accelerator, self.parameters)

@@ -10,7 +10,7 @@ from rite_diffusion.methods import Method
 from rite_diffusion.photos.dataset import LatentSet
 from rite_diffusion.seeding import Stream, generator
 from rite_diffusion.training.batch import latents_shape, make_batch
-from rite_diffusion.training.loss import batch_loss
+from rite_diffusion.training.configured import step_loss
 
 LEVELS = 8  # noise levels per sample, evenly spaced
 
@@ -29,6 +29,6 @@ def held_out_loss(
         captions = [data.captions[index]] * LEVELS
         batch = make_batch(backbone, data, indices, captions, noise, noise, timesteps)
         parts = batch.parts(LEVELS // math.gcd(LEVELS, config.batch))
-        losses = [batch_loss(backbone, method, part, config).item() for part in parts]
+        losses = [step_loss(backbone, method, part, config).item() for part in parts]
         total += sum(losses) / len(losses)
     return total / len(data.samples)

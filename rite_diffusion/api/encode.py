@@ -1,0 +1,38 @@
+"""`rite.encode_photos`: a photo folder as latents, for a training loop of one's own."""
+
+from pathlib import Path
+
+from rite_diffusion.backbones.protocols import Backbone
+from rite_diffusion.config import TrainConfig
+from rite_diffusion.files.writing import cache_folder
+from rite_diffusion.photos.dataset import Encoding, LatentSet
+from rite_diffusion.photos.dataset import encode_photos as encode
+from rite_diffusion.photos.folder import read_folder
+from rite_diffusion.types import Concept
+
+
+def encode_photos(
+    backbone: Backbone,
+    photos: str | Path,
+    *,
+    trigger: str,
+    class_noun: str,
+    resolution: int | None = None,
+    buckets: bool = False,
+    cache: bool = True,
+) -> LatentSet:
+    """The photos of a folder as latents with their captions, in memory.
+
+    Pictures without a caption beside them are called by the default templates. `resolution` is in
+    pixels and defaults to the backbone's; with `buckets` pictures keep their shapes, else they are
+    cut to squares. Raises PhotoFolderError for a folder that cannot be trained on.
+    """
+    concept = Concept(trigger, class_noun)
+    templates = TrainConfig.model_fields["templates"].default
+    found = read_folder(Path(photos).expanduser(), concept, templates).photos
+    how = Encoding(
+        resolution or backbone.resolution,
+        buckets,
+        cache=cache_folder() / "latents" if cache else None,
+    )
+    return encode(backbone, found, how)
