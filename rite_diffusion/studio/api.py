@@ -6,6 +6,7 @@ studio = Client("http://127.0.0.1:7860")
 files = studio.predict(prompt="a cat on a blue background", seed=1, api_name="/generate")
 """
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,19 @@ def path_in(file: Any) -> Path:
 
 def _build_generation(studio: Studio) -> None:
     @in_words
+    def read_picture(file: gr.FileData) -> dict:
+        """The parameters that a picture of this studio carries."""
+        from rite_diffusion.studio.history import parameters_of
+
+        return asdict(parameters_of(path_in(file)))
+
+    for endpoint in (_generation(studio), _comparison(studio)):
+        gr.api(endpoint, concurrency_id=DEVICE, concurrency_limit=1)
+    gr.api(read_picture, concurrency_limit=None)
+
+
+def _generation(studio: Studio) -> Callable:
+    @in_words
     def generate(
         prompt: str,
         adapters: list[str] | None = None,
@@ -83,6 +97,10 @@ def _build_generation(studio: Studio) -> None:
         frames = studio.engine.draw(space, wishes, library.with_weights(space, chosen), base)
         return [file_data(frame.path) for frame in frames if frame.path is not None]
 
+    return generate
+
+
+def _comparison(studio: Studio) -> Callable:
     @in_words
     def compare(
         prompts: list[str],
@@ -105,16 +123,7 @@ def _build_generation(studio: Studio) -> None:
         )  # fmt: skip
         return file_data(draw_sheet(studio, studio.space(request), order, _unheard))
 
-    @in_words
-    def read_picture(file: gr.FileData) -> dict:
-        """The parameters that a picture of this studio carries."""
-        from rite_diffusion.studio.history import parameters_of
-
-        return asdict(parameters_of(path_in(file)))
-
-    for endpoint in (generate, compare):
-        gr.api(endpoint, concurrency_id=DEVICE, concurrency_limit=1)
-    gr.api(read_picture, concurrency_limit=None)
+    return compare
 
 
 def _unheard(*_: Any) -> None:
@@ -132,9 +141,7 @@ def _weighted(item: str) -> tuple[str, float]:
         raise StudioError(f"'{weight}' is no weight: write {name}:0.8, for example.") from None
 
 
-def _build_training(studio: Studio) -> None:
-    from rite_diffusion.studio.progress import read_progress
-
+def _training(studio: Studio) -> Callable:
     @in_words
     def train(
         photos: list[gr.FileData],
@@ -166,6 +173,12 @@ def _build_training(studio: Studio) -> None:
         studio.queue.submit(run, tree)
         return run.name
 
+    return train
+
+
+def _build_training(studio: Studio) -> None:
+    from rite_diffusion.studio.progress import read_progress
+
     @in_words
     def run_state(run: str, request: gr.Request = None) -> dict:  # type: ignore
         """State, step, total, loss and seconds left of a run."""
@@ -196,7 +209,7 @@ def _build_training(studio: Studio) -> None:
         studio.queue.ask(studio.space(request).find("runs", run), what)
         return what
 
-    for endpoint in (train, runs, run_state, stop_run, resume_run, ask_run):
+    for endpoint in (_training(studio), runs, run_state, stop_run, resume_run, ask_run):
         gr.api(endpoint, concurrency_limit=None)
 
 

@@ -1,5 +1,8 @@
 """Compare: one sheet of pictures over prompts, adapters, weights, methods and seeds."""
 
+from dataclasses import dataclass
+from typing import Any
+
 import gradio as gr
 
 from rite_diffusion.errors import StudioError
@@ -26,8 +29,32 @@ UNFUSED = (ATTACHED, "switch", "composite")  # adapters that stay apart
 APART, TOGETHER = "each on its own", "all together"
 
 
-def build(studio: Studio) -> Built:
-    """Lay the tab out and connect it."""
+@dataclass(frozen=True)
+class SheetForm:
+    """The components of the tab."""
+
+    prompts: gr.Textbox
+    names: gr.Dropdown
+    how: gr.Radio
+    weights: gr.Textbox
+    seeds: gr.Textbox
+    methods: gr.Dropdown
+    columns: gr.Dropdown
+    steps: gr.Slider
+    go: gr.Button
+    stop: gr.Button
+    stage: gr.HTML
+    sheet: gr.Image
+
+    def fields(self) -> list[Any]:
+        """What a sheet is ordered by."""
+        return [
+            self.prompts, self.names, self.how, self.weights, self.seeds, self.methods,
+            self.columns, self.steps,
+        ]  # fmt: skip
+
+
+def _lay_out() -> SheetForm:
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
             prompts = gr.Textbox(
@@ -60,6 +87,14 @@ def build(studio: Studio) -> Built:
                 label="Sheet", type="filepath", visible=False, interactive=False,
                 buttons=["download", "fullscreen"], elem_id="sheet",
             )  # fmt: skip
+    return SheetForm(
+        prompts, names, how, weights, seeds, methods, columns, steps, go, stop, stage, sheet
+    )
+
+
+def build(studio: Studio) -> Built:
+    """Lay the tab out and connect it."""
+    form = _lay_out()
 
     @in_words
     def draw(
@@ -76,29 +111,31 @@ def build(studio: Studio) -> Built:
             columns,
             int(steps),
         )
-        yield {stage: waiting_html("Opening the model…"), sheet: gr.Image(visible=False)}
+        yield {form.stage: waiting_html("Opening the model…"), form.sheet: gr.Image(visible=False)}
         for kind, what in followed(lambda listen: draw_sheet(studio, space, order, listen)):
             if kind == "heard":
                 done, total = what
-                yield {stage: waiting_html(f"{done} of {total} pictures", done / total)}
+                yield {form.stage: waiting_html(f"{done} of {total} pictures", done / total)}
             else:
-                yield {stage: "", sheet: gr.Image(value=shown(what), visible=True)}
+                yield {form.stage: "", form.sheet: gr.Image(value=shown(what), visible=True)}
 
     @in_words
     def refresh(chosen: list[str], request: gr.Request):
         known = [BASE_ALONE, *(card.name for card in library.cards(studio.space(request)))]
         return gr.Dropdown(choices=known, value=[name for name in chosen if name in known])
 
-    event = go.click(
-        draw, [prompts, names, how, weights, seeds, methods, columns, steps], [stage, sheet],
+    event = form.go.click(
+        draw, form.fields(), [form.stage, form.sheet],
         show_progress="hidden", concurrency_id=DEVICE, concurrency_limit=1,
         trigger_mode="once", api_visibility="private",
     )  # fmt: skip
-    event.failure(lambda: NO_SHEET, None, stage, show_progress="hidden", api_visibility="private")
-    stop.click(
-        lambda: NO_SHEET, None, stage, cancels=[event], queue=False, api_visibility="private"
+    event.failure(
+        lambda: NO_SHEET, None, form.stage, show_progress="hidden", api_visibility="private"
     )
-    return Built([Refresh(refresh, [names], [names])])
+    form.stop.click(
+        lambda: NO_SHEET, None, form.stage, cancels=[event], queue=False, api_visibility="private"
+    )
+    return Built([Refresh(refresh, [form.names], [form.names])])
 
 
 def groups_of(names: list[str], how: str) -> list[list[str]]:

@@ -1,6 +1,6 @@
 """Fuse: several adapters into one; what interferes is shown before, pictures before and after."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -105,14 +105,36 @@ def _connect(
     go: gr.Button,
     stop: gr.Button,
 ) -> None:
-    def ordered(space: Workspace, method: str, rank: str, *chosen: Any) -> fusing.Order:
-        pairs = chosen_with_weights(chosen[0], chosen[1 : MOST + 1])
-        return fusing.order_of(space, pairs, method, whole_number(rank, "the largest rank"))
+    handlers = ((check, _preview_handler(studio, panel)), (go, _fusion_handler(studio, panel)))
+    events = [
+        button.click(
+            handler, [*fields, *chooser.inputs()], panel.shown(), show_progress="hidden",
+            concurrency_id=DEVICE, concurrency_limit=1, trigger_mode="once",
+            api_visibility="private",
+        )
+        for button, handler in handlers
+    ]  # fmt: skip
+    for event in events:
+        event.failure(
+            lambda: NO_FUSION, None, panel.stage, show_progress="hidden", api_visibility="private"
+        )
+    stop.click(
+        lambda: NO_FUSION, None, panel.stage, cancels=cast(Any, events), queue=False,
+        api_visibility="private",
+    )  # fmt: skip
 
+
+def _ordered(space: Workspace, method: str, rank: str, *chosen: Any) -> fusing.Order:
+    """The fusion that the form asks for."""
+    pairs = chosen_with_weights(chosen[0], chosen[1 : MOST + 1])
+    return fusing.order_of(space, pairs, method, whole_number(rank, "the largest rank"))
+
+
+def _preview_handler(studio: Studio, panel: FusePanel) -> Callable:
     @in_words
     def foresee(request: gr.Request, method: str, rank: str, _: str, *chosen: Any):
         space = studio.space(request)
-        order = ordered(space, method, rank, *chosen)
+        order = _ordered(space, method, rank, *chosen)
         yield _begun(panel)
         work = followed(lambda listen: fusing.foresee(studio, space, order, listen))
         for kind, what in work:
@@ -121,10 +143,14 @@ def _connect(
             else:
                 yield {panel.stage: "", panel.report: report_html(what)}
 
+    return foresee
+
+
+def _fusion_handler(studio: Studio, panel: FusePanel) -> Callable:
     @in_words
     def fuse_and_compare(request: gr.Request, method: str, rank: str, prompt: str, *chosen: Any):
         space = studio.space(request)
-        order = ordered(space, method, rank, *chosen)
+        order = _ordered(space, method, rank, *chosen)
         draft = fusing.new_draft(space)
         yield _begun(panel)
         work = followed(lambda listen: fusing.fuse(studio, space, order, draft, listen))
@@ -144,22 +170,7 @@ def _connect(
             panel.draft: draft.name,
         }
 
-    events = [
-        button.click(
-            handler, [*fields, *chooser.inputs()], panel.shown(), show_progress="hidden",
-            concurrency_id=DEVICE, concurrency_limit=1, trigger_mode="once",
-            api_visibility="private",
-        )
-        for button, handler in ((check, foresee), (go, fuse_and_compare))
-    ]  # fmt: skip
-    for event in events:
-        event.failure(
-            lambda: NO_FUSION, None, panel.stage, show_progress="hidden", api_visibility="private"
-        )
-    stop.click(
-        lambda: NO_FUSION, None, panel.stage, cancels=cast(Any, events), queue=False,
-        api_visibility="private",
-    )  # fmt: skip
+    return fuse_and_compare
 
 
 def _begun(panel: FusePanel) -> dict[Any, Any]:

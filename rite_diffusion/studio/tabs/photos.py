@@ -24,6 +24,8 @@ NO_PHOTOS = empty_state(
     "if you have them, or try the example.",
 )
 
+QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+
 
 @dataclass(frozen=True)
 class PhotoPanel:
@@ -47,9 +49,18 @@ class PhotoPanel:
 def build_photos(studio: Studio) -> tuple[PhotoPanel, Refresh]:
     """Lay the photos out and connect them."""
     panel = _lay_out()
-    picked = gr.State("")  # the photo that "Remove" takes
-    quiet: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+    _connect_adding(studio, panel)
+    _connect_editing(studio, panel)
 
+    @in_words
+    def choose(name: str | None, request: gr.Request):
+        return _show(studio, request, name)
+
+    panel.name.input(choose, panel.name, panel.shown(), **QUIET)
+    return panel, Refresh(choose, panel.shown(), [panel.name])
+
+
+def _connect_adding(studio: Studio, panel: PhotoPanel) -> None:
     @in_words
     def add(files: list[str], name: str | None, request: gr.Request):
         from rite_diffusion.studio.uploads import keep_photos
@@ -74,9 +85,16 @@ def build_photos(studio: Studio) -> tuple[PhotoPanel, Refresh]:
         keep_photos([str(path) for path in sorted(example_photos("robot").iterdir())], folder)
         return [*_show(studio, request, folder.name), "<robot>", "robot"]
 
-    @in_words
-    def choose(name: str | None, request: gr.Request):
-        return _show(studio, request, name)
+    panel.drop.upload(
+        add, [panel.drop, panel.name], [*panel.shown(), panel.drop], api_visibility="private"
+    )
+    panel.example.click(
+        add_example, None, [*panel.shown(), panel.trigger, panel.class_noun], **QUIET
+    )
+
+
+def _connect_editing(studio: Studio, panel: PhotoPanel) -> None:
+    picked = gr.State("")  # the photo that "Remove" takes
 
     @in_words
     def pick(event: gr.SelectData):
@@ -99,17 +117,9 @@ def build_photos(studio: Studio) -> tuple[PhotoPanel, Refresh]:
         if name:
             write_captions(studio.space(request).find("photos", name), rows)
 
-    panel.captions.input(keep_captions, [panel.name, panel.captions], None, **quiet)
-    panel.drop.upload(
-        add, [panel.drop, panel.name], [*panel.shown(), panel.drop], api_visibility="private"
-    )
-    panel.name.input(choose, panel.name, panel.shown(), **quiet)
-    panel.thumbnails.select(pick, None, [picked, panel.remove], **quiet)
-    panel.remove.click(remove, [panel.name, picked], [*panel.shown(), picked], **quiet)
-    panel.example.click(
-        add_example, None, [*panel.shown(), panel.trigger, panel.class_noun], **quiet
-    )
-    return panel, Refresh(choose, panel.shown(), [panel.name])
+    panel.captions.input(keep_captions, [panel.name, panel.captions], None, **QUIET)
+    panel.thumbnails.select(pick, None, [picked, panel.remove], **QUIET)
+    panel.remove.click(remove, [panel.name, picked], [*panel.shown(), picked], **QUIET)
 
 
 def _lay_out() -> PhotoPanel:
