@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin starve a busy machine
+
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 from models import (  # noqa: E402
     tiny_stable_diffusion,

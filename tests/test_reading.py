@@ -7,7 +7,7 @@ import pytest
 import torch
 from lycoris.modules.loha import LohaModule
 from lycoris.modules.lokr import LokrModule
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import nn
 
 from rite_diffusion.adapters import load_adapter
@@ -164,3 +164,47 @@ def test_factors_of_mixed_dimensions(tmp_path, down, up):
     [pair] = load_adapter(tmp_path / "a.safetensors").pairs
     wanted = tensors["lora_up.weight"].flatten(1) @ tensors["lora_down.weight"].flatten(1)
     torch.testing.assert_close(delta_weight(pair).flatten(1), wanted)
+
+
+CLIP = "text_model.encoder.layers.3.mlp.fc2"
+TEXT = {
+    f"text_encoders.clip_l.transformer.{CLIP}": "lora_te",
+    f"text_encoders.clip_g.transformer.{CLIP}": "lora_te2",
+    f"text_encoders.clip_h.transformer.{CLIP}": "lora_te",
+    f"clip_l.transformer.{CLIP}": "lora_te",
+    f"clip_g.{CLIP}": "lora_te2",
+    f"text_encoders_0.{CLIP}": "lora_te",
+    f"text_encoders_1_{CLIP.replace('.', '_')}": "lora_te2",
+}
+
+
+@pytest.mark.parametrize("stem", TEXT)
+def test_names_of_text_encoders(tmp_path, stem):
+    tensors = {f"{stem}.lora_{factor}.weight": torch.randn(4, 4) for factor in ("down", "up")}
+    save_file(tensors, tmp_path / "a.safetensors")
+    [pair] = load_adapter(tmp_path / "a.safetensors").pairs
+    assert pair.name == f"{TEXT[stem]}_{CLIP.replace('.', '_')}"
+
+
+def test_an_alpha_without_factors_is_left_out_and_said(tmp_path):
+    name = f"{BLOCK}_attn1_to_q"
+    tensors = {f"{name}.lora_{each}.weight": torch.randn(4, 4) for each in ("down", "up")}
+    tensors |= {f"{name}.alpha": torch.tensor(4), f"{BLOCK}_attn1_to_k.alpha": torch.tensor(4)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    adapter = load_adapter(tmp_path / "a.safetensors")
+    assert adapter.names() == [name] and adapter.notes == (
+        "1 alphas belong to no factors: left out",
+    )
+
+
+@pytest.mark.parametrize("size", [0x0280, 0x0380, 0x4B50, 0x013C])
+def test_a_headers_length_is_no_mark_of_another_format(tmp_path, size):
+    name = f"{BLOCK}_attn1_to_q"
+    tensors = {f"{name}.lora_{each}.weight": torch.ones(4, 4) for each in ("down", "up")}
+    content = save(tensors, {"x": ""})
+    length = int.from_bytes(content[:8], "little")
+    padded = content[8 : 8 + length].ljust(size, b" ")
+    assert length <= size
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(size.to_bytes(8, "little") + padded + content[8 + length :])
+    assert load_adapter(path).names() == [name]

@@ -95,6 +95,32 @@ def test_a_process_that_is_killed_twenty_times_loses_nothing(photos, tmp_path, m
     same_run(whole, parts)
 
 
+def test_runs_of_two_threads_at_once_are_one_run_killed_or_not(photos, tmp_path, monkeypatch):
+    for caption in photos.glob("*.txt"):
+        caption.unlink()
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["killable"])
+    first, second, killed = (
+        context.Process(target=killable.run_threaded, args=(photos, tmp_path / name))
+        for name in ("first", "second", "killed")
+    )
+    for process in (first, second, killed):  # each is the others' load
+        process.start()
+    while _size(tmp_path / "killed/metrics.jsonl") == 0:
+        assert killed.is_alive()
+        time.sleep(0.02)
+    killed.kill()
+    killed.join()
+    again = context.Process(target=killable.run_threaded, args=(photos, tmp_path / "killed"))
+    again.start()
+    for process in (first, second, again):
+        process.join()
+        assert process.exitcode == 0
+    same_run(tmp_path / "first", tmp_path / "second")
+    same_run(tmp_path / "first", tmp_path / "killed")
+
+
 def _wait_for_a_step(metrics: Path, seconds: float = 120) -> None:
     """Until a line more is there than now."""
     before, end = _size(metrics), time.monotonic() + seconds

@@ -9,20 +9,22 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rite_diffusion as rite
+from rite_diffusion.backbones.ordered import rows_of
 from rite_diffusion.config import OptimSection, from_toml
 from rite_diffusion.errors import ConfigError, RunError
-from rite_diffusion.methods import PlainLora
+from rite_diffusion.methods import METHODS, PlainLora
 from rite_diffusion.optim import OPTIMIZERS
 from rite_diffusion.photos.dataset import Encoding, encode_photos
 from rite_diffusion.photos.folder import read_folder
 from rite_diffusion.training import loss, probe
 from rite_diffusion.training.configured import step_batch, step_loss
 from rite_diffusion.training.job import Job
-from rite_diffusion.training.plan import plan_training
+from rite_diffusion.training.plan import configure, plan_training
 from rite_diffusion.training.run import measure
-from rite_diffusion.training.trainer import build_optimizer, rate_factor, train_steps
+from rite_diffusion.training.trainer import Trainer, build_optimizer, rate_factor, train_steps
 from rite_diffusion.types import Concept
 from runs import Stop, config_of, crash_at, metrics, same_run, train
 
@@ -108,6 +110,54 @@ def test_a_step_is_a_function_of_seed_and_step(photos, pocket):
     method = PlainLora(pocket, config)
     losses = [loss_at(pocket, method, data, config, step).item() for step in (5, 6, 5)]
     assert losses[0] == losses[2] != losses[1]
+
+
+class Accumulations(TorchDispatchMode):
+    """Collects the places to which an operation adds up values in no fixed order."""
+
+    def __init__(self):
+        super().__init__()
+        self.repeated = []
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        if "index_put" in str(operation) and len(arguments) > 3 and arguments[3]:
+            places = torch.stack(torch.broadcast_tensors(*filter(torch.is_tensor, arguments[1])))
+            if len(places.flatten(1).unique(dim=1).T) < places[0].numel():
+                self.repeated.append((operation, places))
+        return operation(*arguments, **options or {})
+
+
+@pytest.mark.parametrize("method", ["lora", "pivotal", "custom_diffusion", "ed_lora"])
+def test_no_step_adds_up_in_the_order_of_threads(photos, method):
+    for caption in photos.glob("*.txt"):
+        caption.unlink()
+    wanted = {"photos": str(photos), "trigger": "<a> <b>", "class_noun": "toy", "method": method}
+    plan = plan_training(configure(wanted | {"batch": 4, "prior": {"weight": 0}}))
+    data = encode_photos(plan.backbone, plan.photos, plan.encoding)
+    job = Job(plan.backbone, METHODS[method](plan.backbone, plan.config), data, plan.config)
+    with Accumulations() as found:
+        Trainer(job).step(0)
+    assert found.repeated == []
+
+
+def test_gradients_of_repeated_rows_add_up_in_their_order():
+    values = torch.randn(2, 77, 256, requires_grad=True)
+    places, weights = [0, 0, 1, 0, 0], torch.randn(5, 77, 256)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for _ in range(50):
+            values.grad = None
+            rows = rows_of(values, places)
+            rows.backward(weights)
+            assert torch.equal(
+                values.grad[0], ((weights[0] + weights[1]) + weights[3]) + weights[4]
+            )
+            assert torch.equal(values.grad[1], weights[2])
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(rows, values[places])
+    assert rows_of(values, []).shape == (0, 77, 256)
 
 
 def test_equal_captions_are_encoded_once_with_the_gradients_of_each(photos, pocket):

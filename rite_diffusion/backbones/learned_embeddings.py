@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rite_diffusion.backbones.ordered import rows_of
 from rite_diffusion.backbones.protocols import Word
 
 PLACEHOLDER = "*"  # its token stands where a vector will be
@@ -106,7 +107,7 @@ class Expansion:
         self.vectors = said(prompts, words)
         self.texts = list[str]()  # N, of all that is encoded
         self.layers = list[int]()  # the cross-attention that each is for
-        self._rows: Tensor | None = None  # (B, layers or 1) into the N
+        self._rows: list[list[int]] = []  # of the B prompts, one or for each layer, into the N
         if not self.vectors:
             self.texts, self.layers = prompts, [0] * len(prompts)
             return
@@ -119,13 +120,14 @@ class Expansion:
             self.layers += range(count)
         depth = max(map(len, places.values()))
         own = [places[prompt] for prompt in prompts]
-        self._rows = torch.tensor([row * (depth // len(row)) for row in own])
+        self._rows = [row * (depth // len(row)) for row in own]
 
     def gathered(self, values: Tensor) -> Tensor:
         """Values (N, …) of all that was encoded as the prompts' (B, …), layer-wise (B, L, …)."""
-        if self._rows is None:
+        if not self._rows:
             return values
-        return values[self._rows.to(values.device)].squeeze(1)
+        rows = rows_of(values, [place for row in self._rows for place in row])
+        return rows.unflatten(0, (len(self._rows), -1)).squeeze(1)
 
     def token_ids(self, tokenizer: Any) -> tuple[Tensor, list[list[Slot]]]:
         """Tokens (N, length) of all that is encoded, padded or cut, and the slots of each."""
@@ -156,7 +158,9 @@ class Expansion:
             own = [(i, slot) for i, each in enumerate(slots) for slot in each if slot.word == word]
             vectors = rows[number]
             layers = [min(self.layers[i], len(vectors) - 1) for i, _ in own]
-            values = vectors[layers, [slot.number for _, slot in own]]
+            numbers = [slot.number for _, slot in own]
+            places = [len(vectors[0]) * a + b for a, b in zip(layers, numbers, strict=True)]
+            values = rows_of(vectors.flatten(0, 1), places)
             fillings.append(Filling([i for i, _ in own], [s.position for _, s in own], values))
         return fillings
 

@@ -33,11 +33,6 @@ class Conditioning:
     states: Tensor  # (B, tokens, width), or with words of many layers (B, layers, tokens, width)
     extra: dict[str, Tensor] = field(default_factory=dict)  # (B, …) each: pooled embeddings, …
 
-    def rows(self, places: list[int]) -> Conditioning:
-        """That of the prompts at these places, which may repeat."""
-        extra = {name: values[places] for name, values in self.extra.items()}
-        return Conditioning(self.states[places], extra)
-
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
 

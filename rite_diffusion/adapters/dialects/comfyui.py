@@ -5,6 +5,7 @@ its own: `text_encoders.clip_l.transformer.<path>`.
 """
 
 import re
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -63,7 +64,7 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
         for pair in adapter.pairs
         for key, value in kohya.pair_tensors(stem_of(pair.name, family), pair)
     }
-    return tensors | kohya.shift_tensors(adapter.shifts, family)
+    return tensors | kohya.shift_tensors(adapter.shifts, partial(stem_of, family=family))
 
 
 def write(path: Path, adapter: Adapter) -> None:

@@ -12,8 +12,9 @@ diffusers' for SD1 and SD2, SGM's for SDXL. rsLoRA needs nothing: its scale is i
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -89,11 +90,11 @@ def _with_alpha(pair: LoraPair, known: Counter[float]) -> LoraPair:
     return replace(pair, up=pair.up * share, scale=alpha / pair.rank)
 
 
-def shift_tensors(shifts: Sequence[Shift], family: Family) -> dict[str, Tensor]:
+def shift_tensors(shifts: Sequence[Shift], stem: Callable[[str], str]) -> dict[str, Tensor]:
     """Shifts under LyCORIS's suffixes; tools read `b_norm` only beside a `w_norm`."""
     scaled = {shift.name for shift in shifts if shift.parameter == "weight"}
     return {
-        stem_of(shift.name, family)
+        stem(shift.name)
         + (f".{shift.parameter[0]}_norm" if shift.name in scaled else ".diff_b"): shift.values
         for shift in shifts
     }
@@ -107,7 +108,7 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
         for pair in of_one_alpha(adapter.pairs)
         for key, value in pair_tensors(stem_of(pair.name, family), pair)
     }
-    return tensors | shift_tensors(adapter.shifts, family)
+    return tensors | shift_tensors(adapter.shifts, partial(stem_of, family=family))
 
 
 def header_of(adapter: Adapter) -> dict[str, str]:
