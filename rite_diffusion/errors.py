@@ -42,3 +42,11 @@ class RunError(RiteError):
 
 class StudioError(RiteError):
     """The studio was asked for something that it refuses."""
+
+
+class PathError(RiteError):
+    """What stands for a path can be none, or cannot be read."""
+
+
+class OutputError(RiteError):
+    """A file cannot be written where it was asked for, or another would be lost."""

@@ -1,4 +1,4 @@
-"""The words that every part of the toolkit shares: errors, concepts, LoRA pairs, the backbone."""
+"""What every part of the toolkit shares: concepts, photos, LoRA pairs, updates of biases and norms."""
 
 from __future__ import annotations
 

@@ -163,7 +163,8 @@ def test_convert_proves_what_it_wrote(tmp_path, to, model, request):
     folder = request.getfixturevalue(model)
     backbone = load_backbone(str(folder))
     save_adapter(tmp_path / "a.safetensors", random_adapter(backbone))
-    bare = rite.convert(tmp_path / "a.safetensors", to, tmp_path / "bare")
+    suffix = "" if to == "peft" else ".safetensors"
+    bare = rite.convert(tmp_path / "a.safetensors", to, tmp_path / f"bare{suffix}")
     assert [check.modules for check in bare.checks] == [len(bare.adapter.pairs)]
     assert bare.pixels is None
     proven = rite.convert(tmp_path / "a.safetensors", to, base=str(folder))
@@ -171,7 +172,7 @@ def test_convert_proves_what_it_wrote(tmp_path, to, model, request):
     assert all(check.difference < 1e-5 for check in proven.checks)
     readers = [check.reader for check in proven.checks]
     assert any("Pipeline" in reader for reader in readers) == (to in ("kohya", "diffusers"))
-    assert proven.path == tmp_path / ("a-peft" if to == "peft" else f"a-{to}.safetensors")
+    assert proven.path == tmp_path / f"a-{to}{suffix}"
 
 
 def test_what_diffusers_would_drop_is_refused(tmp_path, tiny_folder):
@@ -288,14 +289,25 @@ def test_an_adapter_of_another_base_is_refused_by_name(tmp_path, tiny_folder, ti
     assert np.asarray(image).std() > 0
 
 
-def test_a_header_of_100_mb_is_refused_unread(tmp_path):
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [(100_000_001, "header of 100,000,001 bytes; the format allows 100,000,000"),
+     (100_000_200, "no safetensors file or cut off")],
+)  # fmt: skip
+def test_a_header_that_the_format_forbids_is_refused_unread(tmp_path, size, words):
     path = tmp_path / "a.safetensors"
     with path.open("wb") as stream:
-        stream.write((100_000_000).to_bytes(8, "little"))
+        stream.write(size.to_bytes(8, "little"))
         stream.seek(100_000_100)
         stream.write(b"\0")
-    with pytest.raises(AdapterError, match="no safetensors file or cut off"):
+    with pytest.raises(AdapterError, match=words):
         load_adapter(path)
+
+
+def test_a_header_of_20_mb_is_read(tmp_path):
+    tensors = {f"unet.conv_in.lora_{f}.weight": torch.ones(1, 1) for f in "AB"}
+    save_file(tensors, tmp_path / "a.safetensors", {"ss_tag_frequency": "x" * 20_000_000})
+    assert len(load_adapter(tmp_path / "a.safetensors").foreign["ss_tag_frequency"]) == 20_000_000
 
 
 def test_a_refused_adapter_leaves_the_pipeline_as_it_was(tmp_path, tiny_folder):

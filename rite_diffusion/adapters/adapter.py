@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from rite_diffusion.types import LoraPair, Shift
@@ -18,6 +19,14 @@ _FOREIGN = {
     "steps": "ss_steps",
     "licence": "modelspec.license",
 }
+# What a header says of the file's own tensors: it would be wrong of another file's.
+_OF_TENSORS = (
+    "format",
+    "lora_adapter_metadata",
+    "modelspec.hash_sha256",
+    "sshs_legacy_hash",
+    "sshs_model_hash",
+)
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,7 @@ class AdapterInfo:
     class_noun: str = ""
     base: str = ""
     base_fingerprint: str = ""
+    family: str = ""  # the layout of the base, "sd" or "sdxl"
     method: str = ""
     optimizer: str = ""
     steps: str = ""
@@ -56,6 +66,8 @@ class Adapter:
     dialect: str = "kohya"  # of the file that it was read from
     notes: tuple[str, ...] = ()  # what had to be assumed in reading it
     shifts: list[Shift] = field(default_factory=list)  # of biases and norms, where it has any
+    dtype: torch.dtype = torch.float32  # of the factors in that file; in memory they are fp32
+    foreign: dict[str, str] = field(default_factory=dict)  # other tools' header entries
 
     def ranks(self) -> list[int]:
         """The distinct ranks, ascending."""
@@ -79,6 +91,12 @@ def facts_of(adapter: Adapter) -> dict[str, str]:
     """Our own facts as header entries."""
     facts = asdict(adapter.info)
     return {HEADER_PREFIX + key: value for key, value in facts.items() if value}
+
+
+def foreign_of(header: Mapping[str, str]) -> dict[str, str]:
+    """A header's entries that are not our own facts, without those that tell of its tensors."""
+    own = {HEADER_PREFIX + item.name for item in fields(AdapterInfo)}
+    return {key: value for key, value in header.items() if key not in own | set(_OF_TENSORS)}
 
 
 def info_of(header: Mapping[str, str]) -> AdapterInfo:

@@ -3,6 +3,7 @@
 import json
 
 from rite_diffusion.adapters.adapter import Adapter
+from rite_diffusion.files.writing import printable
 
 _UNSTATED = "not stated"
 
@@ -60,7 +61,7 @@ def _table(adapter: Adapter) -> list[str]:
 
 def _plain(value: str) -> str:
     """A header's text, which may be a stranger's, on one line."""
-    return " ".join(value.replace("`", "").split())
+    return printable(" ".join(value.replace("`", "").split()))
 
 
 def _cell(value: str) -> str:

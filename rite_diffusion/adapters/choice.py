@@ -8,6 +8,7 @@ from pathlib import Path
 from rite_diffusion.adapters.file import Adapter, load_adapter
 from rite_diffusion.adapters.learned_embeddings import free_names, renamed, words_of
 from rite_diffusion.errors import AdapterError
+from rite_diffusion.files.writing import user_path
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def split_weight(item: str) -> tuple[Path, float]:
     try:
         weight = float(tail) if colon else 1.0
     except ValueError:
-        return Path(item).expanduser(), 1.0
+        return user_path(item), 1.0
     if not -10 <= weight <= 10:
         raise AdapterError(f"weight {tail} of {head} is outside -10 to 10")
-    return Path(head if colon else item).expanduser(), weight
+    return user_path(head if colon else item), weight

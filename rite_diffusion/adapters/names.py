@@ -8,7 +8,6 @@ level spans three input blocks and three output blocks.
 """
 
 import re
-from collections.abc import Collection
 from typing import Literal
 
 from rite_diffusion.errors import AdapterError
@@ -79,13 +78,6 @@ def dotted(flat: str) -> str:
     if path.replace(".", "_") != flat:
         raise AdapterError(f"'{flat}' is no module of Stable Diffusion, so its path is not known")
     return path
-
-
-def family_of(names: Collection[str]) -> Family:
-    """SDXL, told by its second text encoder or its deeper transformers, or Stable Diffusion 1/2."""
-    deep = re.compile(r"lora_unet_.*_transformer_blocks_[1-9]")
-    sdxl = any(name.startswith(PREFIXES["text_encoder_2"]) or deep.match(name) for name in names)
-    return "sdxl" if sdxl else "sd"
 
 
 def to_sgm(flat: str, family: Family) -> str:

@@ -5,20 +5,48 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from rite_diffusion.errors import AdapterError
-from rite_diffusion.files.writing import write_atomically
+from rite_diffusion.files.writing import write_output
 
-MAX_HEADER = 16_000_000  # bytes; the header of a real adapter has a few hundred thousand
+MAX_HEADER = 100_000_000  # bytes; safetensors itself refuses longer ones
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: dict[str, str]) -> None:
-    """Write tensors as fp32 with a header, atomically."""
-    ready = {key: value.detach().float().cpu().contiguous() for key, value in tensors.items()}
-    write_atomically(path, save(ready, {"format": "pt"} | header))
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    header: dict[str, str],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write tensors in a precision, scalars in fp32, with a header, atomically.
+
+    AdapterError where a number is too large for the precision.
+    """
+    ready = {
+        key: value.detach().to("cpu", dtype if value.ndim else torch.float32).contiguous()
+        for key, value in tensors.items()
+    }
+    for key, value in ready.items():
+        if not torch.isfinite(value).all():
+            raise AdapterError(f"{key} holds numbers that are too large for {dtype_name(dtype)}")
+    write_output(path, save(ready, {"format": "pt"} | header))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`fp32`, `fp16` or `bf16`."""
+    return next(name for name, each in DTYPES.items() if each == dtype)
+
+
+def dtype_of(tensors: Mapping[str, Tensor]) -> torch.dtype:
+    """The precision of a file: half where all but its scalars have that one, else fp32."""
+    found = {value.dtype for value in tensors.values() if value.numel() > 1}
+    [only] = found if len(found) == 1 else [torch.float32]
+    return only if only in DTYPES.values() else torch.float32
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -38,8 +66,13 @@ def read_header(path: Path) -> dict[str, str]:
         start = stream.read(512)
         _refuse_other_formats(path, start)
         size = struct.unpack("<Q", start[:8])[0]
-        if size > MAX_HEADER or size > path.stat().st_size - 8:
+        if size > path.stat().st_size - 8:
             raise AdapterError(f"{path} is no safetensors file or cut off. Get the file again.")
+        if size > MAX_HEADER:
+            raise AdapterError(
+                f"{path} has a header of {size:,} bytes; the format allows {MAX_HEADER:,}. "
+                "Ask its author for a file with a smaller one."
+            )
         stream.seek(8)
         content = stream.read(size)
     try:

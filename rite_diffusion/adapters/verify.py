@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from rite_diffusion.adapters.adapter import Adapter
 from rite_diffusion.adapters.delta import delta_weight, relative_difference
+from rite_diffusion.adapters.dialects import comfyui, kohya
 from rite_diffusion.adapters.dialects.peft import path_of
-from rite_diffusion.adapters.names import PREFIXES, family_of, module_name, split_name
+from rite_diffusion.adapters.families import family_of
+from rite_diffusion.adapters.names import PREFIXES, module_name, split_name
 from rite_diffusion.adapters.rules import (
     Layer,
     Reading,
@@ -28,7 +30,8 @@ from rite_diffusion.errors import AdapterError
 from rite_diffusion.types import LoraPair
 
 MAPS = {"kohya": kohya_map, "comfyui": comfyui_map, "diffusers": diffusers_map}
-TOLERANCE = 1e-5  # relative; the scale's product is rounded to fp32
+# Relative; the scale's product is rounded to the precision that is written.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,25 @@ class Verification:
     difference: float  # largest relative difference of a module's delta W
 
 
+def check_family(adapter: Adapter, target: str) -> None:
+    """AdapterError where the names to write depend on the base, and nothing tells which it is."""
+    stem_of = {"kohya": kohya.stem_of, "comfyui": comfyui.stem_of}.get(target)
+    if stem_of is None or family_of(adapter) is not None:
+        return
+    unclear = [n for n in adapter.names() if stem_of(n, "sd") != stem_of(n, "sdxl")]
+    if unclear:
+        raise AdapterError(
+            f"{target} calls {len(unclear)} of {len(adapter.names())} modules otherwise for Stable "
+            f"Diffusion 1 and 2 than for XL (first: {unclear[0]}), and the file does not tell for "
+            "which it was made: pass its base model with --base."
+        )
+
+
 def verify_by_map(
     original: Adapter, path: Path, target: str, layers: Iterable[Layer] | None = None
 ) -> Verification:
     """Read the file by the target's map of a model's layers; the published models' by default."""
-    family = family_of(original.modules())
+    family = family_of(original) or "sd"
     known = MAPS[target](layers or published_layers(family), family)
     tensors, _ = read_tensors(path)
     read = read_by_map(tensors, known)
@@ -146,7 +163,7 @@ def compare(original: Adapter, found: Mapping[str, LoraPair], reader: str) -> Ve
     differences = {pair.name: _difference(found[pair.name], pair) for pair in original.pairs}
     worst = max(differences, key=lambda name: differences[name], default="")
     largest = differences.get(worst, 0.0)
-    if not largest <= TOLERANCE:
+    if not largest <= TOLERANCE[original.dtype]:
         raise AdapterError(
             f"{reader} reads {worst} with a relative difference of {largest:.2g}: the export would "
             "not act as the original and was not written."

@@ -1,7 +1,5 @@
 """An adapter file in another tool's dialect, proven by loading it back."""
 
-import os
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,9 +10,11 @@ from rite_diffusion.adapters import Adapter, attach, detach, load_adapter
 from rite_diffusion.adapters.attach import base_layers, base_weights
 from rite_diffusion.adapters.dialects import DIALECTS, embeddings
 from rite_diffusion.adapters.dialects.published import load_published
-from rite_diffusion.adapters.storage import write_tensors
+from rite_diffusion.adapters.families import family_of, family_of_base
+from rite_diffusion.adapters.storage import DTYPES, dtype_name, write_tensors
 from rite_diffusion.adapters.verify import (
     Verification,
+    check_family,
     verify_by_map,
     verify_in_diffusers,
     verify_in_peft,
@@ -23,6 +23,13 @@ from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.backbones.source import open_pipeline
 from rite_diffusion.errors import AdapterError
+from rite_diffusion.files.writing import (
+    check_outputs,
+    file_output,
+    folder_output,
+    user_path,
+    workplace,
+)
 from rite_diffusion.generation.denoise import sample
 
 _READ_BY_DIFFUSERS = ("diffusers", "kohya")
@@ -34,6 +41,7 @@ class Export:
     """What a conversion wrote and what proves it."""
 
     adapter: Adapter  # the original
+    dtype: str  # in which it was written: fp32, fp16 or bf16
     path: Path  # the file, or PEFT's folder
     embeddings: list[Path]
     checks: list[Verification]
@@ -47,67 +55,103 @@ def convert(
     out: str | Path | None = None,
     *,
     base: str | None = None,
+    dtype: str | None = None,
     published_pickle: bool = False,
+    overwrite: bool = False,
 ) -> Export:
     """Write an adapter of any dialect in the dialect `to`, and load it back by its rules.
 
-    `out` defaults to a name beside the file. With a base, real libraries load the export and two
-    pictures are compared. `published_pickle` reads a .pth of Mix-of-Show, Custom Diffusion or A1111
-    without running anything in it. Raises AdapterError, and writes nothing, where the export would
-    not act as the original.
+    `out` defaults to a name beside the file; learned words go into a folder of embedding files
+    beside it. What is there under a name that was not asked for is replaced with `overwrite` alone.
+    With a base, real libraries load the export and two pictures are compared. `dtype` (fp32, fp16,
+    bf16) defaults to the file's. `published_pickle` reads a .pth of Mix-of-Show, Custom Diffusion
+    or A1111 without running anything in it. Raises RiteError, and writes nothing, where the export
+    would not act as the original.
     """
     if to not in DIALECTS:
         raise AdapterError(f"no dialect '{to}': choose one of {', '.join(DIALECTS)}")
-    source = Path(file).expanduser()
+    if dtype is not None and dtype not in DTYPES:
+        raise AdapterError(f"no precision '{dtype}': choose one of {', '.join(DTYPES)}")
+    source = user_path(file)
     backbone = load_backbone(base) if base else None
     if published_pickle:
         adapter = load_published(source, base_weights(backbone) if backbone else None)
     else:
         adapter = load_adapter(source)
+    if adapter.tokens and not adapter.modules():
+        return _embeddings_alone(adapter, source, out, overwrite)
+    target = _target(source, to, out)
+    words = target.with_name(f"{target.stem}-embeddings")
+    files = [words / name for name in embeddings.embedding_files(adapter)]
+    if not (to == "peft" and _is_empty_folder(target)):
+        named, derived = ([target], files) if out else ([], [target, *files])
+        check_outputs(named, derived, sources=[source], overwrite=overwrite)
     if base is None and adapter.info.base == "pocket":  # this base is always at hand
         base, backbone = "pocket", load_backbone("pocket")
-    if adapter.tokens and not adapter.modules():
-        return _embeddings_alone(adapter, source, Path(out).expanduser() if out else None)
-    target = Path(out).expanduser() if out else _default_target(source, to)
-    if target.exists():
-        raise AdapterError(f"{target} exists already: choose another --out, or delete it")
-    partial = target.with_name(f".{target.stem}.{os.getpid()}.partial{target.suffix}")
-    try:
-        checks = _write(adapter, to, partial, backbone, base)
-        partial.rename(target)
-    finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)
-    files = embeddings.write(target.parent, adapter)
+    wanted = _as_wanted(adapter, to, backbone, dtype)
+    with workplace(target.parent) as folder:
+        checks = _write(wanted, to, folder / target.name, backbone, base)
+        made = embeddings.write(folder / words.name, wanted)
+        (folder / target.name).replace(target)
+        for path, place in zip(made, files, strict=True):
+            words.mkdir(exist_ok=True)
+            path.replace(place)
     export = replace(load_adapter(target), tokens=embeddings.averaged(adapter))
     pixels = _pixel_difference(backbone, adapter, export) if backbone else None
-    return Export(adapter, target, files, checks, embeddings.lossy_words(adapter), pixels)
+    return Export(
+        adapter,
+        dtype_name(wanted.dtype),
+        target,
+        files,
+        checks,
+        embeddings.lossy_words(adapter),
+        pixels,
+    )
 
 
-def _embeddings_alone(adapter: Adapter, source: Path, out: Path | None) -> Export:
-    """Embedding files of an adapter of words alone: the same for every tool."""
+def _embeddings_alone(
+    adapter: Adapter, source: Path, out: str | Path | None, overwrite: bool
+) -> Export:
+    """Embedding files of an adapter of learned embeddings alone: the same for every tool."""
     contents = embeddings.embedding_files(adapter)
-    folder = (out or source).parent
-    paths = [out] if out and len(contents) == 1 else [folder / name for name in contents]
-    for path in paths:
-        if path.exists():
-            raise AdapterError(f"{path} exists already: choose another --out, or delete it")
+    target = None if out is None else file_output(out, ".safetensors")
+    if target is not None and len(contents) == 1:
+        paths = [target]
+        check_outputs(paths, sources=[source], overwrite=overwrite)
+    else:
+        folder = (target or source).parent / f"{(target or source).stem}-embeddings"
+        paths = [folder / name for name in contents]
+        check_outputs(derived=paths, sources=[source], overwrite=overwrite)
     for path, tensors in zip(paths, contents.values(), strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, tensors, {})
-    return Export(adapter, paths[0], paths, [], embeddings.lossy_words(adapter), None)
+    lossy = embeddings.lossy_words(adapter)
+    return Export(adapter, dtype_name(adapter.dtype), paths[0], paths, [], lossy, None)
 
 
-def _default_target(source: Path, to: str) -> Path:
+def _target(source: Path, to: str, out: str | Path | None) -> Path:
+    if out is not None:
+        return folder_output(out) if to == "peft" else file_output(out, ".safetensors")
     return source.with_name(f"{source.stem}-{to}{'' if to == 'peft' else '.safetensors'}")
+
+
+def _is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def _as_wanted(adapter: Adapter, to: str, backbone: Backbone | None, dtype: str | None) -> Adapter:
+    """The adapter in the precision to write, and with the family of its base where that counts."""
+    precision = adapter.dtype if dtype is None else DTYPES[dtype]
+    family = family_of_base(backbone) if backbone else family_of(adapter) or ""
+    wanted = replace(adapter, dtype=precision, info=replace(adapter.info, family=family))
+    check_family(wanted, to)
+    return wanted
 
 
 def _write(
     adapter: Adapter, to: str, path: Path, backbone: Backbone | None, base: str | None
 ) -> list[Verification]:
     """Write the export and check it in every way that is at hand."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not adapter.modules():
         raise AdapterError("the adapter holds no layers to convert")
     norms = [pair.name for pair in adapter.pairs if pair.magnitude is not None]

@@ -9,6 +9,7 @@ from PIL.Image import Image
 from rite_diffusion.adapters import attach, load_adapter
 from rite_diffusion.errors import RunError
 from rite_diffusion.evaluation.judge import load_judge
+from rite_diffusion.files.writing import folder_output
 from rite_diffusion.generation.denoise import sample
 from rite_diffusion.generation.grid import labelled_grid
 from rite_diffusion.training.plan import Plan, configure, plan_training
@@ -53,6 +54,7 @@ def prepare(out: Path, seed: int) -> tuple[Plan, Path]:
         "seed": seed,
         "previews": {"every": 0},
     }
+    out = folder_output(out)
     folders = [out, *(out.with_name(f"{out.name}-{i}") for i in range(2, 1000))]
     free = next((folder for folder in folders if not folder.exists()), None)
     if free is None:

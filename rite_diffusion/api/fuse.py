@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from rite_diffusion.adapters.choice import choose_adapters
 from rite_diffusion.api.bases import open_base
 from rite_diffusion.api.sketch import with_sketches, with_statistics_of
 from rite_diffusion.backbones.protocols import Backbone
-from rite_diffusion.errors import FusionError
+from rite_diffusion.files.writing import check_outputs, file_output, write_output
 from rite_diffusion.fusion.conflict_sheet import ConceptPictures, conflict_sheet
 from rite_diffusion.fusion.dora import as_plain, has_dora
 from rite_diffusion.fusion.members import Member, checked
@@ -24,8 +25,8 @@ from rite_diffusion.fusion.report import ConflictReport, report_on
 from rite_diffusion.fusion.settings import FusionSettings, checked_settings
 from rite_diffusion.fusion.statistics import USUAL, Drawing
 from rite_diffusion.generation.denoise import sample
-from rite_diffusion.generation.output import output_target
 
+FUSED, SUFFIX = "fused.safetensors", ".safetensors"
 SHOWN = 2  # pictures of each concept in a report
 
 
@@ -51,9 +52,10 @@ def fuse(
     adapters: Sequence[str | Path],
     *,
     method: str = "gram",
-    out: str | Path = "fused.safetensors",
+    out: str | Path | None = None,
     base: str | Backbone | None = None,
     drawing: Drawing = USUAL,
+    overwrite: bool = False,
     listen: Callable[[int, int], None] = lambda done, total: None,
     **settings: Any,
 ) -> Path:
@@ -61,50 +63,68 @@ def fuse(
 
     `settings` are those of `FusionSettings`: `rank=8`, `preserve=0.5`. Methods that need statistics
     take them from sketches beside the files, else from a few pictures that the base model draws;
-    `listen` hears how many of how many are drawn. Raises FusionError or AdapterError before a file
-    is written.
+    `listen` hears how many of how many are drawn. `out` defaults to `fused.safetensors`; a file of
+    a default name is replaced with `overwrite` alone. Raises RiteError before a file is written.
     """
     chosen_settings = checked_settings(settings)
     needs_statistics = method_named(method).statistics
-    members = _members(adapters, Path(out))
+    target = file_output(out or FUSED, SUFFIX)
+    members = _chosen_members(adapters)
+    check_outputs(*_named(out, target), sources=_files(members), overwrite=overwrite)
     open_backbone = _opener(base, members)
     members = with_plain_updates(members, open_backbone)
     if needs_statistics and len(members) > 1:
         members = with_sketches(members, open_backbone, drawing, listen)
-    return _write(
-        Path(out), _merged(members, method, chosen_settings, open_backbone, drawing, listen)
-    )
+    save_adapter(target, _merged(members, method, chosen_settings, open_backbone, drawing, listen))
+    return target
 
 
 def fuse_and_report(
     adapters: Sequence[str | Path],
     *,
     method: str = "gram",
-    out: str | Path = "fused.safetensors",
+    out: str | Path | None = None,
     base: str | Backbone | None = None,
     drawing: Drawing = USUAL,
+    overwrite: bool = False,
     listen: Callable[[int, int], None] = lambda done, total: None,
     **settings: Any,
 ) -> Outcome:
     """Like `fuse`, and write the conflict report beside it: `.report.json` and `.report.png`.
 
     The base model draws each concept by its adapter alone, by the plain sum, and by the result.
+    Reports of earlier fusions are replaced with `overwrite` alone.
     """
     chosen_settings = checked_settings(settings)
     method_named(method)
-    members = _members(adapters, Path(out))
+    target = file_output(out or FUSED, SUFFIX)
+    figures, sheet = (target.with_name(f"{target.stem}.report.{kind}") for kind in ("json", "png"))
+    members = _chosen_members(adapters)
+    outputs = _named(out, target, figures, sheet)
+    check_outputs(*outputs, sources=_files(members), overwrite=overwrite)
     open_backbone = _opener(base, members)
     members = with_plain_updates(members, open_backbone)
     members = with_sketches(members, open_backbone, drawing, listen)
     fused = _merged(members, method, chosen_settings, open_backbone, drawing, listen)
     report = report_on(members, fused)
     pictures = draw_concepts(open_backbone(), members, fused, drawing.seed)
-    path = _write(Path(out), fused)
-    stem = path.name.removesuffix(".safetensors")
-    figures, sheet = (path.with_name(f"{stem}.report.{kind}") for kind in ("json", "png"))
-    figures.write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
-    conflict_sheet(report, pictures).save(sheet)
-    return Outcome(path, report, figures, sheet)
+    drawn = BytesIO()
+    conflict_sheet(report, pictures).save(drawn, "PNG")
+    save_adapter(target, fused)
+    write_output(figures, (json.dumps(report.as_dict(), indent=1) + "\n").encode())
+    write_output(sheet, drawn.getvalue())
+    return Outcome(target, report, figures, sheet)
+
+
+def _named(
+    out: str | Path | None, target: Path, *reports: Path
+) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """What the user named of the files to write, and what follows from other names."""
+    return ((target,), reports) if out else ((), (target, *reports))
+
+
+def _files(members: Sequence[Member]) -> list[Path]:
+    return [member.file for member in members]
 
 
 def foresee(
@@ -148,18 +168,8 @@ def _merged(
     return fused
 
 
-def _members(adapters: Sequence[str | Path], out: Path) -> list[Member]:
-    """The adapters in the order of their content, after every check that needs no base model."""
-    if out.suffix != ".safetensors":
-        raise FusionError(f"{out} is no .safetensors file: name one as --out.")
-    members = _chosen_members(adapters)
-    if out.resolve() in {member.file.resolve() for member in members}:
-        raise FusionError(f"{out} is one of the adapters to fuse: choose another --out.")
-    output_target(out.expanduser().parent, 1)
-    return members
-
-
 def _chosen_members(adapters: Sequence[str | Path]) -> list[Member]:
+    """The adapters in the order of their content."""
     return checked(
         [Member(each.adapter, each.weight, each.path) for each in choose_adapters(adapters)]
     )
@@ -176,12 +186,6 @@ def _opener(base: str | Backbone | None, members: list[Member]) -> Callable[[], 
         return backbone
 
     return opened
-
-
-def _write(out: Path, adapter: Adapter) -> Path:
-    path = out.expanduser()
-    save_adapter(path, adapter)
-    return path
 
 
 def with_plain_updates(

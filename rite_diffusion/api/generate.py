@@ -9,11 +9,12 @@ from PIL.Image import Image
 
 from rite_diffusion.adapters.choice import choose_adapters, renamings
 from rite_diffusion.api.bases import open_with_adapters
+from rite_diffusion.files.writing import printable, write_output
 from rite_diffusion.generation.attached import as_attached
 from rite_diffusion.generation.composition import SUM
 from rite_diffusion.generation.control import load_controls, parse_control
-from rite_diffusion.generation.metadata import save_png
-from rite_diffusion.generation.output import next_file, output_target
+from rite_diffusion.generation.metadata import png_of
+from rite_diffusion.generation.output import picture_target, write_next
 from rite_diffusion.generation.regions import adapter_weights, parse_regions
 from rite_diffusion.generation.request import complete, picture, placed
 
@@ -49,12 +50,14 @@ def generate(
     word, the second's gets a new name, which stderr tells.
     """
     chosen = choose_adapters(adapters)
+    conditions = [parse_control(text) for text in controls]
+    read = [each.path for each in (*chosen, *conditions)]
+    target = None if out is None else picture_target(out, num, read)
     for line in renamings(chosen):
-        print(line, file=sys.stderr)
+        print(printable(line), file=sys.stderr)
     attached = as_attached(chosen)
     parts = parse_regions(regions, prompt)
     adapter_weights(parts, prompt, [each.triggers for each in attached])  # complains early
-    conditions = [parse_control(text) for text in controls]
     backbone = open_with_adapters(base, chosen, other_base)
     first = complete(
         backbone, [each.record() for each in chosen], prompt=prompt, negative=negative, seed=seed,
@@ -62,16 +65,21 @@ def generate(
         combine=combine, controls=[each.record() for each in conditions],
     )  # fmt: skip
     controlling = load_controls(backbone, conditions, first.width, first.height)
-    target = None if out is None else output_target(Path(out), num)
     images = []
     for done in range(num):
         wanted = replace(first, seed=seed + done)
         parameters = placed(backbone, wanted, attached, controlling)
         image = picture(backbone, parameters, attached, controlling)
         if target is not None:
-            path = next_file(target) if target.is_dir() else target
-            save_png(image, path, parameters)
-            image.info["path"] = str(path)
+            image.info["path"] = str(_write(target, png_of(image, parameters)))
         images.append(image)
         listen(done + 1)
     return images
+
+
+def _write(target: Path, content: bytes) -> Path:
+    """Write a picture as the target, or into it where that is a folder; returns where."""
+    if target.suffix.lower() != ".png" or target.is_dir():
+        return write_next(target, content)
+    write_output(target, content)
+    return target

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from rite_diffusion.adapters import Adapter, load_adapter
+from rite_diffusion.files.writing import user_path
 
 
 def inspect(path: str | Path) -> Adapter:
     """The checked content of an adapter file."""
-    return load_adapter(Path(path).expanduser())
+    return load_adapter(user_path(path))

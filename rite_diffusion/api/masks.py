@@ -14,7 +14,7 @@ from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.attention_maps import AttentionRecorder
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import ConfigError, PhotoFolderError
-from rite_diffusion.files.writing import write_atomically
+from rite_diffusion.files.writing import check_outputs, user_path, write_output
 from rite_diffusion.photos.buckets import bucket_of, bucket_sizes
 from rite_diffusion.photos.cutout import cut_out
 from rite_diffusion.photos.images import open_upright, to_tensor
@@ -51,14 +51,19 @@ def make_masks(
     `model` is a segmenter's `.onnx` file; without one the base is asked where it sees the class
     noun. Photos that have a mask keep it, unless `override`.
     """
-    listing = list_pictures(Path(photos).expanduser())
+    listing = list_pictures(user_path(photos))
     pictures = {each: mask_target(each, listing.pictures) for each in listing.pictures}
     if not pictures:
         raise PhotoFolderError(f"no images in {photos}: pass the folder that holds the photos.")
+    check_outputs(
+        derived=[target for each, target in pictures.items() if each.mask is None or override],
+        sources=[each.path for each in pictures],
+        overwrite=override,
+    )
     if model is None:
         segment = attention_segmenter(load_backbone(base), class_noun)
     else:
-        segment = load_segmenter(Path(model).expanduser())
+        segment = load_segmenter(user_path(model))
     written, left = list[Path](), [(path.name, reason) for path, reason in listing.unused]
     for done, (picture, target) in enumerate(pictures.items(), 1):
         try:
@@ -108,7 +113,7 @@ def _write(target: Path, mask: Image.Image) -> None:
     mask.save(content, "PNG")
     try:
         target.parent.mkdir(exist_ok=True)
-        write_atomically(target, content.getvalue())
+        write_output(target, content.getvalue())
     except OSError as error:
         raise PhotoFolderError(f"cannot write {target}: {error.strerror or error}.") from None
 

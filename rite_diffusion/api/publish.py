@@ -5,18 +5,20 @@ from pathlib import Path
 from rite_diffusion.adapters import load_adapter
 from rite_diffusion.adapters.card import card
 from rite_diffusion.errors import AdapterError
-from rite_diffusion.files.writing import write_atomically
+from rite_diffusion.files.writing import check_outputs, user_path, write_atomically
 
 CARD = "README.md"
 
 
-def write_card(file: str | Path) -> Path:
-    """Write the adapter's model card beside its file; AdapterError where a README.md is there."""
-    path = Path(file).expanduser()
+def write_card(file: str | Path, *, overwrite: bool = False) -> Path:
+    """Write the adapter's model card beside its file.
+
+    OutputError where a README.md is there, unless `overwrite`.
+    """
+    path = user_path(file)
     text = card(load_adapter(path), path.name)
     target = path.with_name(CARD)
-    if target.exists():
-        raise AdapterError(f"{target} exists already: move it away to have one written")
+    check_outputs(derived=[target], sources=[path], overwrite=overwrite)
     write_atomically(target, text.encode())
     return target
 
@@ -30,7 +32,7 @@ def push(file: str | Path, repository: str, *, private: bool = True) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HFValidationError, HTTPError
 
-    path = Path(file).expanduser()
+    path = user_path(file)
     text = card(load_adapter(path), path.name)
     files = [
         CommitOperationAdd(path.name, path.read_bytes()),

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rite_diffusion.api.fuse import with_plain_updates
 from rite_diffusion.api.sketch import with_sketches
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import ConfigError
+from rite_diffusion.files.writing import check_outputs, file_output, write_output
 from rite_diffusion.fusion import FUSIONS
 from rite_diffusion.fusion.members import Member, checked
 from rite_diffusion.fusion.merge import merge, method_named
@@ -29,7 +31,6 @@ from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.composition import COMPOSITIONS, SUM
 from rite_diffusion.generation.grid import labelled_grid
 from rite_diffusion.generation.metadata import KEY
-from rite_diffusion.generation.output import output_target
 from rite_diffusion.generation.request import complete, picture
 
 AXES = ("prompt", "adapter", "weight", "method", "seed")
@@ -165,9 +166,10 @@ def grid(
     }
     sheet = plan_sheet(axes, columns)
     named = [chosen.adapter for each in sheet.setups() for chosen in each.chosen()]
-    if out is not None and Path(out).suffix.lower() != ".png":
-        raise ConfigError(f"{out} is no .png file: name one as --out.")
-    target = None if out is None else output_target(Path(out).expanduser(), 1)
+    target = None if out is None else file_output(out, ".png")
+    if target is not None:
+        read = [chosen.path for each in sheet.setups() for chosen in each.chosen()]
+        check_outputs([target], sources=read)
     backbone = open_base(base, [adapter.info for adapter in named])
     for adapter in [] if other_base else named:
         check_base(backbone, adapter)
@@ -179,7 +181,9 @@ def grid(
     image = labelled_grid(rows, sheet.row_labels(), sheet.column_labels(), cell)
     if target is not None:
         facts = [[asdict(each) | pictures[each][1] for each in row] for row in sheet.rows]
-        image.save(target, "PNG", pnginfo=_text(sheet, facts))
+        stream = BytesIO()
+        image.save(stream, "PNG", pnginfo=_text(sheet, facts))
+        write_output(target, stream.getvalue())
         image.info["path"] = str(target)
     return image
 

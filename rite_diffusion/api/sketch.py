@@ -10,12 +10,12 @@ from rite_diffusion.adapters.attach import check_base
 from rite_diffusion.api.bases import open_base
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import FusionError
+from rite_diffusion.files.writing import check_outputs, file_output, user_path
 from rite_diffusion.fusion.measure import measure, measure_concepts, sketched_layers
 from rite_diffusion.fusion.members import Member
 from rite_diffusion.fusion.prompts import concept_prompts
 from rite_diffusion.fusion.sketch import load_sketch, save_sketch, sketch_path
 from rite_diffusion.fusion.statistics import USUAL, Drawing, Grams
-from rite_diffusion.generation.output import output_target
 from rite_diffusion.training.memory import is_out_of_memory
 
 SKETCH_DIRECTIONS = 64  # per layer in a sketch file
@@ -29,19 +29,22 @@ def sketch(
     prompts: Sequence[str] = (),
     directions: int = SKETCH_DIRECTIONS,
     drawing: Drawing = USUAL,
+    overwrite: bool = False,
     listen: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Write `FILE.sketch.safetensors` beside an adapter: what others need to fuse it.
 
-    `prompts` default to a few with the adapter's trigger; `directions` bounds the file's size.
+    `prompts` default to a few with the adapter's trigger; `directions` bounds the file's size. A
+    file of the default name is replaced with `overwrite` alone.
     """
     if not 1 <= directions <= 4096:
         raise FusionError(f"{directions} directions are not between 1 and 4096")
-    path = Path(adapter).expanduser()
+    path = user_path(adapter)
     content = load_adapter(path)
-    target = Path(out).expanduser() if out else sketch_path(path)
+    target = file_output(out, ".safetensors") if out else sketch_path(path)
     wanted = list(prompts) or concept_prompts(content.info, path)
-    output_target(target.parent, 1)
+    named, derived = ([target], []) if out else ([], [target])
+    check_outputs(named, derived, sources=[path], overwrite=overwrite)
     backbone = open_base(base, [content.info])
     check_base(backbone, content)
     with out_of_memory_explained():
@@ -104,7 +107,7 @@ def _with_file(member: Member) -> Member:
     if sketch.facts.adapter != member.digest:
         raise FusionError(
             f"{path} was made from another version of {member.file.name}: "
-            f"make it again with `rite sketch {member.file}`, or delete it."
+            f"make it again with `rite sketch {member.file} --overwrite`, or delete it."
         )
     return replace(member, sketch=sketch)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rite_diffusion.files.writing import folder_output
 from rite_diffusion.training.plan import configure, plan_training
 from rite_diffusion.training.run import default_run, run_training
 from rite_diffusion.training.trainer import StepReport
@@ -27,5 +28,6 @@ def train(
     defaults to `runs/<name of the photo folder>`; a stopped run there goes on.
     """
     wanted = {"photos": str(photos), "trigger": trigger, "class_noun": class_noun, "base": base}
+    folder = folder_output(out) if out else None
     plan = plan_training(configure(wanted | settings, preset))
-    return run_training(plan, Path(out) if out else default_run(plan), listen, override)
+    return run_training(plan, folder or default_run(plan), listen, override)

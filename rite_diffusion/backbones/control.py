@@ -8,6 +8,7 @@ from diffusers import ControlNetModel, T2IAdapter
 from torch import nn
 
 from rite_diffusion.errors import BackboneError
+from rite_diffusion.files.writing import user_path
 
 ControlNetwork = ControlNetModel | T2IAdapter
 KINDS: dict[str, type[ControlNetwork]] = {
@@ -38,7 +39,7 @@ def load_control_network(source: str, dtype: torch.dtype, device: torch.device) 
 
 def _kind(source: str) -> type[ControlNetwork]:
     """The class that a network's config.json names; ValueError for any other."""
-    folder = Path(source).expanduser()
+    folder = user_path(source)
     if folder.is_dir():
         config = folder / "config.json"
     else:

@@ -14,6 +14,7 @@ from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.backbones.sdxl import StableDiffusionXL
 from rite_diffusion.backbones.stable_diffusion import Pipeline, StableDiffusion
 from rite_diffusion.errors import BackboneError
+from rite_diffusion.files.writing import user_path
 
 POCKET = Path(__file__).parent / "pocket" / "weights"
 POCKET_GUIDANCE = 3.0  # at which its pictures look best
@@ -89,7 +90,7 @@ def open_pipeline(base: str, dtype: torch.dtype) -> Pipeline:
 def _open(base: str, dtype: torch.dtype) -> Pipeline:
     if base == "pocket":
         return _from_folder(POCKET, dtype)
-    path = Path(base).expanduser()
+    path = user_path(base)
     if path.suffix.lower() in PICKLES:
         raise BackboneError(
             f"{path} is a pickle, which can run code when opened. "

@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from rite_diffusion.cli.settings import say
+from rite_diffusion.files.writing import user_path
+
 app = typer.Typer()
 
 
@@ -14,7 +17,8 @@ def inspect(file: Annotated[Path, typer.Argument(help="An adapter, .safetensors.
     from rite_diffusion.api.inspect import inspect as inspected
     from rite_diffusion.cli.output import describe_adapter
 
-    describe_adapter(file, inspected(file))
+    path = user_path(file)
+    describe_adapter(path, inspected(path))
 
 
 @app.command()
@@ -25,6 +29,9 @@ def convert(
     base: Annotated[
         str | None, typer.Option(help="Its base model, to load the export in and draw with.")
     ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, fp16 or bf16; default: the file's.")
+    ] = None,
     published_pickle: Annotated[
         bool,
         typer.Option(
@@ -32,21 +39,38 @@ def convert(
             help="FILE holds embeddings or a paper's weights as a pickle; nothing in it is run.",
         ),
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that --out does not name, too.")
+    ] = False,
 ) -> None:
     """Write an adapter in another tool's dialect and prove it by loading it back."""
     from rite_diffusion.api.convert import convert as converted
     from rite_diffusion.cli.output import describe_export
 
-    export = converted(file, to, out, base=base, published_pickle=published_pickle)
-    describe_export(export)
+    describe_export(
+        converted(
+            file,
+            to,
+            out,
+            base=base,
+            dtype=dtype,
+            published_pickle=published_pickle,
+            overwrite=overwrite,
+        )  # fmt: skip
+    )
 
 
 @app.command()
-def card(file: Annotated[Path, typer.Argument(help="An adapter, .safetensors.")]) -> None:
+def card(
+    file: Annotated[Path, typer.Argument(help="An adapter, .safetensors.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a README.md that is there.")
+    ] = False,
+) -> None:
     """Write an adapter's model card, README.md, beside its file."""
     from rite_diffusion.api.publish import write_card
 
-    print(write_card(file))
+    say(write_card(file, overwrite=overwrite))
 
 
 @app.command()
@@ -58,4 +82,4 @@ def push(
     """Upload an adapter and its card to a hub repository, private unless asked."""
     from rite_diffusion.api.publish import push as pushed
 
-    print(pushed(file, repository, private=not public))
+    say(pushed(file, repository, private=not public))

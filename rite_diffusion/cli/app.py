@@ -1,12 +1,14 @@
 """The `rite` command. Everything heavy is imported inside the commands."""
 
+import os
 import sys
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
 from rite_diffusion.cli import adapters, fusion, generate, machine, train
 from rite_diffusion.errors import RiteError
+from rite_diffusion.files.writing import printable
 
 app = typer.Typer(
     name="rite",
@@ -21,15 +23,39 @@ app = typer.Typer(
 for _group in (train, generate, fusion, adapters, machine):
     app.add_typer(_group.app)
 
+# The parent of all faults of options and arguments.
+_UsageError = cast(type[typer.BadParameter], typer.BadParameter.__base__)
+
 
 def main() -> None:
-    """Run a command; a RiteError becomes one line and exit code 2."""
+    """Run a command; whatever the user can mend becomes one line and exit code 2."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
     except RiteError as error:
-        print(f"rite: {error}", file=sys.stderr)
         signal = getattr(error, "signal", None)
-        sys.exit(2 if signal is None else 128 + signal)
+        _complain(str(error), 2 if signal is None else 128 + signal)
+    except BrokenPipeError:  # whoever read the output has left
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it at the very end)
+        sys.exit(1)
+    except OSError as error:
+        _complain(": ".join(filter(None, [error.filename, error.strerror or str(error)])), 2)
+    except typer.Abort:
+        _complain("stopped", 130)
+    except _UsageError as error:
+        _complain_of_usage(error)
+
+
+def _complain_of_usage(error: typer.BadParameter) -> None:
+    text, context = error.format_message(), error.ctx
+    if "\n" in text:  # the help, of a command without arguments
+        print(text, file=sys.stderr)
+        sys.exit(2)
+    _complain(f"{text} See {context.command_path if context else 'rite'} --help.", 2)
+
+
+def _complain(text: str, code: int) -> None:
+    print(f"rite: {printable(text)}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _version(wanted: bool) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rite_diffusion.cli.settings import settings_tree
+from rite_diffusion.cli.settings import say, settings_tree
 
 app = typer.Typer()
 
@@ -16,7 +16,9 @@ def fuse(
     method: Annotated[
         str, typer.Option(help="gram, weighted, concat, svd, ties, dare, knots, … (docs/fusion.md)")
     ] = "gram",
-    out: Annotated[Path, typer.Option(help="The fused adapter.")] = Path("fused.safetensors"),
+    out: Annotated[
+        Path | None, typer.Option(help="The fused adapter; default: fused.safetensors.")
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="Largest rank of a layer.")] = None,
     refine: Annotated[
         int,
@@ -31,6 +33,9 @@ def fuse(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A method's setting: --set preserve=0.5.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that --out does not name, too.")
+    ] = False,
 ) -> None:
     """Fuse several adapters into one."""
     from rite_diffusion.api import fuse as merging
@@ -40,6 +45,7 @@ def fuse(
     settings = settings_tree({"rank": rank, "refine": refine or None}, set_ or [])
     drawing = Drawing(steps=steps, seed=seed)
     settings |= {"method": method, "out": out, "base": base, "drawing": drawing}
+    settings["overwrite"] = overwrite
     with picture_progress("statistics") as listen:
         if not report:
             describe_fused(merging.fuse(adapters, listen=listen, **settings))
@@ -58,6 +64,9 @@ def sketch(
     directions: Annotated[int, typer.Option(help="Kept per layer: more is larger.")] = 64,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace an earlier file of the default name.")
+    ] = False,
 ) -> None:
     """Write an adapter's statistics beside it, so that others fuse it without drawing."""
     from rite_diffusion.api import sketch as sketching
@@ -72,6 +81,7 @@ def sketch(
             prompts=prompt or [],
             directions=directions,
             drawing=Drawing(steps=steps, seed=seed),
+            overwrite=overwrite,
             listen=listen,
         )
-    print(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")
+    say(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")

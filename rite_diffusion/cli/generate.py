@@ -5,6 +5,9 @@ from typing import Annotated
 
 import typer
 
+from rite_diffusion.cli.settings import say
+from rite_diffusion.files.writing import check_outputs
+
 app = typer.Typer()
 
 
@@ -68,7 +71,7 @@ def generate(
         other_base=other_base,
     )
     for image in images:
-        print(image.info["path"])
+        say(image.info["path"])
 
 
 @app.command()
@@ -98,12 +101,18 @@ def grid(
         bool, typer.Option("--other-base", help="Use adapters on a base they were not made for.")
     ] = False,
     cell: Annotated[int, typer.Option(min=32, max=1024, help="Pixels of a picture's side.")] = 192,
-    out: Annotated[Path, typer.Option(help="The sheet, a .png.")] = Path("grid.png"),
+    out: Annotated[Path | None, typer.Option(help="The sheet; default: grid.png.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a grid.png that --out does not name.")
+    ] = False,
 ) -> None:
     """Draw a sheet over prompts, adapters, weights, methods and seeds; each may be repeated."""
     from rite_diffusion.api import sheet as sheets
     from rite_diffusion.cli.output import picture_progress
 
+    target = out or Path("grid.png")
+    if out is None:
+        check_outputs(derived=[target], overwrite=overwrite)
     with picture_progress() as listen:
         image = sheets.grid(
             prompt,
@@ -117,8 +126,8 @@ def grid(
             guidance=guidance,
             negative=negative,
             cell=cell,
-            out=out,
+            out=target,
             other_base=other_base,
             listen=listen,
         )
-    print(image.info["path"])
+    say(image.info["path"])

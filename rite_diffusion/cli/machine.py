@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from rite_diffusion.cli.settings import say
+
 app = typer.Typer()
 
 
@@ -39,9 +41,9 @@ def studio(
     from rite_diffusion.studio.serve import Settings, launch
 
     page = launch(Settings(workspace, host, port, tuple(auth or ()), share, mcp))
-    print(f"studio      {page.local_url}")
+    say(f"studio      {page.local_url}")
     if page.share_url:
-        print(f"public      {page.share_url}")
-    print(f"workspace   {workspace.absolute()}")
+        say(f"public      {page.share_url}")
+    say(f"workspace   {workspace.absolute()}")
     print("Ctrl-C ends the studio; trainings go on and are found again.", flush=True)
     page.block_thread()

@@ -12,10 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rite_diffusion.adapters import Adapter, load_adapter
+from rite_diffusion.adapters.storage import dtype_name
 from rite_diffusion.api.convert import Export
 from rite_diffusion.api.demo import DemoResult
 from rite_diffusion.api.doctor import Finding
 from rite_diffusion.api.fuse import Outcome
+from rite_diffusion.files.writing import printable
 from rite_diffusion.methods import METHODS
 from rite_diffusion.photos.folder import PhotoFolder
 from rite_diffusion.training.plan import Plan
@@ -27,12 +29,11 @@ FAINT = 0.01  # share of white below which a mask may be a mistake
 
 
 def _line(label: str, text: str) -> None:
-    print(f"{label:<12}{_printable(text)}")
+    _say(f"{label:<12}{text}")
 
 
-def _printable(text: str) -> str:
-    """The text with what cannot be printed escaped: file names may have any bytes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def _say(text: str) -> None:
+    print(printable(text))
 
 
 def describe_plan(plan: Plan) -> None:
@@ -180,27 +181,28 @@ def describe_adapter(path: Path, adapter: Adapter) -> None:
         "UNet": sum(pair.name.startswith("lora_unet_") for pair in adapter.pairs),
         "text encoder": sum(pair.name.startswith("lora_te") for pair in adapter.pairs),
     }
-    print(f"{'file':<17}{path} ({path.stat().st_size / 1e6:.2f} MB)")
+    _say(f"{'file':<17}{path} ({path.stat().st_size / 1e6:.2f} MB)")
     for key, value in facts.items():
-        print(f"{key.replace('_', ' '):<17}{value or 'not stated'}")
+        _say(f"{key.replace('_', ' '):<17}{value or 'not stated'}")
     for entry in json.loads(concepts or "[]"):
         source = f"{entry['file']} at weight {entry['weight']:g}"
-        print(f"{'concept':<17}{entry['trigger']}, {entry['class_noun']}, from {source}")
-    print(f"{'dialect':<17}{adapter.dialect}")
-    print(f"{'rank':<17}{ranks or 'no layers'}")
+        _say(f"{'concept':<17}{entry['trigger']}, {entry['class_noun']}, from {source}")
+    _say(f"{'dialect':<17}{adapter.dialect}")
+    _say(f"{'rank':<17}{ranks or 'no layers'}")
     modules = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     if adapter.pairs:
-        print(f"{'modules':<17}{len(adapter.pairs)} ({modules}), {parameters:,} parameters")
+        _say(f"{'modules':<17}{len(adapter.pairs)} ({modules}), {parameters:,} parameters")
     if adapter.shifts:
-        print(f"{'vectors':<17}{len(adapter.shifts)} biases and norm weights")
+        _say(f"{'vectors':<17}{len(adapter.shifts)} biases and norm weights")
     for word, rows in adapter.tokens.items():
         layers, count, width = rows.shape
-        print(f"{'token':<17}{word} ({layers} layers of {count} x {width})")
+        _say(f"{'token':<17}{word} ({layers} layers of {count} x {width})")
     for note in adapter.notes:
-        print(f"{'note':<17}{note}")
+        _say(f"{'note':<17}{note}")
     if config:
-        print("trained with")
-        print("\n".join(f"    {line}" for line in config.strip().splitlines()))
+        _say("trained with")
+        for line in config.strip().splitlines():
+            _say(f"    {line}")
 
 
 @contextmanager
@@ -223,15 +225,15 @@ def describe_conflicts(outcome: Outcome) -> None:
     """Print crosstalk, errors before and after, and the worst layers; then what was written."""
     report = outcome.report
     width = max(10, *(len(name) + 2 for name in report.concepts))
-    print(f"crosstalk   {'of':<{width}}" + "".join(f"{n:>{width}}" for n in report.concepts))
+    _say(f"crosstalk   {'of':<{width}}" + "".join(f"{n:>{width}}" for n in report.concepts))
     for i, name in enumerate(report.concepts):
         cells = "".join(f"{value:>{width}.2f}" for value in report.crosstalk[i])
-        print(f"{'on':>10}  {name:<{width}}{cells}")
-    print(f"error       {'':<{width}}{'plain sum':>{width}}{report.method:>{width + 10}}")
+        _say(f"{'on':>10}  {name:<{width}}{cells}")
+    _say(f"error       {'':<{width}}{'plain sum':>{width}}{report.method:>{width + 10}}")
     for name, before, after in zip(report.concepts, report.before, report.after, strict=True):
-        print(f"{'':<12}{name:<{width}}{before:>{width}.2f}{after:>{width + 10}.2f}")
+        _say(f"{'':<12}{name:<{width}}{before:>{width}.2f}{after:>{width + 10}.2f}")
     drift = f"{report.drift_before:>{width}.2f}{report.drift_after:>{width + 10}.2f}"
-    print(f"drift       {'':<{width}}{drift}")
+    _say(f"drift       {'':<{width}}{drift}")
     for layer in report.worst_layers()[:3]:
         _line("worst", f"{layer.worst:.2f} {layer.name}")
     describe_fused(outcome.adapter)
@@ -243,8 +245,10 @@ def describe_export(export: Export) -> None:
     _line("read", f"{len(export.adapter.pairs)} modules in {export.adapter.dialect}'s names")
     for note in export.adapter.notes:
         _line("note", note)
+    read = dtype_name(export.adapter.dtype)
+    was = "" if read == export.dtype else f"; {read} in the file that was read"
     if export.path not in export.embeddings:
-        _line("wrote", str(export.path))
+        _line("wrote", f"{export.path} in {export.dtype}{was}")
     for path in export.embeddings:
         _line("embedding", str(path))
     for word in export.lossy:
@@ -259,9 +263,9 @@ def describe_export(export: Export) -> None:
 def describe_findings(findings: list[Finding]) -> None:
     """Print the doctor's findings."""
     for finding in findings:
-        print(f"{'ok' if finding.good else '--':<4}{finding.name:<16}{finding.text}")
+        _say(f"{'ok' if finding.good else '--':<4}{finding.name:<16}{finding.text}")
         if finding.remedy:
-            print(f"    {'':<16}{finding.remedy}")
+            _say(f"    {'':<16}{finding.remedy}")
 
 
 def describe_demo(result: DemoResult) -> None:

@@ -1,6 +1,13 @@
-"""Settings as options and `--set` give them."""
+"""What commands share: settings as options and `--set` give them, and lines for a terminal."""
 
 from typing import Any
+
+from rite_diffusion.files.writing import printable
+
+
+def say(text: object) -> None:
+    """Print a line, which may hold what a file says."""
+    print(printable(str(text)))
 
 
 def settings_tree(given: dict[str, Any], assignments: list[str]) -> dict[str, Any]:

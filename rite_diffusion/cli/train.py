@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 
 from rite_diffusion.cli import fusion as cli_fusion
-from rite_diffusion.cli.settings import settings_tree
+from rite_diffusion.cli.settings import say, settings_tree
+from rite_diffusion.files.writing import folder_output
 
 app = typer.Typer()
 
@@ -62,6 +63,7 @@ def train(
     }
     written = read_toml(photos) if photos.suffix == ".toml" else {"photos": str(photos)}
     settings = merge(written, settings_tree(given, set_ or []))
+    folder = folder_output(out) if out else None
     from rite_diffusion.cli.output import (
         describe_cost,
         describe_plan,
@@ -75,19 +77,19 @@ def train(
     plan = planning.survey(planning.configure(settings, preset))
     if not is_main_process():  # another process of this run writes and prints
         plan = planning.draw_class_pictures(plan)
-        run.run_training(plan, out or run.default_run(plan))
+        run.run_training(plan, folder or run.default_run(plan))
         return
     describe_plan(plan)
-    plan = planning.draw_class_pictures(plan, print)
+    plan = planning.draw_class_pictures(plan, say)
     if dry_run:
         describe_cost(plan, run.measure(plan))
         return
-    folder = out or run.default_run(plan)
+    folder = folder or run.default_run(plan)
     with training_progress(plan.config.steps) as listen:
         adapter = run.run_training(plan, folder, listen, override)
     describe_result(plan, adapter)
     if sketch:
-        cli_fusion.sketch(adapter, base=plan.config.base)
+        cli_fusion.sketch(adapter, base=plan.config.base, overwrite=True)
 
 
 def _number_or_word(text: str | None) -> float | str | None:
@@ -106,16 +108,18 @@ def mask(
     model: Annotated[
         Path | None, typer.Option(help="A segmenter's .onnx file, to be asked instead of the base.")
     ] = None,
-    override: Annotated[bool, typer.Option("--override", help="Replace masks.")] = False,
+    override: Annotated[
+        bool, typer.Option("--override", "--overwrite", help="Replace masks.")
+    ] = False,
 ) -> None:
     """Write masks of the subject beside the photos, for `rite train` to look at."""
     from rite_diffusion.api.masks import make_masks
 
     report = make_masks(photos, class_noun, base=base, model=model, override=override)
     for path in report.written:
-        print(path)
+        say(path)
     for name, reason in report.left:
-        print(f"left out    {name}: {reason}")
+        say(f"left out    {name}: {reason}")
 
 
 @app.command()

@@ -1,19 +1,152 @@
-"""Files that are whole or not there, and the place for those that can be made again."""
+"""Files that are whole or not there, what may be replaced, and the place for what can be remade."""
 
 import json
+import mimetypes
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from hashlib import sha256
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from rite_diffusion.errors import OutputError, PathError
+
+# Suffixes that Python's own table of file types lacks.
+_MODEL_SUFFIXES = {".safetensors", ".ckpt", ".pt", ".pth", ".onnx", ".gguf", ".toml", ".yaml"}
+
+
+def user_path(path: str | Path) -> Path:
+    """A path as a user wrote it, `~` expanded; PathError for one that no file can have."""
+    try:
+        expanded = Path(path).expanduser()
+        expanded.is_file()  # ValueError for a NUL byte
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise PathError(f"{str(path)!r} is no path ({reason}): check its spelling.") from None
+    # `.` and `..` get their names, since names of other files follow from them.
+    return expanded if expanded.name not in ("", "..") else expanded.resolve()
+
+
+def printable(text: str) -> str:
+    """A text that may come from a file, as a terminal may show it: one line, no control codes."""
+    if text.isprintable():
+        return text
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(shown)
+
+
+def file_output(path: str | Path, suffix: str) -> Path:
+    """The path of a file to write; OutputError where its name does not end in `suffix`."""
+    wanted = user_path(path)
+    if wanted.suffix.lower() != suffix:
+        raise OutputError(f"{wanted} is no {suffix} file: name one as --out.")
+    return wanted
+
+
+def folder_output(path: str | Path) -> Path:
+    """The path of a folder to write in; OutputError for a file, or a name that only files have."""
+    wanted = user_path(path)
+    if wanted.is_dir():
+        return wanted
+    kind, _ = mimetypes.MimeTypes().guess_type(wanted.name)
+    if kind or wanted.suffix.lower() in _MODEL_SUFFIXES or os.path.lexists(wanted):
+        raise OutputError(f"{wanted} names a file, and a folder is needed: name one as --out.")
+    return wanted
+
+
+def check_outputs(
+    named: Iterable[Path] = (),
+    derived: Iterable[Path] = (),
+    *,
+    sources: Iterable[Path] = (),
+    overwrite: bool = False,
+) -> None:
+    """OutputError where writing these files would destroy one, or cannot be done; writes nothing.
+
+    `named` are paths that the user gave: a file there is replaced. `derived` are names that follow
+    from something else: nothing may be there, unless `overwrite`. No two are the same, and none is
+    one of `sources`, the files and folders that the command reads.
+    """
+    asked, others, read = list(named), list(derived), list(sources)
+    taken: dict[str, Path] = {}
+    for path in (*asked, *others):
+        try:
+            real = path.resolve()
+            _refuse_source(path, real, read)
+            key = str(real).casefold()  # file systems that ignore case take two such for one
+            if key in taken:
+                both = f"{taken[key]} and {path}"
+                raise OutputError(f"{both} would be one file: choose another --out.")
+            taken[key] = path
+            if path in others and not overwrite and os.path.lexists(path):
+                raise OutputError(f"{path} exists already: move it away, or pass --overwrite.")
+            if path.is_dir():
+                raise OutputError(f"{path} is a folder: name a file as --out.")
+            _probe(path.parent)
+        except (OSError, RuntimeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise OutputError(f"cannot write to {path}: {reason}. Choose another --out.") from None
+
+
+def _refuse_source(path: Path, real: Path, sources: Iterable[Path]) -> None:
+    for source in sources:
+        inside = source.is_dir() and real.is_relative_to(source.resolve()) and real.exists()
+        same = inside or (real.exists() and source.exists() and real.samefile(source))
+        if same:
+            raise OutputError(f"{path} is what is read: choose another --out.")
+
+
+def _probe(folder: Path) -> None:
+    """OSError where no file can be made in a folder, which may not be there yet; leaves nothing."""
+    missing = _missing(folder)
+    probe = folder / f".rite-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    finally:
+        _remove_empty(missing)
+
+
+def _missing(folder: Path) -> list[Path]:
+    """The folder and those above it that are not there, the deepest first."""
+    return [each for each in (folder, *folder.parents) if not each.exists()]
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+@contextmanager
+def workplace(folder: Path) -> Iterator[Path]:
+    """A new folder inside `folder`, made if need be, whose files are moved out when they are whole.
+
+    It is removed at the end; if the block fails, folders that were made go too.
+    """
+    missing = _missing(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".rite-", dir=folder) as place:
+            yield Path(place)
+    except BaseException:
+        _remove_empty(missing)
+        raise
+
+
+def write_output(path: Path, content: bytes) -> None:
+    """`write_atomically`, in a folder that is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, content)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a temporary file beside `path`, flush it to the disk, and rename it into place."""
-    # A digest stands for the name: with anything added, a long name would be too long.
-    digest = sha256(os.fsencode(path.name)).hexdigest()[:16]
-    temporary = path.with_name(f".{digest}.{os.getpid()}.tmp")
+    # A short name: that of `path` may be as long as names can be.
+    short = f"{zlib.crc32(os.fsencode(path.name)):08x}"
+    temporary = path.with_name(f".{os.getpid()}-{short}.tmp")
     try:
         with temporary.open("wb") as stream:
             stream.write(content)

@@ -7,6 +7,7 @@ import tomlkit
 
 from rite_diffusion._version import __version__
 from rite_diffusion.adapters import Adapter, AdapterInfo
+from rite_diffusion.adapters.families import family_of
 from rite_diffusion.errors import FusionError
 from rite_diffusion.fusion import FUSIONS, Fusion
 from rite_diffusion.fusion.embeddings import merge_tokens
@@ -55,6 +56,7 @@ def fused_info(members: Sequence[Member], name: str, settings: FusionSettings) -
         class_noun=_joined(info.class_noun for info in infos),
         base=next((info.base for info in infos if info.base), ""),
         base_fingerprint=next((i.base_fingerprint for i in infos if i.base_fingerprint), ""),
+        family=next(filter(None, (family_of(member.adapter) for member in members)), ""),
         method=f"fused: {name}",
         config=tomlkit.dumps({"fusion": table}),
         licence=_joined(sorted({info.licence for info in infos})),

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rite_diffusion.errors import FusionError
-from rite_diffusion.files.writing import write_atomically
+from rite_diffusion.files.writing import write_output
 from rite_diffusion.fusion.second_moments import Gram, truncated
 from rite_diffusion.fusion.statistics import Grams
 
@@ -65,7 +65,7 @@ def save_sketch(path: Path, sketch: Sketch, keep: int) -> None:
             if home == f"{side}.{name}":
                 tensors |= _tensors(home, truncated(gram, keep))
     header = {KIND: "1", "layers": json.dumps(layers)} | asdict(sketch.facts)
-    write_atomically(path, save(tensors, header))
+    write_output(path, save(tensors, header))
 
 
 def _tensors(home: str, gram: Gram) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from rite_diffusion.backbones.control import ControlNetwork, load_control_network
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import ConfigError
+from rite_diffusion.files.writing import user_path
 from rite_diffusion.generation.denoise import Predict
 from rite_diffusion.photos.images import UnreadableImage, open_image, to_tensor
 
@@ -66,9 +67,9 @@ def parse_control(text: str) -> Wanted:
 def _split_weight(text: str) -> tuple[Path, float]:
     head, _, tail = text.rpartition(":")
     try:
-        return Path(head).expanduser(), float(tail if head else "")
+        return user_path(head), float(tail if head else "")
     except ValueError:
-        return Path(text).expanduser(), 1.0
+        return user_path(text), 1.0
 
 
 def load_controls(

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
@@ -44,16 +45,18 @@ class Parameters:
         return "\n".join(lines)
 
 
-def save_png(image: Image.Image, path: Path, parameters: Parameters) -> None:
-    """Write a picture with its parameters."""
+def png_of(image: Image.Image, parameters: Parameters) -> bytes:
+    """A picture as a PNG file that holds its parameters."""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", parameters.as_text())
     info.add_text(KEY, json.dumps(asdict(parameters)))
-    image.save(path, "PNG", pnginfo=info)
+    stream = BytesIO()
+    image.save(stream, "PNG", pnginfo=info)
+    return stream.getvalue()
 
 
 def read_parameters(path: Path) -> Parameters:
-    """The parameters that `save_png` wrote.
+    """The parameters that `png_of` put in.
 
     KeyError where a picture has none, ValueError where they are not what they should be.
     """

@@ -1,29 +1,34 @@
 """Where pictures are written."""
 
-import os
+from collections.abc import Iterable
 from pathlib import Path
 
-from rite_diffusion.errors import ConfigError, RiteError
+from rite_diffusion.errors import ConfigError
+from rite_diffusion.files.writing import check_outputs, folder_output, user_path, write_atomically
 
 
-def output_target(path: Path, num: int) -> Path:
-    """A folder, made if need be, or a `.png` in one; RiteError where it cannot be written."""
-    single = path.suffix.lower() == ".png"
-    if single and num > 1:
-        raise ConfigError(f"{path} is one file for {num} pictures: pass a folder as --out.")
-    folder = path.parent if single else path
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".rite-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise RiteError(f"cannot write to {folder}: {reason}. Choose another --out.") from None
-    return path
+def picture_target(out: str | Path, num: int, sources: Iterable[Path]) -> Path:
+    """A `.png`, or a folder for any number of pictures; OutputError where it cannot be written."""
+    path = user_path(out)
+    if path.suffix.lower() == ".png" and not path.is_dir():
+        if num > 1:
+            raise ConfigError(f"{path} is one file for {num} pictures: pass a folder as --out.")
+        check_outputs([path], sources=sources)
+        return path
+    folder = folder_output(path)
+    check_outputs([folder / "00000.png"])
+    return folder
 
 
-def next_file(folder: Path) -> Path:
-    """The next free `00000.png` of a folder."""
-    numbers = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdigit()]
-    return folder / f"{max(numbers, default=-1) + 1:05d}.png"
+def write_next(folder: Path, content: bytes) -> Path:
+    """Write a picture as the next free `00000.png` of a folder; no other process takes its name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    while True:
+        numbers = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()]
+        path = folder / f"{max(numbers, default=-1) + 1:05d}.png"
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        write_atomically(path, content)
+        return path

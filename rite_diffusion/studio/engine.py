@@ -18,8 +18,8 @@ from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.generation.attached import Attached, as_attached, attached_name
 from rite_diffusion.generation.composition import SUM
 from rite_diffusion.generation.denoise import pictures
-from rite_diffusion.generation.metadata import Parameters, save_png
-from rite_diffusion.generation.output import next_file
+from rite_diffusion.generation.metadata import Parameters, png_of
+from rite_diffusion.generation.output import write_next
 from rite_diffusion.generation.request import complete, estimates, placed
 from rite_diffusion.studio.workspace import Workspace
 
@@ -166,8 +166,7 @@ def _frames(
         frame = Frame(step, parameters)
         if step == parameters.steps:
             [image] = pictures(backbone, latents)
-            path = next_file(folder)
-            save_png(image, path, parameters)
+            path = write_next(folder, png_of(image, parameters))
             yield replace(frame, image=image, path=path)
         elif time.monotonic() - shown < PAUSE:
             yield frame

@@ -102,7 +102,7 @@ def _measure(studio: Studio, space: Workspace, order: Order, listen: Listen) -> 
     with studio.engine.lend(space, "", [card.base for card in order.cards]) as backbone:
         for index, card in enumerate(missing):
             count = partial(_count_pictures, listen, card.name, index, len(missing))
-            sketching.sketch(card.path, base=backbone, listen=count)
+            sketching.sketch(card.path, base=backbone, overwrite=True, listen=count)
 
 
 def _count_pictures(
@@ -140,7 +140,7 @@ def keep(space: Workspace, draft: str, name: str, preview: Path | None) -> str:
     if not draft:
         raise StudioError("fuse some adapters first: there is nothing to save.")
     source = space.find("drafts", draft)
-    target = space.new("adapters", library.checked_title(name), library.SUFFIX)
+    target = space.new("adapters", library.checked_title(name), library.SUFFIX, *library.BESIDE)
     shutil.move(source, target)
     if preview is not None:
         shutil.copyfile(preview, target.with_suffix(".png"))

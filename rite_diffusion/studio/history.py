@@ -36,7 +36,7 @@ class Restored:
 
 def newest(space: Workspace) -> list[Path]:
     """The newest pictures, newest first."""
-    made = [path for path in space.folder("outputs").glob("*.png") if path.stem.isdigit()]
+    made = [path for path in space.folder("outputs").glob("*.png") if path.stem.isdecimal()]
     return sorted(made, key=lambda path: int(path.stem), reverse=True)[:SHOWN]
 
 

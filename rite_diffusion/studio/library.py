@@ -15,6 +15,7 @@ from rite_diffusion.studio.workspace import Workspace, checked_name, name_from
 
 SUFFIX = ".safetensors"
 SKETCH = ".sketch.safetensors"  # statistics beside an adapter, for fusions
+BESIDE = (".png", SKETCH)  # what belongs to an adapter and has its name
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def bring_in(space: Workspace, upload: Path) -> str:
         )
     load_adapter(upload)
     stem = upload.stem.removesuffix(".sketch")
-    target = space.new("adapters", name_from(stem, "adapter"), SUFFIX)
+    target = space.new("adapters", name_from(stem, "adapter"), SUFFIX, *BESIDE)
     partial = target.with_suffix(".partial")
     shutil.copyfile(upload, partial)
     partial.rename(target)
@@ -153,7 +154,8 @@ def rename(space: Workspace, old: str, new: str) -> str:
     card = _idle(find(space, old))
     name = checked_title(new)
     target = card.home.with_name(name + ("" if card.run else SUFFIX))
-    if target.exists() or name in {each.name for each in cards(space)}:
+    taken = any(target.with_name(name + end).exists() for end in ("", SUFFIX, *BESIDE))
+    if taken or name in {each.name for each in cards(space)}:
         raise StudioError(f"there is another '{name}': choose a name that is free.")
     for path in card.beside():
         path.rename(target.with_name(name + path.name.removeprefix(card.path.stem)))

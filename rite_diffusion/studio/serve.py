@@ -11,7 +11,7 @@ from typing import Any, cast
 import psutil
 
 from rite_diffusion.errors import StudioError
-from rite_diffusion.files.writing import read_json, write_atomically
+from rite_diffusion.files.writing import folder_output, read_json, write_atomically
 from rite_diffusion.studio.access import gatekeeper, read_logins, refuse_open_door
 from rite_diffusion.studio.jobs import living
 from rite_diffusion.studio.workspace import Workspace
@@ -43,7 +43,7 @@ def launch(settings: Settings):
     refuse_open_door(settings.host, settings.share, logins)
     if settings.mcp and find_spec("mcp") is None:
         raise StudioError("--mcp needs one more package: pip install 'gradio[mcp]'.")
-    root = _take(settings.workspace.expanduser().absolute())
+    root = _take(folder_output(settings.workspace).absolute())
     # Uploads and copies for the page lie here; nothing else of the workspace is served.
     shutil.rmtree(root / ".page", ignore_errors=True)
     os.environ["GRADIO_TEMP_DIR"] = str(root / ".page")

@@ -54,12 +54,16 @@ class Workspace:
             raise StudioError(f"there is no '{name}' among the {folder}: choose one from the list.")
         return path
 
-    def new(self, folder: str, name: str, suffix: str = "") -> Path:
-        """A path in a folder that is still free: the name, or the name with a number."""
+    def new(self, folder: str, name: str, suffix: str = "", *beside: str) -> Path:
+        """A path in a folder that is still free: the name, or the name with a number.
+
+        So are the same names with the suffixes `beside`, for files that belong to it.
+        """
         home = self.folder(folder)
         stem = checked_name(name)
         names = (stem, *(f"{stem[: LONGEST_NAME - 5]}-{i}" for i in range(2, 10_000)))
-        return next(path for each in names if not (path := home / f"{each}{suffix}").exists())
+        free = (n for n in names if not any((home / (n + s)).exists() for s in (suffix, *beside)))
+        return home / f"{next(free)}{suffix}"
 
     def names(self, folder: str) -> list[str]:
         """Names in a folder, newest first; hidden ones are left out."""
@@ -99,10 +103,14 @@ class Workspace:
         if not places:
             raise StudioError("nothing was deleted that could be put back.")
         home = self.root / (places[-1] / "from").read_text(encoding="utf-8")
-        if home.exists():
-            raise StudioError(f"'{title_of(home)}' is there again: rename it first, then undo.")
-        for path in (places[-1] / "held").iterdir():
-            shutil.move(path, home.with_name(path.name))
+        back = {path: home.with_name(path.name) for path in (places[-1] / "held").iterdir()}
+        for place in back.values():
+            if place.exists():
+                raise StudioError(
+                    f"'{title_of(place)}' is there again: rename it first, then undo."
+                )
+        for path, place in back.items():
+            shutil.move(path, place)
         shutil.rmtree(places[-1])
         return home
 

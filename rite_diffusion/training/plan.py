@@ -14,7 +14,7 @@ from rite_diffusion.backbones.source import default_device, usable_precision
 from rite_diffusion.config import PhotoSource, TrainConfig, fill, load_preset, merge, resolve
 from rite_diffusion.config.rates import with_rates
 from rite_diffusion.errors import ConfigError
-from rite_diffusion.files.writing import cache_folder
+from rite_diffusion.files.writing import cache_folder, user_path
 from rite_diffusion.generation.class_pictures import class_pictures
 from rite_diffusion.methods.triggers import check_triggers, kept_in, says
 from rite_diffusion.methods.weights import adapted_paths
@@ -197,7 +197,7 @@ def _classes(config: TrainConfig) -> tuple[list[PhotoFolder], list[str]]:
     for source in config.sources():
         given = folders.setdefault(source.concept.class_noun, {})
         if source.class_photos:
-            folder = Path(source.class_photos).expanduser()
+            folder = user_path(source.class_photos)
             given[folder.resolve()] = folder
     read = [
         read_class_photos(folder, noun)
@@ -225,7 +225,7 @@ def _check_rank(backbone: Backbone, config: TrainConfig) -> None:
 
 
 def _read(source: PhotoSource) -> PhotoFolder:
-    folder = Path(source.photos).expanduser()
+    folder = user_path(source.photos)
     return read_folder(folder, source.concept, source.templates, source.repeats)
 
 

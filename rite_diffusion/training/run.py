@@ -8,10 +8,12 @@ from pathlib import Path
 from rite_diffusion._version import __version__
 from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
 from rite_diffusion.adapters.adapter import shown_base
+from rite_diffusion.adapters.families import family_of_base
 from rite_diffusion.adapters.learned_embeddings import tokens_of
 from rite_diffusion.config import AugmentSection, fill, to_toml, without_paths, words_of
 from rite_diffusion.config.rates import with_rates
 from rite_diffusion.errors import BackboneError, ConfigError, RiteError, RunError
+from rite_diffusion.files.writing import user_path
 from rite_diffusion.generation.denoise import sample
 from rite_diffusion.methods import METHODS, Method
 from rite_diffusion.optim import optimizer_spec
@@ -48,6 +50,7 @@ def _adapter(plan: Plan, method: Method, step: int) -> Adapter:
         class_noun=", ".join(concept.class_noun for concept in concepts),
         base=base,
         base_fingerprint=plan.backbone.fingerprint,
+        family=family_of_base(plan.backbone),
         method=config.method,
         optimizer=config.optim.name,
         steps=str(step),
@@ -234,7 +237,7 @@ def default_run(plan: Plan) -> Path:
     """
     if process_count() > 1:
         raise ConfigError("several processes need one run folder: pass --out")
-    name = Path(plan.config.sources()[0].photos).expanduser().resolve().name or "run"
+    name = user_path(plan.config.sources()[0].photos).resolve().name or "run"
     candidates = [Path("runs") / name, *(Path("runs") / f"{name}-{i}" for i in range(2, 10_000))]
     return next(path for path in candidates if not path.exists() or _goes_on(plan, path))
 

@@ -22,6 +22,8 @@ from rite_diffusion.errors import RunError
 from rite_diffusion.files.writing import read_json, write_atomically
 from rite_diffusion.training.snapshot import Snapshot
 
+FILES = ("config.toml", "inputs.json", "status.json", "metrics.jsonl", "log.txt")
+
 
 def _alive(pid: int) -> bool:
     try:
@@ -60,6 +62,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._refuse_finished()
+            self._refuse_foreign()
             self._lock()
             for name in ("previews", "checkpoints"):
                 (self.path / name).mkdir(exist_ok=True)
@@ -77,6 +80,16 @@ class RunFolder:
         if self.adapter_path.exists() and self.state() not in ("stopped", "running", "failed"):
             raise RunError(
                 f"{self.path} already holds an adapter. Choose another --out, or delete the folder."
+            )
+
+    def _refuse_foreign(self) -> None:
+        """RunError where files that are not a run's have the names of a run's files."""
+        if (self.path / "checkpoints").is_dir():
+            return
+        taken = [name for name in FILES if (self.path / name).exists()]
+        if taken:
+            raise RunError(
+                f"{self.path} holds a {taken[0]} that is not a run's. Choose another --out."
             )
 
     def state(self) -> str | None:

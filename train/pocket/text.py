@@ -32,7 +32,7 @@ def captions(count: int) -> list[str]:
 
 
 def corpus() -> list[str]:
-    """Captions, and the names of the emoji that may be seen, so that most words of a prompt are a few tokens."""
+    """Captions and the names of emoji that may be seen: most words of a prompt are few tokens."""
     names = sorted({name.replace("-", " ") for _, name in emoji.training_keys()})
     return captions(10_000) + [f"{name} {name}" for name in names]
 

@@ -5,13 +5,13 @@ A file may mix dialects and does mix suffixes, so each tensor's name is recognis
 
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from rite_diffusion.adapters.adapter import Adapter, info_of
+from rite_diffusion.adapters.adapter import Adapter, foreign_of, info_of
 from rite_diffusion.adapters.assemble import assemble, split_key
 from rite_diffusion.adapters.dialects import (
     comfyui,
@@ -22,6 +22,8 @@ from rite_diffusion.adapters.dialects import (
     peft,
     peft_settings,
 )
+from rite_diffusion.adapters.families import family_of_file
+from rite_diffusion.adapters.storage import dtype_of
 from rite_diffusion.errors import AdapterError
 
 
@@ -88,4 +90,9 @@ def interpret(
     peft_settings.check_modules(configs, modules)
     pairs, shifts, findings = assemble(modules, peft_settings.stated_scale(configs))
     spoken = ", ".join(name for name, _ in dialects.most_common()) or "embedding"
-    return Adapter(pairs, info_of(header), tokens, spoken, findings.notes(), shifts)
+    info = info_of(header)
+    info = replace(info, family=info.family or family_of_file(header, tensors) or "")
+    notes = findings.notes()
+    return Adapter(
+        pairs, info, tokens, spoken, notes, shifts, dtype_of(tensors), foreign_of(header)
+    )

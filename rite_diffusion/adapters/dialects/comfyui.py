@@ -12,15 +12,8 @@ from torch import Tensor
 
 from rite_diffusion.adapters.adapter import Adapter
 from rite_diffusion.adapters.dialects import kohya
-from rite_diffusion.adapters.names import (
-    Family,
-    dotted,
-    family_of,
-    from_sgm,
-    module_name,
-    split_name,
-    to_sgm,
-)
+from rite_diffusion.adapters.families import family_of
+from rite_diffusion.adapters.names import Family, dotted, from_sgm, module_name, split_name, to_sgm
 from rite_diffusion.adapters.storage import write_tensors
 
 _SGM, _LYCORIS = "diffusion_model.", "lycoris_"
@@ -58,7 +51,7 @@ def stem_of(name: str, family: Family) -> str:
 
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     """The adapter's pairs and shifts as a file's tensors."""
-    family = family_of(adapter.modules())
+    family = family_of(adapter) or "sd"
     tensors = {
         key: value
         for pair in adapter.pairs
@@ -69,4 +62,4 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
 
 def write(path: Path, adapter: Adapter) -> None:
     """Write the pairs as one file."""
-    write_tensors(path, tensors_of(adapter), kohya.header_of(adapter))
+    write_tensors(path, tensors_of(adapter), kohya.header_of(adapter), adapter.dtype)

@@ -76,17 +76,17 @@ def _at_scale_one(pair: LoraPair) -> LoraPair:
 
 
 def header_of(adapter: Adapter) -> dict[str, str]:
-    """Our facts, and a PEFT configuration that says scale 1 for each component."""
+    """Foreign entries, our facts, and a PEFT configuration that says scale 1 for each component."""
     stated = {}
     for component in PREFIXES:
         pairs = [_at_scale_one(p) for p in adapter.pairs if split_name(p.name)[0] == component]
         if pairs:
             config = peft.config_of(pairs, [peft.path_of(pair.name) for pair in pairs])
             stated |= {f"{component}.{key}": value for key, value in config.items()}
-    return facts_of(adapter) | {METADATA: json.dumps(stated)}
+    return {**adapter.foreign, **facts_of(adapter), METADATA: json.dumps(stated)}
 
 
 def write(path: Path, adapter: Adapter) -> None:
     """Write the pairs as one file."""
     peft.refuse_shifts(adapter, "diffusers")
-    write_tensors(path, tensors_of(adapter), header_of(adapter))
+    write_tensors(path, tensors_of(adapter), header_of(adapter), adapter.dtype)

@@ -13,7 +13,7 @@ layer: for them the layers are averaged, which is lossy.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from rite_diffusion.adapters.storage import write_tensors
 from rite_diffusion.errors import AdapterError
 
 OWN, BUNDLE, SECOND = "tokens.", "bundle_emb.", "@2"
+_LONGEST = 200  # bytes of a file's name
 _SINGLE = {"emb_params": "", "clip_l": "", "clip_g": SECOND}
 _BUNDLED = {".string_to_param.*": "", ".clip_l": "", ".clip_g": SECOND}
 
@@ -97,19 +98,26 @@ def embedding_files(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
         if word.endswith(SECOND):
             continue
         second = tokens.get(word + SECOND)
-        name = re.sub(r"[^\w\-]", "", word) or "token"
+        name = f"{_free_name(word, {each.casefold() for each in files})}.safetensors"
         if second is None:
-            files[f"{name}.safetensors"] = {"emb_params": rows[0]}
+            files[name] = {"emb_params": rows[0]}
         else:
-            files[f"{name}.safetensors"] = {"clip_l": rows[0], "clip_g": second[0]}
+            files[name] = {"clip_l": rows[0], "clip_g": second[0]}
     return files
+
+
+def _free_name(word: str, taken: Collection[str]) -> str:
+    """What a word's file is called, with a number where another word's is called so already."""
+    plain = re.sub(r"[^\w\-]", "", word).encode()[:_LONGEST].decode(errors="ignore") or "token"
+    names = (plain, *(f"{plain}-{number}" for number in range(2, len(taken) + 3)))
+    return next(name for name in names if f"{name}.safetensors".casefold() not in taken)
 
 
 def write(folder: Path, adapter: Adapter) -> list[Path]:
     """Write one embedding file per word into a folder; returns their paths."""
     paths = []
     for name, tensors in embedding_files(adapter).items():
-        write_tensors(folder / name, tensors, {})
+        write_tensors(folder / name, tensors, {}, adapter.dtype)
         paths.append(folder / name)
     return paths
 

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from rite_diffusion.adapters.adapter import Adapter, facts_of
+from rite_diffusion.adapters.families import family_of
 from rite_diffusion.adapters.names import (
     PREFIXES,
     Family,
-    family_of,
     from_sgm,
     module_name,
     split_name,
@@ -102,7 +102,7 @@ def shift_tensors(shifts: Sequence[Shift], stem: Callable[[str], str]) -> dict[s
 
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     """The adapter's pairs and shifts as a file's tensors."""
-    family = family_of(adapter.modules())
+    family = family_of(adapter) or "sd"
     tensors = {
         key: value
         for pair in of_one_alpha(adapter.pairs)
@@ -112,7 +112,10 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def header_of(adapter: Adapter) -> dict[str, str]:
-    """Our facts, and the few of kohya's and of Stability's ModelSpec that other tools look for."""
+    """Our facts, the few of kohya's and of ModelSpec's that tools look for, and foreign ones.
+
+    What a foreign header states stays, but for what tells of the network: that is this file's.
+    """
     info = adapter.info
     alphas = {f"{pair.scale * pair.rank:g}" for pair in adapter.pairs}
     ranks = [str(rank) for rank in adapter.ranks()]
@@ -129,16 +132,20 @@ def header_of(adapter: Adapter) -> dict[str, str]:
         "modelspec.trigger_phrase": info.trigger,
         "modelspec.license": info.licence,
     }
-    return facts_of(adapter) | {
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": ranks[0] if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",
-        "ss_network_args": "{}",
-        "modelspec.sai_model_spec": "1.0.0",
-        **{key: value for key, value in known.items() if value},
-    }
+    stated = {key: value for key, value in known.items() if value} | adapter.foreign
+    return (
+        {"modelspec.sai_model_spec": "1.0.0"}
+        | stated
+        | facts_of(adapter)
+        | {
+            "ss_network_module": "networks.lora",
+            "ss_network_dim": ranks[0] if len(ranks) == 1 else "Dynamic",
+            "ss_network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",
+            "ss_network_args": "{}",
+        }
+    )
 
 
 def write(path: Path, adapter: Adapter) -> None:
     """Write the pairs as one file."""
-    write_tensors(path, tensors_of(adapter), header_of(adapter))
+    write_tensors(path, tensors_of(adapter), header_of(adapter), adapter.dtype)

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rite_diffusion.adapters.adapter import Adapter
+from rite_diffusion.adapters.adapter import Adapter, facts_of
 from rite_diffusion.adapters.dialects.peft_settings import Config, check_config
 from rite_diffusion.adapters.names import PREFIXES, dotted, module_name, split_name
 from rite_diffusion.adapters.storage import read_tensors, write_tensors
@@ -183,5 +183,6 @@ def write(path: Path, adapter: Adapter) -> None:
             tensors |= pair_tensors(PREFIX + inner, pair)
         folder = path / component
         folder.mkdir(parents=True, exist_ok=True)
-        write_tensors(folder / MODEL, tensors, {})
+        header = {**adapter.foreign, **facts_of(adapter)}
+        write_tensors(folder / MODEL, tensors, header, adapter.dtype)
         write_atomically(folder / CONFIG, json.dumps(config, indent=2).encode())
