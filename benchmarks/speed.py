@@ -16,7 +16,7 @@ from machine import memory_mib, write_result
 
 from rite_diffusion.api.demo import example_photos
 
-CLI = "from rite_diffusion.cli import main; main()"
+CLI = "from rite_diffusion.cli.app import main; main()"
 
 
 def run(code: str, *arguments: str) -> tuple[float, float]:

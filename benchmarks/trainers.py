@@ -17,7 +17,7 @@ from pathlib import Path
 import tomlkit
 from machine import memory_mib
 
-CLI = "from rite_diffusion.cli import main; main()"
+CLI = "from rite_diffusion.cli.app import main; main()"
 CONCEPT = {"trigger": "<thing>", "class_noun": "thing"}
 CAPTION = "a photo of a <thing>"
 EARLY = 5  # steps before the clock starts

@@ -1,4 +1,4 @@
-"""What every part of the toolkit shares: concepts, photos, LoRA pairs, shifts of biases and norms."""
+"""What every part of the toolkit shares: concepts, photos, LoRA pairs, biases, norms."""
 
 from __future__ import annotations
 

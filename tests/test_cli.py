@@ -55,7 +55,9 @@ def fastest(code: str) -> float:
 def test_help_and_import_are_quick():
     assert fastest("import rite_diffusion") < 0.3
     assert (
-        fastest("import sys; sys.argv[1:] = ['--help']\nfrom rite_diffusion.cli import app\napp()")
+        fastest(
+            "import sys; sys.argv[1:] = ['--help']\nfrom rite_diffusion.cli.app import app\napp()"
+        )
         < 0.5
     )
 
@@ -189,7 +191,7 @@ def test_assigned_settings_are_those_of_the_configuration():
 
 
 def test_a_fault_in_a_process_of_its_own_is_one_line_without_traceback(tmp_path):
-    code = "from rite_diffusion.cli import main; main()"
+    code = "from rite_diffusion.cli.app import main; main()"
     line = [sys.executable, "-c", code, "train", "x.toml"]
     done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""

@@ -257,6 +257,9 @@ def test_mix_of_show_weights(tmp_path, tiny_folder):
     export = rite.convert(tmp_path / "potter.pth", "kohya", published_pickle=True)
     assert sorted(p.name for p in export.embeddings) == ["a1.safetensors", "a2.safetensors"]
     assert export.lossy == ["<a1>", "<a2>"]
+    rows = words["<a1>"]
+    error = (rows - rows.mean(0)).norm() / rows.norm()
+    assert export.losses()["<a1>"] == pytest.approx(float(error), rel=1e-5)
     mean = load_file(export.embeddings[0])["emb_params"]
     torch.testing.assert_close(mean, words["<a1>"].mean(0, keepdim=True))
 

@@ -12,12 +12,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from accelerate import PartialState
 
 import rite_diffusion as rite
 from rite_diffusion.backbones.source import choose_attention, usable_precision
 from rite_diffusion.cli.app import main
-from rite_diffusion.errors import BackboneError
+from rite_diffusion.errors import BackboneError, RunError
 from rite_diffusion.training.plan import plan_training
+from rite_diffusion.training.processes import Place, leftovers, place_in
 from rite_diffusion.training.run import run_training
 from rite_diffusion.training.run_folder import RunFolder
 from runs import config_of, train
@@ -144,3 +146,58 @@ def test_a_process_that_dies_ends_the_others_with_a_whole_checkpoint(photos, tmp
         snapshot = held.newest_snapshot()
     assert snapshot.step >= 2
     assert rite.inspect(held.checkpoints()[-1] / "adapter.safetensors").info.steps
+
+
+WHOLE = {
+    "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "one", "MASTER_PORT": "29500",
+}  # fmt: skip
+
+
+def test_a_process_has_a_place_where_all_of_a_launchers_variables_agree():
+    assert place_in(WHOLE) == Place(1, 2, 0) and leftovers(WHOLE) == ""
+    for name in WHOLE:
+        for value in ({}, {name: ""}):
+            part = {key: each for key, each in WHOLE.items() if key != name} | value
+            assert place_in(part) == Place() and f"would set {name} too" in leftovers(part)
+    assert place_in({}) == Place() and leftovers({}) == leftovers({"MASTER_PORT": "1"}) == ""
+    wrong = {"RANK": "2", "WORLD_SIZE": "0", "LOCAL_RANK": "-1", "MASTER_PORT": "x"}
+    for name, value in wrong.items():
+        with pytest.raises(RunError, match=f"contradict each other .*{name}={value}"):
+            place_in(WHOLE | {name: value})
+
+
+@pytest.mark.parametrize(
+    "left",
+    [
+        {"RANK": "1"},
+        {"WORLD_SIZE": "2"},
+        {"LOCAL_RANK": "0"},
+        {"RANK": "junk", "WORLD_SIZE": "", "MASTER_ADDR": "one"},
+        {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"},
+        {"PMI_SIZE": "2", "PMI_RANK": "1"},
+        {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"},
+        {"MV2_COMM_WORLD_SIZE": "2"},
+    ],
+    ids=lambda left: ",".join(left),
+)
+def test_leftovers_of_a_launcher_are_ignored_and_told(photos, tmp_path, monkeypatch, left):
+    PartialState._reset_state()  # as in a fresh process
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    adapter = train(photos, tmp_path / "run", steps=1, previews={"every": 0})
+    assert rite.inspect(adapter).info.steps == "1"
+    assert PartialState().num_processes == 1
+    log = (tmp_path / "run/log.txt").read_text()
+    assert "one process: " in log and " ignored" in log
+    assert all(os.environ[name] == value for name, value in left.items())
+
+
+def test_variables_that_contradict_each_other_are_one_line(photos, tmp_path, monkeypatch, capsys):
+    for name, value in (WHOLE | {"RANK": "2"}).items():
+        monkeypatch.setenv(name, value)
+    line = ["rite", "train", str(photos), "--trigger", "<t>", "--class", "toy"]
+    monkeypatch.setattr(sys, "argv", [*line, "--out", str(tmp_path / "run")])
+    with pytest.raises(SystemExit) as done:
+        main()
+    assert done.value.code == 2 and not (tmp_path / "run").exists()
+    assert "contradict each other" in capsys.readouterr().err

@@ -125,7 +125,7 @@ def test_a_photo_of_nothing_has_no_mask(tiny_folder):
 
 
 def test_the_command_writes_masks_and_says_which(photos):
-    code = "from rite_diffusion.cli import main; main()"
+    code = "from rite_diffusion.cli.app import main; main()"
     line = [sys.executable, "-c", code, "mask", str(photos), "--class", "toy"]
     done = subprocess.run(line, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

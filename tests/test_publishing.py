@@ -3,9 +3,11 @@
 import base64
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -14,8 +16,7 @@ import torch
 from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
 from rite_diffusion.adapters.card import card
 from rite_diffusion.api.publish import write_card
-from rite_diffusion.errors import AdapterError
-from rite_diffusion.types import LoraPair
+from rite_diffusion.types import LoraPair, OutputError
 
 PAIR = LoraPair("lora_unet_conv_in", torch.ones(2, 4), torch.ones(6, 2), 0.5)
 INFO = AdapterInfo(
@@ -33,10 +34,10 @@ def adapter(tmp_path):
 def test_a_card_tells_what_the_header_states(adapter):
     text = write_card(adapter).read_text()
     for words in ('license: "cc-by-4.0"', 'base_model: "someone/model"', "| steps | `30` |",
-                  '--adapter dog.safetensors --base "someone/model"',
+                  '--adapter dog.safetensors --base someone/model',
                   'load_lora_weights(".", weight_name="dog.safetensors")'):  # fmt: skip
         assert words in text
-    with pytest.raises(AdapterError, match=r"README.md exists already"):
+    with pytest.raises(OutputError, match=r"README.md exists already"):
         write_card(adapter)
 
 
@@ -88,7 +89,7 @@ def hub():
 
 
 def pushed(file, address, offline="0"):
-    code = "from rite_diffusion.cli import main; main()"
+    code = "from rite_diffusion.cli.app import main; main()"
     environment = os.environ | {"HF_ENDPOINT": address, "HF_TOKEN": "stand-in",
                                 "HF_HUB_OFFLINE": offline}  # fmt: skip
     return subprocess.run(
@@ -115,3 +116,15 @@ def test_a_push_that_fails_is_one_line(adapter, unused_port):
         done = pushed(adapter, address, offline)
         assert done.returncode == 2 and "did not reach 'me/dog'" in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_the_command_of_a_card_runs_nothing_that_a_header_says(tmp_path):
+    trigger, name = "<x> $(touch owned) \"'; true", "my dog\x1b.safetensors"
+    save_adapter(tmp_path / name, Adapter([PAIR], replace(INFO, trigger=trigger, base="a; true")))
+    text = write_card(tmp_path / name).read_text()
+    [line] = [line for line in text.splitlines() if line.startswith("rite generate")]
+    words = ["rite", "generate", f"a {trigger}", "--adapter", "my dog\\x1b.safetensors"]
+    assert shlex.split(line) == [*words, "--base", "a; true"]
+    echo = ["sh", "-c", f"printf '%s\\n' {line}"]
+    shown = subprocess.run(echo, capture_output=True, text=True, cwd=tmp_path).stdout
+    assert shown.splitlines() == shlex.split(line) and not (tmp_path / "owned").exists()

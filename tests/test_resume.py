@@ -1,8 +1,10 @@
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +22,10 @@ from rite_diffusion.methods import PlainLora
 from rite_diffusion.optim import OPTIMIZERS
 from rite_diffusion.photos.dataset import Encoding, encode_photos
 from rite_diffusion.photos.folder import read_folder
-from rite_diffusion.training import resume
+from rite_diffusion.training import lock, resume
 from rite_diffusion.training.interrupt import stop_on_signal
 from rite_diffusion.training.job import Job
+from rite_diffusion.training.lock import is_in_use
 from rite_diffusion.training.run_folder import RunFolder
 from rite_diffusion.training.trainer import train_steps
 from rite_diffusion.types import Concept
@@ -244,7 +247,7 @@ def _rite_train(photos, run, *assignments, errors=subprocess.PIPE):
     line = ["train", str(photos), "--trigger", "<t>", "--class", "toy", "--steps", "5000"]
     for assignment in ("prior.weight=0", "previews.every=0", *assignments):
         line += ["--set", assignment]
-    code = "from rite_diffusion.cli import main; main()"
+    code = "from rite_diffusion.cli.app import main; main()"
     command = [sys.executable, "-c", code, *line, "--out", str(run)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
 
@@ -277,11 +280,72 @@ def test_a_finished_or_busy_run_folder_is_refused(photos, tmp_path):
         RunFolder(tmp_path / "busy").__enter__()
 
 
-def test_a_lock_of_a_dead_process_is_taken_over(tmp_path):
-    (tmp_path / "run").mkdir()
-    child = subprocess.run(
-        [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True
-    )
-    (tmp_path / "run/lock").write_bytes(child.stdout)
-    with RunFolder(tmp_path / "run") as run:
-        assert (run.path / "lock").exists()
+@pytest.mark.parametrize("owner", ["this process", "another process", "", "no number"])
+def test_a_lock_file_alone_holds_nothing(tmp_path, owner):
+    run = tmp_path / "run"
+    run.mkdir()
+    numbers = {"this process": str(os.getpid()), "another process": str(os.getppid())}
+    (run / "lock").write_text(numbers.get(owner, owner))
+    assert not is_in_use(run)
+    with RunFolder(run):
+        assert is_in_use(run) and (run / "lock").read_text() == str(os.getpid())
+    assert not is_in_use(run) and not (run / "lock").exists()
+
+
+def test_a_killed_process_lets_go_of_its_lock_and_a_copy_is_free(tmp_path):
+    run, copy = tmp_path / "run", tmp_path / "copy"
+    code = "import sys, time, pathlib; from rite_diffusion.training.lock import Lock; "
+    code += "lock = Lock(pathlib.Path(sys.argv[1])); print(lock.acquire(), flush=True); "
+    code += "time.sleep(600)"
+    run.mkdir()
+    command = [sys.executable, "-c", code, str(run / "lock")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "True\n"
+    shutil.copytree(run, copy)
+    assert is_in_use(run) and not is_in_use(copy)
+    with pytest.raises(RunError, match=f"in use by process {process.pid}"):
+        RunFolder(run).__enter__()
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert (run / "lock").exists() and not is_in_use(run)
+    for folder in (run, copy):
+        with RunFolder(folder):
+            assert is_in_use(folder)
+
+
+def test_a_file_system_without_locks_is_used_and_the_log_tells(tmp_path, monkeypatch):
+    def refuse(descriptor, shared):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock, "_try_lock", refuse)
+    with RunFolder(tmp_path / "run"):
+        assert not is_in_use(tmp_path / "run")
+    assert "no locks" in (tmp_path / "run/log.txt").read_text()
+
+
+def test_a_finished_run_goes_on_to_more_steps(photos, tmp_path):
+    settings = {"previews": {"every": 0}, "optim": {"schedule": "constant", "warmup": 0}}
+    train(photos, tmp_path / "whole", steps=5, **settings)
+    run = tmp_path / "run"
+    train(photos, run, steps=3, **settings)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for wanted, words in ((3, "more than its 3 steps"), (2, "already holds an adapter")):
+        with pytest.raises(RunError, match=words):
+            train(photos, run, steps=wanted, override=True, **settings)
+    with pytest.raises(RunError, match="seed: 0 -> 1"):
+        train(photos, run, steps=5, seed=1, **settings)
+    assert {path: path.read_bytes() for path in before} == before
+    with pytest.raises(Stop):
+        train(photos, run, steps=5, listen=crash_at(4), **settings)
+    adapter = train(photos, run, steps=5, **settings)
+    assert rite.inspect(adapter).info.steps == "5"
+    same_run(tmp_path / "whole", run)
+    assert "goes on after step 3 to 5" in (run / "log.txt").read_text()
+
+
+def test_fewer_steps_than_are_done_are_refused(photos, tmp_path):
+    with pytest.raises(Stop):
+        train(photos, tmp_path / "run", steps=6, listen=crash_at(5))
+    with pytest.raises(RunError, match="has done 4 steps, 2 are wanted"):
+        train(photos, tmp_path / "run", steps=2, override=True)

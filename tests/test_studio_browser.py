@@ -160,7 +160,7 @@ page.block_thread()
 """
 STUDIO = """
 import sys
-from rite_diffusion.cli import main
+from rite_diffusion.cli.app import main
 sys.argv[1:] = ["studio", "--port", "PORT", "--workspace", "WORKSPACE"]
 main()
 """

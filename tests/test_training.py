@@ -1,3 +1,4 @@
+import itertools
 import json
 import math
 import os
@@ -13,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rite_diffusion as rite
 from rite_diffusion.backbones.ordered import rows_of
+from rite_diffusion.cli import output as terminal
+from rite_diffusion.cli.output import describe_plan
 from rite_diffusion.config import OptimSection, from_toml
 from rite_diffusion.errors import ConfigError, RunError
 from rite_diffusion.methods import METHODS, PlainLora
@@ -23,8 +26,9 @@ from rite_diffusion.training import loss, probe
 from rite_diffusion.training.configured import step_batch, step_loss
 from rite_diffusion.training.job import Job
 from rite_diffusion.training.plan import configure, plan_training
+from rite_diffusion.training.rates import rate_factor
 from rite_diffusion.training.run import measure
-from rite_diffusion.training.trainer import Trainer, build_optimizer, rate_factor, train_steps
+from rite_diffusion.training.trainer import StepReport, Trainer, build_optimizer, train_steps
 from rite_diffusion.types import Concept
 from runs import Stop, config_of, crash_at, metrics, same_run, train
 
@@ -197,14 +201,62 @@ def test_a_text_encoder_that_does_not_train_encodes_a_caption_once(photos, pocke
     torch.testing.assert_close(first[:2], expected)
 
 
-def test_rates_warm_up_and_decay():
-    factor = rate_factor(OptimSection(warmup=4, schedule="linear"), 100)
-    assert factor(0) == pytest.approx(0.2)
-    assert factor(50) == pytest.approx(0.5)
-    assert rate_factor(OptimSection(warmup=0, schedule="cosine"), 10)(10) == pytest.approx(
-        0, abs=1e-6
-    )
-    assert rate_factor(OptimSection(warmup=0, schedule="constant"), 10)(9) == 1
+@pytest.mark.parametrize(
+    ("warmup", "schedule", "steps", "factors"),
+    [
+        (1, "linear", 5, [1 / 2, 1, 3 / 4, 2 / 4, 1 / 4]),
+        (10, "linear", 5, [1 / 2, 1, 3 / 4, 2 / 4, 1 / 4]),  # a fifth of 5 steps
+        (4, "constant", 20, [1 / 5, 2 / 5, 3 / 5, 4 / 5, *[1] * 16]),
+        (0, "cosine", 4, [1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]),
+        (10, "cosine", 1, [1]),
+        (1000, "constant", 4, [1, 1, 1, 1]),
+    ],
+)
+def test_rates_warm_up_for_a_fifth_at_most_and_then_decay(warmup, schedule, steps, factors):
+    factor = rate_factor(OptimSection(warmup=warmup, schedule=schedule), steps)
+    assert [factor(step) for step in range(steps)] == pytest.approx(factors)
+    if schedule != "constant":
+        assert factor(steps) == pytest.approx(0)
+
+
+def test_the_report_tells_the_course_of_the_rates(photos, capsys):
+    told = {
+        "warm-up 10 steps, then cosine to 0": {"steps": 50},
+        "warm-up 1 (10 asked: at most a fifth of 5) steps, then cosine to 0": {"steps": 5},
+        "warm-up 0 steps, then constant": {"optim": {"warmup": 0, "schedule": "constant"}},
+    }
+    for text, settings in told.items():
+        describe_plan(plan_training(config_of(photos, **settings)))
+        assert text in capsys.readouterr().out
+
+
+def test_a_short_run_reaches_the_rate_that_the_report_states(photos, tmp_path):
+    train(photos, tmp_path / "run", steps=5, previews={"every": 0}, optim={"lr": 1e-3})
+    rates = [rate for _, _, rate in metrics(tmp_path / "run")]
+    assert max(rates) == pytest.approx(1e-3) and rates[0] == pytest.approx(5e-4)
+
+
+def test_a_rate_for_a_text_encoder_that_is_held_is_told(photos):
+    given = {"lora": {"text_encoder": False}, "optim": {"lr_text_encoder": 1e-4}}
+    [line] = plan_training(config_of(photos, **given)).fallbacks
+    assert line.startswith("optim.lr_text_encoder = 0.0001 is for nothing")
+    assert plan_training(config_of(photos, lora={"text_encoder": False})).fallbacks == []
+    own = config_of(photos, lora={"text_encoder": False})
+    assert own.optim.lr_text_encoder is None
+    assert config_of(photos).optim.lr_text_encoder == config_of(photos).optim.lr_unet / 2
+
+
+def test_without_a_terminal_progress_comes_in_lines(capsys, monkeypatch):
+    now = itertools.count(step=10)
+    monkeypatch.setattr(terminal.time, "monotonic", lambda: next(now))
+    with terminal.training_progress(9) as listen:
+        for step in range(1, 10):
+            listen(StepReport(step, 0.5, 1e-3, 2.0, [], None))
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0].split() for line in lines] == [
+        ["training", "step", str(step), "of", "9"] for step in (1, 4, 7, 9)
+    ]
+    assert lines[1].endswith("loss 0.5000, 2.0 images/s, about 0:00:50 left")
 
 
 def test_half_precision_trains_pairs_in_single_precision(photos, tmp_path):

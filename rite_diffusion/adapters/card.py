@@ -1,6 +1,7 @@
 """A model card: what a hub shows of an adapter, from what its header states."""
 
 import json
+from shlex import quote
 
 from rite_diffusion.adapters.adapter import Adapter
 from rite_diffusion.files.writing import printable
@@ -13,7 +14,8 @@ def card(adapter: Adapter, file_name: str) -> str:
     info = adapter.info
     trigger, noun = _plain(info.trigger), _plain(info.class_noun)
     prompt = f"a {trigger}" if trigger else "a prompt"
-    title = trigger or file_name.removesuffix(".safetensors")
+    name = printable(file_name)
+    title = trigger or name.removesuffix(".safetensors")
     return "\n".join(
         [
             *_front_matter(adapter),
@@ -25,10 +27,10 @@ def card(adapter: Adapter, file_name: str) -> str:
             *_table(adapter),
             "",
             "```sh",
-            f"rite generate {json.dumps(prompt)} --adapter {file_name}{_base_option(info.base)}",
+            f"rite generate {quote(prompt)} --adapter {quote(name)}{_base_option(info.base)}",
             "```",
             "",
-            *_diffusers(file_name, info.base),
+            *_diffusers(name, info.base),
         ]
     )
 
@@ -70,7 +72,7 @@ def _cell(value: str) -> str:
 
 
 def _base_option(base: str) -> str:
-    return "" if base in ("", "pocket") else f" --base {json.dumps(base)}"
+    return "" if base in ("", "pocket") else f" --base {quote(printable(base))}"
 
 
 def _diffusers(file_name: str, base: str) -> list[str]:

@@ -48,6 +48,10 @@ class Export:
     lossy: list[str]  # words whose layers the embedding files average
     pixels: int | None  # largest difference of two pictures, 0 to 255; None without a base
 
+    def losses(self) -> dict[str, float]:
+        """Relative error of each word whose layers are averaged."""
+        return {word: embeddings.averaging_error(self.adapter, word) for word in self.lossy}
+
 
 def convert(
     file: str | Path,

@@ -1,7 +1,6 @@
 """From what a user calls a base model to an open backbone: pocket, folder, file or hub id."""
 
 import json
-import os
 import threading
 import warnings
 from functools import partial
@@ -34,7 +33,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def default_device() -> torch.device:
     """CUDA, then Apple's GPU, then the CPU."""
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        return torch.device("cuda", 0)
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 

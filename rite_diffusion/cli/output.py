@@ -1,7 +1,9 @@
 """What the commands print."""
 
 import json
-from collections.abc import Callable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -21,11 +23,14 @@ from rite_diffusion.files.writing import printable
 from rite_diffusion.methods import METHODS
 from rite_diffusion.photos.folder import PhotoFolder
 from rite_diffusion.training.plan import Plan
+from rite_diffusion.training.rates import describe_course
 from rite_diffusion.training.run import Cost
 from rite_diffusion.training.trainer import StepReport
 
 LONG_TRIGGER = 5  # tokens; "<dog>" has three
 FAINT = 0.01  # share of white below which a mask may be a mistake
+RECENT = 20  # steps whose loss and speed are shown as a mean
+LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 
 
 def _line(label: str, text: str) -> None:
@@ -50,9 +55,10 @@ def describe_plan(plan: Plan) -> None:
     _line("adapter", f"{config.method}, rank {config.lora.rank}")
     rates = f"{optim.name}, rate auto: tried out before the first step"
     if optim.lr_unet is not None:
-        text = f", text encoder {optim.lr_text_encoder:g}" if config.lora.text_encoder else ""
+        text = f", text encoder {optim.lr_text_encoder:g}" if config.trains_text_encoder else ""
         rates = f"{optim.name}, rate {optim.lr_unet:g}{text}"
     _line("training", f"{config.steps} steps of {config.batch}, {rates}, seed {config.seed}")
+    _line("", describe_course(config))
 
 
 def _describe_photos(plan: Plan) -> None:
@@ -136,7 +142,10 @@ def describe_cost(plan: Plan, cost: Cost) -> None:
 
 @contextmanager
 def training_progress(steps: int) -> Iterator[Callable[[StepReport], None]]:
-    """A progress bar with loss, images/s and time left; yields what to call after each step."""
+    """A progress bar with loss, images/s and time left; yields what to call after each step.
+
+    Where standard output is no terminal, a line now and then.
+    """
     columns = (
         TextColumn("training  "),
         BarColumn(bar_width=24),
@@ -145,18 +154,48 @@ def training_progress(steps: int) -> Iterator[Callable[[StepReport], None]]:
         TextColumn("{task.fields[speed]:.1f} images/s"),
         TimeRemainingColumn(),
     )
-    recent: list[StepReport] = []
-    with Progress(*columns, console=Console(), transient=False) as progress:
+    recent, console = list[StepReport](), Console()
+    if not console.is_terminal:
+        yield _progress_lines(steps)
+        return
+    with Progress(*columns, console=console, transient=False) as progress:
         task = progress.add_task("", total=steps, loss=float("nan"), speed=0.0)
 
         def listen(report: StepReport) -> None:
             recent.append(report)
-            del recent[:-20]
-            loss = sum(entry.loss for entry in recent) / len(recent)
-            speed = sum(entry.images_per_second for entry in recent) / len(recent)
+            del recent[:-RECENT]
+            loss, speed = _recent_figures(recent)
             progress.update(task, completed=report.step, loss=loss, speed=speed)
 
         yield listen
+
+
+def _recent_figures(recent: Sequence[StepReport]) -> tuple[float, float]:
+    """Mean loss and images per second."""
+    loss = sum(entry.loss for entry in recent) / len(recent)
+    return loss, sum(entry.images_per_second for entry in recent) / len(recent)
+
+
+def _progress_lines(steps: int) -> Callable[[StepReport], None]:
+    """What prints a line after the first step, the last, and others every half minute."""
+    recent = list[StepReport]()
+    begun = printed = time.monotonic()
+    first = 0
+
+    def listen(report: StepReport) -> None:
+        nonlocal printed, first
+        recent.append(report)
+        del recent[:-RECENT]
+        now, first = time.monotonic(), first or report.step
+        if report.step not in (first, steps) and now - printed < LINE_EVERY:
+            return
+        printed, (loss, speed) = now, _recent_figures(recent)
+        left = (now - begun) / (report.step - first + 1) * (steps - report.step)
+        text = f"step {report.step} of {steps}, loss {loss:.4f}, {speed:.1f} images/s"
+        _line("training", f"{text}, about {timedelta(seconds=round(left))} left")
+        sys.stdout.flush()
+
+    return listen
 
 
 def describe_result(plan: Plan, adapter: Path) -> None:
@@ -251,8 +290,9 @@ def describe_export(export: Export) -> None:
         _line("wrote", f"{export.path} in {export.dtype}{was}")
     for path in export.embeddings:
         _line("embedding", str(path))
-    for word in export.lossy:
-        _line("lossy", f"the layers of {word} are averaged: no other tool keeps them apart")
+    for word, error in export.losses().items():
+        text = f"the layers of {word} are averaged, as no other tool keeps them apart"
+        _line("lossy", f"{text}: relative error {error:.2g}")
     for check in export.checks:
         text = f"{check.modules} modules, largest relative difference {check.difference:.1e}"
         _line("verified", f"{text}, by {check.reader}")

@@ -48,7 +48,9 @@ class OptimSection(Section):
     )
     weight_decay: float = Field(default=0.01, ge=0, le=1)
     clip_norm: float = Field(default=1.0, gt=0, description="bound on the norm of all gradients")
-    warmup: int = Field(default=10, ge=0, description="steps")
+    warmup: int = Field(
+        default=10, ge=0, description="steps, at most a fifth of all; the decay begins after them"
+    )
     schedule: Literal["constant", "cosine", "linear"] = "cosine"
 
 
@@ -300,6 +302,11 @@ class TrainConfig(SourceSection):
         if self.tokens.first and (self.method != "pivotal" or self.tokens.first >= self.steps):
             raise ValueError("tokens.first is for method pivotal, and less than its steps")
         return self
+
+    @property
+    def trains_text_encoder(self) -> bool:
+        """Whether the text encoder's own layers learn, which `optim.lr_text_encoder` is for."""
+        return self.lora.text_encoder and self.method != "custom_diffusion"
 
     def _tables(self) -> list[dict[str, Any]]:
         """Each photo folder's settings: its own, then its dataset's, then the general ones."""

@@ -20,7 +20,8 @@ def user_path(path: str | Path) -> Path:
     """A path as a user wrote it, `~` expanded; PathError for one that no file can have."""
     try:
         expanded = Path(path).expanduser()
-        expanded.is_file()  # ValueError for a NUL byte
+        with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            expanded.lstat()  # ValueError for a NUL byte, OSError for a name that is too long
     except (RuntimeError, ValueError, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise PathError(f"{str(path)!r} is no path ({reason}): check its spelling.") from None

@@ -55,7 +55,8 @@ def _report(made: "Export") -> str:
     facts = [("Read", f"{len(made.adapter.pairs)} modules in {made.adapter.dialect}'s names")]
     facts += [("Note", note) for note in made.adapter.notes]
     facts += [
-        ("Averaged", f"the layers of {word}: no other tool keeps them") for word in made.lossy
+        ("Averaged", f"the layers of {word}, relative error {error:.2g}: no other tool keeps them")
+        for word, error in made.losses().items()
     ]
     facts += [
         ("Loaded back", f"{each.modules} modules by {each.reader}, largest difference "

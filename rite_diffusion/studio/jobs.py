@@ -21,6 +21,7 @@ import tomlkit
 
 from rite_diffusion.errors import StudioError
 from rite_diffusion.files.writing import read_json, write_atomically
+from rite_diffusion.training.lock import is_in_use
 
 PATIENCE = 30.0  # seconds after which a second wish to stop kills
 LIVE = ("starting", "preparing", "running", "stopping")
@@ -72,6 +73,8 @@ def state_of(run: Path) -> str:
     if order.process() is not None:
         current = told.get("pid") == order.pid
         return "stopping" if order.wish == "stop" else told["state"] if current else "starting"
+    if is_in_use(run):  # a terminal has gone on with it
+        return told.get("state", "starting")
     if order.pid == 0 and order.wish == "run":
         return "queued"
     ended = told.get("state", "")
@@ -83,7 +86,7 @@ def state_of(run: Path) -> str:
 def _state_elsewhere(run: Path, told: dict[str, Any]) -> str:
     """The state of a run that `rite train` was started on by hand."""
     state = told.get("state", "failed")
-    if state in ("preparing", "running") and not psutil.pid_exists(told.get("pid", 0)):
+    if state in ("preparing", "running") and not is_in_use(run):
         return "failed"
     return state
 
@@ -122,9 +125,9 @@ class JobQueue:
     def stop(self, run: Path) -> str:
         """Ask a run to end after its step; asked again after a while, kill it. Returns what was."""
         state, order = state_of(run), read_order(run)
-        if order is None and state in LIVE:
-            raise StudioError(f"'{run.name}' was started in a terminal: press Ctrl-C there.")
         process = order.process() if order else None
+        if process is None and state in LIVE:
+            raise StudioError(f"'{run.name}' was started in a terminal: press Ctrl-C there.")
         if order is not None and state == "queued":
             write_order(run, replace(order, wish="stop", since=time.time()))
         elif order is not None and process is not None and order.wish == "run":

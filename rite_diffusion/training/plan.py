@@ -1,5 +1,6 @@
 """A training run before it starts: settings resolved, photos read, the base open."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from rite_diffusion.photos.class_photos import read_class_photos, refuse_concept
 from rite_diffusion.photos.dataset import Encoding, balanced, target_sizes
 from rite_diffusion.photos.folder import PhotoFolder, joined, read_folder
 from rite_diffusion.seeding import Stream, generator
+from rite_diffusion.training.processes import leftovers, own_device
 from rite_diffusion.training.resume import inputs_of
 from rite_diffusion.types import Concept, Photo
 
@@ -42,7 +44,7 @@ class Plan:
     undrawn: list[str]  # class nouns whose pictures the base has yet to draw
     moved: list[tuple[str, str]]  # over-long captions, and the trigger at their end that was kept
     held_out: list[Photo]  # for the validation loss
-    fallbacks: list[str]  # what this machine cannot do, and what is done instead
+    fallbacks: list[str]  # what is not done as asked, and what is done instead
 
     @property
     def encoding(self) -> Encoding:
@@ -99,6 +101,9 @@ def configure(settings: dict[str, Any], preset: str | None = None) -> TrainConfi
     if "lr" in settings.get("optim", {}):
         low.get("optim", {}).pop("lr_text_encoder", None)
     config = resolve(merge(low, settings))
+    if not config.trains_text_encoder and "lr_text_encoder" not in settings.get("optim", {}):
+        held = config.optim.model_copy(update={"lr_text_encoder": None})
+        config = config.model_copy(update={"optim": held})
     optim = config.optim
     if optim.lr == "auto":
         optimizer_spec(optim.name)  # refuses an unknown name here
@@ -108,6 +113,16 @@ def configure(settings: dict[str, Any], preset: str | None = None) -> TrainConfi
     rates = {key: rate for key, rate in given.items() if rate is not None}
     filled = with_rates(config, lr)
     return filled.model_copy(update={"optim": filled.optim.model_copy(update=rates)})
+
+
+def _idle_rate(config: TrainConfig) -> str:
+    """A line about a rate for a text encoder that does not train; empty where there is none."""
+    rate = config.optim.lr_text_encoder
+    if rate is None or config.trains_text_encoder:
+        return ""
+    custom = config.method == "custom_diffusion"
+    why = "method = custom_diffusion" if custom else "lora.text_encoder = false"
+    return f"optim.lr_text_encoder = {rate:g} is for nothing: the text encoder is held ({why})"
 
 
 def _default_preset(settings: dict[str, Any]) -> str:
@@ -127,8 +142,9 @@ def survey(config: TrainConfig) -> Plan:
     Reads the photos and opens the base; raises a RiteError for all that cannot be trained on.
     """
     folders = [_read(source) for source in config.sources()]
-    precision, fallback = usable_precision(config.precision, default_device())
-    backbone = load_backbone(config.base, precision)
+    device = own_device(default_device())
+    precision, fallback = usable_precision(config.precision, device)
+    backbone = load_backbone(config.base, precision, device)
     check_triggers(backbone, config.concepts())
     side = config.resolution or backbone.resolution
     if side % backbone.multiple:
@@ -143,10 +159,9 @@ def survey(config: TrainConfig) -> Plan:
     classes = joined(given)
     whole = joined(folders)
     refuse_concepts(classes.photos, whole.photos, triggers, says)
-    plan = Plan(
-        config, backbone, whole, photos, classes, [], undrawn, moved, held_out,
-        [fallback] if fallback else [],
-    )  # fmt: skip
+    told = (fallback, leftovers(os.environ), _idle_rate(config))
+    fallbacks = [line for line in told if line]
+    plan = Plan(config, backbone, whole, photos, classes, [], undrawn, moved, held_out, fallbacks)
     return _with_class_photos(plan, classes.photos) if classes.photos and not undrawn else plan
 
 

@@ -5,6 +5,9 @@ not wrapped. `torchrun` and `accelerate launch` set the environment that tells t
 """
 
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -12,15 +15,104 @@ from torch import Tensor, nn
 
 from rite_diffusion.errors import RunError
 
+LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+# What accelerate takes for signs of a launcher too; MPI's own are not enough to train together.
+OTHER_SIGNS = (
+    "LOCAL_WORLD_SIZE",
+    *("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    *(f"OMPI_COMM_WORLD_{key}" for key in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")),
+    *(f"MV2_COMM_WORLD_{key}" for key in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which of the processes that train together this one is."""
+
+    rank: int = 0
+    count: int = 1
+    local_rank: int = 0  # among those of this machine
+
+
+def place_in(environment: Mapping[str, str]) -> Place:
+    """The place that a launcher has given this process; alone where its variables are not all set.
+
+    RunError where they are, and contradict each other.
+    """
+    told = {name: environment.get(name, "") for name in LAUNCHER}
+    if not all(told.values()):
+        return Place()
+    numbers = [_whole_number(told[name]) for name in LAUNCHER if name != "MASTER_ADDR"]
+    rank, count, local_rank, port = numbers
+    if not (0 <= rank < count and 0 <= local_rank < count and 0 <= port < 2**16):
+        text = ", ".join(f"{name}={value}" for name, value in told.items())
+        raise RunError(
+            f"the variables of a launcher contradict each other ({text}): start again with "
+            "torchrun or accelerate launch, or unset them to train in one process."
+        )
+    return Place(rank, count, local_rank)
+
+
+def _whole_number(text: str) -> int:
+    return int(text) if text.isascii() and text.isdigit() else -1
+
+
+def leftovers(environment: Mapping[str, str]) -> str:
+    """A line about variables of a launcher that are ignored; empty where there are none."""
+    if all(environment.get(name) for name in LAUNCHER):
+        return ""
+    telling = [name for name in LAUNCHER if not name.startswith("MASTER")]
+    names = [name for name in (*telling, *OTHER_SIGNS) if environment.get(name)]
+    if not names:
+        return ""
+    missing = [name for name in LAUNCHER if not environment.get(name)]
+    found = ", ".join(f"{name}={environment[name]}" for name in names)
+    return f"one process: {found} ignored, as a launcher would set {', '.join(missing)} too"
+
 
 def process_count() -> int:
     """How many processes train together."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return place_in(os.environ).count
 
 
 def is_main_process() -> bool:
     """Whether this is the process that writes and prints."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return place_in(os.environ).rank == 0
+
+
+def own_device(device: torch.device) -> torch.device:
+    """The device of this process, where each of a machine's has its own GPU."""
+    if device.type != "cuda":
+        return device
+    return torch.device("cuda", place_in(os.environ).local_rank)
+
+
+def unreachable(error: Exception) -> RunError:
+    """What a run says whose processes do not find each other."""
+    told = ", ".join(f"{name}={os.environ.get(name, '')}" for name in LAUNCHER)
+    [line, *_] = str(error).splitlines() or [""]
+    return RunError(
+        f"the processes of this run do not find each other ({told}; {line}): start all of them, or "
+        "unset these variables to train in one process."
+    )
+
+
+@contextmanager
+def without_leftovers() -> Iterator[None]:
+    """The environment without variables of a launcher that are ignored, for accelerate to read."""
+    hidden: dict[str, str] = {}
+    if not all(os.environ.get(name) for name in LAUNCHER):
+        names = [name for name in (*LAUNCHER, *OTHER_SIGNS) if name in os.environ]
+        hidden = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def wait_for_all(accelerator: Accelerator) -> None:
+    """Return once every process has come here; RunError where one of them does not."""
+    mean_over_processes(accelerator, 0.0)
 
 
 @torch.no_grad()

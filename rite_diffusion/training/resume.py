@@ -49,20 +49,51 @@ def changes(run: RunFolder, config: TrainConfig, inputs: dict[str, str]) -> list
         flatten(each.model_dump(exclude=FREE)) | own
         for each, own in ((from_toml(old_config), old_inputs), (config, inputs))
     )
+    if not config.trains_text_encoder:  # then its rate teaches nothing
+        before.pop("optim.lr_text_encoder", None)
+        now.pop("optim.lr_text_encoder", None)
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     return [f"{key}: {before.get(key, 'none')} -> {now.get(key, 'none')}" for key in keys]
+
+
+def refuse_finished(run: RunFolder, config: TrainConfig) -> None:
+    """RunError for a folder that holds a finished run, unless more steps are wanted of it."""
+    if not run.is_finished():
+        return
+    before = from_toml(run.read_settings()[0]).steps if run.has_settings() else None
+    if before is None or config.steps <= before:
+        more = f", ask for more than its {before} steps" if before else ""
+        raise RunError(
+            f"{run.path} already holds an adapter. Choose another --out{more}, or delete the "
+            "folder."
+        )
+    if not run.checkpoints():
+        raise RunError(
+            f"{run.path} holds a finished run of {before} steps without its last state "
+            "(checkpoints/), which more steps would go on from. Choose another --out."
+        )
 
 
 def begin_or_continue(
     run: RunFolder, config: TrainConfig, inputs: dict[str, str], override: bool
 ) -> Snapshot | None:
-    """Where an interrupted run goes on, None for a fresh one; what is trained on is written down.
+    """Where a run goes on that was interrupted, or that is finished and wanted longer.
 
-    Raises RunError naming what has changed since, unless `override` accepts it.
+    None for a fresh one; what is trained on is written down. Raises RunError naming what has
+    changed since, unless `override` accepts it, and where more steps are done than are wanted.
     """
+    refuse_finished(run, config)
+    longer = run.is_finished()
     snapshot = run.newest_snapshot()
     if snapshot is not None:
+        if snapshot.step > config.steps:
+            raise RunError(
+                f"{run.path} has done {snapshot.step} steps, {config.steps} are wanted: ask for as "
+                "many or more, or choose another --out."
+            )
         found = changes(run, config, inputs)
+        if longer:
+            found = [change for change in found if not change.startswith("steps: ")]
         if found and not override:
             raise RunError(
                 f"{run.path} was begun differently ({'; '.join(found)}). Choose another --out, or "
@@ -70,7 +101,7 @@ def begin_or_continue(
             )
         for change in found:
             run.log(f"overridden: {change}")
-        run.log(f"goes on after step {snapshot.step}")
+        run.log(f"goes on after step {snapshot.step}" + (f" to {config.steps}" if longer else ""))
     run.keep_metrics(snapshot.step if snapshot else 0)
     run.write_settings(to_toml(config), inputs)
     return snapshot

@@ -20,11 +20,17 @@ from rite_diffusion.optim import optimizer_spec
 from rite_diffusion.photos.dataset import encode_photos
 from rite_diffusion.training.interrupt import stop_on_signal
 from rite_diffusion.training.job import Job, release_encoders
+from rite_diffusion.training.lock import is_in_use
 from rite_diffusion.training.memory import is_out_of_memory, peak_memory
 from rite_diffusion.training.plan import Plan
 from rite_diffusion.training.probe import probe_rates
 from rite_diffusion.training.processes import is_main_process, process_count
-from rite_diffusion.training.resume import begin_or_continue, changes, with_earlier_rates
+from rite_diffusion.training.resume import (
+    begin_or_continue,
+    changes,
+    refuse_finished,
+    with_earlier_rates,
+)
 from rite_diffusion.training.run_folder import RunFolder
 from rite_diffusion.training.snapshot import Snapshot
 from rite_diffusion.training.trackers import open_trackers
@@ -95,12 +101,14 @@ def run_training(
     """Train, and return the path of the adapter file in the run folder `out`.
 
     A run that was stopped or killed goes on from its newest checkpoint, as if it had never been
-    interrupted; RunError tells what has changed since, unless `override` accepts it. Raises Stopped
-    after Ctrl-C or SIGTERM, once the adapter of the last step is written.
+    interrupted, and a finished one where more steps are wanted. RunError tells what has changed
+    since, unless `override` accepts it. Raises Stopped after Ctrl-C or SIGTERM, once the adapter of
+    the last step is written.
     """
     if not is_main_process():
         return _follow(plan, RunFolder(out))
     total = plan.config.steps
+    refuse_finished(RunFolder(out), plan.config)  # before anything is written there
     with RunFolder(out) as run, stop_on_signal() as request:
         config = with_earlier_rates(run, plan.config)
         resume = begin_or_continue(run, config, plan.inputs(), override)
@@ -191,6 +199,10 @@ def _follow(plan: Plan, run: RunFolder) -> Path:
     resume = run.newest_snapshot()
     with stop_on_signal() as request, _job(plan) as job:
         train_steps(job, lambda _: None, stop=request.is_set, resume=resume)
+    if not run.adapter_path.exists():
+        raise RunError(
+            f"no {run.adapter_path} on this machine: all processes of a run need one run folder."
+        )
     return run.adapter_path
 
 
@@ -245,6 +257,6 @@ def default_run(plan: Plan) -> Path:
 def _goes_on(plan: Plan, path: Path) -> bool:
     """Whether a run folder holds an unfinished run of this plan that nobody works on."""
     run = RunFolder(path)
-    if run.state() == "finished" or run.in_use() or not run.has_settings():
+    if run.state() == "finished" or is_in_use(path) or not run.has_settings():
         return False
     return not changes(run, with_earlier_rates(run, plan.config), plan.inputs())

@@ -20,19 +20,10 @@ from safetensors.torch import load, save
 from rite_diffusion.adapters.file import Adapter, save_adapter
 from rite_diffusion.errors import RunError
 from rite_diffusion.files.writing import read_json, write_atomically
+from rite_diffusion.training.lock import Lock
 from rite_diffusion.training.snapshot import Snapshot
 
 FILES = ("config.toml", "inputs.json", "status.json", "metrics.jsonl", "log.txt")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _step_of(line: str) -> float:
@@ -51,22 +42,23 @@ def read_state(path: Path) -> str | None:
 class RunFolder:
     """A run folder held under its lock; use as a context manager.
 
-    Raises RunError where the folder cannot be written, holds a finished run, or is in use.
+    Raises RunError where the folder cannot be written or is in use.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.adapter_path = path / "adapter.safetensors"
+        self._lock = Lock(path / "lock")
 
     def __enter__(self) -> "RunFolder":
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._refuse_finished()
             self._refuse_foreign()
-            self._lock()
+            self._take_lock()
             for name in ("previews", "checkpoints"):
                 (self.path / name).mkdir(exist_ok=True)
         except OSError as error:
+            self._lock.release()
             reason = error.strerror or str(error)
             raise RunError(
                 f"cannot write to {self.path}: {reason}. Choose another --out."
@@ -74,13 +66,12 @@ class RunFolder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        (self.path / "lock").unlink(missing_ok=True)
+        self._lock.release()
 
-    def _refuse_finished(self) -> None:
-        if self.adapter_path.exists() and self.state() not in ("stopped", "running", "failed"):
-            raise RunError(
-                f"{self.path} already holds an adapter. Choose another --out, or delete the folder."
-            )
+    def is_finished(self) -> bool:
+        """Whether the folder holds an adapter that no stopped, failed or killed run left there."""
+        going = ("preparing", "stopped", "running", "failed")
+        return self.adapter_path.exists() and self.state() not in going
 
     def _refuse_foreign(self) -> None:
         """RunError where files that are not a run's have the names of a run's files."""
@@ -96,24 +87,16 @@ class RunFolder:
         """The state that was last written: preparing, running, stopped, failed or finished."""
         return read_state(self.path)
 
-    def in_use(self) -> int | None:
-        """The process that holds the lock, if it lives."""
-        lock = self.path / "lock"
-        owner = lock.read_text(encoding="utf-8").strip() if lock.exists() else ""
-        return int(owner) if owner.isdigit() and _alive(int(owner)) else None
-
-    def _lock(self) -> None:
-        lock = self.path / "lock"
+    def _take_lock(self) -> None:
         try:
-            descriptor = os.open(lock, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
-        except FileExistsError:
-            owner = self.in_use()
-            if owner is not None:
-                raise RunError(f"{self.path} is in use by process {owner}.") from None
-            lock.unlink(missing_ok=True)
-            return self._lock()
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(str(os.getpid()))
+            locked = self._lock.acquire()
+        except BlockingIOError:
+            raise RunError(
+                f"{self.path} is in use by process {self._lock.owner() or 'unknown'}: wait for it, "
+                "end it, or choose another --out."
+            ) from None
+        if not locked:
+            self.log("this file system has no locks: nothing keeps a second run out of this folder")
 
     def take_request(self, name: str) -> bool:
         """Whether a file `requests/<name>` asks for something; it is taken away."""

@@ -9,12 +9,14 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from rite_diffusion.config import TrainConfig, flatten
 from rite_diffusion.errors import ConfigError
+from rite_diffusion.training.processes import without_leftovers
 from rite_diffusion.training.trainer import StepReport
 
 
 def _open(name: str, folder: Path, config: TrainConfig):
     tracker_class = LOGGER_TYPE_TO_CLASS[name]
-    PartialState()  # trackers ask it whether they are on the main process
+    with without_leftovers():
+        PartialState()  # trackers ask it whether they are on the main process
     try:
         if tracker_class.requires_logging_directory:
             tracker = tracker_class(run_name=folder.name, logging_dir=folder / "trackers")

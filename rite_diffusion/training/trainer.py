@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from rite_diffusion.backbones.protocols import Backbone
-from rite_diffusion.config import OptimSection, TrainConfig
+from rite_diffusion.config import TrainConfig
 from rite_diffusion.errors import ConfigError, OptimizerError, RunError
 from rite_diffusion.methods import Method
 from rite_diffusion.optim import optimizer_spec
@@ -19,7 +19,14 @@ from rite_diffusion.training.batch import Batch
 from rite_diffusion.training.configured import step_batch, step_loss
 from rite_diffusion.training.job import Job, keep_captions, release_encoders
 from rite_diffusion.training.memory import is_out_of_memory, out_of_memory
-from rite_diffusion.training.processes import average_gradients, mean_over_processes
+from rite_diffusion.training.processes import (
+    average_gradients,
+    mean_over_processes,
+    unreachable,
+    wait_for_all,
+    without_leftovers,
+)
+from rite_diffusion.training.rates import rate_factor
 from rite_diffusion.training.snapshot import Snapshot, put_back, take
 from rite_diffusion.training.validation import held_out_loss
 
@@ -38,17 +45,6 @@ class StepReport:
     validation: float | None  # loss on the held-out photos, where it was measured
 
 
-def rate_factor(optim: OptimSection, steps: int) -> Callable[[int], float]:
-    """Learning-rate factor of a step: linear warm-up, then constant, cosine or linear to zero."""
-    decays = {
-        "constant": lambda progress: 1.0,
-        "linear": lambda progress: 1.0 - progress,
-        "cosine": lambda progress: 0.5 + 0.5 * float(torch.cos(torch.tensor(torch.pi * progress))),
-    }
-    decay = decays[optim.schedule]
-    return lambda step: min(1.0, (step + 1) / (optim.warmup + 1)) * decay(min(1.0, step / steps))
-
-
 def build_optimizer(method: Method, config: TrainConfig) -> torch.optim.Optimizer:
     """The configured optimizer over the method's parameter groups."""
     optim = config.optim
@@ -61,10 +57,14 @@ def build_optimizer(method: Method, config: TrainConfig) -> torch.optim.Optimize
 def new_accelerator(backbone: Backbone, config: TrainConfig) -> Accelerator:
     """The accelerator of a run; a process may train twice, at two precisions."""
     AcceleratorState._reset_state()
-    return Accelerator(
-        cpu=backbone.device.type == "cpu",
-        mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
-    )
+    try:
+        with without_leftovers():
+            return Accelerator(
+                cpu=backbone.device.type == "cpu",
+                mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
+            )
+    except torch.distributed.DistError as error:
+        raise unreachable(error) from error
 
 
 class Trainer:
@@ -159,6 +159,7 @@ def train_steps(
         if resume.step >= config.steps:  # all steps were done, but the adapter was not written
             with trainer.average.swapped_in():
                 save(resume, True)
+            wait_for_all(trainer.accelerator)
             return resume.step
     job.backbone.checkpoint_gradients(config.gradient_checkpointing)
     job.backbone.compile_denoiser(config.compile)
@@ -190,6 +191,7 @@ def train_steps(
             with trainer.average.swapped_in():
                 save(snapshot, last)
         if last:
+            wait_for_all(trainer.accelerator)  # whoever comes back finds the adapter written
             return step + 1
     return config.steps
 

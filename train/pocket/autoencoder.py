@@ -45,7 +45,7 @@ class Settings:
     critic_from: float = 0.85  # ... from this share on
     prior: float = 1e-4  # weight of the latents' mean square
     decay: float = 0.999  # of the average of the weights
-    latent_channels: int = 16
+    latent_channels: int = 32
     widths: tuple[int, ...] = (16, 32, 64, 128)
 
 
@@ -77,11 +77,6 @@ def lively_crops(rng: np.random.Generator, image: np.ndarray, crop: int) -> np.n
     return np.stack(chosen)
 
 
-def pixels_of(images: Tensor) -> Tensor:
-    """(n, h, w, 3) uint8 as (n, 3, h, w) in [-1, 1], channels last in memory."""
-    return images.permute(0, 3, 1, 2).float().div(127.5).sub(1)
-
-
 def batches(seen: int, settings: Settings, machine: Machine) -> Iterator[Tensor]:
     """Batches of pixels in [-1, 1] from picture `seen` to the end of the training."""
     turn = round(settings.pictures * settings.whole_from)
@@ -92,7 +87,7 @@ def batches(seen: int, settings: Settings, machine: Machine) -> Iterator[Tensor]
         data = Crops(seen, end - seen, crop)
         loader = DataLoader(data, settings.batch, num_workers=machine.workers)
         for stack in loader:
-            yield pixels_of(stack.flatten(0, 1).to(machine.device, non_blocking=True))
+            yield held_out.as_pixels(stack.flatten(0, 1).to(machine.device))
         seen = end
 
 
@@ -201,5 +196,5 @@ def finished(work: Path, settings: Settings) -> AutoencoderKL:
     module = new_autoencoder(settings.widths, settings.latent_channels)
     load_state(work / "autoencoder.safetensors", {}, {"average": module})
     pictures = [images.world_scene(np.random.default_rng([SEED + 1, i])) for i in range(256)]
-    standardise(module, pixels_of(torch.from_numpy(np.stack(pictures))))
+    standardise(module, held_out.as_pixels(np.stack(pictures)))
     return module.eval()

@@ -23,9 +23,9 @@ States = list[Tensor]  # text states of each caption, (tokens, width)
 class Sizes:
     """The sizes of a base's networks."""
 
-    unet_widths: tuple[int, ...] = (64, 96, 192)
-    width: int = 192  # of the text encoder, and of the transformer
-    layers: int = 8  # of the transformer
+    unet_widths: tuple[int, ...]
+    width: int  # of the text encoder, and of the transformer
+    layers: int  # of the transformer
 
 
 class Base(Protocol):

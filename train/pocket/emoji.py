@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 SIDE = 128  # pixels of a sprite's longer side
-FOLDER = Path(os.environ.get("POCKET_EMOJI", Path(__file__).parents[1] / "emoji"))
+FOLDER = Path(os.environ.get("POCKET_EMOJI", Path(__file__).parents[1] / "emoji/sets"))
 
 PACKAGES = {
     "flat": "@iconify-json/noto@1.2.9",

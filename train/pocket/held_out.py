@@ -19,9 +19,9 @@ PHOTOS = Path(__file__).parents[2] / "examples/photos"
 STYLES = ("flat", "3d")  # of the held-out emoji
 
 
-def as_pixels(pictures: np.ndarray) -> Tensor:
+def as_pixels(pictures: np.ndarray | Tensor) -> Tensor:
     """(n, h, w, 3) uint8 as (n, 3, h, w) in [-1, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return torch.as_tensor(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
 def as_pictures(pixels: Tensor) -> np.ndarray:

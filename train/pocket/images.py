@@ -20,7 +20,7 @@ PHOTOGRAPHS = {
 }
 PHOTOGRAPH_FILES = (
     ("skimage", "astronaut.png coffee.png hubble_deep_field.jpg brick.png grass.png gravel.png"),
-    ("skimage", "retina.jpg ihc.png coins.png camera.png moon.png rocket.jpg"),
+    ("skimage", "retina.jpg ihc.png coins.png camera.png rocket.jpg"),
     ("sklearn", "china.jpg flower.jpg"),
 )
 

@@ -21,14 +21,11 @@ from transformers import (
 
 from . import world
 
-LATENT_CHANNELS = 16
 FLOW_SHIFT = 3.0  # of the noise levels, towards noise
 LATENT_NOISE = 0.05  # standard deviation of the noise that the decoder learns to bear
 
 
-def new_autoencoder(
-    widths: tuple[int, ...] = (16, 32, 64, 128), latent_channels: int = LATENT_CHANNELS
-) -> AutoencoderKL:
+def new_autoencoder(widths: tuple[int, ...], latent_channels: int) -> AutoencoderKL:
     """Autoencoder: 128x128 pixels to 16x16 latents and back.
 
     Most of its weights work at 16x16 and 32x32, where they cost little. Few groups of channels
@@ -65,7 +62,7 @@ def new_schedule() -> DDIMScheduler:
 
 
 def new_unet(
-    latent_channels: int, widths: tuple[int, ...] = (64, 96, 192), text_width: int = 192
+    latent_channels: int, widths: tuple[int, ...], text_width: int
 ) -> UNet2DConditionModel:
     """UNet with cross-attention at its two lower resolutions."""
     return UNet2DConditionModel(
@@ -82,7 +79,7 @@ def new_unet(
     )
 
 
-def new_clip(tokenizer: CLIPTokenizer, width: int = 192) -> CLIPTextModel:
+def new_clip(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModel:
     """CLIP's text transformer, two layers deep."""
     return CLIPTextModel(
         CLIPTextConfig(
@@ -101,7 +98,7 @@ def new_clip(tokenizer: CLIPTokenizer, width: int = 192) -> CLIPTextModel:
 
 
 def new_transformer(
-    latent_channels: int, width: int = 192, layers: int = 8, text_width: int = 192
+    latent_channels: int, width: int, layers: int, text_width: int
 ) -> ZImageTransformer2DModel:
     """Single-stream transformer over text and 2x2 patches of latents, as in Z-Image."""
     heads = 4
@@ -119,7 +116,7 @@ def new_transformer(
     )
 
 
-def new_qwen(tokenizer: Qwen2Tokenizer, width: int = 192) -> Qwen3Model:
+def new_qwen(tokenizer: Qwen2Tokenizer, width: int) -> Qwen3Model:
     """Qwen's language model, three layers deep; Z-Image reads what enters the last one."""
     return Qwen3Model(
         Qwen3Config(

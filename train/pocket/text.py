@@ -32,13 +32,15 @@ def captions(count: int) -> list[str]:
 
 
 def corpus() -> list[str]:
-    """Captions and the names of emoji that may be seen: most words of a prompt are few tokens."""
+    """Captions, and the names of the emoji that may be seen, for words of few tokens."""
     names = sorted({name.replace("-", " ") for _, name in emoji.training_keys()})
     return captions(10_000) + [f"{name} {name}" for name in names]
 
 
 def clip_tokenizer(folder: Path) -> CLIPTokenizer:
     """CLIP's tokenizer with a small byte-pair vocabulary: grammar words are whole."""
+    if folder.exists():
+        return CLIPTokenizer.from_pretrained(folder)
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     bpe.decoder = decoders.ByteLevel()
@@ -61,6 +63,8 @@ def clip_tokenizer(folder: Path) -> CLIPTokenizer:
 
 def qwen_tokenizer(folder: Path) -> Qwen2Tokenizer:
     """Qwen's tokenizer with a small byte-pair vocabulary and its chat template."""
+    if folder.exists():
+        return Qwen2Tokenizer.from_pretrained(folder)
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())

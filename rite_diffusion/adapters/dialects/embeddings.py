@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rite_diffusion.adapters.adapter import Adapter
+from rite_diffusion.adapters.delta import relative_difference
 from rite_diffusion.adapters.storage import write_tensors
 from rite_diffusion.errors import AdapterError
 
@@ -125,3 +126,9 @@ def write(folder: Path, adapter: Adapter) -> list[Path]:
 def lossy_words(adapter: Adapter) -> list[str]:
     """Words whose layers an embedding file cannot keep apart."""
     return [word for word, rows in adapter.tokens.items() if len(rows) > 1]
+
+
+def averaging_error(adapter: Adapter, word: str) -> float:
+    """|mean - layers| / |layers| of a word whose layers are averaged."""
+    rows = adapter.tokens[word]
+    return relative_difference(rows.mean(0, keepdim=True).expand_as(rows), rows)

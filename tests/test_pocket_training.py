@@ -1,0 +1,267 @@
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import nn
+
+from train.pocket import (
+    autoencoder,
+    bases,
+    denoiser,
+    emoji,
+    held_out,
+    images,
+    losses,
+    machine,
+    text,
+    world,
+)
+
+CPU = machine.Machine(torch.device("cpu"), uses_bf16=False, workers=0)
+TINY = autoencoder.Settings(
+    pictures=8, batch=2, crop=32, whole_from=0.75, critic_from=0.5, widths=(4, 4, 4, 8),
+    latent_channels=4,
+)  # fmt: skip
+SIZES = bases.Sizes(unet_widths=(16, 16, 16), width=32, layers=1)
+
+
+@pytest.fixture(autouse=True)
+def drawn_sprites(monkeypatch):
+    """Discs and bars in the place of emoji, which only `emoji.fetch` brings."""
+    names = [*world.NOUNS.values(), *emoji.HELD_OUT]
+    keys = [(style, name) for style in emoji.SETS for name in dict.fromkeys(names)]
+    pixels = np.zeros((len(keys), emoji.SIDE, emoji.SIDE, 4), np.uint8)
+    y, x = np.mgrid[: emoji.SIDE, : emoji.SIDE]
+    disc = (x - 64) ** 2 + (y - 64) ** 2 < 60**2
+    for index, picture in enumerate(pixels):
+        picture[disc] = (index % 256, 255 - index % 256, 90, 255)
+    found = emoji.Sprites(pixels, {key: (i, 128, 128) for i, key in enumerate(keys)})
+    monkeypatch.setattr(emoji, "sprites", lambda: found)
+    emoji.training_keys.cache_clear()
+    yield found
+    emoji.training_keys.cache_clear()
+
+
+def tiny_autoencoder():
+    return autoencoder.new_autoencoder(TINY.widths, TINY.latent_channels).eval()
+
+
+@pytest.mark.parametrize("draw", [kind for kind, _ in images.KINDS], ids=lambda f: f.__name__)
+def test_a_seed_draws_the_same_picture_again(draw):
+    one, again, other = (draw(np.random.default_rng(seed)) for seed in (3, 3, 4))
+    assert one.shape == (128, 128, 3) and one.dtype == np.uint8
+    assert np.array_equal(one, again) and not np.array_equal(one, other)
+
+
+def test_shapes_of_every_size_are_drawn():
+    for seed in range(300):  # a box narrower than its outline once ended a training
+        images.shapes(np.random.default_rng([5, seed]))
+
+
+def test_what_is_held_out_is_in_no_noun_and_no_training_picture():
+    assert not {*emoji.HELD_OUT} & {*world.NOUNS.values()}
+    assert not {*emoji.HELD_OUT} & {name for _, name in emoji.training_keys()}
+    assert len({*emoji.UNSEEN}) >= 20 and not {*emoji.UNSEEN} & {*emoji.CONCEPTS}
+
+
+def test_a_scene_shows_its_caption(drawn_sprites):
+    for seed in range(40):
+        scene = world.scene(np.random.default_rng(seed))
+        assert all(noun in scene.caption for noun in scene.nouns)
+        assert scene.caption.startswith("3d style, ") == (scene.style == "3d")
+        corner, wanted = scene.image[2, 2].astype(float), np.array(world.COLOURS[scene.colour])
+        assert np.abs(corner - wanted).mean() < 50
+
+
+def test_lively_crops_hold_what_is_drawn():
+    image = np.zeros((128, 128, 3), np.uint8)
+    image[40:90:2, 40:90:3] = 255
+    crops = autoencoder.lively_crops(np.random.default_rng(0), image, 64)
+    assert (
+        crops.shape == (autoencoder.CROPS, 64, 64, 3) and crops.reshape(2, -1).max(1).min() == 255
+    )
+
+
+def noise(rng):
+    return rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("stop", [4, 6], ids=["where the critic begins", "where crops end"])
+def test_an_interrupted_training_ends_with_the_same_weights(stop, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "any_image", noise)
+    monkeypatch.setattr(held_out, "brief_figures", lambda *_: {})
+    monkeypatch.setattr(held_out, "show", lambda *_: None)
+    autoencoder.train(tmp_path / "whole", TINY, CPU)
+
+    class Stopped(Exception):
+        pass
+
+    def stopping(self, pixels, seen, step=autoencoder.Training.step):
+        if seen == stop:
+            raise Stopped
+        return step(self, pixels, seen)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "SAVE_SECONDS", -1)  # a state after every step
+        patch.setattr(autoencoder.Training, "step", stopping)
+        with pytest.raises(Stopped):
+            autoencoder.train(tmp_path / "parts", TINY, CPU)
+    assert machine.seen_in(tmp_path / "parts/autoencoder.safetensors") == stop
+    autoencoder.train(tmp_path / "parts", TINY, CPU)
+    paths = [tmp_path / name / "autoencoder.safetensors" for name in ("whole", "parts")]
+    whole, parts = (machine.load_file(path) for path in paths)
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_standardised_latents_decode_to_the_same_picture():
+    network = tiny_autoencoder()
+    pixels = held_out.as_pixels(held_out.scenes(4))
+    with torch.no_grad():
+        before = network.decode(network.encode(pixels).latent_dist.mean).sample
+        coded = network.encode(pixels).latent_dist
+        centred = coded.mean - coded.mean.mean((0, 2, 3), keepdim=True)
+        ratio = coded.std.mean() / centred.std()
+        autoencoder.standardise(network, pixels)
+        coded = network.encode(pixels).latent_dist
+        after = network.decode(coded.mean).sample
+    assert torch.allclose(before, after, atol=1e-4)
+    assert coded.mean.mean((0, 2, 3)).abs().max() < 1e-4
+    assert coded.mean.std().item() == pytest.approx(1, abs=1e-3)
+    assert network.config.scaling_factor == 1 and network.config.shift_factor == 0
+    assert coded.std.mean().item() == pytest.approx(ratio.item(), rel=1e-3)
+
+
+def test_figures_equal_their_definitions():
+    target = torch.zeros(1, 3, 8, 8)
+    target[..., 4:] = 1.0
+    output = target * 0.5
+    error = 0.5**2 / 2
+    assert held_out.psnr(output, target).item() == pytest.approx(10 * math.log10(4 / error))
+    assert held_out.edge_ratio(output, target) == pytest.approx(0.25)
+    wanted = 0.25 + error + 0.5 / 7  # L1, MSE, and one edge of 7 differences in each row
+    assert losses.pixel_loss(output, target).item() == pytest.approx(wanted)
+
+
+def test_random_features_see_blur_more_than_brightness():
+    features = losses.RandomFeatures()
+    sharp = held_out.as_pixels(held_out.scenes(2))
+    soft = nn.functional.avg_pool2d(sharp, 5, stride=1, padding=2, count_include_pad=False)
+    lighter = sharp + (soft - sharp).abs().mean()
+    assert features.distance(sharp, sharp) == 0
+    assert features.distance(soft, sharp) > features.distance(lighter, sharp)
+
+
+def test_the_critic_teaches_the_autoencoder_and_is_not_taught_by_it():
+    training = autoencoder.Training(TINY, CPU)
+    pixels = held_out.as_pixels(held_out.scenes(2))[..., :32, :32]
+    output, _ = training.reconstruct(pixels, torch.Generator().manual_seed(0))
+    opinion = training._criticise(pixels, output)
+    taught = [p.grad.clone() for p in training.critic.parameters()]
+    opinion.backward()
+    assert all(p.grad.any() for p in training.network.decoder.conv_out.parameters())
+    kept = zip(taught, training.critic.parameters(), strict=True)
+    assert all(torch.equal(gradient, p.grad) for gradient, p in kept)
+
+
+def test_the_rate_warms_up_stays_and_falls():
+    rates = [machine.rate_at(2.0, seen, 100, warm_up=10, flat=0.5) for seen in (0, 9, 50, 75, 100)]
+    assert rates == pytest.approx([0.2, 2.0, 2.0, 1.0, 0.0])
+
+
+def test_facts_are_what_the_caption_says():
+    pair = world.Description("a cat and an ant", ("cat", "ant"), "red", "pair", "flat")
+    single = world.Description(
+        "3d style, a small cat on a blue background", ("cat",), "blue", "small", "3d"
+    )
+    nouns = list(world.NOUNS)
+    assert text.facts_of(pair) == [nouns.index("cat"), nouns.index("ant") + 1, 0, 0, 0]
+    assert text.facts_of(single) == [nouns.index("cat"), 0, 5, 1, 1]
+    assert all(
+        fact < size for fact, size in zip(text.facts_of(single), text.fact_sizes(), strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Both bases, tiny and untrained, with their folder."""
+    folder = tmp_path_factory.mktemp("bases")
+    keys = {("flat", name): (0, 1, 1) for name in world.NOUNS.values()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(emoji, "sprites", lambda: emoji.Sprites(np.zeros((1, 1, 1, 4)), keys))
+        emoji.training_keys.cache_clear()
+        return folder, {n: base(folder, 4, SIZES, CPU) for n, base in bases.BASES.items()}
+
+
+@pytest.mark.parametrize("name", bases.BASES)
+def test_every_caption_fits_and_speaks(made, name):
+    base = made[1][name]
+    longest = max(text.captions(2000), key=len)
+    states = base.states([longest, "a cat", ""])
+    _, owners = base.speaking_states([longest, "a cat"])
+    assert len(states) == 3 and {*owners.tolist()} == {0, 1}
+    assert max(len(state) for state in states) <= 32
+    words = base.tokenizer.decode(base.tokenizer(longest).input_ids)
+    assert longest.split()[-1] in words
+
+
+@pytest.mark.parametrize("name", bases.BASES)
+def test_a_denoiser_that_knows_the_picture_has_no_error(made, name, monkeypatch):
+    base, latents = made[1][name], torch.randn(6, 4, 16, 16)
+
+    class Answer:
+        def __init__(self, sample):
+            self.sample = sample
+
+    def unet(noisy, timesteps, context):
+        signal = base.schedule.alphas_cumprod[timesteps].sqrt()[:, None, None, None]
+        sigma = (1 - signal**2).sqrt()
+        noise = (noisy - signal * latents) / sigma
+        return Answer(signal * noise - sigma * latents)
+
+    def transformer(noisy, times, context):
+        sigma = (1 - times)[:, None, None, None]
+        noise = (torch.stack(noisy).squeeze(2) - (1 - sigma) * latents) / sigma
+        return Answer(list((latents - noise).unsqueeze(2)))
+
+    monkeypatch.setitem(base.__dict__, "denoiser", {"unet": unet, "flow": transformer}[name])
+    states = base.states(["a cat"] * 6)
+    assert base.errors(latents, states, torch.Generator().manual_seed(0)).max() < 1e-3
+
+
+@pytest.mark.parametrize("name", bases.BASES)
+def test_plain_diffusers_opens_and_draws_what_was_trained(made, name, tmp_path, monkeypatch):
+    settings = denoiser.Settings(
+        pictures=4, scenes=4, captions=4, batch=2, unet_widths=(16, 16, 16), width=32, layers=1
+    )
+    folder = tmp_path / "work"
+    shutil.copytree(made[0], folder)  # with the tokenizers
+    monkeypatch.setattr(denoiser, "SHEET", denoiser.SHEET[:2])
+    denoiser.train(folder, name, tiny_autoencoder(), settings, CPU)
+    pipeline = DiffusionPipeline.from_pretrained(folder / name, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = pipeline(["a cat", "an ant"], num_inference_steps=2, height=128, width=128).images
+    assert [image.size for image in drawn] == [(128, 128)] * 2
+    assert Image.open(folder / f"{name}-sheet.png").size == (6 * 128, 2 * 128)
+    assert machine.seen_in(folder / f"{name}.safetensors") == 4
+
+
+def test_flow_levels_follow_the_shifted_logit_normal(made):
+    base, seen = made[1]["flow"], []
+
+    def transformer(noisy, times, context):
+        seen.append(1 - times)
+        return type("Answer", (), {"sample": noisy})()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(base.__dict__, "denoiser", transformer)
+        states = base.states(["a cat"]) * 4000
+        base.errors(torch.zeros(4000, 4, 2, 2), states, torch.Generator().manual_seed(0))
+    sigma = seen[0]
+    normal = torch.logit(sigma / (3 - 2 * sigma))  # a shift of 3, undone
+    assert normal.mean().item() == pytest.approx(0, abs=0.01)
+    assert normal.std().item() == pytest.approx(1, abs=0.01)
