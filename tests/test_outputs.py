@@ -14,13 +14,12 @@ from safetensors.torch import load_file
 import rite_diffusion as rite
 from rite_diffusion.adapters import load_adapter, save_adapter
 from rite_diffusion.api.publish import write_card
-from rite_diffusion.errors import RunError, StudioError
+from rite_diffusion.errors import OutputError, PathError, RunError, StudioError
 from rite_diffusion.files.writing import check_outputs, folder_output, printable, user_path
 from rite_diffusion.generation.output import write_next
 from rite_diffusion.studio import fusing, library
 from rite_diffusion.studio.workspace import Workspace
 from rite_diffusion.training.run_folder import RunFolder
-from rite_diffusion.types import OutputError, PathError
 from test_dialects import mixed_adapter
 
 

@@ -16,7 +16,8 @@ import torch
 from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
 from rite_diffusion.adapters.card import card
 from rite_diffusion.api.publish import write_card
-from rite_diffusion.types import LoraPair, OutputError
+from rite_diffusion.errors import OutputError
+from rite_diffusion.types import LoraPair
 
 PAIR = LoraPair("lora_unet_conv_in", torch.ones(2, 4), torch.ones(6, 2), 0.5)
 INFO = AdapterInfo(

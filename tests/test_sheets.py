@@ -8,7 +8,7 @@ import rite_diffusion as rite
 from rite_diffusion.adapters import attach, load_adapter
 from rite_diffusion.api.sheet import AXES, plan_sheet
 from rite_diffusion.backbones import load_backbone
-from rite_diffusion.errors import AdapterError, ConfigError, FusionError
+from rite_diffusion.errors import AdapterError, ConfigError, FusionError, OutputError
 from rite_diffusion.generation.denoise import sample
 
 ONE = {"prompt": ["a cat"], "adapter": [""], "weight": [1.0], "method": ["attached"], "seed": [0]}
