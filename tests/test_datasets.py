@@ -1,17 +1,23 @@
 """Several concepts in one run, pictures of their classes, and held-out photos."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
 import rite_diffusion as rite
+from rite_diffusion.cli.output import describe_plan
 from rite_diffusion.config import from_toml, read_toml, resolve, to_toml
-from rite_diffusion.errors import ConfigError
+from rite_diffusion.errors import ConfigError, PhotoFolderError, RunError
 from rite_diffusion.files.writing import cache_folder
+from rite_diffusion.methods.triggers import check_triggers
+from rite_diffusion.photos.dataset import balanced
+from rite_diffusion.photos.folder import read_folder
 from rite_diffusion.training.configured import step_batch
-from rite_diffusion.training.plan import configure, plan_training
+from rite_diffusion.training.plan import configure, plan_training, survey
 from rite_diffusion.types import Concept
 from runs import QUICK, config_of, train
 
@@ -123,6 +129,159 @@ def test_class_photos_can_be_given(photos, tmp_path):
     plan = plan_training(config_of(photos, prior={"weight": 1.0}, class_photos=str(folder)))
     assert [photo.path.parent.name for photo in plan.class_photos] == ["toys"]
     assert not list(cache_folder().rglob("*.png"))
+
+
+def _toys(folder, shade=200, **captions):
+    """A folder of two pictures of other toys, with captions by stem."""
+    folder.mkdir()
+    for stem in ("a", "b"):
+        Image.new("RGB", (70, 70), (shade, ord(stem), 0)).save(folder / f"{stem}.png")
+    for stem, text in captions.items():
+        (folder / f"{stem}.txt").write_text(text)
+    return str(folder)
+
+
+def test_given_class_pictures_do_not_get_the_prompts_of_drawn_ones(photos, tmp_path):
+    toys = _toys(tmp_path / "toys", a="two {class_noun}s")
+    prior = {"weight": 1.0, "prompts": ["a cat on a yellow background"]}
+    plan = survey(config_of(photos, prior=prior, class_photos=toys))
+    assert [photo.caption for photo in plan.class_photos] == ["two toys", "a toy"]
+
+
+def test_the_concept_is_no_picture_of_its_class(photos, tmp_path):
+    prior = {"weight": 1.0}
+    with pytest.raises(ConfigError, match="is the concept's photo 0.png"):
+        survey(config_of(photos, prior=prior, class_photos=str(photos)))
+    copied = tmp_path / "copied"
+    shutil.copytree(photos, copied)
+    for path in copied.glob("*.txt"):
+        path.unlink()
+    with pytest.raises(ConfigError, match="copied/0.png is the concept's photo 0.png"):
+        survey(config_of(photos, prior=prior, class_photos=str(copied)))
+    said = _toys(tmp_path / "said", a="a <THING>, red")
+    with pytest.raises(ConfigError, match=r'"a <THING>, red" of .*a.png holds the trigger <thing>'):
+        survey(config_of(photos, prior=prior, class_photos=said))
+    filled = _toys(tmp_path / "filled", a="a {trigger}")
+    with pytest.raises(PhotoFolderError, match=r"a.txt: unknown placeholder \{trigger\}"):
+        survey(config_of(photos, prior=prior, class_photos=filled))
+
+
+def test_all_folders_of_one_class_count(photos, tmp_path, capsys):
+    one, two = _toys(tmp_path / "one"), _toys(tmp_path / "two", shade=100)
+    table = {"photos": str(photos), "trigger": "<thing>", "class_noun": "toy"}
+    subsets = [table | {"class_photos": one}, table | {"class_photos": two}, table]
+    plan = survey(
+        resolve(
+            QUICK
+            | {
+                "prior": {"weight": 1.0},
+                "dataset": [{"subset": subsets}],
+                "optim": {"lr_unet": 1e-3, "lr_text_encoder": 1e-3},
+            }
+        )
+    )
+    assert [p.path.parent.name for p in plan.class_photos] == ["one"] * 2 + ["two"] * 2
+    assert plan.undrawn == []
+    describe_plan(plan)
+    said = capsys.readouterr().out
+    assert f"2 pictures in {one}" in said and f"2 pictures in {two}" in said
+
+
+def test_photos_and_class_pictures_are_shown_as_often(photos):
+    [photo] = read_folder(photos, Concept("<t>", "toy"), ["a"]).photos[:1]
+    for counts in ((19, 28), (6, 28), (3, 2), (1, 1000), (7, 200, 33)):
+        groups = [[replace(photo, caption=str(n))] * count for n, count in enumerate(counts)]
+        shown = dict.fromkeys(map(str, range(len(counts))), 0)
+        for each in balanced(groups):
+            shown[each.caption] += each.repeats
+        assert max(shown.values()) / min(shown.values()) < 1.23, counts
+        assert all(value >= count for value, count in zip(shown.values(), counts, strict=True))
+    nineteen = balanced([[photo] * 19, [photo] * 28])
+    assert sum(each.repeats for each in nineteen[:19]) == 57
+    assert sum(each.repeats for each in nineteen[19:]) == 56
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "words"),
+    [
+        (("<rex>", "dog"), ("<REX>", "dog"), "<rex> and <REX> are the same tokens"),
+        (("<rex>", "dog"), ("<rex>", "cat"), "<rex> stands for dog and cat"),
+        (("<rex>", "dog"), ("big <rex>", "dog"), "are one inside the other"),
+    ],
+)
+def test_triggers_that_are_read_alike_are_refused(pocket, one, other, words):
+    with pytest.raises(ConfigError, match=words):
+        check_triggers(pocket, [Concept(*one), Concept(*other)])
+    check_triggers(pocket, [Concept(*one), Concept("<tom>", "cat")])
+
+
+def test_twins_are_refused_whatever_the_method(two):
+    twins = [{"photos": "one", "trigger": "<rex>"}, {"photos": "two", "trigger": "<Rex>"}]
+    for method in ("lora", "pivotal"):
+        preset = "pocket" if method == "lora" else f"pocket-{method}"
+        settings = two | {"dataset": [{"subset": twins}], "method": method}
+        with pytest.raises(ConfigError, match="same tokens"):
+            survey(configure(settings, preset))
+
+
+def test_a_trigger_at_the_end_of_a_long_caption_is_kept(photos, capsys):
+    long = " ".join(["red"] * 80)
+    (photos / "0.txt").write_text(f"{long} and a {{trigger}}")
+    (photos / "1.txt").write_text(f"a <thing> and {long}")
+    plan = survey(config_of(photos))
+    kept, whole, _ = (photo.caption for photo in plan.folder.photos)
+    assert kept.startswith("red red") and kept.endswith(" <thing>")
+    budget = plan.backbone.token_budget
+    assert budget - 1 <= plan.backbone.token_count(kept) <= budget
+    assert whole == f"a <thing> and {long}"
+    assert {photo.caption for photo in plan.photos} == {
+        photo.caption for photo in plan.folder.photos
+    }
+    assert plan.backbone.token_positions(kept, "<thing>")
+    describe_plan(plan)
+    assert f'moved       "{long} and a <thing>" has <thing> beyond the' in capsys.readouterr().out
+
+
+def test_the_photos_are_told_of_before_class_pictures_are_drawn(photos, monkeypatch, capsys):
+    from rite_diffusion.cli import app as cli
+    from rite_diffusion.training import plan
+
+    def draw(*_):
+        raise RunError(capsys.readouterr().out)
+
+    monkeypatch.setattr(plan, "class_pictures", draw)
+    line = ["train", str(photos), "--trigger", "<thing>", "--class", "toy", "--dry-run"]
+    with pytest.raises(RunError) as fault:
+        cli.app(line, standalone_mode=False)
+    said = str(fault.value)
+    assert "photos      3 in" in said and "class       28 pictures for toy by the base" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"previews": {"prompts": ["a {Trigger}"]}}, r"previews.prompts.0: .*\{Trigger\}"),
+        ({"templates": ["a {trigger}", "{ trigger }"]}, r"templates.1: .*\{ trigger \}"),
+        ({"prior": {"prompts": ["a {trigger}"]}}, r"prior.prompts.0: .*only \{class_noun\} can"),
+        ({"method": "pivotal", "tokens": {"init": "{noun}"}}, r"tokens.init: .*\{noun\}"),
+    ],
+)
+def test_unknown_placeholders_are_refused_by_name(photos, settings, words):
+    with pytest.raises(ConfigError, match=words):
+        config_of(photos, **settings)
+
+
+def test_previews_fill_in_trigger_and_class(photos, tmp_path, monkeypatch):
+    from rite_diffusion.training import run
+
+    drawn = []
+    image = Image.new("RGB", (8, 8))
+    monkeypatch.setattr(run, "sample", lambda _, prompts, *a, **k: drawn.extend(prompts) or [image])
+    prompts = ["a {trigger} and a {class_noun}", "a {red|blue} {class_noun}"]
+    plan = survey(config_of(photos, previews={"every": 1, "prompts": prompts}))
+    with run.RunFolder(tmp_path / "run") as folder:
+        run._write_previews(plan, folder, 1)
+    assert drawn == ["a <thing> and a toy", "a {red|blue} toy"]
 
 
 def test_the_prior_weighs_in_the_loss(photos, tmp_path):

@@ -13,9 +13,7 @@ from rite_diffusion.adapters.names import Family
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.types import LoraPair
 
-_ONLY_XL = re.compile(
-    r"lora_te2_|lora_unet_(add_embedding_|up_blocks_0_attentions_|.*_transformer_blocks_[1-9])"
-)
+_ONLY_XL = re.compile(r"lora_te2_|lora_unet_(add_embedding_|.*_transformer_blocks_[1-9])")
 _ONLY_SD = re.compile(
     r"lora_unet_(down_blocks_(3|0_attentions|2_downsamplers)|up_blocks_(3|2_attentions|2_upsampl))"
 )
@@ -46,7 +44,7 @@ _TEXT_STATES: dict[int, Family] = {768: "sd", 1024: "sd", 2048: "sdxl"}
 
 def family_of(adapter: Adapter) -> Family | None:
     """The layout that an adapter's base has; None where nothing tells."""
-    found = _by_modules(adapter.modules()) or _STATED_OURS.get(adapter.info.family)
+    found = _STATED_OURS.get(adapter.info.family) or _by_modules(adapter.modules())
     if found is not None:
         return found
     return next((family for pair in adapter.pairs if (family := _by_width(pair))), None)

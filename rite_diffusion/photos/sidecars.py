@@ -23,7 +23,12 @@ class Owners:
     """Which sidecar is each picture's, and the sidecars that are no picture's."""
 
     of: dict[Path, Path] = field(default_factory=dict)
-    unused: list[Unused] = field(default_factory=list)
+    others: dict[Path, list[Path]] = field(default_factory=dict)  # that its picture has besides
+    unused: list[Unused] = field(default_factory=list)  # `others` too
+
+    def all_of(self, picture: Path) -> list[Path]:
+        """Every sidecar that names a picture alone, the one that counts first."""
+        return [self.of[picture], *self.others[picture]] if picture in self.of else []
 
 
 def is_picture(path: Path) -> bool:
@@ -54,9 +59,22 @@ def mask_owners(masks: Iterable[Path], pictures: Sequence[Path]) -> Owners:
 
 def new_mask_path(picture: Path, pictures: Iterable[Path]) -> Path:
     """Where a mask of a picture goes that has no file of one yet."""
-    stems = [_key(each.stem) for each in pictures if each.parent == picture.parent]
-    name = picture.name if stems.count(_key(picture.stem)) > 1 else picture.stem
-    return picture.parent / MASK_FOLDER / f"{name}.png"
+    return picture.parent / MASK_FOLDER / f"{_unshared(picture, pictures)}.png"
+
+
+def new_caption_path(picture: Path, pictures: Iterable[Path]) -> Path:
+    """Where a caption of a picture goes that has no file of one yet."""
+    return picture.with_name(f"{_unshared(picture, pictures)}{CAPTION_SUFFIXES[0]}")
+
+
+def _unshared(picture: Path, pictures: Iterable[Path]) -> str:
+    """The picture's stem, or its full name where its stem would not mean it alone."""
+    beside = [each for each in pictures if each.parent == picture.parent]
+    key = _key(picture.stem)
+    alone = [_key(each.stem) for each in beside].count(key) == 1
+    return (
+        picture.stem if alone and key not in map(_key, (p.name for p in beside)) else picture.name
+    )
 
 
 def _key(name: str) -> str:
@@ -92,9 +110,9 @@ def _owners(called: Mapping[Path, str], pictures: Sequence[Path], kind: str, ran
     for picture, several in candidates.items():
         ordered = sorted(several, key=lambda each: (each[0], *rank(each[1]), each[1].name))
         found.of[picture] = ordered[0][1]
-        others = [path for _, path in ordered[1:]]
+        found.others[picture] = [path for _, path in ordered[1:]]
         reason = f"{picture.name} has its {kind} from {found.of[picture].name}"
-        found.unused.extend((path, reason) for path in others)
+        found.unused.extend((path, reason) for path in found.others[picture])
     return found
 
 

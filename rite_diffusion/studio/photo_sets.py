@@ -5,8 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rite_diffusion.errors import StudioError
-from rite_diffusion.photos.images import SUFFIXES
-from rite_diffusion.studio.uploads import CAPTIONS
+from rite_diffusion.photos.sidecars import (
+    MASK_FOLDER,
+    caption_owners,
+    is_caption,
+    is_mask,
+    is_picture,
+    mask_owners,
+    new_caption_path,
+)
 
 LONGEST_CAPTION = 2000  # characters
 
@@ -17,21 +24,31 @@ class Shown:
 
     path: Path
     caption: str
+    sidecars: tuple[Path, ...]  # the files of its captions, then of its masks
 
 
 def read_set(folder: Path) -> list[Shown]:
     """The photos of a set in the order of their names."""
-    pictures = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
-    return [Shown(path, _caption(path)) for path in pictures]
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    pictures = [path for path in files if is_picture(path)]
+    inner = folder / MASK_FOLDER
+    masks = [path for path in files if is_mask(path)]
+    masks += sorted(inner.iterdir()) if inner.is_dir() else []
+    captions = caption_owners([path for path in files if is_caption(path)], pictures)
+    of_mask = mask_owners(masks, pictures)
+    return [
+        Shown(
+            path,
+            _read(captions.of[path]) if path in captions.of else "",
+            (*captions.all_of(path), *of_mask.all_of(path)),
+        )
+        for path in pictures
+    ]
 
 
-def _caption(picture: Path) -> str:
-    for suffix in sorted(CAPTIONS):
-        path = picture.with_suffix(suffix)
-        if path.is_file():
-            text = path.read_text(encoding="utf-8-sig", errors="replace")
-            return " ".join(text.split())[:LONGEST_CAPTION]
-    return ""
+def _read(caption: Path) -> str:
+    text = caption.read_text(encoding="utf-8-sig", errors="replace")
+    return " ".join(text.split())[:LONGEST_CAPTION]
 
 
 def write_captions(folder: Path, rows: Sequence[Sequence[str]]) -> None:
@@ -45,17 +62,19 @@ def write_captions(folder: Path, rows: Sequence[Sequence[str]]) -> None:
             raise StudioError(f"the caption of {name} is over {LONGEST_CAPTION} characters.")
         if caption == known[name].caption:
             continue
-        for suffix in CAPTIONS:
-            known[name].path.with_suffix(suffix).unlink(missing_ok=True)
+        for path in filter(is_caption, known[name].sidecars):
+            path.unlink(missing_ok=True)
         if caption:
-            known[name].path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
+            pictures = [shown.path for shown in known.values()]
+            target = new_caption_path(known[name].path, pictures)
+            target.write_text(caption + "\n", encoding="utf-8")
 
 
 def remove_photo(folder: Path, name: str) -> None:
-    """Delete a photo of a set with its caption."""
-    photo = next((shown.path for shown in read_set(folder) if shown.path.name == name), None)
+    """Delete a photo of a set with its caption and mask."""
+    photo = next((shown for shown in read_set(folder) if shown.path.name == name), None)
     if photo is None:
         raise StudioError(f"'{name}' is no photo of this set: choose one of its pictures.")
-    for suffix in CAPTIONS:
-        photo.with_suffix(suffix).unlink(missing_ok=True)
-    photo.unlink()
+    for path in photo.sidecars:
+        path.unlink(missing_ok=True)
+    photo.path.unlink()
