@@ -10,7 +10,6 @@ from rite_diffusion.api.sheet import AXES, plan_sheet
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.errors import AdapterError, ConfigError, FusionError, OutputError
 from rite_diffusion.generation.denoise import sample
-from rite_diffusion.types import OutputError
 
 ONE = {"prompt": ["a cat"], "adapter": [""], "weight": [1.0], "method": ["attached"], "seed": [0]}
 
