@@ -70,7 +70,7 @@ def _entry(module: str, name: str, value: Any) -> str:
     """A public name's heading, and the directive that describes it."""
     where = f"{module}.{name}"
     if inspect.ismodule(value):
-        body = f"The module `{value.__name__}`. {_first_line(value)}\n"
+        body = _directive("module", where, _first_line(value))
     elif inspect.isclass(value):
         parts = [_docstring(value), _subclasses(value), *_methods(value)]
         body = _directive("class", f"{where}{_signature(value)}", *parts)
@@ -83,7 +83,7 @@ def _entry(module: str, name: str, value: Any) -> str:
 
 def _directive(kind: str, signature: str, *parts: str) -> str:
     body = "\n\n".join(part for part in parts if part)
-    fence = FENCE if kind in ("class", "function", "data") else FENCE[:-1]
+    fence = FENCE if kind in ("class", "function", "data", "module") else FENCE[:-1]
     return f"{fence}{{py:{kind}}} {signature}\n\n{body}\n{fence}\n"
 
 
