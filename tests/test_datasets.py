@@ -150,7 +150,7 @@ def test_given_class_pictures_do_not_get_the_prompts_of_drawn_ones(photos, tmp_p
 
 def test_the_concept_is_no_picture_of_its_class(photos, tmp_path):
     prior = {"weight": 1.0}
-    with pytest.raises(ConfigError, match="is the concept's photo 0.png"):
+    with pytest.raises(ConfigError, match="holds the photos of <thing>"):
         survey(config_of(photos, prior=prior, class_photos=str(photos)))
     copied = tmp_path / "copied"
     shutil.copytree(photos, copied)

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from rite_diffusion.errors import ConfigError
+from rite_diffusion.config import PhotoSource
+from rite_diffusion.errors import ConfigError, PhotoFolderError
+from rite_diffusion.files.writing import reading
 from rite_diffusion.photos.folder import PhotoFolder, read_photos
 from rite_diffusion.types import Photo
 
@@ -16,6 +18,37 @@ def read_class_photos(folder: Path, class_noun: str) -> PhotoFolder:
     Their captions may hold `{class_noun}` alone. A picture without a caption is "a {class_noun}".
     """
     return read_photos(folder, {"class_noun": class_noun}, [TEMPLATE])
+
+
+def given_class_photos(sources: Sequence[PhotoSource]) -> tuple[list[PhotoFolder], list[str]]:
+    """The given pictures of each class, and the class nouns of which none are given.
+
+    Several folders of one class count together. Raises ConfigError for a folder of photos.
+    """
+    photos = {_resolved(source.photos): source.concept for source in sources}
+    folders: dict[str, dict[Path, Path]] = {}
+    for source in sources:
+        given = folders.setdefault(source.concept.class_noun, {})
+        if source.class_photos is None:
+            continue
+        key = _resolved(source.class_photos)
+        if key in photos:
+            raise ConfigError(
+                f"class_photos = {source.class_photos} holds the photos of {photos[key].trigger}. "
+                "Give pictures of other things of its class, or leave class_photos out."
+            )
+        given[key] = Path(source.class_photos).expanduser()
+    read = [
+        read_class_photos(folder, noun)
+        for noun, given in folders.items()
+        for folder in given.values()
+    ]
+    return read, [noun for noun, given in folders.items() if not given]
+
+
+def _resolved(folder: str) -> Path:
+    with reading(Path(folder), PhotoFolderError):
+        return Path(folder).expanduser().resolve()
 
 
 def refuse_concepts(

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,11 @@ from rite_diffusion.generation.class_pictures import class_pictures
 from rite_diffusion.methods.triggers import check_triggers, kept_in, says
 from rite_diffusion.methods.weights import adapted_paths
 from rite_diffusion.optim import optimizer_spec
-from rite_diffusion.photos.class_photos import read_class_photos, refuse_concepts
+from rite_diffusion.photos.class_photos import (
+    given_class_photos,
+    read_class_photos,
+    refuse_concepts,
+)
 from rite_diffusion.photos.dataset import Encoding, balanced, target_sizes
 from rite_diffusion.photos.folder import PhotoFolder, joined, read_folder
 from rite_diffusion.seeding import Stream, generator
@@ -155,7 +158,7 @@ def survey(config: TrainConfig) -> Plan:
     folders, moved = _with_triggers_kept(backbone, folders, triggers)
     groups, held_out = _hold_out(folders, config)
     photos = balanced(groups) if config.balance else [photo for group in groups for photo in group]
-    given, undrawn = _classes(config) if config.prior.weight else ([], [])
+    given, undrawn = given_class_photos(config.sources()) if config.prior.weight else ([], [])
     classes = joined(given)
     whole = joined(folders)
     refuse_concepts(classes.photos, whole.photos, triggers, says)
@@ -201,25 +204,6 @@ def _with_class_photos(plan: Plan, pictures: list[Photo]) -> Plan:
     weighted = [replace(photo, weight=plan.config.prior.weight) for photo in pictures]
     photos = balanced([plan.photos, weighted])
     return replace(plan, photos=photos, class_photos=photos[len(plan.photos) :])
-
-
-def _classes(config: TrainConfig) -> tuple[list[PhotoFolder], list[str]]:
-    """The given pictures of each class, and the class nouns of which none are given.
-
-    Several folders of one class count together.
-    """
-    folders: dict[str, dict[Path, Path]] = {}
-    for source in config.sources():
-        given = folders.setdefault(source.concept.class_noun, {})
-        if source.class_photos:
-            folder = user_path(source.class_photos)
-            given[folder.resolve()] = folder
-    read = [
-        read_class_photos(folder, noun)
-        for noun, given in folders.items()
-        for folder in given.values()
-    ]
-    return read, [noun for noun, given in folders.items() if not given]
 
 
 def _check_rank(backbone: Backbone, config: TrainConfig) -> None:
