@@ -1,7 +1,7 @@
 """`rite train`, `rite mask` and `rite demo`. Everything heavy is imported inside the commands."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -64,6 +64,19 @@ def train(
     written = read_toml(photos) if photos.suffix == ".toml" else {"photos": str(photos)}
     settings = merge(written, settings_tree(given, set_ or []))
     folder = folder_output(out) if out else None
+    adapter = _report_and_train(settings, preset, folder, override, dry_run)
+    if sketch and adapter is not None:
+        cli_fusion.sketch(adapter, base=settings.get("base", "pocket"), overwrite=True)
+
+
+def _report_and_train(
+    settings: dict[str, Any],
+    preset: str | None,
+    folder: Path | None,
+    override: bool,
+    dry_run: bool,
+) -> Path | None:
+    """Print the plan, then train, and return the adapter's path; None where nobody prints."""
     from rite_diffusion.cli.output import (
         describe_cost,
         describe_plan,
@@ -78,18 +91,17 @@ def train(
     if not is_main_process():  # another process of this run writes and prints
         plan = planning.draw_class_pictures(plan)
         run.run_training(plan, folder or run.default_run(plan))
-        return
+        return None
     describe_plan(plan)
     plan = planning.draw_class_pictures(plan, say)
     if dry_run:
         describe_cost(plan, run.measure(plan))
-        return
+        return None
     folder = folder or run.default_run(plan)
     with training_progress(plan.config.steps) as listen:
         adapter = run.run_training(plan, folder, listen, override)
     describe_result(plan, adapter)
-    if sketch:
-        cli_fusion.sketch(adapter, base=plan.config.base, overwrite=True)
+    return adapter
 
 
 def _number_or_word(text: str | None) -> float | str | None:
