@@ -4,13 +4,15 @@ import json
 import os
 import platform
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def describe() -> dict[str, Any]:
@@ -38,11 +40,28 @@ def memory_mib(pid: int | str, key: str) -> float:
     return int(found[1]) / 1024 if found else 0.0
 
 
+def readable_command(arguments: list[str]) -> str:
+    """The command that a reader types at the root of the repository, without this machine's paths.
+
+    A path inside the repository is given from its root, of any other the name stays.
+    """
+    script, *options = arguments
+    return shlex.join(["python", _readable(str(Path(script).resolve())), *map(_readable, options)])
+
+
+def _readable(argument: str) -> str:
+    option, sign, value = argument.rpartition("=")
+    path = Path(value).expanduser()
+    if not path.is_absolute():
+        return argument
+    inside = path.is_relative_to(ROOT)
+    return f"{option}{sign}{path.relative_to(ROOT) if inside else path.name}"
+
+
 def write_result(name: str, figures: dict[str, Any]) -> Path:
     """Write figures with machine and command to results/<name>.json."""
     RESULTS.mkdir(exist_ok=True)
-    command = " ".join(["python", *sys.argv])
     path = RESULTS / f"{name}.json"
-    content = {"command": command, "machine": describe(), **figures}
+    content = {"command": readable_command(sys.argv), "machine": describe(), **figures}
     path.write_text(json.dumps(content, indent=2) + "\n")
     return path

@@ -5,6 +5,7 @@ import struct
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from predictions import prediction, prediction_in_diffusers
@@ -19,6 +20,7 @@ from rite_diffusion.adapters import (
     save_adapter,
 )
 from rite_diffusion.adapters.attach import places, set_weight
+from rite_diffusion.adapters.storage import write_tensors
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.source import POCKET
 from rite_diffusion.errors import AdapterError
@@ -169,3 +171,18 @@ def test_another_base_is_refused_and_the_model_untouched(pocket, tiny_folder):
         attach(pocket, random_adapter(other), "other")
     assert torch.equal(prediction(pocket), before)
     assert not any("lora" in key for key in pocket.unet.state_dict())
+
+
+def test_equal_adapters_are_equal_files(tmp_path):
+    facts = {f"fact {number}": "é" * number for number in range(20)}
+    tensors = {"b": torch.ones(3, 5), "a": torch.zeros(2)}
+    contents = set()
+    for order in (1, -1):
+        for number in range(4):
+            header = dict(list(facts.items())[::order])
+            write_tensors(tmp_path / f"{order}{number}.safetensors", tensors, header)
+            contents.add((tmp_path / f"{order}{number}.safetensors").read_bytes())
+    assert len(contents) == 1
+    with safe_open(tmp_path / "10.safetensors", "pt") as file:
+        assert file.metadata() == facts | {"format": "pt"}
+        assert all(torch.equal(file.get_tensor(name), value) for name, value in tensors.items())

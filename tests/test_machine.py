@@ -117,7 +117,7 @@ def test_the_log_tells_device_precision_attention_and_what_gave_way(photos, tmp_
     plan = plan_training(config_of(photos, precision="fp16", previews={"every": 0}))
     assert rite.inspect(run_training(plan, tmp_path / "run")).info.steps == "3"
     log = (tmp_path / "run/log.txt").read_text()
-    assert f"pocket on {plan.backbone.device}, fp32, attention sdpa" in log
+    assert f"pocket on cpu ({torch.get_num_threads()} threads), fp32, attention sdpa" in log
     assert "precision fp32: fp16 does not train on a CPU" in log
 
 

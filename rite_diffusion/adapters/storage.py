@@ -34,7 +34,7 @@ def write_tensors(
     for key, value in ready.items():
         if not torch.isfinite(value).all():
             raise AdapterError(f"{key} holds numbers that are too large for {dtype_name(dtype)}")
-    write_output(path, save(ready, {"format": "pt"} | header))
+    write_output(path, with_sorted_facts(save(ready, {"format": "pt"} | header)))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -47,6 +47,19 @@ def dtype_of(tensors: Mapping[str, Tensor]) -> torch.dtype:
     found = {value.dtype for value in tensors.values() if value.numel() > 1}
     [only] = found if len(found) == 1 else [torch.float32]
     return only if only in DTYPES.values() else torch.float32
+
+
+def with_sorted_facts(content: bytes) -> bytes:
+    """A safetensors file's bytes with its header's facts in the order of their names.
+
+    safetensors writes them in another order each time, so that equal files would differ.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text + content[end:]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -128,7 +128,7 @@ def _embeddings_alone(
         check_outputs(derived=paths, sources=[source], overwrite=overwrite)
     for path, tensors in zip(paths, contents.values(), strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, tensors, {})
+        write_tensors(path, tensors, {}, adapter.dtype)
     lossy = embeddings.lossy_words(adapter)
     return Export(adapter, dtype_name(adapter.dtype), paths[0], paths, [], lossy, None)
 

@@ -5,6 +5,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from rite_diffusion._version import __version__
 from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
 from rite_diffusion.adapters.adapter import shown_base
@@ -136,7 +138,9 @@ def _log_beginning(run: RunFolder, plan: Plan) -> None:
     """What trains where."""
     run.log(f"rite_diffusion {__version__}, {len(plan.folder.photos)} photos")
     base, precision = plan.backbone, plan.config.precision
-    run.log(f"{plan.config.base} on {base.device}, {precision}, attention {base.attention}")
+    threads = f" ({torch.get_num_threads()} threads)" if base.device.type == "cpu" else ""
+    where = f"{base.device}{threads}, {precision}, attention {base.attention}"
+    run.log(f"{plan.config.base} on {where}")
     for fallback in plan.fallbacks:
         run.log(fallback)
 
