@@ -20,6 +20,7 @@ from rite_diffusion.adapters import (
     save_adapter,
 )
 from rite_diffusion.adapters.attach import places, set_weight
+from rite_diffusion.adapters.families import family_of_base
 from rite_diffusion.adapters.storage import write_tensors
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.source import POCKET
@@ -36,7 +37,8 @@ def random_adapter(backbone, rank=4, alpha=2.0, seed=0) -> Adapter:
             out, into = backbone.components[component].get_submodule(path).weight.shape
             down, up = torch.randn(rank, into) / into**0.5, torch.randn(out, rank) * 0.2
             pairs.append(LoraPair(name, down, up, alpha / rank))
-    return Adapter(pairs, AdapterInfo(trigger="<t>", base="pocket"))
+    info = AdapterInfo(trigger="<t>", base="pocket", family=family_of_base(backbone))
+    return Adapter(pairs, info)
 
 
 def test_save_and_load_is_bit_exact(tmp_path, pocket):
@@ -141,7 +143,9 @@ DAMAGE = {
     "NaN": lambda path: _break(path, lora_up__weight=torch.full((192, 4), torch.nan)),
     "only one of its two": lambda path: _break(path, lora_up__weight=None),
     "do not fit": lambda path: _break(path, lora_up__weight=torch.zeros(7, 9)),
-    "are unknown": lambda path: save_file({"strange": torch.zeros(2)}, path),
+    "are unknown": lambda path: save_file(
+        {"strange": torch.zeros(2), "stranger": torch.zeros(2)}, path
+    ),
     "no adapter file": lambda path: path.unlink(),
 }
 

@@ -40,7 +40,7 @@ class DemoResult:
 
 def example_photos(name: str) -> Path:
     """Folder of an example concept: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     installed = package / "examples" / "photos" / name
     return installed if installed.is_dir() else package.parent / "examples" / "photos" / name
 
