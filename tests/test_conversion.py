@@ -225,7 +225,8 @@ def test_a_pickle_runs_nothing(tmp_path, name):
     for path in (tmp_path / name, tmp_path / f"zip-{name}"):
         with pytest.raises(AdapterError, match="pickle"):
             load_adapter(path)
-        with pytest.raises(AdapterError, match="more than tensors"):
+        named_as_one = path.suffix == ".safetensors"  # which is never opened as a pickle
+        with pytest.raises(AdapterError, match="pickle" if named_as_one else "more than tensors"):
             load_published(path, None)
     assert not (tmp_path / "canary").exists()
     pickle.loads((tmp_path / name).read_bytes())
