@@ -11,7 +11,7 @@ import rite_diffusion as rite
 from rite_diffusion.adapters import load_adapter
 from rite_diffusion.adapters.dialects.published import load_published
 from rite_diffusion.cli.app import app
-from rite_diffusion.errors import AdapterError
+from rite_diffusion.errors import AdapterError, OutputError
 
 ROWS = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
 WIDE = torch.randn(2, 32, generator=torch.Generator().manual_seed(1))
@@ -72,9 +72,9 @@ def test_embedding_files_convert_too_and_replace_nothing(tmp_path):
     export = rite.convert(tmp_path / "thing.safetensors", "kohya")
     assert export.path.name == "sks.safetensors"
     before = export.path.read_bytes()
-    with pytest.raises(AdapterError, match="exists already"):
+    with pytest.raises(OutputError, match="exists already"):
         rite.convert(tmp_path / "thing.safetensors", "kohya")
-    with pytest.raises(AdapterError, match="exists already"):
+    with pytest.raises(OutputError, match="is what is read"):
         rite.convert(export.path, "kohya")  # it would be its own export
     assert export.path.read_bytes() == before
     other = rite.convert(export.path, "kohya", tmp_path / "other.safetensors").path

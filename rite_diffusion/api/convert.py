@@ -123,8 +123,7 @@ def _embeddings_alone(
         paths = [target]
         check_outputs(paths, sources=[source], overwrite=overwrite)
     else:
-        folder = (target or source).parent / f"{(target or source).stem}-embeddings"
-        paths = [folder / name for name in contents]
+        paths = [(target or source).with_name(name) for name in contents]
         check_outputs(derived=paths, sources=[source], overwrite=overwrite)
     for path, tensors in zip(paths, contents.values(), strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
