@@ -86,16 +86,18 @@ def layers_of(family) -> set[str]:
             down_block_types=down, up_block_types=up, transformer_layers_per_block=levels,
             attention_head_dim=8, **xl,
         )  # fmt: skip
-    adapted = torch.nn.Linear | torch.nn.Conv2d | torch.nn.GroupNorm | torch.nn.LayerNorm
-    return {n for n, module in unet.named_modules() if isinstance(module, adapted)}
+    linear_or_convolution = torch.nn.Linear | torch.nn.Conv2d
+    return {n for n, module in unet.named_modules() if isinstance(module, linear_or_convolution)}
 
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_our_map_is_that_of_diffusers_for_whole_checkpoints(family):
     layers, paths = layers_of(family), sgm_paths(family)
-    # The widths of `layers_of` differ from level to level, so it has more shortcuts than some.
+    # The widths of `layers_of` differ from level to level, so it has more shortcuts than some; and
+    # norms, whose weights and biases a file may shift, are no layers.
     assert layers <= paths.keys()
-    assert all(path.endswith("conv_shortcut") for path in paths.keys() - layers)
+    others = paths.keys() - layers
+    assert all(path.endswith("conv_shortcut") or "norm" in path for path in others)
     marks = {
         f"model.diffusion_model.{sgm}.{kind}": sgm
         for sgm in paths.values()
