@@ -91,9 +91,9 @@ def test_refining_solves_on_what_the_fused_adapter_sees(adapters, tiny_folder, t
 
 
 def test_refining_needs_triggers_and_a_whole_number(adapters, tiny_folder, tmp_path):
-    with pytest.raises(FusionError, match="refine = 1.5"):
+    with pytest.raises(FusionError, match="'refine' = 1.5"):
         rite.fuse(adapters, refine=1.5, out=tmp_path / "f.safetensors")
-    with pytest.raises(FusionError, match="refine = -1"):
+    with pytest.raises(FusionError, match="'refine' = -1"):
         rite.fuse(adapters, refine=-1, out=tmp_path / "f.safetensors")
     summed = rite.fuse(adapters, method="concat", refine=3, base="nowhere",
                        out=tmp_path / "f.safetensors")  # fmt: skip
@@ -194,8 +194,8 @@ BAD = {
     "no adapter file": ["{0}", "nowhere.safetensors"],
     "no method 'gran'": ["{0}", "{1}", "--method", "gran"],
     "unknown setting 'rink'": ["{0}", "{1}", "--set", "rink=3"],
-    "trim = 'x' is not": ["{0}", "{1}", "--set", "trim=x"],
-    "rank = 0": ["{0}", "{1}", "--rank", "0"],
+    "'trim' = 'x'": ["{0}", "{1}", "--set", "trim=x"],
+    "'rank' = 0": ["{0}", "{1}", "--rank", "0"],
     "is what is read": ["{0}", "{1}", "--out", "{0}"],
     "no .safetensors file": ["{0}", "{1}", "--out", "f.bin"],
     "pass its path as --base": ["{0}", "{1}"],

@@ -23,6 +23,7 @@ from rite_diffusion.studio.jobs import (
 )
 from rite_diffusion.studio.presets import training_settings
 from rite_diffusion.studio.progress import POINTS, loss_curves, rate_curve, read_progress, thin
+from rite_diffusion.training.lock import Lock
 from studio_server import ENDLESS, SHORT, end, output, pid_of, step_of, wait_for, wait_for_state
 
 
@@ -168,6 +169,22 @@ def test_asking_a_stopping_run_again_after_a_while_kills_it(runs, monkeypatch):
     process.stdout.close()
 
 
+def test_a_run_of_the_studio_that_a_terminal_goes_on_with_is_at_work(runs):
+    run, lock = runs / "toy", Lock(runs / "toy/lock")
+    run.mkdir()
+    write_order(run, Order("stop", time.time(), 2**22 - 1, 1.0, "cpu"))
+    (run / "status.json").write_text(json.dumps({"state": "running", "pid": 1}))
+    assert state_of(run) == "stopped"
+    lock.acquire()
+    assert state_of(run) == "running"
+    with pytest.raises(StudioError, match="started in a terminal"):
+        new_queue(runs).stop(run)
+    with pytest.raises(StudioError, match="is running: only a stopped or failed run"):
+        new_queue(runs).resume(run)
+    lock.release()
+    assert state_of(run) == "stopped"
+
+
 def test_progress_of_a_run_by_hand_and_of_a_file_that_is_being_written(runs):
     run = runs / "toy"
     run.mkdir()
@@ -180,6 +197,9 @@ def test_progress_of_a_run_by_hand_and_of_a_file_that_is_being_written(runs):
     (run / "status.json").write_text(
         json.dumps({"state": "running", "step": 900, "total": 2000, "pid": os.getpid()})
     )
+    assert read_progress(run).state == "failed"  # a process of that number lives, but holds no lock
+    lock = Lock(run / "lock")
+    lock.acquire()
     told = read_progress(run)
     assert (told.state, told.step, told.total) == ("running", 1000, 2000)
     with pytest.raises(StudioError, match="started in a terminal"):
@@ -191,3 +211,4 @@ def test_progress_of_a_run_by_hand_and_of_a_file_that_is_being_written(runs):
     assert curves["step"].max() == 1000 and len(curves) < 3 * POINTS
     assert rate_curve(told.metrics)["step"].iloc[-1] == 1000
     assert thin([(1, 1.0)]) == [(1, 1.0)] and thin([]) == []
+    lock.release()

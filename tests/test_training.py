@@ -316,7 +316,9 @@ def test_every_setting_of_the_loss_acts(photos, pocket, setting):
     ids=str,
 )
 def test_less_memory_gives_the_same_weights(photos, tmp_path, setting):
-    settings = {"precision": "fp32", "previews": {"every": 0}, "optim": {"name": "sgd"}}
+    # At a small rate: after larger steps, rounding of the first shows in the gradients of the next.
+    optim = {"name": "sgd", "lr": OPTIMIZERS["sgd"].lr / 10}
+    settings = {"precision": "fp32", "previews": {"every": 0}, "optim": optim}
     whole = rite.inspect(train(photos, tmp_path / "whole", batch=4, **settings))
     parts = rite.inspect(train(photos, tmp_path / "parts", **setting, **settings))
     assert any(pair.up.abs().max() > 0 for pair in whole.pairs)
