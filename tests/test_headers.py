@@ -119,3 +119,13 @@ def test_alpha_is_exact_in_half_precision(tmp_path):
     with safe_open(out, "pt") as file:
         alpha = file.get_tensor(f"{BLOCK}_attn2_to_k.alpha")
     assert alpha.dtype == torch.float32 and float(alpha) == pytest.approx(0.7, rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    "concepts", ["{", "[" * 9999, "7", '["a"]', '[{"file": "a"}]', '[{"weight": "1"}]']
+)
+def test_concepts_that_no_fusion_wrote_are_left_out(tmp_path, concepts):
+    path = tmp_path / "a.safetensors"
+    save_adapter(path, mixed_adapter())
+    save_file(load_file(path), path, {"rite_concepts": concepts, "rite_trigger": "<t>"})
+    assert load_adapter(path).info.concepts == "" and load_adapter(path).info.trigger == "<t>"

@@ -58,7 +58,7 @@ def test_a_committed_file_holds_no_path_of_a_machine(path):
 
 @pytest.mark.parametrize(
     "text",
-    ["python x.py --peer /work/a/b.py", "--out=/tmp/x/y", "/home/me/x", "~/x", "C:\\x", '"/a/b"'],
+    ["python x.py --peer /srv/a/b.py", "--out=/tmp/x/y", "/home/me/x", "~/x", "C:\\x", '"/a/b"'],
 )
 def test_paths_of_a_machine_are_known(text):
     assert MACHINES_PATH.search(text)

@@ -1,7 +1,8 @@
 """An adapter in memory: LoRA pairs, learned tokens and the facts about them."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -106,4 +107,19 @@ def info_of(header: Mapping[str, str]) -> AdapterInfo:
         or header.get(_FOREIGN.get(item.name, ""), "")
         for item in fields(AdapterInfo)
     }
-    return AdapterInfo(**{name: str(value) for name, value in stated.items()})
+    info = AdapterInfo(**{name: str(value) for name, value in stated.items()})
+    return info if _are_concepts(info.concepts) else replace(info, concepts="")
+
+
+def _are_concepts(text: str) -> bool:
+    """Whether a header's `concepts` are what a fusion writes: a header may hold anything."""
+    try:
+        entries = json.loads(text or "[]")
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(entries, list) and all(
+        isinstance(entry, dict)
+        and all(isinstance(entry.get(key), str) for key in ("trigger", "class_noun", "file"))
+        and type(entry.get("weight")) in (int, float)
+        for entry in entries
+    )

@@ -66,16 +66,12 @@ def fuse(
     `listen` hears how many of how many are drawn. `out` defaults to `fused.safetensors`; a file of
     a default name is replaced with `overwrite` alone. Raises RiteError before a file is written.
     """
-    chosen_settings = checked_settings(settings)
-    needs_statistics = method_named(method).statistics
+    how = _checked(method, settings)
     target = file_output(out or FUSED, SUFFIX)
     members = _chosen_members(adapters)
     check_outputs(*_named(out, target), sources=_files(members), overwrite=overwrite)
-    open_backbone = _opener(base, members)
-    members = with_plain_updates(members, open_backbone)
-    if needs_statistics and len(members) > 1:
-        members = with_sketches(members, open_backbone, drawing, listen)
-    save_adapter(target, _merged(members, method, chosen_settings, open_backbone, drawing, listen))
+    measured = how.needs_statistics and len(members) > 1
+    save_adapter(target, _solve(members, how, base, drawing, listen, measured).adapter)
     return target
 
 
@@ -95,22 +91,18 @@ def fuse_and_report(
     The base model draws each concept by its adapter alone, by the plain sum, and by the result.
     Reports of earlier fusions are replaced with `overwrite` alone.
     """
-    chosen_settings = checked_settings(settings)
-    method_named(method)
+    how = _checked(method, settings)
     target = file_output(out or FUSED, SUFFIX)
     figures, sheet = (target.with_name(f"{target.stem}.report.{kind}") for kind in ("json", "png"))
     members = _chosen_members(adapters)
     outputs = _named(out, target, figures, sheet)
     check_outputs(*outputs, sources=_files(members), overwrite=overwrite)
-    open_backbone = _opener(base, members)
-    members = with_plain_updates(members, open_backbone)
-    members = with_sketches(members, open_backbone, drawing, listen)
-    fused = _merged(members, method, chosen_settings, open_backbone, drawing, listen)
-    report = report_on(members, fused)
-    pictures = draw_concepts(open_backbone(), members, fused, drawing.seed)
+    fused = _solve(members, how, base, drawing, listen, measured=True)
+    report = report_on(fused.members, fused.adapter)
+    pictures = draw_concepts(fused.open_backbone(), fused.members, fused.adapter, drawing.seed)
     drawn = BytesIO()
     conflict_sheet(report, pictures).save(drawn, "PNG")
-    save_adapter(target, fused)
+    save_adapter(target, fused.adapter)
     write_output(figures, (json.dumps(report.as_dict(), indent=1) + "\n").encode())
     write_output(sheet, drawn.getvalue())
     return Outcome(target, report, figures, sheet)
@@ -141,14 +133,54 @@ def foresee(
     Arguments are those of `fuse`. Statistics come from sketches beside the files, else from a few
     pictures that the base model draws.
     """
-    chosen_settings = checked_settings(settings)
+    how = _checked(method, settings)
+    fused = _solve(_chosen_members(adapters), how, base, drawing, listen, measured=True)
+    return Forecast(fused.adapter, report_on(fused.members, fused.adapter))
+
+
+@dataclass(frozen=True)
+class _How:
+    """A method with its settings, both checked."""
+
+    method: str
+    settings: FusionSettings
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the method looks at layers' inputs."""
+        return method_named(self.method).statistics
+
+
+def _checked(method: str, settings: dict[str, Any]) -> _How:
+    checked = checked_settings(settings)
     method_named(method)
-    members = _chosen_members(adapters)
+    return _How(method, checked)
+
+
+@dataclass(frozen=True)
+class _Fused:
+    """A fused adapter in memory, and what it was made of."""
+
+    adapter: Adapter
+    members: list[Member]  # with their statistics, where these were wanted
+    open_backbone: Callable[[], Backbone]
+
+
+def _solve(
+    members: list[Member],
+    how: _How,
+    base: str | Backbone | None,
+    drawing: Drawing,
+    listen: Callable[[int, int], None],
+    measured: bool,
+) -> _Fused:
+    """Fuse in memory; `measured` members have statistics, whether the method needs them or not."""
     open_backbone = _opener(base, members)
     members = with_plain_updates(members, open_backbone)
-    members = with_sketches(members, open_backbone, drawing, listen)
-    fused = _merged(members, method, chosen_settings, open_backbone, drawing, listen)
-    return Forecast(fused, report_on(members, fused))
+    if measured:
+        members = with_sketches(members, open_backbone, drawing, listen)
+    fused = _merged(members, how.method, how.settings, open_backbone, drawing, listen)
+    return _Fused(fused, members, open_backbone)
 
 
 def _merged(

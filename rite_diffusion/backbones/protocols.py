@@ -131,7 +131,6 @@ class Denoiser(Protocol):
     prediction_type: PredictionType
     noise_schedule: NoiseSchedule
     default_guidance: float  # classifier-free guidance scale that suits the model
-    default_steps: int  # denoising steps that suit it
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The prediction (B, C, h, w) for latents at times (B,) of the noise schedule."""

@@ -49,7 +49,6 @@ class StableDiffusion:
 
     multiple = 8
     denoiser_name = "unet"
-    default_steps = 25
     encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
 
     def __init__(
