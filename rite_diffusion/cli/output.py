@@ -177,22 +177,27 @@ def _recent_figures(recent: Sequence[StepReport]) -> tuple[float, float]:
 
 
 def _progress_lines(steps: int) -> Callable[[StepReport], None]:
-    """What prints a line after the first step, the last, and others every half minute."""
-    recent = list[StepReport]()
-    begun = printed = time.monotonic()
-    first = 0
+    """What prints a line after the first step, the last, and others every half minute.
+
+    Time left is told from the second line on: the first step waits for all that is prepared.
+    """
+    recent, printed = list[StepReport](), time.monotonic()
+    first: tuple[int, float] | None = None  # the first step and when it was done
 
     def listen(report: StepReport) -> None:
         nonlocal printed, first
         recent.append(report)
         del recent[:-RECENT]
-        now, first = time.monotonic(), first or report.step
-        if report.step not in (first, steps) and now - printed < LINE_EVERY:
+        now = time.monotonic()
+        if first is not None and report.step != steps and now - printed < LINE_EVERY:
             return
         printed, (loss, speed) = now, _recent_figures(recent)
-        left = (now - begun) / (report.step - first + 1) * (steps - report.step)
         text = f"step {report.step} of {steps}, loss {loss:.4f}, {speed:.1f} images/s"
-        _line("training", f"{text}, about {timedelta(seconds=round(left))} left")
+        if first is not None:
+            left = (now - first[1]) / (report.step - first[0]) * (steps - report.step)
+            text += f", about {timedelta(seconds=round(left))} left"
+        first = first or (report.step, now)
+        _line("training", text)
         sys.stdout.flush()
 
     return listen
