@@ -5,6 +5,10 @@ from enum import IntEnum
 import numpy as np
 import torch
 
+from rite_diffusion.errors import ConfigError
+
+SEEDS = 2**64  # that torch's generators take, from 0
+
 
 class Stream(IntEnum):
     """What a random number is for; equal seeds and steps give each use numbers of its own."""
@@ -20,6 +24,14 @@ class Stream(IntEnum):
     CAPTION_SHUFFLE = 8
     HELD_OUT = 9
     NEW_EMBEDDINGS = 10
+
+
+def check_seed(seed: int, count: int = 1) -> None:
+    """ConfigError unless `count` seeds from this one on are what a generator takes."""
+    if not isinstance(seed, int) or not 0 <= seed <= SEEDS - max(count, 1):
+        raise ConfigError(
+            f"seed {seed} is not a whole number from 0 to {SEEDS - max(count, 1)}: choose another."
+        )
 
 
 def generator(*keys: int) -> torch.Generator:

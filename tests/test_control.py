@@ -53,7 +53,8 @@ def pose(tmp_path):
 def drawn(backbone, *conditions):
     """Final latents under the conditions."""
     controls = load_controls(backbone, [parse_control(text) for text in conditions], 64, 64)
-    predict = under_control(guided(backbone, [PROMPT], NEGATIVE, GUIDANCE), backbone, controls)
+    plain = guided(backbone, [PROMPT], NEGATIVE, GUIDANCE)
+    predict = under_control(plain, backbone, controls, [PROMPT, NEGATIVE])
     *_, latents = denoising(backbone, predict, [SEED], steps=STEPS)
     return latents
 

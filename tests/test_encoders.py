@@ -135,7 +135,9 @@ def test_an_edited_caption_is_encoded_and_the_others_are_not(photos):
     assert len(before) == 3
     (photos / "0.txt").write_text("a <thing> on a purple background")
     job = job_of(planned(photos, **FROZEN))
-    with patch.object(job.backbone, "encode_prompts", wraps=job.backbone.encode_prompts) as encode:
+    with patch.object(
+        job.backbone, "encode_captions", wraps=job.backbone.encode_captions
+    ) as encode:
         keep_captions(job)
     encode.assert_called_once_with(["a <thing> on a purple background"])
     assert len(set(entries()) - set(before)) == 1

@@ -49,8 +49,8 @@ def test_the_base_is_small():
     assert sum(path.stat().st_size for path in POCKET.rglob("*")) < 40e6
 
 
-def test_any_word_tokenizes_and_long_prompts_are_cut(pocket):
-    states = pocket.encode_prompts(["xylophone, naïve 猫 <robot>!", "word " * 100]).states
+def test_any_word_tokenizes_and_long_captions_are_cut(pocket):
+    states = pocket.encode_captions(["xylophone, naïve 猫 <robot>!", "word " * 100]).states
     assert states.shape == (2, 32, 192) and torch.isfinite(states).all()
     assert pocket.token_count("word " * 100) > pocket.token_budget == 30
 

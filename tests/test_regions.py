@@ -141,12 +141,12 @@ def cross_attention_outputs(backbone, regions, adapters=(), prompt="a park"):
     """The first cross-attention's outputs (cells, C) as a map, of one fixed noisy picture."""
     factors = adapter_weights(regions, prompt, [a.triggers for a in adapters])
     texts = [(prompt, ""), *((region.prompt, "") for region in regions)]
-    conditioning = encode_parts(backbone, texts, 1, adapters, factors)
+    conditioning, lengths = encode_parts(backbone, texts, 1, adapters, factors)
     noisy = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     module = next(m for n, m in backbone.unet.named_modules() if n.endswith("attn2"))
     seen = []
     handle = module.register_forward_hook(lambda m, i, output: seen.append(output))
-    with torch.no_grad(), regional(backbone, Plan(regions, 8, 8, factors), adapters):
+    with torch.no_grad(), regional(backbone, Plan(regions, 8, 8, factors, lengths), adapters):
         backbone.denoise(noisy, torch.tensor([500, 500]), conditioning)
     handle.remove()
     return seen[0][1].reshape(8, 8, -1)
@@ -173,7 +173,7 @@ def test_an_adapters_residual_stays_in_its_region(tiny):
     # the first self-attention has already let the halves look at each other, so the right one is
     # compared in the plan itself: its residuals are multiplied by zero
     assert not torch.equal(acting[:, :4], silent[:, :4])
-    plan = Plan([LEFT, RIGHT], 8, 8, adapter_weights([LEFT, RIGHT], "", [["cat"]]))
+    plan = Plan([LEFT, RIGHT], 8, 8, adapter_weights([LEFT, RIGHT], "", [["cat"]]), [])
     loud = plan.loudness(0, torch.zeros(2, 64, 5)).reshape(8, 8)
     assert loud[:, :4].eq(1).all() and loud[:, 4:].eq(0).all()
     assert torch.equal(plan.loudness(0, torch.zeros(2, 5, 8, 8)), loud)
@@ -197,13 +197,18 @@ def test_each_region_has_its_own_negative_prompt(tiny):
 
 
 def test_maps_of_odd_sizes_are_recognised():
-    plan = Plan([LEFT], 9, 14, [[], []])
+    plan = Plan([LEFT], 9, 14, [[], []], [])
     assert plan.grid(9 * 14) == (9, 14)
     assert plan.grid(5 * 7) == (5, 7) and plan.grid(3 * 4) == (3, 4)
     assert plan.grid(77) == (0, 0)
 
 
 def test_conditioning_holds_the_parts_side_by_side(tiny):
-    made = encode_parts(tiny, [("a park", ""), ("a cat", "dark")], 2, [], [[], []])
-    assert isinstance(made, Conditioning) and made.states.shape[:2] == (4, 2 * 77)
+    texts = [("a park", ""), ("a cat", "dark")]
+    made, lengths = encode_parts(tiny, texts, 2, [], [[], []])
+    assert (
+        isinstance(made, Conditioning)
+        and lengths == [77, 77]
+        and made.states.shape[:2] == (4, 2 * 77)
+    )
     torch.testing.assert_close(made.states[3, 77:], tiny.encode_prompts(["a cat"]).states[0])

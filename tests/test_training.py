@@ -180,7 +180,7 @@ def test_equal_captions_are_encoded_once_with_the_gradients_of_each(photos, pock
             parameter.grad = None
         return [states, *gradients]
 
-    with patch.object(pocket, "encode_prompts", wraps=pocket.encode_prompts) as encode:
+    with patch.object(pocket, "encode_captions", wraps=pocket.encode_captions) as encode:
         found = states_and_gradients(method.conditioning)
     encode.assert_called_once_with(captions[:2])
     wanted = states_and_gradients(pocket.encode_prompts)  # sums in another order
@@ -189,7 +189,7 @@ def test_equal_captions_are_encoded_once_with_the_gradients_of_each(photos, pock
 
 def test_a_text_encoder_that_does_not_train_encodes_a_caption_once(photos, pocket):
     method = PlainLora(pocket, config_of(photos, lora={"text_encoder": False}))
-    with patch.object(pocket, "encode_prompts", wraps=pocket.encode_prompts) as encode:
+    with patch.object(pocket, "encode_captions", wraps=pocket.encode_captions) as encode:
         first = method.conditioning(["a <thing>", "a photo of a <thing>", "a <thing>"]).states
         again = method.conditioning(["a photo of a <thing>"]).states
     assert [call.args[0] for call in encode.call_args_list] == [

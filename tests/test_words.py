@@ -192,12 +192,12 @@ def test_an_embedding_of_another_tool_can_be_said(tmp_path, pocket):
 
 
 @torch.no_grad()
-def test_a_prompt_that_is_too_long_is_cut_before_its_words(pocket):
+def test_a_caption_that_is_too_long_is_cut_before_its_words(pocket):
     attach(pocket, tokens_adapter({"<w>": [torch.randn(7, 4, 192)]}), "a")
     long = "a red cat " * 10
-    cut = pocket.encode_prompts([f"{long}<w>"]).states
+    cut = pocket.encode_captions([f"{long}<w>"]).states
     assert torch.equal(cut[0, 0], cut[0, 6])
-    torch.testing.assert_close(cut[0, 0], pocket.encode_prompts([long]).states[0])
+    torch.testing.assert_close(cut[0, 0], pocket.encode_captions([long]).states[0])
     assert pocket.token_positions(f"{long}<w>", "<w>") == []
     assert pocket.token_positions("a <w> on red", "<w>") == [2, 3, 4, 5]
     assert pocket.token_positions("a cat on a red background", "red background") == [5, 6]

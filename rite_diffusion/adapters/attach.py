@@ -208,6 +208,7 @@ def attach(backbone: Backbone, adapter: Adapter, name: str, weight: float = 1.0)
             make_dora(layer, name, pair)
     add_shifts(backbone, adapter.shifts, name)
     add_words(backbone, adapter, name)
+    backbone.triggers[name] = adapter.info.triggers()
     set_weight(backbone, name, weight)
     _activate(backbone)
 
@@ -253,4 +254,5 @@ def detach(backbone: Backbone, name: str) -> None:
             del root.peft_config
     remove_shifts(backbone, name)
     remove_words(backbone, name)
+    backbone.triggers.pop(name, None)
     _activate(backbone)

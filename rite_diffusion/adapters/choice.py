@@ -60,6 +60,31 @@ def renamings(chosen: Sequence[Chosen]) -> list[str]:
     ]
 
 
+def without_effect(chosen: Sequence[Chosen]) -> list[str]:
+    """A line for each adapter that its weight or alphas of 0 leave without effect, or parts of it.
+
+    Learned words act at any weight, and a DoRA's norms at any alpha.
+    """
+    lines = []
+    for each in chosen:
+        pairs = each.adapter.pairs
+        idle = [pair for pair in pairs if pair.scale == 0 and pair.magnitude is None]
+        if pairs and each.weight == 0:
+            lines.append(f"{each.path.name}: its layers have no effect at weight 0")
+        elif idle:
+            lines.append(
+                f"{each.path.name}: {len(idle)} of {len(pairs)} layers have no effect, as their "
+                "alpha is 0"
+            )
+    return lines
+
+
+def literal_words(chosen: Sequence[Chosen]) -> list[str]:
+    """The words of adapters that prompts take literally: learned ones and triggers."""
+    words = [[*words_of(each.adapter), *each.adapter.info.triggers()] for each in chosen]
+    return [word for own in words for word in own]
+
+
 def split_weight(item: str) -> tuple[Path, float]:
     """Path and weight of `FILE` or `FILE:WEIGHT`; the weight defaults to 1."""
     head, colon, tail = item.rpartition(":")

@@ -7,7 +7,12 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from rite_diffusion.adapters.choice import choose_adapters, renamings
+from rite_diffusion.adapters.choice import (
+    choose_adapters,
+    literal_words,
+    renamings,
+    without_effect,
+)
 from rite_diffusion.api.bases import open_with_adapters
 from rite_diffusion.files.writing import printable, write_output
 from rite_diffusion.generation.attached import as_attached
@@ -16,7 +21,13 @@ from rite_diffusion.generation.control import load_controls, parse_control
 from rite_diffusion.generation.metadata import png_of
 from rite_diffusion.generation.output import picture_target, write_next
 from rite_diffusion.generation.regions import adapter_weights, parse_regions
-from rite_diffusion.generation.request import complete, picture, placed
+from rite_diffusion.generation.request import (
+    check_amounts,
+    check_prompts,
+    complete,
+    picture,
+    placed,
+)
 
 
 def generate(
@@ -49,13 +60,15 @@ def generate(
     Adapters of another base are refused, unless `other_base`; where two have learned the same
     word, the second's gets a new name, which stderr tells.
     """
+    check_amounts(seed, steps, guidance, num)
     chosen = choose_adapters(adapters)
     conditions = [parse_control(text) for text in controls]
     read = [each.path for each in (*chosen, *conditions)]
     target = None if out is None else picture_target(out, num, read)
-    for line in renamings(chosen):
+    for line in (*renamings(chosen), *without_effect(chosen)):
         print(printable(line), file=sys.stderr)
     attached = as_attached(chosen)
+    check_prompts([prompt, negative], regions, literal_words(chosen))
     parts = parse_regions(regions, prompt)
     adapter_weights(parts, prompt, [each.triggers for each in attached])  # complains early
     backbone = open_with_adapters(base, chosen, other_base)

@@ -152,7 +152,7 @@ def attention_scores(
     noisy = add_noise(clean, noise, schedule.signal[at], schedule.sigma[at])
     recorder = AttentionRecorder(backbone.cross_attentions)
     try:
-        backbone.denoise(noisy, schedule.times[at], backbone.encode_prompts([prompt] * count))
+        backbone.denoise(noisy, schedule.times[at], backbone.encode_captions([prompt] * count))
         maps = recorder.maps(list(range(count)), [positions] * count, *latents.shape[-2:])
     finally:
         recorder.remove()

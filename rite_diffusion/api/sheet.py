@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +16,7 @@ from PIL.Image import Image
 from rite_diffusion._version import __version__
 from rite_diffusion.adapters import Adapter, attach, detach
 from rite_diffusion.adapters.attach import check_base
-from rite_diffusion.adapters.choice import Chosen, choose_adapters, split_weight
+from rite_diffusion.adapters.choice import Chosen, choose_adapters, literal_words, split_weight
 from rite_diffusion.api.bases import open_base
 from rite_diffusion.api.fuse import with_plain_updates
 from rite_diffusion.api.sketch import with_sketches
@@ -31,7 +32,8 @@ from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.composition import COMPOSITIONS, SUM
 from rite_diffusion.generation.grid import labelled_grid
 from rite_diffusion.generation.metadata import KEY
-from rite_diffusion.generation.request import complete, picture
+from rite_diffusion.generation.request import check_amounts, check_prompts, complete, picture
+from rite_diffusion.seeding import check_seed
 
 AXES = ("prompt", "adapter", "weight", "method", "seed")
 ATTACHED = "attached"  # the method of adapters side by side, unfused
@@ -65,9 +67,20 @@ class Cell:
 
 
 def _items(adapters: str | Sequence[str]) -> tuple[str, ...]:
-    """`FILE[:WEIGHT]` items, of a sequence or joined by +."""
-    items = adapters.split("+") if isinstance(adapters, str) else adapters
+    """`FILE[:WEIGHT]` items, of a sequence or joined by +; a + in a file's name is the name's."""
+    items = _parted(adapters) if isinstance(adapters, str) else adapters
     return tuple(item for item in items if item)
+
+
+def _parted(text: str) -> list[str]:
+    """The items of a text: each the longest that names a file, else what comes before the +."""
+    pieces, items = text.split("+"), list[str]()
+    while pieces:
+        joined = ["+".join(pieces[:count]) for count in range(len(pieces), 0, -1)]
+        item = next((each for each in joined if os.path.exists(split_weight(each)[0])), pieces[0])
+        items.append(item)
+        del pieces[: item.count("+") + 1]
+    return items
 
 
 def _adapter_label(item: str) -> str:
@@ -118,6 +131,11 @@ def plan_sheet(values: dict[str, Sequence], columns: str) -> Sheet:
     for method in values["method"]:
         if method not in UNFUSED:
             method_named(method)
+    for weight in values["weight"]:
+        if not -10 <= weight <= 10:
+            raise ConfigError(f"weight {weight} is not between -10 and 10")
+    for seed in values["seed"]:
+        check_seed(seed)
     values = values | {"adapter": [_items(each) for each in values["adapter"]]}
     down = [axis for axis in AXES if axis != columns]
     points = [
@@ -165,11 +183,15 @@ def grid(
         "seed": seeds,
     }
     sheet = plan_sheet(axes, columns)
-    named = [chosen.adapter for each in sheet.setups() for chosen in each.chosen()]
+    check_amounts(min(seeds), steps, guidance)
+    if not 32 <= cell <= 1024:
+        raise ConfigError(f"cells of {cell} pixels are not between 32 and 1024")
+    every = [chosen for each in sheet.setups() for chosen in each.chosen()]
+    check_prompts([*prompts, negative], [], literal_words(every))
+    named = [chosen.adapter for chosen in every]
     target = None if out is None else file_output(out, ".png")
     if target is not None:
-        read = [chosen.path for each in sheet.setups() for chosen in each.chosen()]
-        check_outputs([target], sources=read)
+        check_outputs([target], sources=[chosen.path for chosen in every])
     backbone = open_base(base, [adapter.info for adapter in named])
     for adapter in [] if other_base else named:
         check_base(backbone, adapter)

@@ -88,6 +88,7 @@ class TextConditioner(Protocol):
     """From prompts to what the denoiser is conditioned on."""
 
     words: dict[str, Word]  # learned beside the model's own
+    triggers: dict[str, Sequence[str]]  # adapter -> words that call it, literal in prompts
 
     @property
     def token_tables(self) -> list[Tensor]:
@@ -101,11 +102,23 @@ class TextConditioner(Protocol):
 
     @property
     def token_budget(self) -> int:
-        """How many tokens a prompt may have, begin and end marks excluded."""
+        """Tokens that a caption, or a chunk of a prompt, may have, without begin and end marks."""
         ...
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """Conditioning of prompts, with gradients to the text encoder's trainable weights."""
+        """Conditioning of prompts as users write them: of any length, with weights."""
+        ...
+
+    def encode_captions(self, captions: list[str]) -> Conditioning:
+        """Conditioning of literal captions, over-long ones cut.
+
+        With gradients to the text encoder's trainable weights.
+        """
+        ...
+
+    @property
+    def literal_words(self) -> Sequence[str]:
+        """The words that prompts take literally and whole: learned ones and triggers."""
         ...
 
     def token_count(self, prompt: str) -> int:

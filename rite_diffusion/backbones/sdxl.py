@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rite_diffusion.backbones.learned_embeddings import Expansion
+from rite_diffusion.backbones.expansion import Chunked
+from rite_diffusion.backbones.prompt_syntax import Section, is_blank
 from rite_diffusion.backbones.protocols import Conditioning
 from rite_diffusion.backbones.stable_diffusion import Pipeline, StableDiffusion
 
@@ -43,24 +44,30 @@ class StableDiffusionXL(StableDiffusion):
         """Both encoders' embeddings (tokens, width)."""
         return [*super().token_tables, self.text_encoder_2.get_input_embeddings().weight]
 
-    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+    def _encode(self, prompts: list[list[Section]], chunked: Chunked) -> Conditioning:
         """Both encoders' last hidden states but one, side by side, and the second's pooled one.
 
         The empty prompt is all zeros where the model was trained so. States are (B, layers, tokens,
         width) where a prompt says a word that differs from layer to layer; the pooled one, of which
-        the UNet takes one, is then the mean over the layers.
+        the UNet takes one, is the first chunk's, the mean over the layers.
         """
-        expansion = Expansion(prompts, self.words, len(self.cross_attentions))
+        expansion = self._expanded(prompts, chunked)
         hidden = {"output_hidden_states": True}
-        first = expansion.encode(self.text_encoder, self.tokenizer, 0, **hidden)
-        second = expansion.encode(self.text_encoder_2, self.tokenizer_2, 1, **hidden)
-        states = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
-        pooled = second.text_embeds  # (N, width)
+        first = expansion.encode(self.text_encoder, 0, **hidden)
+        second = expansion.encode(self.text_encoder_2, 1, **hidden)
+        each = [first.hidden_states[-2], second.hidden_states[-2]]
+        each = [expansion.weighted(states, number) for number, states in enumerate(each)]
+        states = expansion.gathered(torch.cat(each, dim=-1))
+        pooled = expansion.gathered_pooled(second.text_embeds)  # (B, width)
         if self._empty_is_zero:
-            said = torch.tensor([bool(text) for text in expansion.texts], device=self.device)
-            states, pooled = states * said[:, None, None], pooled * said[:, None]
-        states, pooled = expansion.gathered(states), expansion.gathered(pooled)
-        return Conditioning(states, {"pooled": pooled.mean(1) if pooled.ndim == 3 else pooled})
+            says = torch.tensor([not is_blank(each) for each in prompts], device=self.device)
+            states = states * says.view(-1, *[1] * (states.ndim - 1))
+            pooled = pooled * says[:, None]
+        return Conditioning(states, {"pooled": pooled})
+
+    @property
+    def _tokenizers(self) -> list[Any]:
+        return [self.tokenizer, self.tokenizer_2]
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The UNet's prediction (B, C, h, w) for latents at timesteps (B,).

@@ -56,6 +56,7 @@ from rite_diffusion.errors import BackboneError
 Config = dict[str, Any]
 
 TOKENS, POSITIONS = 49408, 77  # of CLIP's tokenizer
+LENGTH = "max_position_embeddings"
 
 
 def load_single_file(path: Path, dtype: torch.dtype = torch.float32) -> Pipeline:
@@ -78,16 +79,16 @@ def load_single_file(path: Path, dtype: torch.dtype = torch.float32) -> Pipeline
         return StableDiffusionXLPipeline(
             text_encoder=load_clip(checkpoint, texts[XL_CLIP], dtype, XL_CLIP),
             text_encoder_2=load_projected_clip(checkpoint, texts[XL_OPEN_CLIP], dtype),
-            tokenizer=clip_tokenizer(),
-            tokenizer_2=clip_tokenizer(pad_token="!"),
+            tokenizer=clip_tokenizer(length=texts[XL_CLIP][LENGTH]),
+            tokenizer_2=clip_tokenizer(pad_token="!", length=texts[XL_OPEN_CLIP][LENGTH]),
             **parts,
         )
     if layout is SD2:
         parts["text_encoder"] = load_open_clip(checkpoint, texts[OPEN_CLIP], dtype)
-        parts["tokenizer"] = clip_tokenizer(pad_token="!")
+        parts["tokenizer"] = clip_tokenizer(pad_token="!", length=texts[OPEN_CLIP][LENGTH])
     else:
         parts["text_encoder"] = load_clip(checkpoint, texts[CLIP], dtype)
-        parts["tokenizer"] = clip_tokenizer()
+        parts["tokenizer"] = clip_tokenizer(length=texts[CLIP][LENGTH])
     return StableDiffusionPipeline(
         **parts,
         safety_checker=None,  # pyright: ignore[reportArgumentType]

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -13,15 +13,12 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
+from rite_diffusion.backbones.chunks import chunks_of, cut_caption
 from rite_diffusion.backbones.cross_attention import cross_attentions, take_own_states
+from rite_diffusion.backbones.expansion import Chunked, Expansion
 from rite_diffusion.backbones.fingerprint import fingerprint
-from rite_diffusion.backbones.learned_embeddings import (
-    Expansion,
-    ids_of,
-    positions_of,
-    said,
-    tokens_of,
-)
+from rite_diffusion.backbones.learned_embeddings import ids_of, positions_of, said, tokens_of
+from rite_diffusion.backbones.prompt_syntax import Section, as_written, read_prompt
 from rite_diffusion.backbones.protocols import Conditioning, PredictionType, Word
 from rite_diffusion.backbones.schedule import FlowSampler, noise_schedule, prediction_type, sampler
 
@@ -70,6 +67,7 @@ class StableDiffusion:
         self._reopen = reopen
         self.tokenizer = pipeline.tokenizer
         self.words: dict[str, Word] = {}
+        self.triggers: dict[str, Sequence[str]] = {}
         self.cross_attentions = cross_attentions(self.unet)
         take_own_states(self.cross_attentions)
         self.dtype: torch.dtype = self.unet.dtype
@@ -139,8 +137,11 @@ class StableDiffusion:
 
     @property
     def token_budget(self) -> int:
-        """Tokens that a prompt may have, begin and end marks excluded."""
-        return self.tokenizer.model_max_length - 2
+        """Tokens that a caption, or a chunk of a prompt, may have, without begin and end marks."""
+        names = [name for name in self.encoder_names if name != "vae"]
+        positions = [self._encoders[name].config.max_position_embeddings for name in names]
+        lengths = [tokenizer.model_max_length for tokenizer in self._tokenizers]
+        return min(*positions, *lengths) - 2
 
     def encoder_fingerprint(self) -> str:
         """First 16 hex digits of a SHA-256 over the autoencoder's encoding half."""
@@ -211,13 +212,44 @@ class StableDiffusion:
         return [self.text_encoder.get_input_embeddings().weight]
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """The text encoder's last hidden states (B, tokens, width); over-long prompts are cut.
+        """Conditioning of prompts as users write them: of any length, with weights and BREAK.
+
+        Prompts of one batch get as many chunks as the longest. ConfigError for syntax that is not
+        supported.
+        """
+        whole = self.literal_words
+        return self._encode(
+            [read_prompt(text, whole) for text in prompts],
+            partial(chunks_of, size=self.token_budget, whole=whole),
+        )
+
+    def encode_captions(self, captions: list[str]) -> Conditioning:
+        """Conditioning of training captions: brackets are text, over-long captions are cut."""
+        chunked = partial(cut_caption, size=self.token_budget)
+        return self._encode([as_written(text) for text in captions], chunked)
+
+    def _encode(self, prompts: list[list[Section]], chunked: Chunked) -> Conditioning:
+        """The text encoder's last hidden states (B, tokens, width).
 
         (B, layers, tokens, width) where a prompt says a word that differs from layer to layer.
         """
-        expansion = Expansion(prompts, self.words, len(self.cross_attentions))
-        states = expansion.encode(self.text_encoder, self.tokenizer, 0).last_hidden_state
-        return Conditioning(expansion.gathered(states))
+        expansion = self._expanded(prompts, chunked)
+        states = expansion.encode(self.text_encoder, 0).last_hidden_state
+        return Conditioning(expansion.gathered(expansion.weighted(states, 0)))
+
+    def _expanded(self, prompts: list[list[Section]], chunked: Chunked) -> Expansion:
+        layers, length = len(self.cross_attentions), self.token_budget + 2
+        return Expansion(prompts, self.words, layers, self._tokenizers, length, chunked)
+
+    @property
+    def _tokenizers(self) -> list[Any]:
+        return [self.tokenizer]
+
+    @property
+    def literal_words(self) -> list[str]:
+        """The words that prompts take literally and whole: learned ones and adapters' triggers."""
+        called = [word for words in self.triggers.values() for word in words]
+        return list(dict.fromkeys([*self.words, *called]))
 
     def token_ids(self, text: str) -> list[int]:
         """The tokens of ordinary text, without begin and end marks."""
@@ -229,7 +261,7 @@ class StableDiffusion:
 
     def token_positions(self, prompt: str, word: str) -> list[int]:
         """Where a word's tokens stand in the encoded prompt, at its first mention."""
-        return positions_of(self.tokenizer, prompt, word, self.words)
+        return positions_of(self.tokenizer, prompt, word, self.words, self.token_budget)
 
     def is_known_word(self, word: str) -> bool:
         """Whether the tokenizer holds the word whole, as it does what the model already knows."""

@@ -20,10 +20,10 @@ def cached_conditioning(backbone: Backbone, prompt: str, folder: Path | None) ->
     read is made again.
     """
     if folder is None:
-        return backbone.encode_prompts([prompt])
+        return backbone.encode_captions([prompt])
 
     def encode() -> dict[str, Tensor]:
-        found = backbone.encode_prompts([prompt])
+        found = backbone.encode_captions([prompt])
         return {"states": found.states, **found.extra}
 
     name = sha256(prompt.encode()).hexdigest()

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rite_diffusion.config.templates import ClassTemplate, ConceptTemplate
+from rite_diffusion.seeding import SEEDS
 from rite_diffusion.types import Concept
 
 Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
@@ -171,7 +172,7 @@ class PreviewSection(Section):
     )
     steps: int = Field(default=20, ge=1)
     guidance: float = Field(default=3.0, ge=0)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=SEEDS)
 
 
 class CheckpointSection(Section):

@@ -16,8 +16,10 @@ from torch.nn import functional as F
 
 from rite_diffusion.adapters.attach import places
 from rite_diffusion.backbones.protocols import Backbone
+from rite_diffusion.errors import ConfigError
 from rite_diffusion.fusion.second_moments import AnyGram, FullGram, Gram, from_eigen, full_gram
 from rite_diffusion.generation.denoise import conditional, denoising
+from rite_diffusion.seeding import check_seed
 
 EXACT_WIDTH = 2048  # inputs of a linear layer; a wider one's Gram is sketched as it streams
 EXACT_WIDTH_CONVOLUTION = 768  # unfolded; a model has dozens, and neighbours' inputs are alike
@@ -165,6 +167,13 @@ class Drawing:
     steps: int = 20
     pictures: int = 1  # per prompt
     seed: int = 0
+
+    def __post_init__(self):
+        check_seed(self.seed)
+        if not (1 <= self.steps <= 1000 and self.pictures >= 1):
+            raise ConfigError(
+                f"{self.pictures} pictures of {self.steps} steps: draw 1 or more, in 1 to 1000."
+            )
 
 
 USUAL = Drawing()

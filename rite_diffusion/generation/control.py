@@ -114,14 +114,21 @@ def _listed(value: Any) -> Any:
     return list(value) if isinstance(value, list | tuple) else value
 
 
-def under_control(predict: Predict, backbone: Backbone, controls: Sequence[Control]) -> Predict:
+@torch.no_grad()
+def under_control(
+    predict: Predict,
+    backbone: Backbone,
+    controls: Sequence[Control],
+    texts: Sequence[str],
+) -> Predict:
     """What predicts with the condition pictures in force.
 
-    The denoiser is changed for the length of each prediction only.
+    `texts` are the whole picture's prompt and negative prompt, whose states come before those of
+    regions. The denoiser is changed for the length of each prediction only.
     """
     if not controls:
         return predict
-    tokens = backbone.token_budget + 2
+    tokens = backbone.encode_prompts(list(texts)).states.shape[-2]
     features = [_features(each) for each in controls]
 
     def hook(module: nn.Module, arguments: tuple, keywords: dict[str, Any]):

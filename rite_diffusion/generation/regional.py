@@ -24,18 +24,19 @@ class Plan:
     """Who rules where, at every resolution of a denoiser, and how loud each adapter is there."""
 
     def __init__(
-        self, regions: Sequence[Region], height: int, width: int, factors: list[list[float]]
+        self,
+        regions: Sequence[Region],
+        height: int,
+        width: int,
+        factors: list[list[float]],
+        lengths: list[int],
     ):
         self.regions = regions
         self.height, self.width = height, width  # of the latents, in cells
         self.factors = torch.tensor(factors)  # (1 + regions, adapters)
+        self.lengths = lengths  # tokens of the parts' states
         self.branch: int | None = None  # the region whose prompt a cross-attention looks at now
         self._shares: dict[tuple[int, int], Tensor] = {}
-
-    @property
-    def parts(self) -> int:
-        """The whole picture and the regions."""
-        return 1 + len(self.regions)
 
     def shares(self, height: int, width: int, like: Tensor) -> Tensor:
         """Shares (1 + regions, height, width) of `like`'s device and type."""
@@ -78,7 +79,7 @@ class Plan:
 class RegionalAttention:
     """A cross-attention's processor that looks at each part's prompt apart.
 
-    `encoder_hidden_states` holds the parts' states side by side, (B, parts * tokens, width).
+    `encoder_hidden_states` holds the parts' states side by side, (B, tokens of all, width).
     """
 
     def __init__(self, original, plan: Plan):
@@ -98,7 +99,7 @@ class RegionalAttention:
         height, width = plan.grid(hidden_states.shape[1])
         shares = plan.shares(height, width, hidden_states).flatten(1)  # (parts, cells)
         result = None
-        for part, states in enumerate(encoder_hidden_states.chunk(plan.parts, 1)):
+        for part, states in enumerate(encoder_hidden_states.split(plan.lengths, 1)):
             share = shares[part][None, :, None]
             if not share.any():
                 continue
@@ -144,17 +145,19 @@ def encode_parts(
     count: int,
     adapters: Sequence[Attached],
     factors: list[list[float]],
-) -> Conditioning:
-    """Conditioning (2 count, …, parts * tokens, width) of (prompt, negative) per part.
+) -> tuple[Conditioning, list[int]]:
+    """Conditioning (2 count, …, tokens of all, width) of (prompt, negative) per part, and lengths.
 
-    Each part is encoded with its own adapter weights. Rows are [negatives; prompts]. What there is
-    but states, such as SDXL's pooled embeddings, is the whole picture's.
+    Lengths are the parts' tokens. Each part is encoded with its own adapter weights. Rows are
+    [negatives; prompts]. What there is but states, such as SDXL's pooled embeddings, is the whole
+    picture's.
     """
     parts = []
     for (prompt, negative), row in zip(texts, factors, strict=True):
         with turned(backbone, adapters, row):
             parts.append(backbone.encode_prompts([negative] * count + [prompt] * count))
-    return Conditioning(side_by_side([part.states for part in parts]), parts[0].extra)
+    joined = Conditioning(side_by_side([part.states for part in parts]), parts[0].extra)
+    return joined, [part.states.shape[-2] for part in parts]
 
 
 def side_by_side(states: Sequence[Tensor]) -> Tensor:
@@ -190,9 +193,9 @@ def regionally_guided(
     factors = adapter_weights(regions, prompt, [adapter.triggers for adapter in adapters])
     texts = [(prompt, negative)]
     texts += [(region.prompt, region.negative or negative) for region in regions]
-    conditioning = encode_parts(backbone, texts, count, adapters, factors)
+    conditioning, lengths = encode_parts(backbone, texts, count, adapters, factors)
     scale = backbone.pixels_per_latent
-    plan = Plan(regions, height // scale, width // scale, factors)
+    plan = Plan(regions, height // scale, width // scale, factors, lengths)
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
         with regional(backbone, plan, adapters):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rite_diffusion._version import __version__
 from rite_diffusion.adapters.choice import Record
+from rite_diffusion.backbones.prompt_syntax import read_prompt
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.generation.attached import Attached, turned
@@ -18,8 +19,10 @@ from rite_diffusion.generation.layout import find_boxes
 from rite_diffusion.generation.metadata import Parameters
 from rite_diffusion.generation.regional import regionally_guided
 from rite_diffusion.generation.regions import Sought, adapter_weights, parse_region, parse_regions
+from rite_diffusion.seeding import check_seed
 
 LONGEST_SIDE = 4096  # pixels
+MOST_PICTURES, MOST_STEPS, MOST_GUIDANCE = 10_000, 1000, 100
 
 
 def complete(
@@ -41,12 +44,15 @@ def complete(
 
     Sides are in pixels; ConfigError where the model cannot draw one, or a word is not known.
     """
-    width, height = width or backbone.resolution, height or backbone.resolution
+    width = backbone.resolution if width is None else width
+    height = backbone.resolution if height is None else height
     for side in (width, height):
         if side % backbone.multiple or not 0 < side <= LONGEST_SIDE:
             raise ConfigError(
                 f"side {side} is not a multiple of {backbone.multiple} up to {LONGEST_SIDE}"
             )
+    check_amounts(seed, steps, guidance)
+    check_prompts([prompt, negative], regions, backbone.literal_words)
     if combine not in (SUM, *COMPOSITIONS):
         known = ", ".join((SUM, *COMPOSITIONS))
         raise ConfigError(f"no way '{combine}' to combine adapters: choose one of {known}")
@@ -71,6 +77,23 @@ def complete(
     )
 
 
+def check_amounts(seed: int, steps: int, guidance: float | None, num: int = 1) -> None:
+    """ConfigError where so many pictures from a seed on cannot be drawn so."""
+    if not 1 <= num <= MOST_PICTURES:
+        raise ConfigError(f"{num} pictures are not between 1 and {MOST_PICTURES}")
+    check_seed(seed, num)
+    if not 1 <= steps <= MOST_STEPS:
+        raise ConfigError(f"{steps} steps are not between 1 and {MOST_STEPS}")
+    if guidance is not None and not 0 <= guidance <= MOST_GUIDANCE:
+        raise ConfigError(f"guidance {guidance} is not between 0 and {MOST_GUIDANCE}")
+
+
+def check_prompts(prompts: Sequence[str], regions: Sequence[str], literal: Sequence[str]) -> None:
+    """ConfigError for syntax in prompts or regions that is not supported; `literal` is text."""
+    for text in (*prompts, *regions):
+        read_prompt(text, literal)
+
+
 def placed(
     backbone: Backbone,
     parameters: Parameters,
@@ -87,11 +110,12 @@ def placed(
     if not words:
         return parameters
     prompt = parameters.prompt
+    texts = (prompt, parameters.negative)
     factors = adapter_weights(parts, prompt, [adapter.triggers for adapter in adapters])
     with turned(backbone, adapters, factors[0]):
         plain = guided(backbone, [prompt], parameters.negative, parameters.guidance)
         boxes = find_boxes(
-            backbone, under_control(plain, backbone, controls), prompt, words,
+            backbone, under_control(plain, backbone, controls, texts), prompt, words,
             seed=parameters.seed, steps=parameters.steps, width=parameters.width,
             height=parameters.height,
         )  # fmt: skip
@@ -113,7 +137,12 @@ def estimates(
     """
     return denoising(
         backbone,
-        under_control(_prediction(backbone, parameters, adapters), backbone, controls),
+        under_control(
+            _prediction(backbone, parameters, adapters),
+            backbone,
+            controls,
+            (parameters.prompt, parameters.negative),
+        ),
         [parameters.seed],
         steps=parameters.steps,
         width=parameters.width,

@@ -34,7 +34,7 @@ class WordMethod(Method):
 
     def conditioning(self, captions: list[str]) -> Conditioning:
         """The text encoder's states of the captions, with the words as they are now."""
-        return self.backbone.encode_prompts(captions)
+        return self.backbone.encode_captions(captions)
 
     def pairs(self) -> list[LoraPair]:
         """The pairs in training."""
@@ -48,3 +48,4 @@ class WordMethod(Method):
         """Take weights and words out."""
         self._weights.remove()
         remove_words(self.backbone, NAME)
+        self.backbone.triggers.pop(NAME, None)

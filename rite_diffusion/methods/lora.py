@@ -14,7 +14,7 @@ from rite_diffusion.backbones.protocols import Backbone, Conditioning
 from rite_diffusion.backbones.text_cache import cached_conditioning
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.files.writing import cache_folder
-from rite_diffusion.methods.method import Method
+from rite_diffusion.methods.method import NAME, Method
 from rite_diffusion.methods.weights import (
     LoraWeights,
     adapted_paths,
@@ -54,7 +54,7 @@ class PlainLora(Method):
         if self.text_is_frozen:
             encoded = _joined([self._frozen_states(text) for text in distinct])
         else:
-            encoded = self.backbone.encode_prompts(distinct)
+            encoded = self.backbone.encode_captions(distinct)
         return _repeated(encoded, [distinct.index(text) for text in captions])
 
     def pairs(self) -> list[LoraPair]:
@@ -64,6 +64,7 @@ class PlainLora(Method):
     def remove(self) -> None:
         """Take the LoRA layers out."""
         self._weights.remove()
+        self.backbone.triggers.pop(NAME, None)
 
 
 class Lora:

@@ -24,6 +24,7 @@ class Method(ABC):
     def __init__(self, backbone: Backbone, config: TrainConfig):
         self.backbone = backbone
         self.config = config
+        backbone.triggers[NAME] = [concept.trigger for concept in config.concepts()]
 
     @abstractmethod
     def groups(self) -> list[dict]:

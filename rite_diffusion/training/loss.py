@@ -32,7 +32,7 @@ def diffusion_loss(
     at = batch.timesteps
     signal, sigma, snr = schedule.signal[at], schedule.sigma[at], schedule.snr[at]  # (B,) each
     noisy = add_noise(batch.latents, batch.seen, signal, sigma)
-    encode = method.conditioning if method else backbone.encode_prompts
+    encode = method.conditioning if method else backbone.encode_captions
     conditioning = encode(batch.captions)
     prediction = backbone.denoise(noisy, schedule.times[at], conditioning)
     target = TARGETS[kind](batch.latents, batch.noise, signal, sigma)

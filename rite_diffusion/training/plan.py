@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.prompt_syntax import read_prompt
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.backbones.source import default_device, usable_precision
 from rite_diffusion.config import PhotoSource, TrainConfig, fill, load_preset, merge, resolve
@@ -149,6 +150,7 @@ def survey(config: TrainConfig) -> Plan:
     precision, fallback = usable_precision(config.precision, device)
     backbone = load_backbone(config.base, precision, device)
     check_triggers(backbone, config.concepts())
+    _check_previews(config)
     side = config.resolution or backbone.resolution
     if side % backbone.multiple:
         raise ConfigError(f"resolution {side} is not a multiple of {backbone.multiple} pixels")
@@ -204,6 +206,14 @@ def _with_class_photos(plan: Plan, pictures: list[Photo]) -> Plan:
     weighted = [replace(photo, weight=plan.config.prior.weight) for photo in pictures]
     photos = balanced([plan.photos, weighted])
     return replace(plan, photos=photos, class_photos=photos[len(plan.photos) :])
+
+
+def _check_previews(config: TrainConfig) -> None:
+    """ConfigError for a preview's prompt with syntax that is not supported."""
+    triggers = [concept.trigger for concept in config.concepts()]
+    for prompt in config.previews.prompts:
+        for trigger in triggers:
+            read_prompt(prompt.replace("{trigger}", trigger), triggers)
 
 
 def _check_rank(backbone: Backbone, config: TrainConfig) -> None:

@@ -8,8 +8,8 @@ from transformers import CLIPTokenizer
 _MERGES = Path(__file__).with_name("merges.txt.gz")  # one pair a line, the most frequent first
 
 
-def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
-    """A new tokenizer of 49408 tokens; prompts are cut at 77, begin and end marks included.
+def clip_tokenizer(pad_token: str = "<|endoftext|>", length: int = 77) -> CLIPTokenizer:
+    """A new tokenizer of 49408 tokens for encoders of `length` positions, marks included.
 
     SD2 and SDXL's second text encoder pad with "!", OpenAI's CLIP with the end mark.
 
@@ -29,7 +29,7 @@ def clip_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     return CLIPTokenizer(
         vocab=vocab,
         merges=pairs,  # pyright: ignore[reportArgumentType] (annotated too narrowly there)
-        model_max_length=77,
+        model_max_length=length,
         pad_token=pad_token,
     )
 
