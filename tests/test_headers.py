@@ -129,3 +129,12 @@ def test_concepts_that_no_fusion_wrote_are_left_out(tmp_path, concepts):
     save_adapter(path, mixed_adapter())
     save_file(load_file(path), path, {"rite_concepts": concepts, "rite_trigger": "<t>"})
     assert load_adapter(path).info.concepts == "" and load_adapter(path).info.trigger == "<t>"
+
+
+def test_embeddings_alone_keep_the_precision_too(tmp_path):
+    rows = torch.randn(2, 8).half()
+    save_file({"emb_params": rows}, tmp_path / "dog.safetensors", {"author": "someone"})
+    export = rite.convert(tmp_path / "dog.safetensors", "kohya", tmp_path / "out.safetensors")
+    assert export.dtype == "fp16"
+    assert torch.equal(load_file(export.embeddings[0])["emb_params"], rows)
+    assert read_header(export.path)["author"] == "someone"

@@ -8,7 +8,7 @@ from pathlib import Path
 from rite_diffusion.adapters.file import Adapter, load_adapter
 from rite_diffusion.adapters.learned_embeddings import free_names, renamed, words_of
 from rite_diffusion.errors import AdapterError
-from rite_diffusion.files.writing import user_path
+from rite_diffusion.files.writing import reading, user_path
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Chosen:
         digest = hashlib.sha256()
         files = self.path.rglob("*.safetensors") if self.path.is_dir() else [self.path]
         for file in sorted(files):
-            digest.update(file.read_bytes())
+            with reading(file, AdapterError):
+                digest.update(file.read_bytes())
         return Record(self.path.name, self.weight, digest.hexdigest()[:16])
 
 

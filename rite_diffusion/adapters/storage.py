@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from rite_diffusion.errors import AdapterError
-from rite_diffusion.files.writing import write_output
+from rite_diffusion.files.writing import reading, write_output
 
 MAX_HEADER = 100_000_000  # bytes; safetensors itself refuses longer ones
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -75,7 +75,7 @@ def read_header(path: Path) -> dict[str, str]:
     """The header's facts, after the checks that need no tensor."""
     if not path.is_file():
         raise AdapterError(f"no adapter file {path}. Pass the path of a .safetensors file.")
-    with path.open("rb") as stream:
+    with reading(path, AdapterError), path.open("rb") as stream:
         start = stream.read(512)
         _refuse_other_formats(path, start)
         size = struct.unpack("<Q", start[:8])[0]

@@ -127,7 +127,7 @@ def _embeddings_alone(
         check_outputs(derived=paths, sources=[source], overwrite=overwrite)
     for path, tensors in zip(paths, contents.values(), strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(path, tensors, {}, adapter.dtype)
+        write_tensors(path, tensors, adapter.foreign, adapter.dtype)
     lossy = embeddings.lossy_words(adapter)
     return Export(adapter, dtype_name(adapter.dtype), paths[0], paths, [], lossy, None)
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import TrainConfig
-from rite_diffusion.files.writing import cache_folder
-from rite_diffusion.photos.dataset import Encoding, LatentSet
+from rite_diffusion.files.writing import cache_folder, user_path
+from rite_diffusion.photos.dataset import Encoding, LatentSet, training_side
 from rite_diffusion.photos.dataset import encode_photos as encode
 from rite_diffusion.photos.folder import read_folder
 from rite_diffusion.types import Concept
@@ -25,13 +25,14 @@ def encode_photos(
 
     Pictures without a caption beside them are called by the default templates. `resolution` is in
     pixels and defaults to the backbone's; with `buckets` pictures keep their shapes, else they are
-    cut to squares. Raises PhotoFolderError for a folder that cannot be trained on.
+    cut to squares. Raises PhotoFolderError for a folder that cannot be trained on, ConfigError for a
+    resolution that the backbone does not have.
     """
     concept = Concept(trigger, class_noun)
     templates = TrainConfig.model_fields["templates"].default
-    found = read_folder(Path(photos).expanduser(), concept, templates).photos
+    found = read_folder(user_path(photos), concept, templates).photos
     how = Encoding(
-        resolution or backbone.resolution,
+        training_side(backbone, resolution),
         buckets,
         cache=cache_folder() / "latents" if cache else None,
     )

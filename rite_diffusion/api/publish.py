@@ -33,6 +33,10 @@ def push(file: str | Path, repository: str, *, private: bool = True) -> str:
     from huggingface_hub.errors import HFValidationError, HTTPError
 
     path = user_path(file)
+    if path.is_dir():
+        raise AdapterError(
+            f"{path} is a folder: make one file of it with `rite convert --to kohya`."
+        )
     text = card(load_adapter(path), path.name)
     files = [
         CommitOperationAdd(path.name, path.read_bytes()),

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rite_diffusion.errors import BackboneError
+from rite_diffusion.files.writing import reading
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -111,7 +112,7 @@ def read_header(path: Path) -> Checkpoint:
     if not path.is_file():
         raise BackboneError(f"there is no file {path}. Pass the path of a .safetensors checkpoint.")
     try:
-        with safe_open(path, framework="pt") as file:
+        with reading(path, BackboneError), safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
             return Checkpoint(path, shapes, file.metadata() or {})
     except SafetensorError as error:

@@ -15,6 +15,7 @@ from rite_diffusion.backbones.learned_embeddings import (
     PLACEHOLDER,
     Slot,
     Vectors,
+    check_text,
     ids_of,
     spoken,
     tokens_of,
@@ -89,6 +90,7 @@ def _grouped(tokenizer: Any, text: str, whole: Collection[str]) -> list[list[int
     spans = [part.span() for part in spoken(text, whole) if isinstance(part, re.Match)]
     if not spans:
         return [[each] for each in ids_of(tokenizer, text)]
+    check_text(text)
     found = tokenizer(
         text, add_special_tokens=False, truncation=False, return_offsets_mapping=True
     )  # fmt: skip

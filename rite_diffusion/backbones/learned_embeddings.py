@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rite_diffusion.backbones.protocols import Word
+from rite_diffusion.errors import ConfigError
 
 PLACEHOLDER = "*"  # its token stands where a vector will be
 
@@ -60,8 +61,17 @@ def said(prompts: Iterable[str], words: Mapping[str, Word]) -> Vectors:
     return {name: words[name].rows() for name in dict.fromkeys(names[f.lower()] for f in found)}
 
 
+def check_text(text: str) -> None:
+    """ConfigError where a text holds bytes that were no characters, as arguments may."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{text!r} is no text in UTF-8: write it anew.") from None
+
+
 def ids_of(tokenizer: Any, text: str) -> list[int]:
-    """The text's tokens without begin and end marks."""
+    """The text's tokens without begin and end marks; ConfigError for what is no text."""
+    check_text(text)
     return tokenizer(text, add_special_tokens=False, truncation=False).input_ids
 
 

@@ -7,7 +7,7 @@ import typer
 
 from rite_diffusion.cli import fusion as cli_fusion
 from rite_diffusion.cli.settings import say, settings_tree
-from rite_diffusion.files.writing import folder_output
+from rite_diffusion.files.writing import folder_output, user_path
 
 app = typer.Typer()
 
@@ -61,6 +61,7 @@ def train(
         "optim.lr": _number_or_word(lr),
         "seed": seed,
     }
+    photos = user_path(photos)
     written = read_toml(photos) if photos.suffix == ".toml" else {"photos": str(photos)}
     settings = merge(written, settings_tree(given, set_ or []))
     folder = folder_output(out) if out else None

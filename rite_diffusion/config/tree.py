@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from rite_diffusion.config.schema import TrainConfig
 from rite_diffusion.errors import ConfigError
+from rite_diffusion.files.writing import user_path
 
 
 def preset_folder() -> Path:
@@ -26,9 +27,9 @@ def preset_names() -> list[str]:
 
 def load_preset(name: str) -> dict[str, Any]:
     """Settings of a preset by its name, or of any TOML file by its path."""
-    path = Path(name) if name.endswith(".toml") else preset_folder() / f"{name}.toml"
-    if not path.is_file():
-        known = ", ".join(preset_names())
+    path = user_path(name) if name.endswith(".toml") else preset_folder() / f"{name}.toml"
+    known = ", ".join(preset_names())
+    if name not in preset_names() and not (name.endswith(".toml") and path.is_file()):
         raise ConfigError(f"no preset '{name}': choose one of {known}, or pass a .toml file")
     return read_toml(path)
 

@@ -46,13 +46,20 @@ def file_output(path: str | Path, suffix: str) -> Path:
 
 
 def folder_output(path: str | Path) -> Path:
-    """The path of a folder to write in; OutputError for a file, or a name that only files have."""
+    """The path of a folder to write in, which need not be there yet.
+
+    OutputError for a file, for a name that only files have, and where nothing can be written.
+    """
     wanted = user_path(path)
-    if wanted.is_dir():
-        return wanted
     kind, _ = mimetypes.MimeTypes().guess_type(wanted.name)
-    if kind or wanted.suffix.lower() in _MODEL_SUFFIXES or os.path.lexists(wanted):
+    named_as_file = kind or wanted.suffix.lower() in _MODEL_SUFFIXES or os.path.lexists(wanted)
+    if named_as_file and not wanted.is_dir():
         raise OutputError(f"{wanted} names a file, and a folder is needed: name one as --out.")
+    try:
+        _probe(wanted)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"cannot write to {wanted}: {reason}. Choose another --out.") from None
     return wanted
 
 

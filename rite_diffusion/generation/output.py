@@ -15,9 +15,7 @@ def picture_target(out: str | Path, num: int, sources: Iterable[Path]) -> Path:
             raise ConfigError(f"{path} is one file for {num} pictures: pass a folder as --out.")
         check_outputs([path], sources=sources)
         return path
-    folder = folder_output(path)
-    check_outputs([folder / "00000.png"])
-    return folder
+    return folder_output(path)
 
 
 def write_next(folder: Path, content: bytes) -> Path:

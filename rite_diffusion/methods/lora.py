@@ -13,7 +13,7 @@ from rite_diffusion.backbones.ordered import rows_of
 from rite_diffusion.backbones.protocols import Backbone, Conditioning
 from rite_diffusion.backbones.text_cache import cached_conditioning
 from rite_diffusion.config import TrainConfig
-from rite_diffusion.files.writing import cache_folder
+from rite_diffusion.files.writing import cache_folder, user_path
 from rite_diffusion.methods.method import NAME, Method
 from rite_diffusion.methods.weights import (
     LoraWeights,
@@ -98,7 +98,7 @@ class Lora:
 
     def save(self, path: str | Path, *, trigger: str, class_noun: str = "") -> Path:
         """Write the pairs as an adapter file, `.safetensors`, and return its path."""
-        target = Path(path).expanduser()
+        target = user_path(path)
         info = AdapterInfo(
             trigger=trigger,
             class_noun=class_noun,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rite_diffusion.config import PhotoSource
 from rite_diffusion.errors import ConfigError, PhotoFolderError
-from rite_diffusion.files.writing import reading
+from rite_diffusion.files.writing import reading, user_path
 from rite_diffusion.photos.folder import PhotoFolder, read_photos
 from rite_diffusion.types import Photo
 
@@ -37,7 +37,7 @@ def given_class_photos(sources: Sequence[PhotoSource]) -> tuple[list[PhotoFolder
                 f"class_photos = {source.class_photos} holds the photos of {photos[key].trigger}. "
                 "Give pictures of other things of its class, or leave class_photos out."
             )
-        given[key] = Path(source.class_photos).expanduser()
+        given[key] = user_path(source.class_photos)
     read = [
         read_class_photos(folder, noun)
         for noun, given in folders.items()
@@ -48,7 +48,7 @@ def given_class_photos(sources: Sequence[PhotoSource]) -> tuple[list[PhotoFolder
 
 def _resolved(folder: str) -> Path:
     with reading(Path(folder), PhotoFolderError):
-        return Path(folder).expanduser().resolve()
+        return user_path(folder).resolve()
 
 
 def refuse_concepts(

@@ -11,12 +11,14 @@ from torch import Tensor
 
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import AugmentSection
+from rite_diffusion.errors import ConfigError
 from rite_diffusion.photos.augment import View, views_of
 from rite_diffusion.photos.buckets import bucket_of, bucket_sizes
 from rite_diffusion.photos.images import mask_tensor, to_tensor
 from rite_diffusion.photos.latent_cache import cached_latents
 from rite_diffusion.types import Photo
 
+LONGEST_SIDE = 4096  # pixels
 UNEVEN = 0.1  # most by which groups that are shown equally often differ, as a share
 
 
@@ -78,6 +80,16 @@ def balanced(groups: Sequence[Sequence[Photo]]) -> list[Photo]:
 def _divides(count: int, goal: int) -> bool:
     """Whether a whole multiple of a count is near enough to a goal."""
     return abs(round(goal / count) * count - goal) <= UNEVEN * goal
+
+
+def training_side(backbone: Backbone, resolution: int | None) -> int:
+    """The side of training pictures in pixels; ConfigError for one that the model cannot have."""
+    side = backbone.resolution if resolution is None else resolution
+    if side % backbone.multiple or not 0 < side <= LONGEST_SIDE:
+        raise ConfigError(
+            f"resolution {side} is not a multiple of {backbone.multiple} pixels up to {LONGEST_SIDE}"
+        )
+    return side
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from rite_diffusion.photos.class_photos import (
     read_class_photos,
     refuse_concepts,
 )
-from rite_diffusion.photos.dataset import Encoding, balanced, target_sizes
+from rite_diffusion.photos.dataset import Encoding, balanced, target_sizes, training_side
 from rite_diffusion.photos.folder import PhotoFolder, joined, read_folder
 from rite_diffusion.seeding import Stream, generator
 from rite_diffusion.training.processes import leftovers, own_device
@@ -151,9 +151,7 @@ def survey(config: TrainConfig) -> Plan:
     backbone = load_backbone(config.base, precision, device)
     check_triggers(backbone, config.concepts())
     _check_previews(config)
-    side = config.resolution or backbone.resolution
-    if side % backbone.multiple:
-        raise ConfigError(f"resolution {side} is not a multiple of {backbone.multiple} pixels")
+    side = training_side(backbone, config.resolution)
     _check_rank(backbone, config)
     config = config.model_copy(update={"resolution": side, "precision": precision})
     triggers = [concept.trigger for concept in config.concepts()]

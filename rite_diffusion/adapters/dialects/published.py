@@ -28,6 +28,7 @@ from rite_diffusion.adapters.dialects import interpret, locate
 from rite_diffusion.adapters.dialects.embeddings import split_tokens
 from rite_diffusion.adapters.storage import read_tensors
 from rite_diffusion.errors import AdapterError
+from rite_diffusion.files.writing import reading
 
 _SGM = "model.diffusion_model."
 _CUSTOM = re.compile(r"\.processor\.(to_[qkv]|to_out)_custom_diffusion(\.0)?\.weight$")
@@ -58,7 +59,8 @@ def _restricted(path: Path) -> dict[str, Any]:
         if path.suffix == ".safetensors":
             return dict(read_tensors(path)[0])
         # The first textual inversion kept its vectors in one of these: a container of tensors.
-        with path.open("rb") as stream, torch.serialization.safe_globals([nn.ParameterDict]):
+        safe = torch.serialization.safe_globals([nn.ParameterDict])
+        with reading(path, AdapterError), path.open("rb") as stream, safe:
             content = torch.load(stream, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "cut off"
