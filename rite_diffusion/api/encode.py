@@ -25,8 +25,8 @@ def encode_photos(
 
     Pictures without a caption beside them are called by the default templates. `resolution` is in
     pixels and defaults to the backbone's; with `buckets` pictures keep their shapes, else they are
-    cut to squares. Raises PhotoFolderError for a folder that cannot be trained on, ConfigError for a
-    resolution that the backbone does not have.
+    cut to squares. Raises PhotoFolderError for a folder that cannot be trained on, and
+    ConfigError for a resolution that the backbone does not have.
     """
     concept = Concept(trigger, class_noun)
     templates = TrainConfig.model_fields["templates"].default

@@ -87,7 +87,8 @@ def training_side(backbone: Backbone, resolution: int | None) -> int:
     side = backbone.resolution if resolution is None else resolution
     if side % backbone.multiple or not 0 < side <= LONGEST_SIDE:
         raise ConfigError(
-            f"resolution {side} is not a multiple of {backbone.multiple} pixels up to {LONGEST_SIDE}"
+            f"resolution {side} is not a multiple of {backbone.multiple} pixels "
+            f"up to {LONGEST_SIDE}"
         )
     return side
 
