@@ -12,6 +12,7 @@ from rite_diffusion.studio.page import empty_state, in_words, shown
 from rite_diffusion.studio.sheet_orders import SheetOrder, draw_sheet
 from rite_diffusion.studio.state import DEVICE, Studio
 from rite_diffusion.studio.tabs import Built, Refresh
+from rite_diffusion.studio.tabs.adapters import offered
 from rite_diffusion.studio.tabs.drawing import waiting_html
 from rite_diffusion.studio.tabs.fuse import METHODS
 
@@ -122,7 +123,7 @@ def build(studio: Studio) -> Built:
     @in_words
     def refresh(chosen: list[str], request: gr.Request):
         known = [BASE_ALONE, *(card.name for card in library.cards(studio.space(request)))]
-        return gr.Dropdown(choices=known, value=[name for name in chosen if name in known])
+        return offered(known, chosen)
 
     event = form.go.click(
         draw, form.fields(), [form.stage, form.sheet],
