@@ -295,9 +295,8 @@ def describe_export(export: Export) -> None:
         _line("wrote", f"{export.path} in {export.dtype}{was}")
     for path in export.embeddings:
         _line("embedding", str(path))
-    for word, error in export.losses().items():
-        text = f"the layers of {word} are averaged, as no other tool keeps them apart"
-        _line("lossy", f"{text}: relative error {error:.2g}")
+    for what, error in export.lossy.items():
+        _line("lossy", f"{what}: relative error {error:.2g}")
     for check in export.checks:
         text = f"{check.modules} modules, largest relative difference {check.difference:.1e}"
         _line("verified", f"{text}, by {check.reader}")
