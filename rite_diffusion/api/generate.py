@@ -1,20 +1,14 @@
 """The whole flow on one screen: a photo folder becomes an adapter, a prompt becomes pictures."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from PIL.Image import Image
 
-from rite_diffusion.adapters.choice import (
-    choose_adapters,
-    literal_words,
-    renamings,
-    without_effect,
-)
+from rite_diffusion.adapters.choice import choose_adapters, literal_words, notes
 from rite_diffusion.api.bases import open_with_adapters
-from rite_diffusion.files.writing import printable, write_output
+from rite_diffusion.files.writing import say_on_stderr, write_output
 from rite_diffusion.generation.attached import as_attached
 from rite_diffusion.generation.composition import SUM
 from rite_diffusion.generation.control import load_controls, parse_control
@@ -81,8 +75,8 @@ def draw(
     conditions = [parse_control(text) for text in request.controls]
     read = [each.path for each in (*chosen, *conditions)]
     target = None if out is None else picture_target(out, num, read)
-    for line in (*renamings(chosen), *without_effect(chosen)):
-        print(printable(line), file=sys.stderr)
+    for line in notes(chosen):
+        say_on_stderr(line)
     attached = as_attached(chosen)
     parts = parse_regions(request.regions, request.prompt)
     adapter_weights(parts, request.prompt, [each.triggers for each in attached])  # complains early

@@ -15,16 +15,23 @@ from PIL.Image import Image
 from rite_diffusion._version import __version__
 from rite_diffusion.adapters import Adapter, attach, detach
 from rite_diffusion.adapters.attach import check_base
-from rite_diffusion.adapters.choice import Chosen, choose_adapters, literal_words, split_weight
+from rite_diffusion.adapters.choice import (
+    Chosen,
+    choose_adapters,
+    literal_words,
+    notes,
+    split_weight,
+)
 from rite_diffusion.api.bases import open_base
 from rite_diffusion.api.fuse import with_plain_updates
 from rite_diffusion.api.sketch import with_sketches
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import ConfigError
-from rite_diffusion.files.writing import check_outputs, file_output, write_output
+from rite_diffusion.files.writing import check_outputs, file_output, say_on_stderr, write_output
 from rite_diffusion.fusion import FUSIONS
+from rite_diffusion.fusion.loss import described
 from rite_diffusion.fusion.members import Member, checked
-from rite_diffusion.fusion.merge import merge, method_named
+from rite_diffusion.fusion.merge import merge_with_loss, method_named
 from rite_diffusion.fusion.settings import FusionSettings
 from rite_diffusion.fusion.statistics import USUAL
 from rite_diffusion.generation.attached import Attached
@@ -167,13 +174,15 @@ def grid(
     out: str | Path | None = None,
     other_base: bool = False,
     listen: Callable[[int, int], None] = lambda done, total: None,
+    tell: Callable[[str], None] = say_on_stderr,
 ) -> Image:
     """A sheet of pictures of all combinations, `columns` (an axis of AXES) from left to right.
 
     Each of `adapters` is a `FILE[:WEIGHT]`, several in a list or joined by `+`, or "" for the base
     alone; a weight multiplies those of its files; a method says how several are combined:
     `attached`, `switch`, `composite` or one of FUSIONS. With `out`, a `.png` whose text holds every
-    picture's parameters.
+    picture's parameters. `tell` hears what the adapters' weights leave without effect, which words
+    are renamed and what a fusion loses, by default on stderr.
     """
     axes = {
         "prompt": prompts,
@@ -185,7 +194,8 @@ def grid(
     sheet = plan_sheet(axes, columns)
     if not 32 <= cell <= 1024:
         raise ConfigError(f"cells of {cell} pixels are not between 32 and 1024")
-    every = [chosen for each in sheet.setups() for chosen in each.chosen()]
+    setups = [each.chosen() for each in sheet.setups()]
+    every = [chosen for setup in setups for chosen in setup]
     request = PictureRequest(
         prompt="", negative=negative, steps=steps, guidance=guidance, width=width, height=height
     )
@@ -198,7 +208,9 @@ def grid(
     backbone = open_base(base, [adapter.info for adapter in named])
     for adapter in [] if other_base else named:
         check_base(backbone, adapter)
-    pictures = _draw(backbone, sheet, request, listen)
+    for line in dict.fromkeys(line for setup in setups for line in notes(setup)):
+        tell(line)
+    pictures = _draw(backbone, sheet, request, listen, tell)
     rows = [[pictures[each][0] for each in row] for row in sheet.rows]
     image = labelled_grid(rows, sheet.row_labels(), sheet.column_labels(), cell)
     if target is not None:
@@ -224,6 +236,7 @@ def _draw(
     sheet: Sheet,
     request: PictureRequest,
     listen: Callable[[int, int], None],
+    tell: Callable[[str], None],
 ) -> dict[Cell, tuple[Image, dict]]:
     """Each cell's picture and parameters; cells with the same adapters are drawn in one go."""
     total = len(sheet.cells())
@@ -232,7 +245,8 @@ def _draw(
         chosen = first.chosen()
         records = [each.record() for each in chosen]
         combine = first.method if first.method in COMPOSITIONS else SUM
-        with _in_model(backbone, _present(backbone, chosen, first.method)) as attached:
+        present = _present(backbone, chosen, first.method, tell)
+        with _in_model(backbone, present) as attached:
             for cell in cells:
                 wanted = replace(request, prompt=cell.prompt, seed=cell.seed, combine=combine)
                 facts = complete(backbone, wanted, records)
@@ -241,7 +255,9 @@ def _draw(
     return drawn
 
 
-def _present(backbone: Backbone, chosen: list[Chosen], method: str) -> list[tuple[Adapter, float]]:
+def _present(
+    backbone: Backbone, chosen: list[Chosen], method: str, tell: Callable[[str], None]
+) -> list[tuple[Adapter, float]]:
     """The adapters to attach with their weights: as they are, or one that a method fused."""
     if method in UNFUSED or len(chosen) < 2:
         return [(each.adapter, each.weight) for each in chosen]
@@ -249,7 +265,10 @@ def _present(backbone: Backbone, chosen: list[Chosen], method: str) -> list[tupl
     members = with_plain_updates(members, lambda: backbone)
     if FUSIONS[method].statistics:
         members = with_sketches(members, lambda: backbone, USUAL, lambda done, total: None)
-    return [(merge(members, method, FusionSettings()), 1.0)]
+    fused = merge_with_loss(members, method, FusionSettings())
+    if fused.loss:
+        tell(f"{method} of {' + '.join(m.file.name for m in members)}: {described(fused.loss)}")
+    return [(fused.adapter, 1.0)]
 
 
 @contextmanager

@@ -80,20 +80,24 @@ def _report_and_train(
     """Print the plan, then train, and return the adapter's path; None where nobody prints."""
     from rite_diffusion.cli.output import (
         describe_cost,
-        describe_plan,
+        describe_found,
         describe_result,
+        describe_training,
         training_progress,
     )
     from rite_diffusion.training import plan as planning
     from rite_diffusion.training import run
     from rite_diffusion.training.processes import is_main_process
 
-    plan = planning.survey(planning.configure(settings, preset))
+    config = planning.configure(settings, preset)
+    found = planning.find_pictures(config)
     if not is_main_process():  # another process of this run writes and prints
-        plan = planning.draw_class_pictures(plan)
+        plan = planning.draw_class_pictures(planning.survey_with(config, found))
         run.run_training(plan, folder or run.default_run(plan))
         return None
-    describe_plan(plan)
+    describe_found(found, config)
+    plan = planning.survey_with(config, found)
+    describe_training(plan)
     plan = planning.draw_class_pictures(plan, say)
     if dry_run:
         describe_cost(plan, run.measure(plan))
@@ -143,9 +147,11 @@ def demo(
     """Learn the example robot on the pocket base and show it before and after."""
     from rite_diffusion.api import demo as example
     from rite_diffusion.cli.output import describe_demo, describe_plan, training_progress
+    from rite_diffusion.training.plan import draw_class_pictures
 
     plan, folder = example.prepare(out, seed)
     describe_plan(plan)
+    plan = draw_class_pictures(plan, say)
     with training_progress(plan.config.steps) as listen:
         result = example.run(plan, folder, listen)
     describe_demo(result)

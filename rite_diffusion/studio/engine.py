@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from PIL.Image import Image
 
 from rite_diffusion.adapters import attach, detach
 from rite_diffusion.adapters.attach import set_weight
-from rite_diffusion.adapters.choice import Chosen, choose_adapters
+from rite_diffusion.adapters.choice import Chosen, choose_adapters, notes
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.generation.attached import Attached, as_attached, attached_name
@@ -100,12 +100,14 @@ class Engine:
         self,
         space: Workspace,
         requests: Sequence[PictureRequest],
+        tell: Callable[[str], None],
         adapters: Sequence[str] = (),
         base: str = "",
     ) -> Iterator[Frame]:
         """Each step of each picture, with adapters `FILE:WEIGHT`; the last writes a PNG.
 
-        The base is what a user calls it, by default the one that the adapters were made for.
+        The base is what a user calls it, by default the one that the adapters were made for. `tell`
+        hears what a user should know of the adapters, line by line.
 
         Ends early where another drawing has begun: one works at a time, and a page that was closed
         may have left its own unfinished.
@@ -114,6 +116,8 @@ class Engine:
             self._turn += 1
             turn = self._turn
             backbone, chosen = self._prepare(space, base, adapters)
+        for line in notes(chosen):
+            tell(line)
         records = [each.record() for each in chosen]
         attached = as_attached(chosen)
         for parameters in [complete(backbone, request, records) for request in requests]:

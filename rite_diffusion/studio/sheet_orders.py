@@ -39,9 +39,16 @@ class SheetOrder:
 
 
 def draw_sheet(
-    studio: Studio, space: Workspace, order: SheetOrder, listen: Callable[[int, int], None]
+    studio: Studio,
+    space: Workspace,
+    order: SheetOrder,
+    listen: Callable[[int, int], None],
+    tell: Callable[[str], None],
 ) -> Path:
-    """Draw a sheet into `sheets/`; `listen` hears how many pictures of how many are done."""
+    """Draw a sheet into `sheets/`; `listen` hears how many pictures of how many are done.
+
+    `tell` hears what a user should know of the adapters, line by line.
+    """
     from rite_diffusion.api.sheet import grid
 
     order.check()
@@ -63,5 +70,6 @@ def draw_sheet(
             base=backbone,
             out=out,
             listen=listen,
+            tell=tell,
         )
     return out

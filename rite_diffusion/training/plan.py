@@ -36,6 +36,20 @@ PAIR_RATES = ("lr", "lr_unet", "lr_text_encoder")
 
 
 @dataclass(frozen=True)
+class Found:
+    """The pictures of a training as they are on disk, read before any model is opened."""
+
+    folders: list[PhotoFolder]  # one for each source
+    classes: PhotoFolder  # given pictures of the class, for prior preservation
+    undrawn: list[str]  # class nouns whose pictures the base has yet to draw
+
+    @property
+    def folder(self) -> PhotoFolder:
+        """The concepts' photos together."""
+        return joined(self.folders)
+
+
+@dataclass(frozen=True)
 class Plan:
     """A checked training run, ready to start."""
 
@@ -82,11 +96,12 @@ class Plan:
             table.setdefault(size, []).append(photo.path.name)
         return dict(sorted(table.items()))
 
-    def captions_without_trigger(self) -> list[str]:
-        """Captions that teach no trigger."""
-        triggers = [concept.trigger for concept in self.config.concepts()]
-        captions = [photo.caption for photo in self.folder.photos]
-        return [text for text in captions if not any(says(text, each) for each in triggers)]
+
+def captions_without_trigger(folder: PhotoFolder, config: TrainConfig) -> list[str]:
+    """Captions that teach no trigger."""
+    triggers = [concept.trigger for concept in config.concepts()]
+    captions = [photo.caption for photo in folder.photos]
+    return [text for text in captions if not any(says(text, each) for each in triggers)]
 
 
 def configure(settings: dict[str, Any], preset: str | None = None) -> TrainConfig:
@@ -140,12 +155,26 @@ def plan_training(config: TrainConfig, listen: Callable[[str], None] = lambda li
     return draw_class_pictures(survey(config), listen)
 
 
+def find_pictures(config: TrainConfig) -> Found:
+    """The pictures to train on; raises a RiteError for those that cannot be."""
+    folders = [_read(source) for source in config.sources()]
+    given, undrawn = given_class_photos(config.sources()) if config.prior.weight else ([], [])
+    classes = joined(given)
+    triggers = [concept.trigger for concept in config.concepts()]
+    refuse_concepts(classes.photos, joined(folders).photos, triggers, says)
+    return Found(folders, classes, undrawn)
+
+
 def survey(config: TrainConfig) -> Plan:
+    """What `survey_with` makes of the pictures that `find_pictures` finds."""
+    return survey_with(config, find_pictures(config))
+
+
+def survey_with(config: TrainConfig, found: Found) -> Plan:
     """The plan of a training as far as it needs no drawing, for a report before what takes time.
 
-    Reads the photos and opens the base; raises a RiteError for all that cannot be trained on.
+    Opens the base; raises a RiteError for all that cannot be trained on.
     """
-    folders = [_read(source) for source in config.sources()]
     device = own_device(default_device())
     precision, fallback = usable_precision(config.precision, device)
     backbone = load_backbone(config.base, precision, device)
@@ -155,17 +184,16 @@ def survey(config: TrainConfig) -> Plan:
     _check_rank(backbone, config)
     config = config.model_copy(update={"resolution": side, "precision": precision})
     triggers = [concept.trigger for concept in config.concepts()]
-    folders, moved = _with_triggers_kept(backbone, folders, triggers)
+    folders, moved = _with_triggers_kept(backbone, found.folders, triggers)
     groups, held_out = _hold_out(folders, config)
     photos = balanced(groups) if config.balance else [photo for group in groups for photo in group]
-    given, undrawn = given_class_photos(config.sources()) if config.prior.weight else ([], [])
-    classes = joined(given)
-    whole = joined(folders)
-    refuse_concepts(classes.photos, whole.photos, triggers, says)
+    whole, classes = joined(folders), found.classes
     told = (fallback, leftovers(os.environ), _idle_rate(config))
     fallbacks = [line for line in told if line]
-    plan = Plan(config, backbone, whole, photos, classes, [], undrawn, moved, held_out, fallbacks)
-    return _with_class_photos(plan, classes.photos) if classes.photos and not undrawn else plan
+    plan = Plan(
+        config, backbone, whole, photos, classes, [], found.undrawn, moved, held_out, fallbacks
+    )
+    return plan if plan.undrawn or not classes.photos else _with_class_photos(plan, classes.photos)
 
 
 def _with_triggers_kept(

@@ -8,7 +8,7 @@ import gradio as gr
 from rite_diffusion.errors import StudioError
 from rite_diffusion.studio import library
 from rite_diffusion.studio.background import followed
-from rite_diffusion.studio.page import empty_state, in_words, shown
+from rite_diffusion.studio.page import empty_state, in_words, shown, tell
 from rite_diffusion.studio.sheet_orders import SheetOrder, draw_sheet
 from rite_diffusion.studio.state import DEVICE, Studio
 from rite_diffusion.studio.tabs import Built, Refresh
@@ -114,12 +114,16 @@ def build(studio: Studio) -> Built:
             whole_number(steps, "steps"),
         )
         yield {form.stage: waiting_html("Opening the model…"), form.sheet: gr.Image(visible=False)}
-        for kind, what in followed(lambda listen: draw_sheet(studio, space, order, listen)):
+        notes = list[str]()
+        work = followed(lambda listen: draw_sheet(studio, space, order, listen, notes.append))
+        for kind, what in work:
             if kind == "heard":
                 done, total = what
                 yield {form.stage: waiting_html(f"{done} of {total} pictures", done / total)}
             else:
                 yield {form.stage: "", form.sheet: gr.Image(value=shown(what), visible=True)}
+        for line in notes:
+            tell(line)
 
     @in_words
     def refresh(chosen: list[str], request: gr.Request):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from rite_diffusion.studio.page import empty_state, picture_html, progress_bar
+from rite_diffusion.studio.page import empty_state, picture_html, progress_bar, tell
 from rite_diffusion.studio.state import Studio
 from rite_diffusion.studio.workspace import Workspace
 
@@ -57,7 +57,7 @@ def drawing(
     """Tells whenever there is something new to see."""
     done: list[Path] = []
     yield Drawn(waiting_html("Opening the model…"), [])
-    for frame in studio.engine.draw(space, requests, adapters, base):
+    for frame in studio.engine.draw(space, requests, tell, adapters, base):
         if frame.path is not None:
             done = [*done, frame.path]
         if frame.path is not None or frame.image is not None:
