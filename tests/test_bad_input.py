@@ -25,11 +25,11 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 
 import rite_diffusion as rite
+from random_adapters import mixed_adapter
 from rite_diffusion.adapters import save_adapter
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.cli.app import app, main
 from rite_diffusion.errors import RiteError
-from test_dialects import mixed_adapter
 
 COMMANDS = typer.main.get_command(app).commands
 FUNCTIONS = {

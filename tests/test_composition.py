@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from random_adapters import random_adapter
 from rite_diffusion.adapters import attach
 from rite_diffusion.adapters.attach import lora_layers, set_weight
 from rite_diffusion.backbones import load_backbone
@@ -13,7 +14,6 @@ from rite_diffusion.generation.composition import COMPOSITIONS, PERIOD
 from rite_diffusion.generation.denoise import guided
 from rite_diffusion.generation.picture import complete, picture
 from rite_diffusion.generation.request import PictureRequest
-from test_adapters import random_adapter
 
 ASKED = PictureRequest(prompt="a red cat", seed=3, steps=2, guidance=3.0)
 
