@@ -23,7 +23,7 @@ from models import (  # noqa: E402
 )
 from random_adapters import random_adapter  # noqa: E402
 from rite_diffusion.adapters import save_adapter  # noqa: E402
-from rite_diffusion.backbones import load_backbone  # noqa: E402
+from rite_diffusion.backbones.source import load_backbone  # noqa: E402
 from studio_server import Served, studio  # noqa: E402
 
 

@@ -27,7 +27,7 @@ from PIL import Image
 import rite_diffusion as rite
 from random_adapters import mixed_adapter
 from rite_diffusion.adapters import save_adapter
-from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.cli.app import app, main
 from rite_diffusion.errors import RiteError
 

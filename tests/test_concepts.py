@@ -2,10 +2,10 @@ import pytest
 import torch
 
 from predictions import prediction, prediction_in_diffusers
-from rite_diffusion.adapters import Adapter, AdapterInfo, attach, load_adapter, save_adapter
+from rite_diffusion.adapters import Adapter, AdapterInfo, load_adapter, save_adapter
+from rite_diffusion.adapters.attach import attach
 from rite_diffusion.adapters.learned_embeddings import tokens_of
-from rite_diffusion.backbones import load_backbone
-from rite_diffusion.backbones.source import POCKET
+from rite_diffusion.backbones.source import POCKET, load_backbone
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.methods import METHODS
 from rite_diffusion.methods.new_embeddings import new_words

@@ -11,7 +11,7 @@ from PIL import Image
 
 import rite_diffusion as rite
 from models import tiny_stable_diffusion
-from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import BackboneError, ConfigError
 from rite_diffusion.generation.control import load_controls, parse_control, under_control
 from rite_diffusion.generation.denoise import denoising, guided, initial_noise, sample

@@ -10,10 +10,11 @@ from typer.testing import CliRunner
 import rite_diffusion as rite
 from fusion_layers import dense, random_member
 from predictions import prediction, prediction_in_diffusers
-from rite_diffusion.adapters import attach, load_adapter
+from rite_diffusion.adapters import load_adapter
+from rite_diffusion.adapters.attach import attach
 from rite_diffusion.api.fuse import fuse_and_report
 from rite_diffusion.api.sketch import with_sketches
-from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.cli.app import app
 from rite_diffusion.errors import FusionError, RiteError
 from rite_diffusion.fusion.conflict_sheet import conflict_sheet, layer_label

@@ -3,9 +3,9 @@ import pytest
 import torch
 
 from random_adapters import random_adapter
-from rite_diffusion.adapters import attach
-from rite_diffusion.backbones import load_backbone
+from rite_diffusion.adapters.attach import attach
 from rite_diffusion.backbones.protocols import Conditioning
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.denoise import denoising, pictures, sample
