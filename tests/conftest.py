@@ -8,24 +8,23 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may reach for a network
+# One thread in each process, also in those that tests start: workers share the machine, and sums
+# depend on the number. OMP_NUM_THREADS=8 helps the tests of full size, which run one at a time.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin starve a busy machine
 
-import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from command_line import run_command  # noqa: E402
 from models import (  # noqa: E402
     tiny_stable_diffusion,
     tiny_stable_diffusion_2,
     tiny_stable_diffusion_xl,
 )
+from random_adapters import random_adapter  # noqa: E402
 from rite_diffusion.adapters import save_adapter  # noqa: E402
 from rite_diffusion.backbones import load_backbone  # noqa: E402
 from studio_server import Served, studio  # noqa: E402
-from test_adapters import random_adapter  # noqa: E402
-from test_cli import rite as command  # noqa: E402, F401 (a fixture)
-
-_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-torch.set_num_threads(max(1, min(2, (os.cpu_count() or 1) // _workers)))
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +89,13 @@ def photos(tmp_path) -> Path:
     (folder / "0.txt").write_text("a <thing> on a red background")
     (folder / "1.txt").write_text("a {trigger} on a green background\n")
     return folder
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Runs the command in the test's folder."""
+    monkeypatch.chdir(tmp_path)
+    return run_command
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from predictions import prediction, prediction_in_diffusers
+from random_adapters import random_adapter
 from rite_diffusion.adapters import (
     Adapter,
-    AdapterInfo,
     attach,
     detach,
     inject,
@@ -20,25 +20,10 @@ from rite_diffusion.adapters import (
     save_adapter,
 )
 from rite_diffusion.adapters.attach import places, set_weight
-from rite_diffusion.adapters.families import family_of_base
 from rite_diffusion.adapters.storage import write_tensors
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.source import POCKET
 from rite_diffusion.errors import AdapterError
-from rite_diffusion.types import LoraPair
-
-
-def random_adapter(backbone, rank=4, alpha=2.0, seed=0) -> Adapter:
-    """An adapter on every attention projection, large enough to be seen."""
-    torch.manual_seed(seed)
-    pairs = []
-    for name, (component, path) in places(backbone).items():
-        if path in backbone.lora_targets(component):
-            out, into = backbone.components[component].get_submodule(path).weight.shape
-            down, up = torch.randn(rank, into) / into**0.5, torch.randn(out, rank) * 0.2
-            pairs.append(LoraPair(name, down, up, alpha / rank))
-    info = AdapterInfo(trigger="<t>", base="pocket", family=family_of_base(backbone))
-    return Adapter(pairs, info)
 
 
 def test_save_and_load_is_bit_exact(tmp_path, pocket):

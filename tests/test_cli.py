@@ -1,42 +1,14 @@
-import io
 import re
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 
 import pytest
 from PIL import Image
 
-from rite_diffusion.cli.app import main
 from rite_diffusion.config import resolve
 
 ALONE = ("--set", "prior.weight=0")  # without pictures of the class, which take time to draw
-
-
-@dataclass
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-@pytest.fixture
-def rite(monkeypatch, tmp_path):
-    """Runs the command in the test's folder and in this process: one of its own takes seconds."""
-
-    def run(*arguments):
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["rite", *map(str, arguments)])
-        out, errors = io.StringIO(), io.StringIO()
-        with redirect_stdout(out), redirect_stderr(errors):
-            with pytest.raises(SystemExit) as exit:
-                main()
-                sys.exit(0)
-        return Done(exit.value.code or 0, out.getvalue(), errors.getvalue())
-
-    return run
 
 
 def fastest(code: str) -> float:
@@ -62,17 +34,17 @@ def test_help_and_import_are_quick():
     )
 
 
-def test_help_names_every_command(rite):
-    text = rite("--help").stdout
+def test_help_names_every_command(command):
+    text = command("--help").stdout
     assert all(word in text for word in ("train", "generate", "inspect", "doctor", "demo"))
-    options = rite("train", "--help").stdout
+    options = command("train", "--help").stdout
     names = "--base --method --preset --steps --rank --optimizer --lr --seed --out --set --dry-run"
     assert all(name in options for name in names.split())
 
 
-def test_dry_run_reports_and_writes_nothing(rite, photos, tmp_path):
+def test_dry_run_reports_and_writes_nothing(command, photos, tmp_path):
     (photos / "broken.jpg").write_text("x")
-    done = rite("train", photos, "--trigger", "<thing>", "--class", "toy", "--dry-run", *ALONE)
+    done = command("train", photos, "--trigger", "<thing>", "--class", "toy", "--dry-run", *ALONE)
     assert done.returncode == 0, done.stderr
     assert "3 in" in done.stdout and "80x70 to 100x70" in done.stdout
     assert "skipped     broken.jpg: not a picture" in done.stdout
@@ -82,12 +54,12 @@ def test_dry_run_reports_and_writes_nothing(rite, photos, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
-def test_the_report_names_what_may_be_wrong(rite, photos, tmp_path):
+def test_the_report_names_what_may_be_wrong(command, photos, tmp_path):
     Image.new("RGB", (5000, 20)).save(photos / "strip.png")
     Image.new("RGB", (32, 32), "pink").save(photos / "little.png")
     Image.new("RGB", (80, 70), "red").save(photos / "twin.png")
     (photos / "twin.txt").write_text("a <superlongtrigger>, " + "very " * 500)
-    done = rite(
+    done = command(
         "train", photos, "--trigger", "<superlongtrigger>", "--class", "toy", "--dry-run",
         "--set", "precision=fp16", *ALONE,
     )  # fmt: skip
@@ -105,8 +77,8 @@ def test_the_report_names_what_may_be_wrong(rite, photos, tmp_path):
         assert words in done.stdout, words
 
 
-def test_photo_folder_to_picture(rite, photos, tmp_path):
-    done = rite(
+def test_photo_folder_to_picture(command, photos, tmp_path):
+    done = command(
         "train", photos, "--trigger", "<thing>", "--class", "toy", "--steps", 2, "--rank", 2,
         "--optimizer", "sgd", "--lr", 0.5, "--seed", 3, "--out", tmp_path / "run",
         "--set", "previews.every=0", "--set", "optim.lr_text_encoder=0.1", *ALONE,
@@ -118,11 +90,11 @@ def test_photo_folder_to_picture(rite, photos, tmp_path):
     assert line.split(None, 1)[1].startswith(
         "rite generate 'a <thing> on a blue background' --adapter"
     )
-    made = rite("generate", "a <thing>", "--adapter", f"{adapter}:0.8", "--num", 2, "--steps", 2,
+    made = command("generate", "a <thing>", "--adapter", f"{adapter}:0.8", "--num", 2, "--steps", 2,
                 "--out", tmp_path / "out")  # fmt: skip
     assert made.returncode == 0, made.stderr
     assert [line.rsplit("/", 1)[1] for line in made.stdout.split()] == ["00000.png", "00001.png"]
-    shown = rite("inspect", adapter).stdout
+    shown = command("inspect", adapter).stdout
     for words in (
         "<thing>",
         "pocket",
@@ -161,7 +133,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_exit_code_2(rite, case, photos, tmp_path):
+def test_bad_input_is_one_line_and_exit_code_2(command, case, photos, tmp_path):
     arguments, words = BAD[case]
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
@@ -172,14 +144,14 @@ def test_bad_input_is_one_line_and_exit_code_2(rite, case, photos, tmp_path):
         line += ["--class", "toy", *ALONE] + (
             [] if "--trigger" in line else ["--trigger", "<thing>"]
         )
-    done = rite(*line)
+    done = command(*line)
     assert done.returncode == 2
     assert words in done.stderr and len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "runs").exists() and not (tmp_path / "outputs").exists()
 
 
-def test_doctor_names_versions_and_devices(rite):
-    done = rite("doctor")
+def test_doctor_names_versions_and_devices(command):
+    done = command("doctor")
     assert done.returncode == 0, done.stderr
     for words in ("torch", "diffusers", "device", "attention", "disk", "pocket base"):
         assert words in done.stdout
@@ -198,7 +170,7 @@ def test_a_fault_in_a_process_of_its_own_is_one_line_without_traceback(tmp_path)
     assert done.stderr == "rite: cannot read x.toml: No such file or directory\n"
 
 
-def test_two_concepts_from_a_file(rite, photos, tmp_path):
+def test_two_concepts_from_a_file(command, photos, tmp_path):
     (tmp_path / "two.toml").write_text(
         f"""
         steps = 1
@@ -209,7 +181,7 @@ def test_two_concepts_from_a_file(rite, photos, tmp_path):
         ]
         """
     )
-    done = rite("train", "two.toml", "--out", "run", "--set", "batch=1", *ALONE)
+    done = command("train", "two.toml", "--out", "run", "--set", "batch=1", *ALONE)
     assert done.returncode == 0, done.stderr
     assert "concept     <one>, class toy\nconcept     <two>, class cup" in done.stdout
-    assert "<one>, <two>" in rite("inspect", "run/adapter.safetensors").stdout
+    assert "<one>, <two>" in command("inspect", "run/adapter.safetensors").stdout

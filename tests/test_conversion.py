@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import rite_diffusion as rite
 from predictions import prediction, prediction_of
+from random_adapters import ATTENTION, LAYERS, varied_adapter
 from rite_diffusion.adapters import Adapter, AdapterInfo, attach, detach, load_adapter, save_adapter
 from rite_diffusion.adapters.attach import base_weights, places
 from rite_diffusion.adapters.delta import adapted_weight
@@ -29,23 +30,6 @@ from rite_diffusion.backbones import load_backbone
 from rite_diffusion.errors import AdapterError
 from rite_diffusion.types import LoraPair
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out_0", "q_proj", "k_proj", "v_proj", "out_proj")
-LAYERS = (*ATTENTION, "proj_in", "ff_net_0_proj", "conv1", "conv_shortcut", "fc1")
-
-
-def random_adapter(backbone, layers=ATTENTION, dora=False) -> Adapter:
-    """Pairs of ranks 2 to 4, alpha 3, on every layer of the model whose name ends so."""
-    torch.manual_seed(0)
-    pairs = []
-    for index, (name, weight) in enumerate(sorted(base_weights(backbone).items())):
-        if name.endswith(layers):
-            rank = 2 + index % 3
-            down = torch.randn(rank, *weight.shape[1:]) / weight[0].numel() ** 0.5
-            up = 0.3 * torch.randn(len(weight), rank, *[1] * (weight.ndim - 2))
-            norms = weight.flatten(1).norm(dim=1) * (0.8 + 0.4 * torch.rand(len(weight)))
-            pairs.append(LoraPair(name, down, up, 3 / rank, norms if dora else None))
-    return Adapter(pairs, AdapterInfo(trigger="<t>", base=backbone.name))
-
 
 def open_in_diffusers(folder):
     xl = "xl" in folder.name
@@ -56,7 +40,7 @@ def open_in_diffusers(folder):
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_attached_equals_merged(tiny_folder, dora, layers):
     backbone = load_backbone(str(tiny_folder))
-    adapter = random_adapter(backbone, layers, dora)
+    adapter = varied_adapter(backbone, layers, dora)
     plain = prediction(backbone)
     attach(backbone, adapter, "a")
     attached = prediction(backbone)
@@ -71,7 +55,7 @@ def test_attached_equals_merged(tiny_folder, dora, layers):
 
 def test_a_file_may_mix_dora_and_lora(tiny_folder):
     backbone = load_backbone(str(tiny_folder))
-    dora, plain = (random_adapter(backbone, dora=kind).pairs for kind in (True, False))
+    dora, plain = (varied_adapter(backbone, dora=kind).pairs for kind in (True, False))
     pairs = [
         one if i % 2 else other for i, (one, other) in enumerate(zip(dora, plain, strict=True))
     ]
@@ -95,7 +79,7 @@ def folder(request):
 )
 def test_diffusers_loads_every_key(tmp_path, caplog, folder, dialect, dora):
     backbone = load_backbone(str(folder))
-    adapter = random_adapter(backbone, LAYERS, dora)
+    adapter = varied_adapter(backbone, LAYERS, dora)
     if dora:  # it drops DoRA norms in kohya's files and, whatever the file, in text encoders
         adapter = Adapter([p for p in adapter.pairs if "unet" in p.name], adapter.info)
     DIALECTS[dialect].write(tmp_path / "a.safetensors", adapter)
@@ -108,7 +92,7 @@ def test_diffusers_loads_every_key(tmp_path, caplog, folder, dialect, dora):
 
 def test_diffusers_predicts_the_same(tmp_path, folder):
     backbone = load_backbone(str(folder))
-    adapter = random_adapter(backbone)
+    adapter = varied_adapter(backbone)
     pipeline = open_in_diffusers(folder)
     for dialect in ("kohya", "diffusers"):
         path = tmp_path / f"{dialect}.safetensors"
@@ -123,7 +107,7 @@ def test_diffusers_predicts_the_same(tmp_path, folder):
 
 def test_peft_loads_every_key_of_the_real_models(tmp_path, folder):
     backbone = load_backbone(str(folder))
-    adapter = random_adapter(backbone, LAYERS)
+    adapter = varied_adapter(backbone, LAYERS)
     DIALECTS["peft"].write(tmp_path / "out", adapter)
     found = {}
     for component, model in backbone.components.items():
@@ -162,7 +146,7 @@ PROVEN = [(to, "tiny_folder") for to in DIALECTS] + [("kohya", "tiny_folder_xl")
 def test_convert_proves_what_it_wrote(tmp_path, to, model, request):
     folder = request.getfixturevalue(model)
     backbone = load_backbone(str(folder))
-    save_adapter(tmp_path / "a.safetensors", random_adapter(backbone))
+    save_adapter(tmp_path / "a.safetensors", varied_adapter(backbone))
     suffix = "" if to == "peft" else ".safetensors"
     bare = rite.convert(tmp_path / "a.safetensors", to, tmp_path / f"bare{suffix}")
     assert [check.modules for check in bare.checks] == [len(bare.adapter.pairs)]
@@ -176,7 +160,7 @@ def test_convert_proves_what_it_wrote(tmp_path, to, model, request):
 
 
 def test_what_diffusers_would_drop_is_refused(tmp_path, tiny_folder):
-    adapter = random_adapter(load_backbone(str(tiny_folder)), dora=True)
+    adapter = varied_adapter(load_backbone(str(tiny_folder)), dora=True)
     save_adapter(tmp_path / "a.safetensors", adapter)
     with pytest.raises(AdapterError, match="drops the DoRA norms of text encoders"):
         rite.convert(tmp_path / "a.safetensors", "diffusers")
@@ -186,7 +170,7 @@ def test_what_diffusers_would_drop_is_refused(tmp_path, tiny_folder):
 
 def test_an_export_that_differs_is_not_left_behind(tmp_path, tiny_folder, monkeypatch):
     backbone = load_backbone(str(tiny_folder))
-    save_adapter(tmp_path / "a.safetensors", random_adapter(backbone))
+    save_adapter(tmp_path / "a.safetensors", varied_adapter(backbone))
     weak = DIALECTS["kohya"].write
 
     def forget_scale(path, adapter):
@@ -201,7 +185,7 @@ def test_an_export_that_differs_is_not_left_behind(tmp_path, tiny_folder, monkey
 
 
 def test_the_pocket_base_is_no_comfyui_model(tmp_path, pocket):
-    save_adapter(tmp_path / "a.safetensors", random_adapter(pocket))
+    save_adapter(tmp_path / "a.safetensors", varied_adapter(pocket))
     with pytest.raises(AdapterError, match="knows no layer for .* not laid out like"):
         rite.convert(tmp_path / "a.safetensors", "comfyui")
     export = rite.convert(tmp_path / "a.safetensors", "diffusers")
@@ -287,7 +271,7 @@ def test_custom_diffusion_weights_need_their_base(tmp_path, tiny_folder):
 def test_an_adapter_of_another_base_is_refused_by_name(tmp_path, tiny_folder, tiny_folder_2):
     backbone = load_backbone(str(tiny_folder))
     info = AdapterInfo(base="tiny-sd", base_fingerprint="0123456789abcdef")
-    adapter = random_adapter(backbone)
+    adapter = varied_adapter(backbone)
     save_adapter(tmp_path / "a.safetensors", Adapter(adapter.pairs, info))
     one = {"steps": 1, "width": 64, "height": 64, "base": str(tiny_folder)}
     with pytest.raises(AdapterError, match=f"'tiny-sd'.*{tiny_folder.name}.*--other-base"):
@@ -320,7 +304,7 @@ def test_a_header_of_20_mb_is_read(tmp_path):
 def test_a_refused_adapter_leaves_the_pipeline_as_it_was(tmp_path, tiny_folder):
     backbone = load_backbone(str(tiny_folder))
     before = {n: part.state_dict() for n, part in backbone.components.items()}
-    adapter = random_adapter(backbone)
+    adapter = varied_adapter(backbone)
     stray = LoraPair(
         "lora_unet_mid_block_attentions_9_proj_in", torch.ones(1, 2), torch.ones(2, 1), 1
     )

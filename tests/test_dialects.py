@@ -10,42 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from random_adapters import BLOCK, mixed_adapter, pair
 from rite_diffusion.adapters import Adapter, AdapterInfo, load_adapter, save_adapter
 from rite_diffusion.adapters.delta import delta_weight, relative_difference
 from rite_diffusion.adapters.dialects import DIALECTS, embeddings, locate, peft
 from rite_diffusion.adapters.names import from_sgm, module_name, to_sgm
 from rite_diffusion.adapters.rules import published_layers, sgm_paths
 from rite_diffusion.errors import AdapterError
-from rite_diffusion.types import LoraPair
-
-BLOCK = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0"
-DEEP = "lora_unet_down_blocks_2_attentions_0_transformer_blocks_1"
-
-
-def pair(name, out=12, into=10, rank=4, alpha=2.0, kernel=None, dora=False):
-    """Random factors; alpha is not the rank."""
-    down = torch.randn(rank, into, *([kernel, kernel] if kernel else []))
-    up = torch.randn(out, rank, *([1, 1] if kernel else []))
-    return LoraPair(name, down, up, alpha / rank, torch.rand(out) + 0.5 if dora else None)
-
-
-def mixed_adapter(sdxl=False, dora=False) -> Adapter:
-    """Linear, 1x1 and 3x3 layers of several ranks and alphas, in every component."""
-    torch.manual_seed(0)
-    root = DEEP if sdxl else BLOCK
-    pairs = [
-        pair(f"{root}_attn1_to_q", rank=4, alpha=2.0, dora=dora),
-        pair(f"{root}_attn2_to_out_0", rank=6, alpha=9.0, dora=dora),
-        pair(f"{root}_ff_net_0_proj", rank=4, alpha=1.0, dora=dora),
-        pair("lora_unet_mid_block_resnets_1_conv1", rank=3, alpha=2.0, kernel=3, dora=dora),
-        pair("lora_unet_up_blocks_1_upsamplers_0_conv", rank=2, kernel=3, dora=dora),
-        pair("lora_unet_down_blocks_1_attentions_0_proj_in", rank=2, kernel=1, dora=dora),
-        pair("lora_te_text_model_encoder_layers_0_self_attn_q_proj", rank=5, alpha=3.0, dora=dora),
-        pair("lora_te_text_model_encoder_layers_1_mlp_fc1", rank=4, alpha=4.0, dora=dora),
-    ]
-    if sdxl:
-        pairs.append(pair("lora_te2_text_model_encoder_layers_0_self_attn_v_proj", dora=dora))
-    return Adapter(sorted(pairs, key=lambda p: p.name), AdapterInfo(trigger="<t>"))
 
 
 def assert_same(found: Adapter, wanted: Adapter, tolerance=1e-6):

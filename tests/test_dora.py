@@ -9,6 +9,7 @@ from torch import nn
 
 import rite_diffusion as rite
 from predictions import prediction
+from random_adapters import LAYERS, varied_adapter
 from rite_diffusion.adapters import Adapter, attach, detach, load_adapter, read_pairs, save_adapter
 from rite_diffusion.adapters.attach import base_weights, set_weight
 from rite_diffusion.adapters.delta import adapted_weight, delta_weight
@@ -20,7 +21,6 @@ from rite_diffusion.generation.denoise import guided
 from rite_diffusion.generation.regional import regionally_guided
 from rite_diffusion.generation.regions import Region
 from rite_diffusion.types import LoraPair
-from test_conversion import LAYERS, random_adapter
 
 PARTS = ("_mid_block_", "_text_model_encoder_layers_0_")
 WEIGHTS = (-1.0, 0.0, 0.5, 1.0, 2.0)
@@ -34,7 +34,7 @@ def tiny(tiny_folder):
 @pytest.fixture(scope="module")
 def loud(tiny):
     """A DoRA on linear layers and convolutions, with norms half as large again as the base's."""
-    adapter = random_adapter(tiny, LAYERS, dora=True)
+    adapter = varied_adapter(tiny, LAYERS, dora=True)
     few = [pair for pair in adapter.pairs if any(part in pair.name for part in PARTS)]
     pairs = [replace(pair, magnitude=1.5 * pair.magnitude) for pair in few]
     return replace(adapter, pairs=pairs)

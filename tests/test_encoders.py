@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from random_adapters import random_adapter
 from rite_diffusion.adapters import attach
 from rite_diffusion.adapters.attach import lora_layers
 from rite_diffusion.backbones import load_backbone
@@ -20,7 +21,6 @@ from rite_diffusion.training.job import Job, keep_captions, release_encoders
 from rite_diffusion.training.plan import plan_training
 from rite_diffusion.training.run import measure, run_training
 from runs import config_of
-from test_adapters import random_adapter
 
 QUIET = {"previews": {"every": 0, "steps": 2}}
 FROZEN = {"lora": {"text_encoder": False}}

@@ -11,6 +11,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import load_file, save_file
 
 import rite_diffusion as rite
+from random_adapters import pair
 from rite_diffusion.adapters import Adapter, AdapterInfo, load_adapter, save_adapter
 from rite_diffusion.adapters.dialects import DIALECTS
 from rite_diffusion.adapters.families import family_of
@@ -19,7 +20,6 @@ from rite_diffusion.adapters.rules import sgm_paths
 from rite_diffusion.api.convert import _as_wanted
 from rite_diffusion.errors import AdapterError
 from rite_diffusion.types import LoraPair
-from test_dialects import pair
 
 # What a UNet's settings say of its layout; widths do not matter to names.
 CONFIGS = {

@@ -7,6 +7,7 @@ import torch
 import rite_diffusion as rite
 from fusion_layers import SHAPES, dense, random_adapter, random_member, random_pair
 from predictions import prediction
+from random_adapters import random_adapter as random_backbone_adapter
 from rite_diffusion.adapters import Adapter, attach, load_adapter, save_adapter
 from rite_diffusion.adapters.attach import base_weights
 from rite_diffusion.adapters.delta import adapted_weight
@@ -18,7 +19,6 @@ from rite_diffusion.fusion.measure import measure
 from rite_diffusion.fusion.members import Member, digest_of
 from rite_diffusion.fusion.merge import merge
 from rite_diffusion.fusion.statistics import Drawing
-from test_adapters import random_adapter as random_backbone_adapter
 
 PLAIN = FusionSettings()
 CONV, LINEAR = "lora_unet_mid_block_resnets_0_conv1", next(iter(SHAPES))

@@ -8,12 +8,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import rite_diffusion as rite
+from random_adapters import BLOCK, mixed_adapter, pair
 from rite_diffusion.adapters import load_adapter, save_adapter
 from rite_diffusion.adapters.delta import delta_weight, relative_difference
 from rite_diffusion.adapters.dialects.peft import MODEL
 from rite_diffusion.adapters.file import read_header
 from rite_diffusion.errors import AdapterError
-from test_dialects import BLOCK, mixed_adapter, pair
 
 FOREIGN = {
     "ss_tag_frequency": json.dumps({"10_dog": {"dog": 12, "grass": 3}}),

@@ -12,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import rite_diffusion as rite
+from random_adapters import mixed_adapter
 from rite_diffusion.adapters import load_adapter, save_adapter
 from rite_diffusion.api.publish import write_card
 from rite_diffusion.errors import OutputError, PathError, RunError, StudioError
@@ -20,7 +21,6 @@ from rite_diffusion.generation.output import write_next
 from rite_diffusion.studio import fusing, library
 from rite_diffusion.studio.workspace import Workspace
 from rite_diffusion.training.run_folder import RunFolder
-from test_dialects import mixed_adapter
 
 
 def content(folder: Path) -> dict[str, bytes | None]:

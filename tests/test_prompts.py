@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from random_adapters import random_adapter
 from rite_diffusion.adapters import AdapterInfo, attach, detach
 from rite_diffusion.adapters.adapter import Adapter
 from rite_diffusion.backbones import load_backbone
@@ -17,7 +18,6 @@ from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.denoise import guided
 from rite_diffusion.generation.regional import regionally_guided
 from rite_diffusion.generation.regions import Region
-from test_adapters import random_adapter
 from wordy import tokens_adapter
 
 LONG = ", ".join(

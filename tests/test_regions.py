@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from random_adapters import random_adapter
 from rite_diffusion.adapters import attach
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.protocols import Conditioning
@@ -17,7 +18,6 @@ from rite_diffusion.generation.regional import (
     side_by_side,
 )
 from rite_diffusion.generation.regions import Region, adapter_weights, parse_region, region_shares
-from test_adapters import random_adapter
 
 WHOLE = Region(0, 0, 1, 1, "a red cat")
 LEFT, RIGHT = Region(0, 0, 0.5, 1, "a red cat"), Region(0.5, 0, 1, 1, "a blue dog")

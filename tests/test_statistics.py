@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from random_adapters import random_adapter
 from rite_diffusion.adapters import attach
 from rite_diffusion.adapters.attach import places
 from rite_diffusion.backbones import load_backbone
@@ -25,7 +26,6 @@ from rite_diffusion.fusion.statistics import (
     watched,
 )
 from rite_diffusion.types import LoraPair
-from test_adapters import random_adapter
 
 CPU = torch.device("cpu")
 FEW = Drawing(steps=2)

@@ -17,6 +17,7 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 import rite_diffusion as rite
+from random_adapters import small_adapter
 from rite_diffusion.adapters import load_adapter
 from rite_diffusion.errors import StudioError
 from rite_diffusion.fusion.sketch import load_sketch
@@ -24,7 +25,6 @@ from rite_diffusion.generation.denoise import sample
 from rite_diffusion.generation.metadata import read_parameters
 from rite_diffusion.studio.serve import Settings, launch
 from studio_server import SHORT, pocket_adapter, studio, wait_for_state
-from test_studio_files import an_adapter
 
 ENDPOINTS = {
     "/adapters", "/ask_run", "/compare", "/conflicts", "/convert_adapter", "/delete_adapter",
@@ -178,7 +178,7 @@ def test_the_first_picture_comes_within_five_seconds(client, pocket):
 
 
 def test_the_library_over_the_api(client, served, tmp_path):
-    file = an_adapter(tmp_path / "cat.safetensors", "<cat>")
+    file = small_adapter(tmp_path / "cat.safetensors", "<cat>")
     name = client.predict(file=handle_file(str(file)), api_name="/import_adapter")
     assert name == "cat"
     assert client.predict(name="cat", to="kitten", api_name="/rename_adapter") == "kitten"
@@ -299,7 +299,7 @@ def test_users_see_only_their_own(tmp_path, monkeypatch):
                    download_files=str(tmp_path / login[:3]))
             for login in logins
         )  # fmt: skip
-        file = an_adapter(tmp_path / "secret.safetensors")
+        file = small_adapter(tmp_path / "secret.safetensors")
         ann.predict(file=handle_file(str(file)), api_name="/import_adapter")
         assert [each["name"] for each in ann.predict(api_name="/adapters")] == ["secret"]
         assert bob.predict(api_name="/adapters") == []

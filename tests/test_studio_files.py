@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
+from random_adapters import small_adapter
 from rite_diffusion.config import resolve
 from rite_diffusion.errors import AdapterError, ConfigError, StudioError
 from rite_diffusion.studio import library, uploads
@@ -19,7 +19,6 @@ from rite_diffusion.studio.photo_sets import read_set, remove_photo, write_capti
 from rite_diffusion.studio.presets import PURPOSES, training_settings
 from rite_diffusion.studio.uploads import keep_photos
 from rite_diffusion.studio.workspace import Workspace, name_from
-from rite_diffusion.types import LoraPair
 
 LEADING_OUT = ["../x", "..", ".", "/etc/passwd", "a/../../x", "a\\..\\x", "", ".hidden", "x\0", "~",
                "a" * 65, "x ", "x.", "C:x", "\nx"]  # fmt: skip
@@ -32,13 +31,6 @@ def space(tmp_path) -> Workspace:
 
 def picture(path: Path, colour="red") -> Path:
     Image.new("RGB", (64, 64), colour).save(path)
-    return path
-
-
-def an_adapter(path: Path, trigger="<thing>") -> Path:
-    pair = LoraPair("lora_unet_mid", torch.ones(2, 4), torch.ones(4, 2), 1.0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_adapter(path, Adapter([pair], AdapterInfo(trigger=trigger, method="lora")))
     return path
 
 
@@ -190,8 +182,8 @@ def test_captions_are_written_beside_their_photos_only(space, tmp_path):
 
 
 def test_the_library_shows_runs_and_files_and_leaves_out_what_is_damaged(space, tmp_path):
-    an_adapter(space.folder("runs") / "robot/adapter.safetensors", "<robot>")
-    an_adapter(space.folder("adapters") / "robot.safetensors", "<other>")
+    small_adapter(space.folder("runs") / "robot/adapter.safetensors", "<robot>")
+    small_adapter(space.folder("adapters") / "robot.safetensors", "<other>")
     (space.folder("adapters") / "bad.safetensors").write_bytes(b"no")
     found = {card.name: card for card in library.cards(space)}
     assert set(found) == {"robot", "robot (run)"}
@@ -204,7 +196,7 @@ def test_the_library_shows_runs_and_files_and_leaves_out_what_is_damaged(space, 
 
 
 def test_foreign_files_are_checked_before_they_are_taken(space, tmp_path):
-    good = an_adapter(tmp_path / "up/My LoRA.safetensors")
+    good = small_adapter(tmp_path / "up/My LoRA.safetensors")
     assert library.bring_in(space, good) == "My LoRA"
     assert library.bring_in(space, good) == "My LoRA-2"
     canary = tmp_path / "canary"
@@ -223,8 +215,8 @@ def test_foreign_files_are_checked_before_they_are_taken(space, tmp_path):
 
 
 def test_rename_delete_and_undo(space, tmp_path):
-    an_adapter(space.folder("runs") / "robot/adapter.safetensors")
-    library.bring_in(space, an_adapter(tmp_path / "cat.safetensors"))
+    small_adapter(space.folder("runs") / "robot/adapter.safetensors")
+    library.bring_in(space, small_adapter(tmp_path / "cat.safetensors"))
     with pytest.raises(StudioError, match="another 'cat'"):
         library.rename(space, "robot", "cat")
     with pytest.raises(StudioError, match="no name"):
@@ -239,7 +231,7 @@ def test_rename_delete_and_undo(space, tmp_path):
 
 
 def test_what_lies_beside_an_adapter_goes_where_it_goes(space, tmp_path):
-    library.bring_in(space, an_adapter(tmp_path / "cat.safetensors"))
+    library.bring_in(space, small_adapter(tmp_path / "cat.safetensors"))
     home = space.folder("adapters")
     picture(home / "cat.png")
     (home / "cat.sketch.safetensors").write_bytes(b"statistics")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from random_adapters import small_adapter
 from rite_diffusion.adapters.dialects import DIALECTS
 from rite_diffusion.errors import ConfigError, StudioError
 from rite_diffusion.fusion import FUSIONS
@@ -29,13 +30,12 @@ from rite_diffusion.studio.conflicts import report_html, verdict
 from rite_diffusion.studio.exports import PROGRAMS
 from rite_diffusion.studio.fusing import keep, new_draft, prompts_to_compare
 from rite_diffusion.studio.library import Card, cards
-from rite_diffusion.studio.tabs.adapters import MOST, chosen_with_weights, sliders
+from rite_diffusion.studio.tabs.adapters import MOST, chosen_with_weights, offered, sliders
 from rite_diffusion.studio.tabs.compare import APART, BASE_ALONE, TOGETHER, groups_of, numbers_in
 from rite_diffusion.studio.tabs.fields import decimal, whole_number
 from rite_diffusion.studio.tabs.fuse import METHODS
 from rite_diffusion.studio.tabs.train import _chosen
 from rite_diffusion.studio.workspace import Workspace
-from test_studio_files import an_adapter
 
 
 def test_a_recipe_that_is_followed_tells_its_reports_then_its_result():
@@ -194,7 +194,7 @@ def test_a_report_says_what_to_do_and_keeps_names_as_text():
 
 def test_a_fused_adapter_that_is_kept_has_its_picture_and_old_drafts_go(tmp_path):
     space = Workspace(tmp_path)
-    draft = an_adapter(new_draft(space))
+    draft = small_adapter(new_draft(space))
     picture = tmp_path / "p.png"
     picture.write_bytes(b"picture")
     assert keep(space, draft.name, " both ", picture) == "both"
@@ -204,6 +204,11 @@ def test_a_fused_adapter_that_is_kept_has_its_picture_and_old_drafts_go(tmp_path
         keep(space, "", "x", None)
     with pytest.raises(StudioError):
         keep(space, "../adapters/both.safetensors", "x", None)
-    old = an_adapter(new_draft(space))
+    old = small_adapter(new_draft(space))
     os.utime(old, (0, 0))
     assert new_draft(space) == old and not old.exists()
+
+
+def test_a_list_that_is_brought_up_to_date_leaves_a_newer_choice_alone():
+    assert "value" not in offered(["a", "b"], ["a"])  # the page may have another by now
+    assert offered(["a", "b"], ["a", "gone"])["value"] == ["a"]

@@ -4,6 +4,7 @@ from safetensors.torch import save_file
 
 import rite_diffusion as rite
 from predictions import prediction
+from random_adapters import random_adapter
 from reference.learned_words import layerwise_states, literal_cross_attentions
 from rite_diffusion.adapters import Adapter, AdapterInfo, attach, detach, load_adapter, save_adapter
 from rite_diffusion.adapters.choice import choose_adapters, notes
@@ -12,7 +13,6 @@ from rite_diffusion.backbones.clip_tokenizer import clip_tokenizer
 from rite_diffusion.backbones.learned_embeddings import ids_of, tokens_of
 from rite_diffusion.backbones.protocols import Word
 from rite_diffusion.errors import AdapterError
-from test_adapters import random_adapter
 from wordy import PROMPT, random_words, tokens_adapter
 
 

@@ -40,7 +40,7 @@ def _draw(
         attach(backbone, adapter, name, weight)
     try:
         seeds = list(range(seed, seed + SHOWN))
-        guidance = backbone.default_guidance
+        guidance = backbone.defaults.guidance
         return [sample(backbone, [prompt] * SHOWN, seeds, guidance=guidance) for prompt in prompts]
     finally:
         for name in names:

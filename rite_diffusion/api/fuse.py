@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
 from rite_diffusion.adapters import Adapter, save_adapter
 from rite_diffusion.adapters.attach import base_weights, check_base, check_fit
@@ -23,7 +23,7 @@ from rite_diffusion.fusion.loss import ALLOWED, described
 from rite_diffusion.fusion.members import Member, checked
 from rite_diffusion.fusion.merge import Merged, merge_with_loss, method_named
 from rite_diffusion.fusion.report import ConflictReport, report_on
-from rite_diffusion.fusion.settings import FusionSettings, checked_settings
+from rite_diffusion.fusion.settings import FusionOptions, FusionSettings, checked_settings
 from rite_diffusion.fusion.statistics import USUAL, Drawing
 
 FUSED, SUFFIX = "fused.safetensors", ".safetensors"
@@ -59,7 +59,7 @@ def fuse(
     overwrite: bool = False,
     allow_loss: bool = False,
     listen: Callable[[int, int], None] = lambda done, total: None,
-    **settings: Any,
+    **settings: Unpack[FusionOptions],
 ) -> Path:
     """Fuse adapters, `FILE` or `FILE:WEIGHT`, into one file and return its path.
 
@@ -88,7 +88,7 @@ def fused_adapter(
     base: str | Backbone | None = None,
     drawing: Drawing = USUAL,
     listen: Callable[[int, int], None] = lambda done, total: None,
-    **settings: Any,
+    **settings: Unpack[FusionOptions],
 ) -> Merged:
     """The adapter that `fuse` writes, and its loss; nothing is written."""
     how = _checked(method, settings)
@@ -123,7 +123,7 @@ def fuse_and_report(
     overwrite: bool = False,
     allow_loss: bool = False,
     listen: Callable[[int, int], None] = lambda done, total: None,
-    **settings: Any,
+    **settings: Unpack[FusionOptions],
 ) -> Outcome:
     """Like `fuse`, and write the conflict report beside it: `.report.json` and `.report.png`.
 
@@ -168,7 +168,7 @@ def foresee(
     base: str | Backbone | None = None,
     drawing: Drawing = USUAL,
     listen: Callable[[int, int], None] = lambda done, total: None,
-    **settings: Any,
+    **settings: Unpack[FusionOptions],
 ) -> Forecast:
     """What interferes between adapters, and what a fusion would make of it; nothing is written.
 
@@ -193,7 +193,7 @@ class _How:
         return method_named(self.method).statistics
 
 
-def _checked(method: str, settings: dict[str, Any]) -> _How:
+def _checked(method: str, settings: FusionOptions) -> _How:
     checked = checked_settings(settings)
     method_named(method)
     return _How(method, checked)

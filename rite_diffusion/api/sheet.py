@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from PIL import PngImagePlugin
 from PIL.Image import Image
@@ -39,7 +38,8 @@ from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.composition import COMPOSITIONS, SUM
 from rite_diffusion.generation.grid import labelled_grid
 from rite_diffusion.generation.metadata import KEY
-from rite_diffusion.generation.request import check_amounts, check_prompts, complete, picture
+from rite_diffusion.generation.picture import complete, picture
+from rite_diffusion.generation.request import PictureRequest
 from rite_diffusion.seeding import check_seed
 
 AXES = ("prompt", "adapter", "weight", "method", "seed")
@@ -165,7 +165,7 @@ def grid(
     seeds: Sequence[int] = (0,),
     columns: str = "seed",
     base: str | Backbone | None = None,
-    steps: int = 25,
+    steps: int | None = None,
     guidance: float | None = None,
     negative: str = "",
     width: int | None = None,
@@ -192,12 +192,15 @@ def grid(
         "seed": seeds,
     }
     sheet = plan_sheet(axes, columns)
-    check_amounts(min(seeds), steps, guidance)
     if not 32 <= cell <= 1024:
         raise ConfigError(f"cells of {cell} pixels are not between 32 and 1024")
     setups = [each.chosen() for each in sheet.setups()]
     every = [chosen for setup in setups for chosen in setup]
-    check_prompts([*prompts, negative], [], literal_words(every))
+    request = PictureRequest(
+        prompt="", negative=negative, steps=steps, guidance=guidance, width=width, height=height
+    )
+    for prompt in prompts:
+        replace(request, prompt=prompt).check(literal_words(every))
     named = [chosen.adapter for chosen in every]
     target = None if out is None else file_output(out, ".png")
     if target is not None:
@@ -207,10 +210,7 @@ def grid(
         check_base(backbone, adapter)
     for line in dict.fromkeys(line for setup in setups for line in notes(setup)):
         tell(line)
-    settings = {
-        "negative": negative, "steps": steps, "guidance": guidance, "width": width, "height": height
-    }  # fmt: skip
-    pictures = _draw(backbone, sheet, settings, listen, tell)
+    pictures = _draw(backbone, sheet, request, listen, tell)
     rows = [[pictures[each][0] for each in row] for row in sheet.rows]
     image = labelled_grid(rows, sheet.row_labels(), sheet.column_labels(), cell)
     if target is not None:
@@ -234,7 +234,7 @@ def _text(sheet: Sheet, facts: list[list[dict]]) -> PngImagePlugin.PngInfo:
 def _draw(
     backbone: Backbone,
     sheet: Sheet,
-    settings: dict[str, Any],
+    request: PictureRequest,
     listen: Callable[[int, int], None],
     tell: Callable[[str], None],
 ) -> dict[Cell, tuple[Image, dict]]:
@@ -248,10 +248,8 @@ def _draw(
         present = _present(backbone, chosen, first.method, tell)
         with _in_model(backbone, present) as attached:
             for cell in cells:
-                facts = complete(
-                    backbone, records, prompt=cell.prompt, seed=cell.seed, combine=combine,
-                    **settings,
-                )  # fmt: skip
+                wanted = replace(request, prompt=cell.prompt, seed=cell.seed, combine=combine)
+                facts = complete(backbone, wanted, records)
                 drawn[cell] = picture(backbone, facts, attached), asdict(facts)
                 listen(len(drawn), total)
     return drawn

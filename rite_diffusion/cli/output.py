@@ -23,7 +23,7 @@ from rite_diffusion.config import TrainConfig
 from rite_diffusion.files.writing import printable
 from rite_diffusion.methods import METHODS
 from rite_diffusion.photos.folder import PhotoFolder
-from rite_diffusion.training.plan import Found, Plan, captions_without_trigger
+from rite_diffusion.training.plan import Found, Plan, PlanObserver, captions_without_trigger
 from rite_diffusion.training.rates import describe_course
 from rite_diffusion.training.run import Cost
 from rite_diffusion.training.trainer import StepReport
@@ -42,10 +42,20 @@ def _say(text: str) -> None:
     print(printable(text))
 
 
-def describe_plan(plan: Plan) -> None:
-    """Print what was found in the photo folders and what will be done with it."""
-    describe_found(Found([plan.folder], plan.classes, plan.undrawn), plan.config)
-    describe_training(plan)
+class PlanPrinter(PlanObserver):
+    """Prints what was found in the photo folders, and what will be done with it."""
+
+    def found(self, pictures: Found, config: TrainConfig) -> None:
+        """Print the pictures."""
+        describe_found(pictures, config)
+
+    def planned(self, plan: Plan) -> None:
+        """Print the training."""
+        describe_training(plan)
+
+    def drawing(self, line: str) -> None:
+        """Print how far the class pictures are."""
+        _say(line)
 
 
 def describe_found(found: Found, config: TrainConfig) -> None:

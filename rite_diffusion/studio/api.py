@@ -72,7 +72,7 @@ def _generation(studio: Studio) -> Callable:
         negative: str = "",
         seed: int = 0,
         num: int = 1,
-        steps: int = 25,
+        steps: int | None = None,
         guidance: float | None = None,
         width: int | None = None,
         height: int | None = None,
@@ -85,21 +85,18 @@ def _generation(studio: Studio) -> Callable:
 
         Regions are "x0,y0,x1,y1: prompt" in fractions; combine is sum, switch or composite.
         """
-        from rite_diffusion.studio.engine import Wish
+        from rite_diffusion.generation.request import PictureRequest
 
         if not 1 <= num <= MOST_PICTURES:
             raise StudioError(f"num = {num} is not between 1 and {MOST_PICTURES}")
         space = studio.space(request)
         chosen = [_weighted(item) for item in adapters or []]
-        wishes = [
-            Wish(
-                prompt, negative, seed + index, steps, guidance, width, height,
-                tuple(regions or []), combine,
-            )
-            for index in range(num)
-        ]  # fmt: skip
+        wanted = PictureRequest(
+            prompt=prompt, negative=negative, seed=seed, steps=steps, guidance=guidance,
+            width=width, height=height, regions=regions or [], combine=combine,
+        )  # fmt: skip
         files = library.with_weights(space, chosen)
-        frames = studio.engine.draw(space, wishes, tell, files, base)
+        frames = studio.engine.draw(space, wanted.series(num), tell, files, base)
         return [file_data(frame.path) for frame in frames if frame.path is not None]
 
     return generate
@@ -114,7 +111,7 @@ def _comparison(studio: Studio) -> Callable:
         methods: list[str] | None = None,
         seeds: list[int] | None = None,
         columns: str = "seed",
-        steps: int = 25,
+        steps: int | None = None,
         request: gr.Request = None,  # type: ignore
     ) -> gr.FileData:
         """Draw a sheet of every combination; returns a PNG file.

@@ -16,29 +16,14 @@ from rite_diffusion.adapters.choice import Chosen, choose_adapters, notes
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.generation.attached import Attached, as_attached, attached_name
-from rite_diffusion.generation.composition import SUM
 from rite_diffusion.generation.denoise import pictures
-from rite_diffusion.generation.metadata import Parameters, png_of
+from rite_diffusion.generation.metadata import png_of
 from rite_diffusion.generation.output import write_next
-from rite_diffusion.generation.request import complete, estimates, placed
+from rite_diffusion.generation.picture import complete, estimates, placed
+from rite_diffusion.generation.request import Parameters, PictureRequest
 from rite_diffusion.studio.workspace import Workspace
 
 PAUSE = 0.3  # seconds between previews
-
-
-@dataclass(frozen=True)
-class Wish:
-    """A picture that is asked for; None stands for what suits the base."""
-
-    prompt: str
-    negative: str = ""
-    seed: int = 0
-    steps: int = 25
-    guidance: float | None = None
-    width: int | None = None
-    height: int | None = None
-    regions: tuple[str, ...] = ()  # as `rite generate --region` takes them
-    combine: str = SUM
 
 
 @dataclass(frozen=True)
@@ -114,7 +99,7 @@ class Engine:
     def draw(
         self,
         space: Workspace,
-        wishes: Sequence[Wish],
+        requests: Sequence[PictureRequest],
         tell: Callable[[str], None],
         adapters: Sequence[str] = (),
         base: str = "",
@@ -135,7 +120,7 @@ class Engine:
             tell(line)
         records = [each.record() for each in chosen]
         attached = as_attached(chosen)
-        for parameters in [complete(backbone, records, **vars(wish)) for wish in wishes]:
+        for parameters in [complete(backbone, request, records) for request in requests]:
             frames = _frames(backbone, parameters, attached, space.folder("outputs"))
             while frame := self._next(frames, turn):
                 yield frame

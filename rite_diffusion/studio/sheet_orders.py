@@ -23,7 +23,7 @@ class SheetOrder:
     methods: Sequence[str] = ("attached",)
     seeds: Sequence[int] = (0,)
     columns: str = "seed"
-    steps: int = 25
+    steps: int | None = None
 
     def check(self) -> None:
         """Raise StudioError for a sheet that is empty or too large."""
@@ -36,8 +36,6 @@ class SheetOrder:
                 f"that makes {count} pictures, of {MOST_PICTURES} at most: every combination of "
                 "prompts, adapters, weights, methods and seeds is one."
             )
-        if not 1 <= self.steps <= 1000:
-            raise StudioError(f"{self.steps} steps are not between 1 and 1000.")
 
 
 def draw_sheet(

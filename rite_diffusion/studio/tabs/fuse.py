@@ -204,14 +204,14 @@ def _compared(
     prompt: str,
 ) -> Iterator[dict[Any, Any]]:
     """The same prompts and seed with the adapters side by side, then with the fused one."""
-    from rite_diffusion.studio.engine import Wish
+    from rite_diffusion.generation.request import PictureRequest
 
     prompts = [prompt.strip()] if prompt.strip() else fusing.prompts_to_compare(order.cards)
-    wishes = [Wish(text) for text in prompts]
+    requests = [PictureRequest(prompt=text) for text in prompts]
     halves: list[list[Path]] = []
     for adapters in (order.files(), [f"{draft}:1"]):
         done: list[Path] = []
-        for state in drawing(studio, space, wishes, adapters, ""):
+        for state in drawing(studio, space, requests, adapters, ""):
             done = state.done
             yield {panel.stage: state.stage}
         halves.append(done)
