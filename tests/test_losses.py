@@ -12,6 +12,7 @@ from lycoris.modules.lokr import LokrModule
 from safetensors.torch import load_file, save_file
 
 import rite_diffusion as rite
+from random_adapters import random_adapter
 from rite_diffusion.adapters import AdapterInfo, load_adapter, save_adapter
 from rite_diffusion.adapters.attach import places
 from rite_diffusion.adapters.delta import delta_weight
@@ -21,7 +22,6 @@ from rite_diffusion.fusion.members import Member
 from rite_diffusion.fusion.merge import merge_with_loss
 from rite_diffusion.fusion.settings import FusionSettings
 from rite_diffusion.generation.denoise import sample
-from test_adapters import random_adapter
 
 logging.getLogger("LyCORIS").setLevel(logging.ERROR)
 ONE = {"steps": 2, "width": 64, "height": 64, "guidance": 10.0}
