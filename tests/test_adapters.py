@@ -24,6 +24,7 @@ from rite_diffusion.adapters.storage import write_tensors
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.source import POCKET
 from rite_diffusion.errors import AdapterError
+from shared_bases import shared_base
 
 
 def test_save_and_load_is_bit_exact(tmp_path, pocket):
@@ -154,7 +155,7 @@ def test_a_header_that_names_a_tensor_twice_is_refused(tmp_path):
 
 
 def test_another_base_is_refused_and_the_model_untouched(pocket, tiny_folder):
-    other = load_backbone(str(tiny_folder))
+    other = shared_base(str(tiny_folder))
     before = prediction(pocket)
     with pytest.raises(AdapterError, match="another"):
         attach(pocket, random_adapter(other), "other")

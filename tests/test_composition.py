@@ -5,7 +5,6 @@ import torch
 from random_adapters import random_adapter
 from rite_diffusion.adapters import attach
 from rite_diffusion.adapters.attach import lora_layers, set_weight
-from rite_diffusion.backbones import load_backbone
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.composition import COMPOSITIONS, PERIOD
@@ -16,11 +15,6 @@ ASKED = {
     "prompt": "a red cat", "negative": "", "seed": 3, "steps": 2, "guidance": 3.0, "width": None,
     "height": None,
 }  # fmt: skip
-
-
-@pytest.fixture
-def tiny(tiny_folder):
-    return load_backbone(str(tiny_folder))
 
 
 @pytest.fixture

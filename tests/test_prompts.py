@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from random_adapters import random_adapter
 from rite_diffusion.adapters import AdapterInfo, attach, detach
 from rite_diffusion.adapters.adapter import Adapter
-from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.chunks import chunks_of
 from rite_diffusion.backbones.clip_tokenizer import clip_tokenizer
 from rite_diffusion.backbones.prompt_syntax import Passage, read_prompt
@@ -18,6 +17,7 @@ from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.denoise import guided
 from rite_diffusion.generation.regional import regionally_guided
 from rite_diffusion.generation.regions import Region
+from shared_bases import shared_base
 from wordy import tokens_adapter
 
 LONG = ", ".join(
@@ -27,7 +27,7 @@ LONG = ", ".join(
 
 @pytest.fixture(scope="module")
 def tiny(tiny_folder):
-    return load_backbone(str(tiny_folder))
+    return shared_base(str(tiny_folder))
 
 
 # --- how a prompt is read ----------------------------------------------------------------------

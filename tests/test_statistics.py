@@ -9,7 +9,6 @@ from torch import nn
 from random_adapters import random_adapter
 from rite_diffusion.adapters import attach
 from rite_diffusion.adapters.attach import places
-from rite_diffusion.backbones import load_backbone
 from rite_diffusion.errors import FusionError
 from rite_diffusion.fusion import statistics
 from rite_diffusion.fusion.measure import measure, sketched_layers
@@ -29,11 +28,6 @@ from rite_diffusion.types import LoraPair
 
 CPU = torch.device("cpu")
 FEW = Drawing(steps=2)
-
-
-@pytest.fixture
-def tiny(tiny_folder):
-    return load_backbone(str(tiny_folder))
 
 
 def test_the_exact_sum_is_the_second_moment():
