@@ -11,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --quiet
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test lint docs wheel clean
+.PHONY: help demo test slow lint docs wheel clean
 
 help:  ## say what there is
 	@echo 'rite_diffusion: make TARGET'
@@ -22,6 +22,9 @@ demo: $(VENV)/.installed  ## learn a concept on the embedded model, draw before 
 
 test: $(VENV)/.installed-dev  ## run the test suite
 	$(BIN)/pytest -q -n 2 --dist worksteal
+
+slow: $(VENV)/.installed-dev  ## run the tests that `make test` leaves out (minutes)
+	$(BIN)/pytest -q -n 2 --dist worksteal -m slow
 
 lint: $(VENV)/.installed-dev  ## ruff, pyright and the import contracts
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
 """Fixtures that several test modules share."""
 
+import gc
 import os
+import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,9 @@ from models import (  # noqa: E402
 from random_adapters import random_adapter  # noqa: E402
 from rite_diffusion.adapters import save_adapter  # noqa: E402
 from rite_diffusion.backbones.source import load_backbone  # noqa: E402
+from rite_diffusion.fusion.statistics import USUAL  # noqa: E402
+from shared_bases import give_back, shared_base  # noqa: E402
+from studio_page import opened_browser, second_adapter, sessions  # noqa: E402
 from studio_server import Served, studio  # noqa: E402
 
 
@@ -41,9 +46,55 @@ def served(tmp_path_factory):
         yield Served(page, workspace)
 
 
+def pytest_collection_finish():
+    """From here on, rounds of the garbage collector are few and look at new objects only."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown():
+    """After a test and all its fixtures, the bases that it shared are as they were."""
+    yield
+    give_back()
+
+
+@pytest.fixture(scope="module")  # while it is open, asyncio has a loop that other tests would find
+def browser():
+    """Debian's chromium."""
+    with opened_browser() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="session")
+def second(served, tmp_path_factory) -> str:
+    """An adapter of the library beside the one that a browser's test trains."""
+    return second_adapter(served, tmp_path_factory.mktemp("second"))
+
+
+@pytest.fixture
+def view(browser, served):
+    """A function that opens the page in a fresh session."""
+    with sessions(browser, served.url) as open_page:
+        yield open_page
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Statistics of a fusion come of 2 steps a picture where nobody says otherwise, not of 20."""
+    monkeypatch.setitem(vars(USUAL), "steps", 2)
+
+
 @pytest.fixture
 def pocket():
-    """The embedded base, fresh for each test."""
+    """The embedded base, shared: a test leaves it as it was, but for adapters."""
+    return shared_base("pocket")
+
+
+@pytest.fixture
+def own_pocket():
+    """The embedded base, opened for one test, which may change it."""
     return load_backbone("pocket")
 
 
@@ -53,6 +104,12 @@ def tiny_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "tiny-sd"
     tiny_stable_diffusion().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def tiny(tiny_folder):
+    """That folder's base, shared: a test leaves it as it was, but for adapters."""
+    return shared_base(str(tiny_folder))
 
 
 @pytest.fixture(scope="session")
@@ -73,10 +130,10 @@ def tiny_folder_xl(tmp_path_factory) -> Path:
 
 @pytest.fixture(params=["pocket", "sd", "sdxl"])
 def backbone(request):
-    """Each kind of base model, small and fresh."""
+    """Each kind of base model, small and shared."""
     folders = {"sd": "tiny_folder", "sdxl": "tiny_folder_xl"}
     name = folders.get(request.param)
-    return load_backbone(str(request.getfixturevalue(name)) if name else "pocket", "fp32")
+    return shared_base(str(request.getfixturevalue(name)) if name else "pocket")
 
 
 @pytest.fixture
@@ -106,16 +163,22 @@ def unused_port() -> int:
         return server.getsockname()[1]
 
 
-@pytest.fixture
-def adapters(tmp_path, tiny_folder) -> list[Path]:
+@pytest.fixture(scope="session")
+def two_adapters(tmp_path_factory, tiny_folder) -> list[Path]:
     """Two adapters of the tiny base, different in rank and alpha."""
-    backbone = load_backbone(str(tiny_folder))
-    paths = []
+    backbone = shared_base(str(tiny_folder))
+    folder, paths = tmp_path_factory.mktemp("adapters"), []
     for seed, (rank, alpha) in enumerate([(2, 1.0), (4, 3.0)]):
         adapter = random_adapter(backbone, rank, alpha, seed)
         info = replace(
             adapter.info, trigger=f"<{seed}>", base="tiny-sd", base_fingerprint=backbone.fingerprint
         )
-        paths.append(tmp_path / f"{seed}.safetensors")
+        paths.append(folder / f"{seed}.safetensors")
         save_adapter(paths[-1], replace(adapter, info=info))
     return paths
+
+
+@pytest.fixture
+def adapters(tmp_path, two_adapters) -> list[Path]:
+    """The two adapters in the test's folder."""
+    return [Path(shutil.copy(path, tmp_path)) for path in two_adapters]

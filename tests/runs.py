@@ -14,20 +14,25 @@ QUICK = {
     "previews": {"every": 2, "steps": 2},
     "checkpoints": {"every": 1},
     "prior": {"weight": 0},  # no class pictures to draw, unless a test asks for them
+    "lora": {"layers": "attention", "rank": 4},  # half of the preset's layers
 }
+
+
+def _quick(settings: dict) -> dict:
+    return QUICK | settings | {"lora": QUICK["lora"] | settings.get("lora", {})}
 
 
 def train(photos, out, **settings):
     """Train for three steps, or as the settings say."""
     return rite.train(
-        photos, trigger="<thing>", class_noun="toy", preset="pocket", out=out, **QUICK | settings
+        photos, trigger="<thing>", class_noun="toy", preset="pocket", out=out, **_quick(settings)
     )
 
 
 def config_of(photos, **settings):
     """The configuration that `train` would use."""
     wanted = {"photos": str(photos), "trigger": "<thing>", "class_noun": "toy"}
-    return configure(wanted | QUICK | settings, "pocket")
+    return configure(wanted | _quick(settings), "pocket")
 
 
 def metrics(run):

@@ -17,6 +17,7 @@ from rite_diffusion.adapters.attach import attach, detach, inject, places, read_
 from rite_diffusion.adapters.storage import write_tensors
 from rite_diffusion.backbones.source import POCKET, load_backbone
 from rite_diffusion.errors import AdapterError
+from shared_bases import shared_base
 
 
 def test_save_and_load_is_bit_exact(tmp_path, pocket):
@@ -147,7 +148,7 @@ def test_a_header_that_names_a_tensor_twice_is_refused(tmp_path):
 
 
 def test_another_base_is_refused_and_the_model_untouched(pocket, tiny_folder):
-    other = load_backbone(str(tiny_folder))
+    other = shared_base(str(tiny_folder))
     before = prediction(pocket)
     with pytest.raises(AdapterError, match="another"):
         attach(pocket, random_adapter(other), "other")

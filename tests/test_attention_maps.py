@@ -12,6 +12,11 @@ from rite_diffusion.methods.ed_lora import EdLora, attention_penalty
 from wordy import PROMPT, random_words, tokens_adapter, wordy_config
 
 
+def set_processors(backbone, processors):
+    for module, processor in zip(backbone.cross_attentions, processors, strict=True):
+        module.set_processor(processor)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("cells", [(16, 16), (8, 24)])
 def test_maps_equal_an_explicit_softmax(backbone, cells):
@@ -24,10 +29,11 @@ def test_maps_equal_an_explicit_softmax(backbone, cells):
     backbone.denoise(noisy, timesteps, conditioning)
     found = recorder.maps([0, 2], positions, *cells)
     recorder.remove()
-    processors = [KeepingAttention(number) for number in range(len(backbone.cross_attentions))]
-    for module, processor in zip(backbone.cross_attentions, processors, strict=True):
-        module.set_processor(processor)
+    usual = [module.processor for module in backbone.cross_attentions]
+    processors = [KeepingAttention(number) for number in range(len(usual))]
+    set_processors(backbone, processors)
     backbone.denoise(noisy, timesteps, conditioning)
+    set_processors(backbone, usual)
     shapes = [tuple(each.shape[-2:]) for each in found]
     expected = literal_maps(processors, [0, 2], positions, shapes)
     assert len(shapes) > 1

@@ -6,7 +6,6 @@ import torch
 
 from random_adapters import random_adapter
 from rite_diffusion.adapters.attach import attach, lora_layers, set_weight
-from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.composition import COMPOSITIONS, PERIOD
@@ -15,11 +14,6 @@ from rite_diffusion.generation.picture import complete, picture
 from rite_diffusion.generation.request import PictureRequest
 
 ASKED = PictureRequest(prompt="a red cat", seed=3, steps=2, guidance=3.0)
-
-
-@pytest.fixture
-def tiny(tiny_folder):
-    return load_backbone(str(tiny_folder))
 
 
 @pytest.fixture

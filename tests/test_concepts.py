@@ -5,7 +5,7 @@ from predictions import prediction, prediction_in_diffusers
 from rite_diffusion.adapters import Adapter, AdapterInfo, load_adapter, save_adapter
 from rite_diffusion.adapters.attach import attach
 from rite_diffusion.adapters.learned_embeddings import tokens_of
-from rite_diffusion.backbones.source import POCKET, load_backbone
+from rite_diffusion.backbones.source import POCKET
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.methods import METHODS
 from rite_diffusion.methods.new_embeddings import new_words
@@ -14,6 +14,7 @@ from rite_diffusion.training.plan import configure, plan_training
 from rite_diffusion.training.trainer import Job, train_steps
 from rite_diffusion.types import Concept, LoraPair
 from runs import QUICK, Stop, config_of, crash_at, same_run, train
+from shared_bases import shared_base
 from wordy import RATES, random_data, steps_of, wordy_config
 
 WORDY = [name for name in METHODS if name != "lora"]
@@ -111,9 +112,9 @@ def test_removing_a_method_restores_the_base(pocket, name):
 
 @pytest.mark.parametrize("name", WORDY)
 @pytest.mark.parametrize("trigger", ["<a>", "<a> <b>", "<a> <b> <c>"])
-def test_every_word_of_a_trigger_trains(pocket, name, trigger):
-    method, trainer = steps_of(pocket, wordy_config(name, trigger, optim=RATES), masked=True)
-    assert list(pocket.words) == trigger.split()
+def test_every_word_of_a_trigger_trains(own_pocket, name, trigger):
+    method, trainer = steps_of(own_pocket, wordy_config(name, trigger, optim=RATES), masked=True)
+    assert list(own_pocket.words) == trigger.split()
     before = {word: [each.clone() for each in rows] for word, rows in method.words().items()}
     trainer.step(0)
     for word, rows in method.words().items():
@@ -126,7 +127,7 @@ def test_every_word_of_a_trigger_trains(pocket, name, trigger):
 @pytest.mark.parametrize("name", WORDY)
 def test_methods_train_on_every_kind_of_base(name, tiny_folder, tiny_folder_xl):
     for folder in (tiny_folder, tiny_folder_xl):
-        backbone = load_backbone(str(folder), "fp32")
+        backbone = shared_base(str(folder))
         config = wordy_config(name, base=str(folder), lora={"rank": 2}, optim=RATES)
         method, trainer = steps_of(backbone, config, masked=True, cells=(8, 24))
         before = {n: p.detach().clone() for g in method.groups() for n, p in g["params"]}
@@ -136,6 +137,7 @@ def test_methods_train_on_every_kind_of_base(name, tiny_folder, tiny_folder_xl):
         words = [n for n in after if n.startswith("tokens.")]
         assert len(words) == len(backbone.token_tables)
         assert not any(torch.equal(after[n], before[n]) for n in words)
+        method.remove()
 
 
 def test_the_last_vector_starts_as_the_class_and_others_as_noise(pocket):
@@ -260,26 +262,26 @@ def test_a_job_hears_of_every_step(pocket):
     assert steps == [1, 2, 3]
 
 
-def test_whole_matrices_act_as_if_they_were_in_the_weights(pocket):
+def test_whole_matrices_act_as_if_they_were_in_the_weights(own_pocket):
     config = wordy_config("custom_diffusion")
-    method = METHODS["custom_diffusion"](pocket, config)
-    states = pocket.encode_prompts(["a <thing> on a red background"])
+    method = METHODS["custom_diffusion"](own_pocket, config)
+    states = own_pocket.encode_prompts(["a <thing> on a red background"])
     noisy, timesteps = torch.randn(1, 8, 16, 16), torch.tensor([500])
     deltas = {n: p for group in method.groups() for n, p in group["params"] if "delta" in n}
     assert len(deltas) == 14
     with torch.no_grad():
         for delta in deltas.values():
             delta.normal_(std=0.05)
-        trained = pocket.denoise(noisy, timesteps, states)
+        trained = own_pocket.denoise(noisy, timesteps, states)
         exact = {pair.name: pair.up @ pair.down for pair in method.pairs()}
         method.remove()
         for name, delta in deltas.items():
             path = name.removeprefix("unet.").removesuffix(".delta")
-            weight = pocket.unet.get_submodule(path).weight
+            weight = own_pocket.unet.get_submodule(path).weight
             weight.add_(delta)
             assert torch.equal(exact[f"lora_unet_{path.replace('.', '_')}"], delta)
         torch.testing.assert_close(
-            pocket.denoise(noisy, timesteps, states), trained, rtol=1e-4, atol=1e-5
+            own_pocket.denoise(noisy, timesteps, states), trained, rtol=1e-4, atol=1e-5
         )
 
 
@@ -299,23 +301,23 @@ def test_keys_and_values_learn_nothing_from_the_begin_mark(pocket, weights):
 
 
 @pytest.mark.parametrize("weights", ["full", "lora"])
-def test_custom_diffusion_trains_keys_and_values_alone(pocket, weights):
+def test_custom_diffusion_trains_keys_and_values_alone(own_pocket, weights):
     config = wordy_config("custom_diffusion", custom_diffusion={"weights": weights}, optim=RATES)
-    method, trainer = steps_of(pocket, config)
+    method, trainer = steps_of(own_pocket, config)
     trainer.step(0)
     names = [pair.name for pair in method.pairs()]
     assert len(names) == 14 and all(n.endswith(("attn2_to_k", "attn2_to_v")) for n in names)
 
 
 @torch.no_grad()
-def test_a_modifier_is_followed_by_its_class(pocket):
-    METHODS["custom_diffusion"](pocket, wordy_config("custom_diffusion"))
-    said = pocket.encode_prompts(["a <thing> on a red background"]).states
-    assert pocket.token_positions("a <thing> on red", "<thing>") == [2, 3]
-    pocket.words.clear()
-    METHODS["custom_diffusion"](pocket, wordy_config("custom_diffusion", "<thing> dog"))
-    assert pocket.token_positions("a <thing> dog", "<thing>") == [2]
-    written = pocket.encode_prompts(["a <thing> dog on a red background"]).states
+def test_a_modifier_is_followed_by_its_class(own_pocket):
+    METHODS["custom_diffusion"](own_pocket, wordy_config("custom_diffusion"))
+    said = own_pocket.encode_prompts(["a <thing> on a red background"]).states
+    assert own_pocket.token_positions("a <thing> on red", "<thing>") == [2, 3]
+    own_pocket.words.clear()
+    METHODS["custom_diffusion"](own_pocket, wordy_config("custom_diffusion", "<thing> dog"))
+    assert own_pocket.token_positions("a <thing> dog", "<thing>") == [2]
+    written = own_pocket.encode_prompts(["a <thing> dog on a red background"]).states
     torch.testing.assert_close(said, written)
 
 

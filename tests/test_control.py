@@ -11,18 +11,12 @@ from PIL import Image
 
 import rite_diffusion as rite
 from models import tiny_stable_diffusion
-from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import BackboneError, ConfigError
 from rite_diffusion.generation.control import load_controls, parse_control, under_control
 from rite_diffusion.generation.denoise import denoising, guided, initial_noise, sample
 from rite_diffusion.generation.metadata import read_parameters
 
 PROMPT, NEGATIVE, STEPS, GUIDANCE, SEED = "a red cat", "dark", 2, 3.0, 7
-
-
-@pytest.fixture
-def tiny(tiny_folder):
-    return load_backbone(str(tiny_folder))
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from rite_diffusion.adapters.verify import (
 from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import AdapterError
 from rite_diffusion.types import LoraPair
+from shared_bases import shared_base
 
 
 def open_in_diffusers(folder):
@@ -78,7 +79,7 @@ def folder(request):
     ("dialect", "dora"), [("kohya", False), ("diffusers", False), ("diffusers", True)]
 )
 def test_diffusers_loads_every_key(tmp_path, caplog, folder, dialect, dora):
-    backbone = load_backbone(str(folder))
+    backbone = shared_base(str(folder))
     adapter = varied_adapter(backbone, LAYERS, dora)
     if dora:  # it drops DoRA norms in kohya's files and, whatever the file, in text encoders
         adapter = Adapter([p for p in adapter.pairs if "unet" in p.name], adapter.info)
@@ -91,7 +92,7 @@ def test_diffusers_loads_every_key(tmp_path, caplog, folder, dialect, dora):
 
 
 def test_diffusers_predicts_the_same(tmp_path, folder):
-    backbone = load_backbone(str(folder))
+    backbone = shared_base(str(folder))
     adapter = varied_adapter(backbone)
     pipeline = open_in_diffusers(folder)
     for dialect in ("kohya", "diffusers"):
@@ -106,7 +107,7 @@ def test_diffusers_predicts_the_same(tmp_path, folder):
 
 
 def test_peft_loads_every_key_of_the_real_models(tmp_path, folder):
-    backbone = load_backbone(str(folder))
+    backbone = shared_base(str(folder))
     adapter = varied_adapter(backbone, LAYERS)
     DIALECTS["peft"].write(tmp_path / "out", adapter)
     found = {}
@@ -145,7 +146,7 @@ PROVEN = [(to, "tiny_folder") for to in DIALECTS] + [("kohya", "tiny_folder_xl")
 @pytest.mark.parametrize(("to", "model"), PROVEN)
 def test_convert_proves_what_it_wrote(tmp_path, to, model, request):
     folder = request.getfixturevalue(model)
-    backbone = load_backbone(str(folder))
+    backbone = shared_base(str(folder))
     save_adapter(tmp_path / "a.safetensors", varied_adapter(backbone))
     suffix = "" if to == "peft" else ".safetensors"
     bare = rite.convert(tmp_path / "a.safetensors", to, tmp_path / f"bare{suffix}")
@@ -160,7 +161,7 @@ def test_convert_proves_what_it_wrote(tmp_path, to, model, request):
 
 
 def test_what_diffusers_would_drop_is_refused(tmp_path, tiny_folder):
-    adapter = varied_adapter(load_backbone(str(tiny_folder)), dora=True)
+    adapter = varied_adapter(shared_base(str(tiny_folder)), dora=True)
     save_adapter(tmp_path / "a.safetensors", adapter)
     with pytest.raises(AdapterError, match="drops the DoRA norms of text encoders"):
         rite.convert(tmp_path / "a.safetensors", "diffusers")
@@ -169,7 +170,7 @@ def test_what_diffusers_would_drop_is_refused(tmp_path, tiny_folder):
 
 
 def test_an_export_that_differs_is_not_left_behind(tmp_path, tiny_folder, monkeypatch):
-    backbone = load_backbone(str(tiny_folder))
+    backbone = shared_base(str(tiny_folder))
     save_adapter(tmp_path / "a.safetensors", varied_adapter(backbone))
     weak = DIALECTS["kohya"].write
 
@@ -238,7 +239,7 @@ def test_mix_of_show_weights(tmp_path, tiny_folder):
         "<a1>": (16, 1, 64), "<a2>": (16, 1, 64)
     }  # fmt: skip
     with pytest.raises(AdapterError, match="16 cross-attentions"):
-        attach(load_backbone(str(tiny_folder)), adapter, "a")
+        attach(shared_base(str(tiny_folder)), adapter, "a")
     with pytest.raises(AdapterError, match="<a1> are averaged.*--allow-loss"):
         rite.convert(tmp_path / "potter.pth", "kohya", published_pickle=True)
     export = rite.convert(tmp_path / "potter.pth", "kohya", published_pickle=True, allow_loss=True)
@@ -253,7 +254,7 @@ def test_mix_of_show_weights(tmp_path, tiny_folder):
 
 
 def test_custom_diffusion_weights_need_their_base(tmp_path, tiny_folder):
-    backbone = load_backbone(str(tiny_folder))
+    backbone = shared_base(str(tiny_folder))
     weights = base_weights(backbone)
     torch.manual_seed(0)
     path = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
@@ -269,7 +270,7 @@ def test_custom_diffusion_weights_need_their_base(tmp_path, tiny_folder):
 
 
 def test_an_adapter_of_another_base_is_refused_by_name(tmp_path, tiny_folder, tiny_folder_2):
-    backbone = load_backbone(str(tiny_folder))
+    backbone = shared_base(str(tiny_folder))
     info = AdapterInfo(base="tiny-sd", base_fingerprint="0123456789abcdef")
     adapter = varied_adapter(backbone)
     save_adapter(tmp_path / "a.safetensors", Adapter(adapter.pairs, info))
@@ -302,7 +303,7 @@ def test_a_header_of_20_mb_is_read(tmp_path):
 
 
 def test_a_refused_adapter_leaves_the_pipeline_as_it_was(tmp_path, tiny_folder):
-    backbone = load_backbone(str(tiny_folder))
+    backbone = shared_base(str(tiny_folder))
     before = {n: part.state_dict() for n, part in backbone.components.items()}
     adapter = varied_adapter(backbone)
     stray = LoraPair(
@@ -335,5 +336,5 @@ def test_alpha_of_a_broken_configuration_is_refused(tmp_path):
 
 def test_places_have_the_names_that_files_use(tiny_folder):
     assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj" in places(
-        load_backbone(str(tiny_folder))
+        shared_base(str(tiny_folder))
     )

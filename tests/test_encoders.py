@@ -20,6 +20,7 @@ from rite_diffusion.training.job import Job, keep_captions, release_encoders
 from rite_diffusion.training.plan import plan_training
 from rite_diffusion.training.run import measure, run_training
 from runs import config_of
+from shared_bases import shared_base
 
 QUIET = {"previews": {"every": 0, "steps": 2}}
 FROZEN = {"lora": {"text_encoder": False}}
@@ -100,11 +101,11 @@ def test_after_a_run_adapters_attach_to_the_text_encoder_again(photos, pocket):
     assert torch.equal(ours, fresh) and lora_layers(pocket, "other")
 
 
-def test_elsewhere_than_on_a_cpu_encoders_wait_in_main_memory(pocket):
-    pocket.device = torch.device("meta")  # stands in for an accelerator
-    pocket.release(["vae"])
-    assert encoders(pocket)["vae"].device.type == "cpu"
-    assert pocket.vae.device.type == "meta"
+def test_elsewhere_than_on_a_cpu_encoders_wait_in_main_memory(own_pocket):
+    own_pocket.device = torch.device("meta")  # stands in for an accelerator
+    own_pocket.release(["vae"])
+    assert encoders(own_pocket)["vae"].device.type == "cpu"
+    assert own_pocket.vae.device.type == "meta"
 
 
 def test_previews_that_a_run_is_asked_for_bring_the_encoders_back(photos, tmp_path):
@@ -165,11 +166,11 @@ def test_sdxl_keeps_its_pooled_embedding(tiny_folder_xl, tmp_path):
 
 
 def _states(folder):
-    return load_backbone(str(folder)).encode_prompts(["a cat"]).states
+    return shared_base(str(folder)).encode_prompts(["a cat"]).states
 
 
 def test_another_text_encoder_or_precision_is_another_entry(tmp_path, tiny_folder, tiny_folder_2):
-    names = {load_backbone(str(each)).text_fingerprint for each in (tiny_folder, tiny_folder_2)}
+    names = {shared_base(str(each)).text_fingerprint for each in (tiny_folder, tiny_folder_2)}
     names |= {load_backbone(str(tiny_folder), "bf16").text_fingerprint}
     changed = load_backbone(str(tiny_folder))
     with torch.no_grad():

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 
 import killable
 import rite_diffusion as rite
+from forks import forked
 from rite_diffusion.adapters import load_adapter
 from rite_diffusion.errors import ConfigError, RunError
 from rite_diffusion.training import run as run_module
@@ -93,16 +93,12 @@ def _train_with_little_room(photos, out, limit):
     sys.exit("the run went through")
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_it(photos, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_checkpoint_before_it(photos, tmp_path):
     whole, full = tmp_path / "whole", tmp_path / "full"
     with pytest.raises(Stop):
         train(photos, full, **killable.SETTINGS, on_step=crash_at(5))
     before = load_file(full / "checkpoints/step-000004/adapter.safetensors")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killable"])
-    process = context.Process(target=_train_with_little_room, args=(photos, full, 100_000))
-    process.start()
+    process = forked(_train_with_little_room, photos, full, 100_000)
     process.join()
     assert process.exitcode == 0
     after = load_file(full / "checkpoints/step-000004/adapter.safetensors")
@@ -114,17 +110,12 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(photos, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("step", [1, 2], ids=["the same step again", "the next step"])
-def test_a_kill_at_any_write_leaves_a_whole_checkpoint(tmp_path, monkeypatch, step):
+def test_a_kill_at_any_write_leaves_a_whole_checkpoint(tmp_path, step):
     killable.save_step(tmp_path / "first", 1)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killable"])
     for point in itertools.count():
         folder = tmp_path / str(point)
         shutil.copytree(tmp_path / "first", folder)
-        arguments = (folder, step, point)
-        process = context.Process(target=killable.save_step_and_die, args=arguments)
-        process.start()
+        process = forked(killable.save_step_and_die, folder, step, point)
         process.join()
         with RunFolder(folder) as run:
             snapshot = run.newest_snapshot()

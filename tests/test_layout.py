@@ -14,6 +14,7 @@ from rite_diffusion.generation.metadata import read_parameters
 from rite_diffusion.generation.picture import complete, placed
 from rite_diffusion.generation.regions import Region, Sought, adapter_weights, parse_regions
 from rite_diffusion.generation.request import PictureRequest
+from shared_bases import shared_base
 from subjects import subject_of
 
 PAIR = "a cat on the left and a house on the right on a blue background"
@@ -104,7 +105,7 @@ def test_a_word_that_changes_nothing_has_no_box(tiny_folder):
 
 
 def test_only_half_of_the_steps_are_drawn(tiny_folder):
-    backbone = load_backbone(str(tiny_folder))
+    backbone = shared_base(str(tiny_folder))
     predict, count = guided(backbone, ["a cat"], "", 3.0), []
 
     def counted(latents, timestep):
@@ -134,7 +135,7 @@ def test_the_picture_tells_the_boxes_and_comes_again_from_them(kind, request, tm
 
 
 def test_the_layout_is_drawn_without_the_adapters_that_regions_call(tiny_folder, monkeypatch):
-    backbone = load_backbone(str(tiny_folder))
+    backbone = shared_base(str(tiny_folder))
     turns = []
     monkeypatch.setattr(
         "rite_diffusion.generation.attached.set_weight",

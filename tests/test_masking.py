@@ -1,4 +1,3 @@
-import subprocess
 import sys
 from pathlib import Path
 
@@ -124,9 +123,7 @@ def test_a_photo_of_nothing_has_no_mask(tiny_folder):
         segment(Image.new("RGB", (64, 64)))
 
 
-def test_the_command_writes_masks_and_says_which(photos):
-    code = "from rite_diffusion.cli.app import main; main()"
-    line = [sys.executable, "-c", code, "mask", str(photos), "--class", "toy"]
-    done = subprocess.run(line, capture_output=True, text=True)
+def test_the_command_writes_masks_and_says_which(photos, command):
+    done = command("mask", photos, "--class", "toy")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("photos/masks/") == len(list((photos / "masks").glob("*.png"))) > 0

@@ -11,10 +11,9 @@ import rite_diffusion as rite
 from fusion_layers import dense, random_member
 from predictions import prediction, prediction_in_diffusers
 from rite_diffusion.adapters import load_adapter
-from rite_diffusion.adapters.attach import attach
+from rite_diffusion.adapters.attach import attach, detach
 from rite_diffusion.api.fuse import fuse_and_report
 from rite_diffusion.api.sketch import with_sketches
-from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.cli.app import app
 from rite_diffusion.errors import FusionError, RiteError
 from rite_diffusion.fusion.conflict_sheet import conflict_sheet, layer_label
@@ -26,27 +25,31 @@ from rite_diffusion.fusion.report import report_on
 from rite_diffusion.fusion.settings import FusionSettings
 from rite_diffusion.fusion.sketch import load_sketch, sketch_path
 from rite_diffusion.fusion.statistics import Drawing
+from shared_bases import shared_base
 
 FEW = Drawing(steps=1)
 
 
-def test_a_plain_sum_acts_as_both_attached(adapters, tiny_folder, tmp_path):
+def test_a_plain_sum_acts_as_both_attached(adapters, tiny, tmp_path):
     out = rite.fuse(
         [f"{adapters[0]}:0.5", adapters[1]],
         method="concat",
         out=tmp_path / "f.safetensors",
     )
-    together, fused = load_backbone(str(tiny_folder)), load_backbone(str(tiny_folder))
-    attach(together, load_adapter(adapters[0]), "a", 0.5)
-    attach(together, load_adapter(adapters[1]), "b")
-    attach(fused, load_adapter(out), "f")
-    torch.testing.assert_close(prediction(fused), prediction(together), rtol=1e-3, atol=1e-4)
-    assert (prediction(fused) - prediction(load_backbone(str(tiny_folder)))).abs().max() > 1e-2
+    plain = prediction(tiny)
+    attach(tiny, load_adapter(adapters[0]), "a", 0.5)
+    attach(tiny, load_adapter(adapters[1]), "b")
+    together = prediction(tiny)
+    for name in ("a", "b"):
+        detach(tiny, name)
+    attach(tiny, load_adapter(out), "f")
+    torch.testing.assert_close(prediction(tiny), together, rtol=1e-3, atol=1e-4)
+    assert (together - plain).abs().max() > 1e-2
 
 
 def test_plain_diffusers_reads_a_fused_file(adapters, tiny_folder, tmp_path):
     out = rite.fuse(adapters, base=str(tiny_folder), drawing=FEW, out=tmp_path / "f.safetensors")
-    ours = load_backbone(str(tiny_folder))
+    ours = shared_base(str(tiny_folder))
     attach(ours, load_adapter(out), "f")
     theirs = prediction_in_diffusers(tiny_folder, out)
     torch.testing.assert_close(theirs, prediction(ours), rtol=1e-3, atol=1e-3)
@@ -75,7 +78,7 @@ def test_refining_solves_on_what_the_fused_adapter_sees(adapters, tiny_folder, t
             listen=lambda done, total: counts.append((done, total)), **settings
         )
     )  # fmt: skip
-    backbone = load_backbone(str(tiny_folder))
+    backbone = shared_base(str(tiny_folder))
     members = [Member(load_adapter(path), 1.0, path) for path in adapters]
     alone = with_sketches(members, lambda: backbone, FEW, lambda done, total: None)
     seen = []

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from forks import forked
 from rite_diffusion.optim import OPTIMIZERS, LoraRite, ScaledAdamW, lora_param_groups
 
 
@@ -49,38 +50,36 @@ def train(model, optimizer, x, steps=10):
         optimizer.step()
 
 
-def worker(rank, port, results):
+def worker(rank, port, folder):
     """One of two processes, each with half of the batch."""
-    torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
-    x = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+    x, results = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)), {}
     for name in ("rite", "scaled_adamw", "scaled_sgd"):
         model = Net()
         wrapped = nn.parallel.DistributedDataParallel(model)
         groups = [group | {"lr": 0.01} for group in lora_param_groups(wrapped)]
         train(wrapped, OPTIMIZERS[name].build(groups), x[rank::2])
-        results[name, rank] = [p.detach().clone() for p in model.parameters()]
+        results[name] = [p.detach().clone() for p in model.parameters()]
+    torch.save(results, folder / f"{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_equal_one_with_the_whole_batch(unused_port):
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
-        results = manager.dict()
-        arguments = (unused_port, results)
-        torch.multiprocessing.spawn(worker, args=arguments, nprocs=2)
-        x = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
-        for name in ("rite", "scaled_adamw", "scaled_sgd"):
-            model = Net()
-            groups = [group | {"lr": 0.01} for group in lora_param_groups(model)]
-            train(model, OPTIMIZERS[name].build(groups), torch.cat([x[0::2], x[1::2]]))
-            for one, first, second in zip(
-                model.parameters(), results[name, 0], results[name, 1], strict=True
-            ):
-                assert torch.equal(first, second)
-                torch.testing.assert_close(one.detach(), first, rtol=1e-4, atol=1e-5)
+def test_two_processes_equal_one_with_the_whole_batch(unused_port, tmp_path):
+    for process in [forked(worker, rank, unused_port, tmp_path) for rank in range(2)]:
+        process.join(120)
+        assert process.exitcode == 0
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    x = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
+    for name in ("rite", "scaled_adamw", "scaled_sgd"):
+        model = Net()
+        groups = [group | {"lr": 0.01} for group in lora_param_groups(model)]
+        train(model, OPTIMIZERS[name].build(groups), torch.cat([x[0::2], x[1::2]]))
+        both = zip(model.parameters(), *(result[name] for result in results), strict=True)
+        for one, first, second in both:
+            assert torch.equal(first, second)
+            torch.testing.assert_close(one.detach(), first, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rule", [LoraRite, ScaledAdamW])

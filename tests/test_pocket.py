@@ -89,6 +89,7 @@ def test_draws_both_objects_of_a_pair(pocket):
     assert sum(a == b for a, b in zip(found, pairs, strict=True)) >= 6, found
 
 
+@pytest.mark.slow  # a whole training of the preset
 def test_learns_a_concept_that_it_has_never_seen(pocket, tmp_path):
     photos = example_photos("robot")
     judge = load_judge()

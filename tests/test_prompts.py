@@ -13,12 +13,12 @@ from rite_diffusion.adapters.attach import attach, detach
 from rite_diffusion.backbones.chunks import chunks_of
 from rite_diffusion.backbones.clip_tokenizer import clip_tokenizer
 from rite_diffusion.backbones.prompt_syntax import Passage, read_prompt
-from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.denoise import guided
 from rite_diffusion.generation.regional import regionally_guided
 from rite_diffusion.generation.regions import Region
+from shared_bases import shared_base
 from wordy import tokens_adapter
 
 LONG = ", ".join(
@@ -28,7 +28,7 @@ LONG = ", ".join(
 
 @pytest.fixture(scope="module")
 def tiny(tiny_folder):
-    return load_backbone(str(tiny_folder))
+    return shared_base(str(tiny_folder))
 
 
 # --- how a prompt is read ----------------------------------------------------------------------

@@ -5,7 +5,6 @@ import torch
 from random_adapters import random_adapter
 from rite_diffusion.adapters.attach import attach
 from rite_diffusion.backbones.protocols import Conditioning
-from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.denoise import denoising, pictures, sample
@@ -18,14 +17,10 @@ from rite_diffusion.generation.regional import (
     side_by_side,
 )
 from rite_diffusion.generation.regions import Region, adapter_weights, parse_region, region_shares
+from shared_bases import shared_base
 
 WHOLE = Region(0, 0, 1, 1, "a red cat")
 LEFT, RIGHT = Region(0, 0, 0.5, 1, "a red cat"), Region(0.5, 0, 1, 1, "a blue dog")
-
-
-@pytest.fixture
-def tiny(tiny_folder):
-    return load_backbone(str(tiny_folder))
 
 
 def drawn(backbone, prompt, regions, seeds, adapters=()):
@@ -112,7 +107,7 @@ def test_one_region_over_everything_is_the_plain_picture_bit_for_bit(tiny, seeds
 
 
 def test_one_region_over_everything_is_the_plain_picture_of_sdxl_too(tiny_folder_xl):
-    backbone = load_backbone(str(tiny_folder_xl))
+    backbone = shared_base(str(tiny_folder_xl))
     attach(backbone, random_adapter(backbone), "a", 0.8)
     plain = sample(backbone, [WHOLE.prompt], [7], negative="dark", steps=3)
     ours = drawn(backbone, WHOLE.prompt, [WHOLE], [7], [Attached("a", 0.8, ["cat"])])

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 import killable
 import rite_diffusion as rite
+from forks import forked, forked_command
 from rite_diffusion.errors import RunError
 from rite_diffusion.methods import PlainLora
 from rite_diffusion.optim import OPTIMIZERS
@@ -35,8 +36,20 @@ from runs import Stop, config_of, crash_at, same_run, train
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_interrupted_run_is_the_uninterrupted_one(photos, tmp_path, name):
     settings = {
-        "steps": 7, "checkpoints": {"every": 2}, "previews": {"every": 0},
+        "steps": 4, "checkpoints": {"every": 2}, "previews": {"every": 0},
         "optim": {"name": name, "warmup": 3},
+    }  # fmt: skip
+    train(photos, tmp_path / "whole", **settings)
+    with pytest.raises(Stop):
+        train(photos, tmp_path / "parts", on_step=crash_at(3), **settings)
+    train(photos, tmp_path / "parts", **settings)
+    same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_that_crashes_three_times_is_the_uninterrupted_one(photos, tmp_path):
+    settings = {
+        "steps": 7, "checkpoints": {"every": 2}, "previews": {"every": 0},
+        "lora": {"layers": "blocks"}, "optim": {"name": "rite", "warmup": 3},
     }  # fmt: skip
     train(photos, tmp_path / "whole", **settings)
     for crash in (1, 3, 6):  # before any checkpoint, just after one, and before the last step
@@ -56,7 +69,7 @@ def test_a_crash_before_the_last_write_costs_no_step(photos, tmp_path):
     assert all(torch.equal(again[key], value) for key, value in before.items())
 
 
-def test_averaged_weights_are_saved_and_go_on_exactly(photos, tmp_path, pocket):
+def test_averaged_weights_are_saved_and_go_on_exactly(photos, tmp_path, own_pocket):
     settings = {"steps": 5, "checkpoints": {"every": 2}, "previews": {"every": 0}, "ema": 0.8}
     train(photos, tmp_path / "whole", **settings)
     with pytest.raises(Stop):
@@ -65,10 +78,10 @@ def test_averaged_weights_are_saved_and_go_on_exactly(photos, tmp_path, pocket):
     same_run(tmp_path / "whole", tmp_path / "parts")
     config = config_of(photos, **settings)
     found = read_folder(photos, Concept("<thing>", "toy"), config.templates).photos
-    method = PlainLora(pocket, config)
+    method = PlainLora(own_pocket, config)
     live = []
-    data = encode_photos(pocket, found, Encoding(64))
-    job = Job(pocket, method, data, config.model_copy(update={"ema": 0.0}))
+    data = encode_photos(own_pocket, found, Encoding(64))
+    job = Job(own_pocket, method, data, config.model_copy(update={"ema": 0.0}))
     train_steps(job, lambda _: live.append({pair.name: pair.up.clone() for pair in method.pairs()}))
     expected = {name: torch.zeros_like(up) for name, up in live[0].items()}
     for step, ups in enumerate(live):
@@ -78,16 +91,12 @@ def test_averaged_weights_are_saved_and_go_on_exactly(photos, tmp_path, pocket):
         torch.testing.assert_close(pair.up, expected[pair.name])
 
 
-def test_a_process_that_is_killed_twenty_times_loses_nothing(photos, tmp_path, monkeypatch):
+def test_a_process_that_is_killed_twenty_times_loses_nothing(photos, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     killable.run(photos, whole)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["killable"])
     draws = random.Random(0)
     for kill in range(20):
-        process = context.Process(target=killable.run, args=(photos, parts))
-        process.start()
+        process = forked(killable.run, photos, parts)
         if kill % 2:  # while it trains, else at any moment from the start on
             _wait_for_a_step(parts / "metrics.jsonl")
         time.sleep(draws.uniform(0, 0.5))
@@ -196,15 +205,14 @@ def test_another_version_or_base_is_shown_and_refused(
 def test_a_second_signal_ends_the_run_within_the_step(photos, tmp_path, number):
     written = tmp_path / "stderr"
     # A long step of short parts: Python hears of a signal between two calls of torch.
-    with written.open("w") as errors:
-        process = _rite_train(photos, tmp_path / "run", "batch=1", "accumulate=600", errors=errors)
-    _wait_for(tmp_path / "run/metrics.jsonl")
-    time.sleep(3)  # well into the next step: the first has just ended
-    process.send_signal(number)
-    _wait_for(written, "once more stops at once")
-    process.send_signal(number)
-    process.wait(timeout=600)
-    assert process.returncode in (128 + number, -number)  # a shell tells 143 of the second too
+    process = _rite_train(photos, tmp_path / "run", written, "batch=1", "accumulate=1024")
+    _wait_for(process, tmp_path / "run/status.json", '"running"')
+    time.sleep(1)  # well into the step
+    os.kill(process.pid, number)
+    _wait_for(process, written, "once more stops at once")
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode in (128 + number, -number)  # a shell tells 143 of the second too
     assert "stopped at step" not in written.read_text() and "Traceback" not in written.read_text()
     assert not (tmp_path / "run/adapter.safetensors").exists()
     with RunFolder(tmp_path / "run") as run:  # the lock is free, or a dead process's
@@ -241,33 +249,35 @@ def test_a_step_can_end_between_its_parts(pocket, photos):
     assert len(calls) == 3
 
 
-def _rite_train(photos, run, *assignments, errors=subprocess.PIPE):
-    """`rite train` in a process of its own, for many steps."""
+def _rite_train(photos, run, written, *assignments):
+    """`rite train` in a process of its own, for many steps; what it prints goes to a file."""
     line = ["train", str(photos), "--trigger", "<t>", "--class", "toy", "--steps", "5000"]
     for assignment in ("prior.weight=0", "previews.every=0", *assignments):
         line += ["--set", assignment]
-    code = "from rite_diffusion.cli.app import main; main()"
-    command = [sys.executable, "-c", code, *line, "--out", str(run)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
+    return forked_command([*line, "--out", str(run)], written)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_leaves_a_valid_adapter_and_says_so(photos, tmp_path, number):
-    run = tmp_path / "run"
-    process = _rite_train(photos, run)
-    _wait_for(run / "metrics.jsonl")
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=600)
-    assert process.returncode == 128 + number
-    assert "stopped at step" in errors and "Traceback" not in errors
+    run, written = tmp_path / "run", tmp_path / "written"
+    process = _rite_train(photos, run, written)
+    _wait_for(process, run / "metrics.jsonl")
+    os.kill(process.pid, number)
+    process.join(60)
+    assert process.exitcode == 128 + number
+    told = written.read_text()
+    assert "stopped at step" in told and "Traceback" not in told
     assert len(rite.inspect(run / "adapter.safetensors").pairs) == 137
     assert json.loads((run / "status.json").read_text())["state"] == "stopped"
 
 
-def _wait_for(path: Path, words: str = "", seconds: float = 300) -> None:
+def _wait_for(process, path: Path, words: str = "", seconds: float = 300) -> None:
+    """Until a file has these words, while a process is at work."""
     end = time.monotonic() + seconds
     while not (path.exists() and words in path.read_text()):
-        assert time.monotonic() < end, f"no {path}, or nothing of {words!r} in it"
+        assert process.is_alive() and time.monotonic() < end, (
+            f"no {path}, or nothing of {words!r} in it"
+        )
         time.sleep(0.1)
 
 

@@ -8,9 +8,9 @@ import rite_diffusion as rite
 from rite_diffusion.adapters import load_adapter
 from rite_diffusion.adapters.attach import attach
 from rite_diffusion.api.sheet import AXES, plan_sheet
-from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import AdapterError, ConfigError, FusionError, OutputError
 from rite_diffusion.generation.denoise import sample
+from shared_bases import shared_base
 
 ONE = {"prompt": ["a cat"], "adapter": [""], "weight": [1.0], "method": ["attached"], "seed": [0]}
 
@@ -53,7 +53,7 @@ def test_every_cell_is_the_picture_of_its_parameters(adapters, tiny_folder, tmp_
     facts = content["pictures"][6][1]  # the second prompt, both adapters, attached
     assert (facts["prompt"], facts["seed"], facts["method"]) == ("a <1>", 5, "attached")
     assert [each["weight"] for each in facts["adapters"]] == [0.25, 0.5]
-    backbone = load_backbone(str(tiny_folder))
+    backbone = shared_base(str(tiny_folder))
     attach(backbone, load_adapter(adapters[0]), "a", 0.25)
     attach(backbone, load_adapter(adapters[1]), "b", 0.5)
     [alone] = sample(backbone, ["a <1>"], [5], steps=2, guidance=3)

@@ -8,7 +8,6 @@ from torch import nn
 
 from random_adapters import random_adapter
 from rite_diffusion.adapters.attach import attach, places
-from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import FusionError
 from rite_diffusion.fusion import statistics
 from rite_diffusion.fusion.measure import measure, sketched_layers
@@ -28,11 +27,6 @@ from rite_diffusion.types import LoraPair
 
 CPU = torch.device("cpu")
 FEW = Drawing(steps=2)
-
-
-@pytest.fixture
-def tiny(tiny_folder):
-    return load_backbone(str(tiny_folder))
 
 
 def test_the_exact_sum_is_the_second_moment():

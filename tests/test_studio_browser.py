@@ -1,203 +1,43 @@
 """The studio in a real browser: what a user does from the first photo to the fused adapter."""
 
-import math
-import os
-import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from gradio_client import Client, handle_file
 from PIL import Image
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
 from rite_diffusion.adapters import load_adapter
 from rite_diffusion.api.demo import example_photos
 from rite_diffusion.generation.metadata import read_parameters
 from rite_diffusion.studio.jobs import state_of
+from studio_page import (
+    IN_A_BROWSER,
+    LEFT,
+    MARKUP,
+    PICTURES,
+    RIGHT,
+    STEPS,
+    choose,
+    drag,
+    drawn,
+    picture_of,
+    set_number,
+    start_training,
+    tab,
+)
 from studio_server import (
     ENDLESS,
     SHORT,
     Served,
     end,
-    pocket_adapter,
     step_of,
     studio,
     wait_for,
     wait_for_state,
 )
 
-CHROMIUM = shutil.which("chromium")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="Debian's chromium is not installed: apt-get install chromium"
-)
-WIDE, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
-TABS = ("Generate", "Train", "Fuse", "Compare", "Library")
-# A folder for pictures of the page, such as docs/images. What is shown there is trained longer.
-PICTURES = os.environ.get("RITE_SCREENSHOTS")
-LEFT = "a <unicorn> on the left on a green background"
-RIGHT = "a cat on the right on a green background"
-STEPS = 120 if PICTURES else 20
-MARKUP = "<img src=x onerror=\"document.title='broken'\"> ${document.title='broken'} {{value}}"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    expect.set_options(timeout=60_000)  # of a busy machine; what may take how long is tested apart
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def second(served, tmp_path_factory) -> str:
-    """An adapter of the library beside the one that the walk trains."""
-    client = Client(served.url, verbose=False)
-    if not PICTURES:
-        file = pocket_adapter(
-            tmp_path_factory.mktemp("second") / "unicorn.safetensors", "<unicorn>", 5
-        )
-        return client.predict(file=handle_file(str(file)), api_name="/import_adapter")
-    photos = [handle_file(str(path)) for path in sorted(example_photos("unicorn").iterdir())]
-    settings = f"steps={STEPS}\nprior.weight=0\nbatch=4\npreviews.every=40\ncheckpoints.every=40"
-    run = client.predict(
-        photos=photos, trigger="<unicorn>", class_noun="unicorn", settings=settings,
-        api_name="/train",
-    )  # fmt: skip
-    wait_for_state(served.workspace / "runs" / run, "finished")
-    return run
-
-
-@pytest.fixture
-def view(browser, served):
-    """A function that opens the page in a fresh session."""
-    contexts = []
-
-    def open_page(size=WIDE, scheme="light") -> Page:
-        context = browser.new_context(viewport=size, color_scheme=scheme, accept_downloads=True)
-        contexts.append(context)
-        page = context.new_page()
-        page.set_default_timeout(60_000)
-        page.goto(served.url)
-        expect(page.locator("#generate")).to_be_visible()
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-
-
-def tab(page: Page, name: str) -> None:
-    page.get_by_role("tab", name=name, exact=True).click()
-
-
-def picture_of(page: Page, name: str, tmp_path: Path) -> None:
-    """A picture of the whole page, in few colours."""
-    page.wait_for_timeout(600)
-    path = Path(PICTURES or tmp_path) / f"studio_{name}.png"
-    page.screenshot(path=path, full_page=True)
-    with Image.open(path) as image:
-        few = image.convert("RGB").quantize(200, dither=Image.Dither.NONE)
-    few.save(path, optimize=True)
-
-
-def fits(page: Page) -> bool:
-    """Whether nothing makes the page wider than its window."""
-    return page.evaluate("document.documentElement.scrollWidth <= window.innerWidth + 1")
-
-
-def choose(page: Page, label: str, *options: str) -> None:
-    """Take options of a list of the open tab."""
-    box = page.get_by_label(label, exact=True).locator("visible=true").first
-    for option in options:
-        box.click()
-        page.get_by_role("option", name=option, exact=True).first.click()
-        page.keyboard.press("Escape")
-        box.blur()
-
-
-def set_number(page: Page, label: str, value: int) -> None:
-    """Fill a number's field of the open tab, or the field beside a slider."""
-    plain = page.get_by_label(label, exact=True)
-    beside = page.get_by_label(f"number input for {label}", exact=True)
-    plain.or_(beside).locator("visible=true").first.fill(str(value))
-    page.keyboard.press("Tab")
-
-
-def drawn(served: Served) -> list[Path]:
-    """All pictures of the workspace, oldest first."""
-    return sorted((served.workspace / "outputs").glob("*.png"))
-
-
-def start_training(page: Page, photos: Path, name: str, fields: dict[str, int], lines: str):
-    """Drop photos, fill what is needed and these fields, leave the others empty, and start."""
-    tab(page, "Train")
-    files = [str(path) for path in sorted(photos.iterdir())]
-    page.locator("#drop-photos input[type=file]").set_input_files(files)
-    pictures = [file for file in files if not file.endswith(".txt")]
-    expect(page.locator("#thumbnails img")).to_have_count(len(pictures))
-    page.locator("#trigger textarea, #trigger input").fill(f"<{name}>")
-    page.locator("#class-noun textarea, #class-noun input").fill(name)
-    page.locator("#advanced").get_by_text("Advanced settings").click()
-    for field, value in fields.items():
-        page.locator(f"#{field} textarea, #{field} input").fill(str(value))
-    page.get_by_label("Other settings, one a line").fill(lines)
-    page.locator("#start").click()
-
-
-EMPTY_PAGE = """
-import gradio as gr
-with gr.Blocks() as page:
-    with gr.Tab("Train"):
-        gr.Textbox(elem_id="prompt")
-        gr.Button(elem_id="start")
-page.launch(server_port=PORT, prevent_thread_lock=True, quiet=True, ssr_mode=False)
-print("up", flush=True)
-page.block_thread()
-"""
-STUDIO = """
-import sys
-from rite_diffusion.cli.app import main
-sys.argv[1:] = ["studio", "--port", "PORT", "--workspace", "WORKSPACE"]
-main()
-"""
-
-
-def seconds_until_usable(browser, code: str, port: int, folder: Path) -> float:
-    """From the start of a process to a page whose fields and tabs answer."""
-    code = code.replace("PORT", str(port)).replace("WORKSPACE", str(folder / "space"))
-    page = browser.new_page()
-    page.set_default_timeout(60_000)
-    start = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=folder)
-    try:
-        assert process.stdout.readline()
-        page.goto(f"http://127.0.0.1:{port}")
-        page.locator("#prompt textarea").fill("a cat")
-        page.get_by_role("tab", name="Train", exact=True).click()
-        expect(page.locator("#start")).to_be_visible()
-        return time.monotonic() - start
-    finally:
-        page.close()
-        process.terminate()
-        process.communicate()
-
-
-def test_the_page_can_be_used_five_seconds_after_the_command(browser, unused_port, tmp_path):
-    commands = (STUDIO, EMPTY_PAGE)
-    best = [math.inf, math.inf]
-    for _ in range(3):  # on a machine that is busy with other things, the least says most
-        for index, command in enumerate(commands):
-            seconds = seconds_until_usable(browser, command, unused_port, tmp_path)
-            best[index] = min(best[index], seconds)
-        ours, empty = best
-        print(f"usable after {ours:.1f} s, an empty page of Gradio after {empty:.1f} s")
-        if ours < max(5, 2 * empty):
-            return
-    pytest.fail(f"usable after {ours:.1f} s, an empty page of Gradio after {empty:.1f} s")
+pytestmark = [*IN_A_BROWSER, pytest.mark.usefixtures("few_steps")]
 
 
 def test_the_whole_way_from_photos_to_a_fused_adapter(view, served, second, tmp_path):
@@ -295,17 +135,6 @@ def test_a_dropped_picture_brings_its_settings_and_its_pixels_back(view, served,
     assert Image.open(again).tobytes() == Image.open(made).tobytes()
 
 
-def test_a_page_that_nobody_touches_asks_for_little(view, second):
-    page = view()
-    choose(page, "Adapters", second)
-    expect(page.get_by_label(f"Weight of {second}").first).to_be_visible()
-    page.wait_for_timeout(1000)
-    asked = []
-    page.on("request", lambda request: asked.append(request.url))
-    page.wait_for_timeout(3000)
-    assert len(asked) <= 12  # the runs' timer, and nothing that answers itself
-
-
 def test_boxes_are_drawn_filled_drawn_with_and_restored(view, served, second, tmp_path):
     page = view()
     choose(page, "Adapters", second)
@@ -338,23 +167,6 @@ def test_boxes_are_drawn_filled_drawn_with_and_restored(view, served, second, tm
     assert Image.open(drawn(served)[-1]).tobytes() == Image.open(made).tobytes()
 
 
-def drag(page: Page, start: tuple[float, float], stop: tuple[float, float]) -> None:
-    """Draw a box on the canvas, from corner to corner in fractions of it."""
-    page.locator("#canvas .pad").scroll_into_view_if_needed()
-    pad = page.locator("#canvas .pad").bounding_box()
-    (x, y), (to_x, to_y) = (
-        (pad["x"] + across * pad["width"], pad["y"] + down * pad["height"])
-        for across, down in (start, stop)
-    )
-    page.mouse.move(x, y)
-    page.mouse.down()
-    page.mouse.move((x + to_x) / 2, (y + to_y) / 2)
-    page.mouse.move(to_x, to_y)
-    page.mouse.up()
-    expect(page.locator("#canvas .box.picked")).to_have_count(1)
-    page.wait_for_timeout(300)
-
-
 def test_a_sheet_is_drawn_and_shown(view, served, second, tmp_path):
     page = view()
     tab(page, "Compare")
@@ -368,22 +180,6 @@ def test_a_sheet_is_drawn_and_shown(view, served, second, tmp_path):
     picture_of(page, "compare", tmp_path)
     sheets = list((served.workspace / "sheets").glob("*.png"))
     assert any("a <unicorn> on a red" in Image.open(each).text["rite_grid"] for each in sheets)
-
-
-def test_the_first_picture_shows_soon_after_the_click(view):
-    page = view()
-    page.locator("#prompt textarea").fill("a cat on a blue background")
-    set_number(page, "Pictures", 1)
-    waits = []
-    for _ in range(2):  # the first opens the base, if nothing has yet
-        start = time.monotonic()
-        page.locator("#generate").click()
-        expect(page.locator("#stage img")).to_be_visible()
-        waits.append(time.monotonic() - start)
-        expect(page.locator("#stage .bar")).to_have_count(0)
-        expect(page.locator("#made img")).to_have_count(1)
-    print(f"first picture after {waits[0]:.1f} s, then after {waits[1]:.1f} s")
-    assert waits[1] < 5 * max(1, os.getloadavg()[0] / os.cpu_count())  # busy with other things
 
 
 def test_a_training_goes_on_without_its_page_stops_and_resumes(view, photos, served):
@@ -445,42 +241,6 @@ def test_generating_can_be_stopped(view, served):
     count = len(drawn(served))
     page.wait_for_timeout(3000)
     assert len(drawn(served)) <= count + 1 < before + 16
-
-
-@pytest.mark.parametrize(("size", "scheme"), [(WIDE, "dark"), (PHONE, "light"), (PHONE, "dark")])
-def test_every_tab_fits_a_phone_and_a_laptop(view, size, scheme, tmp_path):
-    page = view(size, scheme)
-    for name in TABS:
-        tab(page, name)
-        page.wait_for_timeout(300)
-        assert fits(page), name
-        width = "phone" if size is PHONE else "wide"
-        picture_of(page, f"{name.lower()}_{width}_{scheme}", tmp_path)
-    dark = page.evaluate("document.body.classList.contains('dark')")
-    assert dark == (scheme == "dark")
-
-
-def test_the_choice_of_light_or_dark_outlives_the_page(view):
-    page = view()
-    page.locator("#dark").click()
-    page.reload()
-    expect(page.locator("#generate")).to_be_visible()
-    page.wait_for_function("document.body.classList.contains('dark')")
-
-
-def test_no_request_leaves_this_machine(browser, served):
-    context = browser.new_context()
-    asked = []
-    context.on("request", lambda request: asked.append(request.url))
-    page = context.new_page()
-    page.goto(served.url)
-    expect(page.locator("#generate")).to_be_visible()
-    for name in TABS:
-        tab(page, name)
-        page.wait_for_timeout(300)
-    context.close()
-    outside = [url for url in asked if not url.startswith((served.url, "data:", "blob:"))]
-    assert outside == []
 
 
 def test_a_studio_that_ends_leaves_its_training_at_work(photos, tmp_path):

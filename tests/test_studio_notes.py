@@ -7,7 +7,7 @@ import pytest
 
 from random_adapters import random_adapter
 from rite_diffusion.adapters import load_adapter, save_adapter
-from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import FusionError
 from rite_diffusion.fusion.merge import Merged
 from rite_diffusion.generation.request import PictureRequest

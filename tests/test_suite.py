@@ -31,6 +31,11 @@ def test_no_test_file_imports_another():
     assert not found, "what two test files need belongs in a module beside them"
 
 
+def test_no_file_is_longer_than_400_lines():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in FILES}
+    assert not {name: length for name, length in lengths.items() if length > 400}
+
+
 def test_a_process_computes_on_one_thread_and_so_do_those_it_starts():
     wanted = os.environ["OMP_NUM_THREADS"]
     assert "PYTEST_XDIST_WORKER" not in os.environ or wanted == "1"

@@ -1,11 +1,6 @@
 import itertools
 import json
 import math
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -13,24 +8,23 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rite_diffusion as rite
+from forks import forked_command
 from rite_diffusion.backbones.ordered import rows_of
 from rite_diffusion.cli import output as terminal
-from rite_diffusion.cli.output import PlanPrinter
-from rite_diffusion.config import OptimSection, from_toml
+from rite_diffusion.config import from_toml
 from rite_diffusion.errors import ConfigError, RunError
 from rite_diffusion.methods import METHODS, PlainLora
 from rite_diffusion.optim import OPTIMIZERS
 from rite_diffusion.photos.dataset import Encoding, encode_photos
 from rite_diffusion.photos.folder import read_folder
-from rite_diffusion.training import loss, probe
+from rite_diffusion.training import loss
 from rite_diffusion.training.configured import step_batch, step_loss
 from rite_diffusion.training.job import Job
 from rite_diffusion.training.plan import configure, plan_training
-from rite_diffusion.training.rates import rate_factor
 from rite_diffusion.training.run import measure
 from rite_diffusion.training.trainer import StepReport, Trainer, build_optimizer, train_steps
 from rite_diffusion.types import Concept
-from runs import Stop, config_of, crash_at, metrics, same_run, train
+from runs import config_of, metrics, train
 
 
 def test_a_run_leaves_the_folder_that_the_design_names(photos, tmp_path):
@@ -90,21 +84,6 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(photos, pocket):
     method.remove()
     for name, part in pocket.components.items():
         assert all(torch.equal(v, before[name][k]) for k, v in part.state_dict().items())
-
-
-def test_each_component_moves_by_its_own_rate(photos, pocket):
-    optim = {"lr": 1e-3, "lr_text_encoder": 1e-9, "warmup": 0, "weight_decay": 0.0}
-    config = config_of(photos, steps=4, optim=optim)
-    found = read_folder(photos, Concept("<thing>", "toy"), config.templates).photos
-    data = encode_photos(pocket, found, Encoding(64))
-    method = PlainLora(pocket, config)
-    train_steps(Job(pocket, method, data, config), lambda report: None)
-    largest = {"lora_te": 0.0, "lora_unet": 0.0}
-    for pair in method.pairs():
-        kind = "lora_te" if pair.name.startswith("lora_te") else "lora_unet"
-        largest[kind] = max(largest[kind], pair.up.abs().max().item())
-    assert largest["lora_unet"] > 1e-4
-    assert 0 < largest["lora_te"] < 1e-7
 
 
 def test_a_step_is_a_function_of_seed_and_step(photos, pocket):
@@ -199,51 +178,6 @@ def test_a_text_encoder_that_does_not_train_encodes_a_caption_once(photos, pocke
     assert torch.equal(again[0], first[1]) and torch.equal(first[0], first[2])
     expected = pocket.encode_prompts(["a <thing>", "a photo of a <thing>"]).states
     torch.testing.assert_close(first[:2], expected)
-
-
-@pytest.mark.parametrize(
-    ("warmup", "schedule", "steps", "factors"),
-    [
-        (1, "linear", 5, [1 / 2, 1, 3 / 4, 2 / 4, 1 / 4]),
-        (10, "linear", 5, [1 / 2, 1, 3 / 4, 2 / 4, 1 / 4]),  # a fifth of 5 steps
-        (4, "constant", 20, [1 / 5, 2 / 5, 3 / 5, 4 / 5, *[1] * 16]),
-        (0, "cosine", 4, [1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]),
-        (10, "cosine", 1, [1]),
-        (1000, "constant", 4, [1, 1, 1, 1]),
-    ],
-)
-def test_rates_warm_up_for_a_fifth_at_most_and_then_decay(warmup, schedule, steps, factors):
-    factor = rate_factor(OptimSection(warmup=warmup, schedule=schedule), steps)
-    assert [factor(step) for step in range(steps)] == pytest.approx(factors)
-    if schedule != "constant":
-        assert factor(steps) == pytest.approx(0)
-
-
-def test_the_report_tells_the_course_of_the_rates(photos, capsys):
-    told = {
-        "warm-up 10 steps, then cosine to 0": {"steps": 50},
-        "warm-up 1 (10 asked: at most a fifth of 5) steps, then cosine to 0": {"steps": 5},
-        "warm-up 0 steps, then constant": {"optim": {"warmup": 0, "schedule": "constant"}},
-    }
-    for text, settings in told.items():
-        plan_training(config_of(photos, **settings), PlanPrinter())
-        assert text in capsys.readouterr().out
-
-
-def test_a_short_run_reaches_the_rate_that_the_report_states(photos, tmp_path):
-    train(photos, tmp_path / "run", steps=5, previews={"every": 0}, optim={"lr": 1e-3})
-    rates = [rate for _, _, rate in metrics(tmp_path / "run")]
-    assert max(rates) == pytest.approx(1e-3) and rates[0] == pytest.approx(5e-4)
-
-
-def test_a_rate_for_a_text_encoder_that_is_held_is_told(photos):
-    given = {"lora": {"text_encoder": False}, "optim": {"lr_text_encoder": 1e-4}}
-    [line] = plan_training(config_of(photos, **given)).fallbacks
-    assert line.startswith("optim.lr_text_encoder = 0.0001 is for nothing")
-    assert plan_training(config_of(photos, lora={"text_encoder": False})).fallbacks == []
-    own = config_of(photos, lora={"text_encoder": False})
-    assert own.optim.lr_text_encoder is None
-    assert config_of(photos).optim.lr_text_encoder == config_of(photos).optim.lr_unet / 2
 
 
 def test_without_a_terminal_progress_comes_in_lines(capsys, monkeypatch):
@@ -345,25 +279,6 @@ def test_a_trigger_that_the_base_knows_is_refused(photos, trigger):
         plan_training(config_of(photos, trigger=trigger))
 
 
-def test_a_probe_finds_the_rate_and_a_resumed_run_keeps_it(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(probe, "STEPS", 2)
-    settings = {"optim": {"lr": "auto"}, "steps": 4, "previews": {"every": 0}}
-    whole = train(photos, tmp_path / "whole", **settings)
-    [line] = [x for x in (tmp_path / "whole/log.txt").read_text().splitlines() if "probe:" in x]
-    tried = re.findall(r"rate (\S+): loss (\S+?)(?:,|$)", line)
-    best = min(tried, key=lambda rate_and_loss: float(rate_and_loss[1]))
-    chosen = from_toml((tmp_path / "whole/config.toml").read_text()).optim
-    assert len(tried) == 5 and chosen.lr == "auto"
-    assert chosen.lr_unet == pytest.approx(float(best[0]), rel=1e-4)
-    assert chosen.lr_text_encoder == chosen.lr_unet / 2
-    with pytest.raises(Stop):
-        train(photos, tmp_path / "parts", on_step=crash_at(2), **settings)
-    train(photos, tmp_path / "parts", **settings)
-    assert (tmp_path / "parts/log.txt").read_text().count("probe:") == 1
-    same_run(tmp_path / "whole", tmp_path / "parts")
-    assert rite.inspect(whole).info.steps == "4"
-
-
 def test_a_compiled_denoiser_is_asked_for_and_put_back(photos, pocket, monkeypatch):
     calls = []
     monkeypatch.setattr(pocket.unet, "compile", lambda: calls.append("compiled"))
@@ -403,23 +318,23 @@ def test_the_cost_of_a_plan_is_measured_and_leaves_nothing(photos):
 
 
 def test_two_processes_equal_one_with_twice_the_batch(photos, tmp_path, unused_port):
-    script = Path(__file__).parents[1] / "train/concept.py"
-    line = [str(photos), "--trigger", "<t>", "--class", "toy", "--steps", "3"]
+    line = ["train", str(photos), "--trigger", "<t>", "--class", "toy", "--steps", "3"]
     line += ["--set", "previews.every=0", "--set", "optim.name=sgd", "--set", "prior.weight=0"]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={unused_port}"]
-    for name, start, batch in (("two", launch, 2), ("one", [], 4)):
-        command = [sys.executable, *start, str(script), *line, "--set", f"batch={batch}"]
-        command += ["--out", str(tmp_path / name)]
-        done = subprocess.run(command, capture_output=True, text=True, env=_one_thread())
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("adapter.safetensors") >= 1
+    launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(unused_port)}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} | launch for rank in range(2)]
+    for name, places, batch in (("two", ranks, 2), ("one", [{}], 4)):
+        here = [*line, "--set", f"batch={batch}", "--out", str(tmp_path / name)]
+        told = [tmp_path / f"{name}-{index}.txt" for index in range(len(places))]
+        processes = [
+            forked_command(here, file, **place) for file, place in zip(told, places, strict=True)
+        ]
+        for process, file in zip(processes, told, strict=True):
+            process.join(300)
+            assert process.exitcode == 0, file.read_text()
+        assert "adapter.safetensors" in told[0].read_text()
     one, two = (rite.inspect(tmp_path / name / "adapter.safetensors") for name in ("one", "two"))
     assert any(pair.up.abs().max() > 0 for pair in one.pairs)
     for first, second in zip(one.pairs, two.pairs, strict=True):
         torch.testing.assert_close(first.up, second.up, rtol=1e-3, atol=1e-6)
     losses = [[loss for _, loss, _ in metrics(tmp_path / name)] for name in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-
-
-def _one_thread():
-    return os.environ | {"OMP_NUM_THREADS": "1"}

@@ -78,7 +78,7 @@ def test_layerwise_states_equal_a_literal_expansion_of_the_prompt(backbone):
 
 @torch.no_grad()
 @pytest.mark.parametrize("cells", [(16, 16), (8, 24)])
-def test_each_cross_attention_takes_its_own_states(backbone, cells):
+def test_each_cross_attention_takes_its_own_states(backbone, cells, monkeypatch):
     layers = len(backbone.cross_attentions)
     attach(backbone, tokens_adapter(random_words(backbone, layers)), "a")
     conditioning = backbone.encode_prompts([PROMPT, "a cat"])
@@ -87,7 +87,7 @@ def test_each_cross_attention_takes_its_own_states(backbone, cells):
     noisy = torch.randn(2, backbone.latent_channels, *cells)
     timesteps = torch.tensor([500, 20])
     found = backbone.denoise(noisy, timesteps, conditioning)
-    backbone.unet = literal
+    monkeypatch.setattr(backbone, "unet", literal)
     expected = backbone.denoise(noisy, timesteps, conditioning)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
