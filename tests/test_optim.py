@@ -118,6 +118,23 @@ def test_convolutions_are_pairs_too(name):
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_layer_narrower_than_the_rank_learns(name):
+    torch.manual_seed(0)
+    model = Factors([(3, 20)], rank=8)
+    optimizer = OPTIMIZERS[name].make(
+        [{"params": list(model.named_parameters()), "lr": OPTIMIZERS[name].lr}]
+    )
+    losses = []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = model.loss()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] and all(p.isfinite().all() for p in model.parameters())
+
+
 def test_lora_plus_gives_up_its_own_rate():
     model = Factors([(12, 9)], rank=3)
     groups = [group | {"lr": 1e-3} for group in lora_param_groups(model)]

@@ -240,7 +240,9 @@ class TrainConfig(SourceSection):
     balance: bool = Field(
         default=True, description="show several concepts equally often, whatever their photos"
     )
-    method: Literal["lora", "pivotal", "custom_diffusion", "ed_lora"] = "lora"
+    method: str = Field(
+        default="lora", description="lora, pivotal, custom_diffusion, ed_lora or one of your own"
+    )
     steps: int = Field(default=300, ge=1, le=1_000_000)
     batch: int = Field(default=4, ge=1, le=1024)
     accumulate: int = Field(

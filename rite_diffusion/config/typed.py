@@ -21,7 +21,7 @@ class TrainSettings(TypedDict, total=False):
     dataset: Sequence[Table]
     base: str
     balance: bool
-    method: Literal["lora", "pivotal", "custom_diffusion", "ed_lora"]
+    method: str
     steps: int
     batch: int
     accumulate: int

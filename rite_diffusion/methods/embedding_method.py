@@ -48,4 +48,4 @@ class WordMethod(Method):
         """Take weights and words out."""
         self._weights.remove()
         remove_words(self.backbone, NAME)
-        self.backbone.triggers.pop(NAME, None)
+        super().remove()

@@ -14,7 +14,7 @@ from rite_diffusion.backbones.protocols import Backbone, Conditioning
 from rite_diffusion.backbones.text_cache import cached_conditioning
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.files.writing import cache_folder, user_path
-from rite_diffusion.methods.method import NAME, Method
+from rite_diffusion.methods.method import Method
 from rite_diffusion.methods.weights import (
     LoraWeights,
     adapted_paths,
@@ -64,7 +64,7 @@ class PlainLora(Method):
     def remove(self) -> None:
         """Take the LoRA layers out."""
         self._weights.remove()
-        self.backbone.triggers.pop(NAME, None)
+        super().remove()
 
 
 class Lora:

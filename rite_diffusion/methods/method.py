@@ -62,9 +62,9 @@ class Method(ABC):
         """The learned words that go into the adapter file, with vectors for each text encoder."""
         return {}
 
-    @abstractmethod
     def remove(self) -> None:
-        """Take everything out of the backbone again."""
+        """Take everything out of the backbone again; a subclass goes on with its own."""
+        self.backbone.triggers.pop(NAME, None)
 
     def parameters(self) -> list[nn.Parameter]:
         """All trainable weights."""

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rite_diffusion.optim.factors import Stack
 from rite_diffusion.optim.lora_optimizer import LoraOptimizer
@@ -217,6 +218,7 @@ def careful_basis(rows: Tensor) -> tuple[Tensor, Tensor]:
     large as this factor's are small, and this factor's own step would meet them.
     """
     _, sizes, right = torch.linalg.svd(torch.linalg.qr(precise(rows), mode="r")[1])  # X = U S right
+    sizes = F.pad(sizes, (0, rows.shape[-1] - sizes.shape[-1]))  # fewer rows than the rank: m < r
     smallest = torch.finfo(rows.dtype).eps ** 0.5 * sizes[:, :1]
     kept = sizes > smallest
     inverse = torch.where(kept, 1 / sizes.where(kept, 1.0), 0.0)

@@ -11,11 +11,20 @@ from torch import nn
 from rite_diffusion.backbones.prompt_syntax import read_prompt
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.backbones.source import default_device, load_backbone, usable_precision
-from rite_diffusion.config import PhotoSource, TrainConfig, fill, load_preset, merge, resolve
+from rite_diffusion.config import (
+    PhotoSource,
+    TrainConfig,
+    fill,
+    load_preset,
+    merge,
+    preset_names,
+    resolve,
+)
 from rite_diffusion.config.rates import with_rates
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.files.writing import cache_folder, user_path
 from rite_diffusion.generation.class_pictures import class_pictures
+from rite_diffusion.methods import METHODS
 from rite_diffusion.methods.triggers import check_triggers, kept_in, says
 from rite_diffusion.methods.weights import adapted_paths
 from rite_diffusion.optim import optimizer_spec
@@ -120,6 +129,8 @@ def configure(settings: Mapping[str, Any], preset: str | None = None) -> TrainCo
     if usual:
         low = low | {"optim": usual}
     config = resolve(merge(low, dict(settings)))
+    if config.method not in METHODS:
+        raise ConfigError(f"no method '{config.method}': choose one of {', '.join(METHODS)}")
     if not config.trains_text_encoder and "lr_text_encoder" not in given:
         held = config.optim.model_copy(update={"lr_text_encoder": None})
         config = config.model_copy(update={"optim": held})
@@ -152,8 +163,8 @@ def _idle_rate(config: TrainConfig) -> str:
 
 def _default_preset(settings: Mapping[str, Any]) -> str:
     base = "pocket" if settings.get("base", "pocket") == "pocket" else "sd15"
-    method = settings.get("method", "lora")
-    return base if method == "lora" else f"{base}-{method}"
+    own = f"{base}-{settings.get('method', 'lora')}"
+    return own if own in preset_names() else base
 
 
 class PlanObserver:
