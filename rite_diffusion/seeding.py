@@ -1,11 +1,12 @@
 """Random numbers that are functions of their keys, and the streams that keep their uses apart."""
 
 from enum import IntEnum
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING
 
 from rite_diffusion.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Generator
 
 SEEDS = 2**64  # that torch's generators take, from 0
 
@@ -34,7 +35,10 @@ def check_seed(seed: int, count: int = 1) -> None:
         )
 
 
-def generator(*keys: int) -> torch.Generator:
+def generator(*keys: int) -> "Generator":
     """A CPU generator that is a function of its keys, such as (seed, step, stream)."""
+    import numpy as np  # settings know the seeds' range without what this takes a second to import
+    import torch
+
     state = np.random.SeedSequence(keys).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))

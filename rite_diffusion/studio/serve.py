@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import psutil
 
-from rite_diffusion.errors import StudioError
+from rite_diffusion.errors import OutputError, StudioError
 from rite_diffusion.files.writing import folder_output, read_json, write_atomically
 from rite_diffusion.studio.access import gatekeeper, read_logins, refuse_open_door
 from rite_diffusion.studio.jobs import living
@@ -43,7 +43,7 @@ def launch(settings: Settings):
     refuse_open_door(settings.host, settings.share, logins)
     if settings.mcp and find_spec("mcp") is None:
         raise StudioError("--mcp needs one more package: pip install 'gradio[mcp]'.")
-    root = _take(folder_output(settings.workspace).absolute())
+    root = _take(_folder(settings.workspace))
     # Uploads and copies for the page lie here; nothing else of the workspace is served.
     shutil.rmtree(root / ".page", ignore_errors=True)
     os.environ["GRADIO_TEMP_DIR"] = str(root / ".page")
@@ -94,6 +94,14 @@ def _only_known_hosts(settings: Settings, logins: dict[str, str]) -> dict[str, A
     if logins or settings.host not in KNOWN_HOSTS:
         return {}
     return {"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=KNOWN_HOSTS)]}
+
+
+def _folder(workspace: Path) -> Path:
+    """The workspace's absolute path; StudioError where it cannot be a folder to write in."""
+    try:
+        return folder_output(workspace).absolute()
+    except OutputError as error:
+        raise StudioError(str(error).replace("--out", "--workspace")) from None
 
 
 def _take(root: Path) -> Path:
