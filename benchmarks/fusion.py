@@ -123,7 +123,8 @@ def fused(task: Task, files: list[Path], folder: Path) -> tuple[list[Path], floa
         settings = {"rank": max(1, sum(max(load_adapter(p).ranks()) for p in files) // 2)}
     out = folder / "fused.safetensors"
     start = time.perf_counter()
-    merging.fuse([f"{path}:{weight}" for path in files], method=method, out=out, **settings)
+    items = [f"{path}:{weight}" for path in files]
+    merging.fuse(items, method=method, out=out, allow_loss=True, **settings)
     return [out], time.perf_counter() - start
 
 

@@ -200,14 +200,26 @@ def test_commands_refuse_bad_input_in_one_line(prepared, name, parameter, kind):
     assert not faults, "\n".join(faults)
 
 
+def parameters_of(function) -> list[inspect.Parameter]:
+    """A function's parameters, the settings of a training each by its own name."""
+    own = list(inspect.signature(function).parameters.values())
+    if own[-1].kind is not inspect.Parameter.VAR_KEYWORD:
+        return own
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    hints = get_type_hints(own[-1].annotation.__args__[0])  # of Unpack
+    return own[:-1] + [
+        inspect.Parameter(name, keyword, default=None, annotation=hint)
+        for name, hint in hints.items()
+    ]
+
+
 def arguments_of(function, changed: str, value, base) -> tuple[list, dict]:
     """Arguments with all that is required, and one parameter's value."""
     positional, named = [], {}
-    for parameter in inspect.signature(function).parameters.values():
+    for parameter in parameters_of(function):
         own = parameter.name == changed
-        if parameter.kind is parameter.VAR_KEYWORD:
-            continue
-        if not (own or parameter.default is parameter.empty):
+        needed = parameter.default is parameter.empty
+        if not (own or needed or parameter.name in ("photos", "trigger", "class_noun")):
             continue
         given = value if own else GOOD.get(parameter.name, "x")
         given = base if parameter.name in OBJECTS else given
@@ -237,9 +249,8 @@ def api_value(kind: str, annotation: str, value: str):
 API = [
     (name, parameter.name)
     for name, function in FUNCTIONS.items()
-    for parameter in inspect.signature(function).parameters.values()
-    if parameter.kind is not parameter.VAR_KEYWORD
-    and kind_of(parameter.name, parameter.annotation) != "flag"
+    for parameter in parameters_of(function)
+    if kind_of(parameter.name, parameter.annotation) != "flag"
     and parameter.name not in {"drawing", *OBJECTS}
 ]
 
@@ -247,7 +258,7 @@ API = [
 @pytest.mark.parametrize(("name", "parameter"), API)
 def test_functions_refuse_bad_input_with_a_rite_error(prepared, base, name, parameter):
     function = FUNCTIONS[name]
-    annotation = inspect.signature(function).parameters[parameter].annotation
+    [annotation] = [p.annotation for p in parameters_of(function) if p.name == parameter]
     kind = kind_of(parameter, annotation)
     faults = []
     for text, certain in bad_values(kind).items():

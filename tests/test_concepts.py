@@ -51,7 +51,7 @@ def test_an_interrupted_run_is_the_uninterrupted_one(photos, tmp_path, name, opt
     }  # fmt: skip
     train(photos, tmp_path / "whole", **settings)
     with pytest.raises(Stop):
-        train(photos, tmp_path / "parts", listen=crash_at(3), **settings)
+        train(photos, tmp_path / "parts", on_step=crash_at(3), **settings)
     train(photos, tmp_path / "parts", **settings)
     same_run(tmp_path / "whole", tmp_path / "parts")
 

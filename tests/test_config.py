@@ -1,10 +1,21 @@
 import tomllib
+from typing import get_type_hints
 
 import pytest
 
+import rite_diffusion as rite
 from rite_diffusion import config
-from rite_diffusion.config import from_toml, load_preset, parse_assignments, resolve, to_toml
+from rite_diffusion.config import (
+    TrainConfig,
+    from_toml,
+    load_preset,
+    parse_assignments,
+    resolve,
+    to_toml,
+)
+from rite_diffusion.config.typed import TrainSettings
 from rite_diffusion.errors import ConfigError
+from rite_diffusion.fusion.settings import FusionOptions, FusionSettings
 from rite_diffusion.training.plan import configure
 
 NEEDED = {"photos": "p", "trigger": "<t>", "class_noun": "dog"}
@@ -86,3 +97,18 @@ def test_presets_have_no_unused_keys():
             for leaf in (value if isinstance(value, dict) else [""])
         ]
         assert set(leaves) <= known
+
+
+def test_keyword_arguments_of_training_are_the_settings():
+    names = TrainConfig.model_fields.keys() - {"photos"}
+    assert get_type_hints(TrainSettings).keys() == names
+    assert get_type_hints(FusionOptions).keys() == FusionSettings.model_fields.keys()
+
+
+def test_several_concepts_train_from_python(photos, tmp_path):
+    table = {"photos": str(photos), "class_noun": "toy"}
+    adapter = rite.train(
+        dataset=[table | {"trigger": "<one>"}, table | {"trigger": "<two>", "class_noun": "cup"}],
+        out=tmp_path / "run", steps=1, batch=2, resolution=32, previews={"every": 0},
+    )  # fmt: skip
+    assert rite.inspect(adapter).info.trigger == "<one>, <two>"

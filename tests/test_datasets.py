@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import rite_diffusion as rite
-from rite_diffusion.cli.output import describe_plan
+from rite_diffusion.cli.output import PlanPrinter
 from rite_diffusion.config import from_toml, read_toml, resolve, to_toml
 from rite_diffusion.errors import ConfigError, PhotoFolderError, RunError
 from rite_diffusion.files.writing import cache_folder
@@ -17,7 +17,8 @@ from rite_diffusion.methods.triggers import check_triggers
 from rite_diffusion.photos.dataset import balanced
 from rite_diffusion.photos.folder import read_folder
 from rite_diffusion.training.configured import step_batch
-from rite_diffusion.training.plan import configure, plan_training, survey
+from rite_diffusion.training.plan import Plan, PlanObserver, configure, find_pictures, plan_training
+from rite_diffusion.training.plan import survey as survey_with
 from rite_diffusion.types import Concept
 from runs import QUICK, config_of, train
 
@@ -42,6 +43,11 @@ repeats = 3
 photos = "more"
 trigger = "<one>"
 """
+
+
+def survey(config) -> Plan:
+    """A plan whose class pictures are not drawn."""
+    return survey_with(config, find_pictures(config))
 
 
 @pytest.fixture
@@ -108,13 +114,20 @@ def test_several_concepts_become_one_adapter_with_previews_of_each(two, tmp_path
     assert len(list((tmp_path / "run/previews").iterdir())) == 4
 
 
+class Heard(PlanObserver):
+    """Keeps what is told of class pictures."""
+
+    def __init__(self, lines: list[str]):
+        self.drawing = lines.append
+
+
 def test_class_pictures_are_drawn_once_and_train_along_with_their_weight(photos, pocket):
     lines = []
     prior = {"weight": 0.5, "count": 2, "prompts": ["a {class_noun}"]}
-    plan = plan_training(config_of(photos, prior=prior), lines.append)
+    plan = plan_training(config_of(photos, prior=prior), Heard(lines))
     assert lines == ['drawing 2 pictures of "a toy" and the like']
     assert len(list(cache_folder().rglob("*.png"))) == 2
-    again = plan_training(config_of(photos, prior=prior), lines.append)
+    again = plan_training(config_of(photos, prior=prior), Heard(lines))
     assert len(lines) == 1 and again.inputs() == plan.inputs()
     weights = [(photo.caption, photo.weight) for photo in plan.photos if photo.weight != 1]
     assert weights == [("a toy", 0.5)] * 2
@@ -182,7 +195,7 @@ def test_all_folders_of_one_class_count(photos, tmp_path, capsys):
     )
     assert [p.path.parent.name for p in plan.class_photos] == ["one"] * 2 + ["two"] * 2
     assert plan.undrawn == []
-    describe_plan(plan)
+    plan_training(plan.config, PlanPrinter())
     said = capsys.readouterr().out
     assert f"2 pictures in {one}" in said and f"2 pictures in {two}" in said
 
@@ -238,7 +251,7 @@ def test_a_trigger_at_the_end_of_a_long_caption_is_kept(photos, capsys):
         photo.caption for photo in plan.folder.photos
     }
     assert plan.backbone.token_positions(kept, "<thing>")
-    describe_plan(plan)
+    plan_training(plan.config, PlanPrinter())
     assert f'moved       "{long} and a <thing>" has <thing> beyond the' in capsys.readouterr().out
 
 

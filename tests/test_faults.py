@@ -96,7 +96,7 @@ def _train_with_little_room(photos, out, limit):
 def test_a_full_disk_leaves_the_checkpoint_before_it(photos, tmp_path):
     whole, full = tmp_path / "whole", tmp_path / "full"
     with pytest.raises(Stop):
-        train(photos, full, **killable.SETTINGS, listen=crash_at(5))
+        train(photos, full, **killable.SETTINGS, on_step=crash_at(5))
     before = load_file(full / "checkpoints/step-000004/adapter.safetensors")
     process = forked(_train_with_little_room, photos, full, 100_000)
     process.join()

@@ -223,7 +223,7 @@ def test_preserving_keeps_ordinary_inputs_quiet():
 def test_a_rank_keeps_the_outputs_that_the_inputs_ask_for():
     layer = random_layer(3)
     whole = gram(layer, PLAIN)
-    cut = gram(layer, FusionSettings(rank=3))
+    cut = FUSIONS["gram"].cut(layer, whole, FusionSettings(rank=3))
     plain = to_rank(whole, 3)
     moments = GramSum([p.gram for p in layer.parts], [1.0] * 3, 1e-3)
 

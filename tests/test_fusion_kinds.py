@@ -101,6 +101,7 @@ def test_a_dora_is_fused_by_gram_beside_a_lora(adapters, tiny_folder, tmp_path):
         base=str(tiny_folder),
         drawing=Drawing(steps=1),
         rank=6,
+        allow_loss=True,
         out=tmp_path / "f.safetensors",
     )
     fused = load_adapter(out)

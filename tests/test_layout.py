@@ -11,8 +11,9 @@ from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.denoise import denoising, guided, pictures
 from rite_diffusion.generation.layout import box_of, find_boxes, parted
 from rite_diffusion.generation.metadata import read_parameters
+from rite_diffusion.generation.picture import complete, placed
 from rite_diffusion.generation.regions import Region, Sought, adapter_weights, parse_regions
-from rite_diffusion.generation.request import complete, placed
+from rite_diffusion.generation.request import PictureRequest
 from shared_bases import shared_base
 from subjects import subject_of
 
@@ -140,10 +141,8 @@ def test_the_layout_is_drawn_without_the_adapters_that_regions_call(tiny_folder,
         "rite_diffusion.generation.attached.set_weight",
         lambda model, name, weight: turns.append((name, weight)),
     )
-    wanted = complete(
-        backbone, [], prompt="a cat", negative="", seed=0, steps=2, guidance=3.0, width=None,
-        height=None, regions=["at cat: a <robot>"],
-    )  # fmt: skip
+    request = PictureRequest(prompt="a cat", steps=2, guidance=3.0, regions=["at cat: a <robot>"])
+    wanted = complete(backbone, request)
     adapters = [Attached("a", 0.7, ["<robot>"]), Attached("b", 0.5, ["<style>"])]
     placed(backbone, wanted, adapters)
     assert turns == [("a", 0.0), ("b", 0.5), ("a", 0.7), ("b", 0.5)]

@@ -159,7 +159,7 @@ def test_fuse_and_report_writes_adapter_figures_and_sheet(adapters, tiny_folder,
 def test_the_command_fuses_and_inspects(adapters, tmp_path, command):
     out = tmp_path / "f.safetensors"
     done = command("fuse", adapters[0], f"{adapters[1]}:0.5", "--method", "weighted", "--rank", 3,
-                   "--out", out)  # fmt: skip
+                   "--out", out, "--allow-loss")  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "concepts    <0>, <1>" in done.stdout
     shown = command("inspect", out).stdout

@@ -5,7 +5,7 @@ import re
 import pytest
 
 import rite_diffusion as rite
-from rite_diffusion.cli.output import describe_plan
+from rite_diffusion.cli.output import PlanPrinter
 from rite_diffusion.config import OptimSection, from_toml
 from rite_diffusion.methods import PlainLora
 from rite_diffusion.photos.dataset import Encoding, encode_photos
@@ -59,7 +59,7 @@ def test_the_report_tells_the_course_of_the_rates(photos, capsys):
         "warm-up 0 steps, then constant": {"optim": {"warmup": 0, "schedule": "constant"}},
     }
     for text, settings in told.items():
-        describe_plan(plan_training(config_of(photos, **settings)))
+        plan_training(config_of(photos, **settings), PlanPrinter())
         assert text in capsys.readouterr().out
 
 
@@ -91,7 +91,7 @@ def test_a_probe_finds_the_rate_and_a_resumed_run_keeps_it(photos, tmp_path, mon
     assert chosen.lr_unet == pytest.approx(float(best[0]), rel=1e-4)
     assert chosen.lr_text_encoder == chosen.lr_unet / 2
     with pytest.raises(Stop):
-        train(photos, tmp_path / "parts", listen=crash_at(2), **settings)
+        train(photos, tmp_path / "parts", on_step=crash_at(2), **settings)
     train(photos, tmp_path / "parts", **settings)
     assert (tmp_path / "parts/log.txt").read_text().count("probe:") == 1
     same_run(tmp_path / "whole", tmp_path / "parts")

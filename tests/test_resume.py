@@ -41,7 +41,7 @@ def test_an_interrupted_run_is_the_uninterrupted_one(photos, tmp_path, name):
     }  # fmt: skip
     train(photos, tmp_path / "whole", **settings)
     with pytest.raises(Stop):
-        train(photos, tmp_path / "parts", listen=crash_at(3), **settings)
+        train(photos, tmp_path / "parts", on_step=crash_at(3), **settings)
     train(photos, tmp_path / "parts", **settings)
     same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -54,7 +54,7 @@ def test_a_run_that_crashes_three_times_is_the_uninterrupted_one(photos, tmp_pat
     train(photos, tmp_path / "whole", **settings)
     for crash in (1, 3, 6):  # before any checkpoint, just after one, and before the last step
         with pytest.raises(Stop):
-            train(photos, tmp_path / "parts", listen=crash_at(crash), **settings)
+            train(photos, tmp_path / "parts", on_step=crash_at(crash), **settings)
     train(photos, tmp_path / "parts", **settings)
     same_run(tmp_path / "whole", tmp_path / "parts")
 
@@ -65,7 +65,7 @@ def test_a_crash_before_the_last_write_costs_no_step(photos, tmp_path):
     path.unlink()
     status = json.loads((tmp_path / "run/status.json").read_text()) | {"state": "running"}
     (tmp_path / "run/status.json").write_text(json.dumps(status))
-    again = load_file(train(photos, tmp_path / "run", listen=crash_at(1)))
+    again = load_file(train(photos, tmp_path / "run", on_step=crash_at(1)))
     assert all(torch.equal(again[key], value) for key, value in before.items())
 
 
@@ -73,7 +73,7 @@ def test_averaged_weights_are_saved_and_go_on_exactly(photos, tmp_path, own_pock
     settings = {"steps": 5, "checkpoints": {"every": 2}, "previews": {"every": 0}, "ema": 0.8}
     train(photos, tmp_path / "whole", **settings)
     with pytest.raises(Stop):
-        train(photos, tmp_path / "parts", listen=crash_at(3), **settings)
+        train(photos, tmp_path / "parts", on_step=crash_at(3), **settings)
     train(photos, tmp_path / "parts", **settings)
     same_run(tmp_path / "whole", tmp_path / "parts")
     config = config_of(photos, **settings)
@@ -99,7 +99,7 @@ def test_a_process_that_is_killed_twenty_times_loses_nothing(photos, tmp_path):
         process = forked(killable.run, photos, parts)
         if kill % 2:  # while it trains, else at any moment from the start on
             _wait_for_a_step(parts / "metrics.jsonl")
-        time.sleep(draws.uniform(0, 0.5))
+        time.sleep(draws.uniform(0, 0.2 if kill % 2 else 0.5))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
@@ -149,7 +149,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(photos, tmp_path):
     settings = {"steps": 6, "checkpoints": {"every": 2}, "previews": {"every": 0}}
     train(photos, tmp_path / "whole", **settings)
     with pytest.raises(Stop):
-        train(photos, tmp_path / "run", listen=crash_at(5), **settings)
+        train(photos, tmp_path / "run", on_step=crash_at(5), **settings)
     damaged = tmp_path / "run/checkpoints/step-000004/training.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:1000])
     (tmp_path / "run/checkpoints/step-000006.partial").mkdir()
@@ -161,7 +161,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(photos, tmp_path):
 def test_changed_settings_or_photos_are_shown_and_need_an_override(photos, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(Stop):
-        train(photos, run, listen=crash_at(2))
+        train(photos, run, on_step=crash_at(2))
     with pytest.raises(RunError, match="optim.lr: 0.002 -> 0.003") as fault:
         train(photos, run, optim={"lr": 3e-3})
     assert "--override" in str(fault.value)
@@ -175,7 +175,7 @@ def test_changed_settings_or_photos_are_shown_and_need_an_override(photos, tmp_p
 def test_the_same_command_goes_on_and_a_new_one_takes_a_new_folder(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Stop):
-        train(photos, None, listen=crash_at(2))
+        train(photos, None, on_step=crash_at(2))
     assert train(photos, None, seed=5) == Path("runs/photos-2/adapter.safetensors")
     assert train(photos, None) == Path("runs/photos/adapter.safetensors")
     assert train(photos, None) == Path("runs/photos-3/adapter.safetensors")
@@ -188,7 +188,7 @@ def test_another_version_or_base_is_shown_and_refused(
     base.symlink_to(tiny_folder)
     settings = {"base": str(base), "resolution": 64, "precision": "fp32", "previews": {"every": 0}}
     with pytest.raises(Stop):
-        train(photos, run, listen=crash_at(2), **settings)
+        train(photos, run, on_step=crash_at(2), **settings)
     adapter = run / "checkpoints/step-000001/adapter.safetensors"
     before = adapter.read_bytes()
     with monkeypatch.context() as patch:
@@ -347,7 +347,7 @@ def test_a_finished_run_goes_on_to_more_steps(photos, tmp_path):
         train(photos, run, steps=5, seed=1, **settings)
     assert {path: path.read_bytes() for path in before} == before
     with pytest.raises(Stop):
-        train(photos, run, steps=5, listen=crash_at(4), **settings)
+        train(photos, run, steps=5, on_step=crash_at(4), **settings)
     adapter = train(photos, run, steps=5, **settings)
     assert rite.inspect(adapter).info.steps == "5"
     same_run(tmp_path / "whole", run)
@@ -356,6 +356,6 @@ def test_a_finished_run_goes_on_to_more_steps(photos, tmp_path):
 
 def test_fewer_steps_than_are_done_are_refused(photos, tmp_path):
     with pytest.raises(Stop):
-        train(photos, tmp_path / "run", steps=6, listen=crash_at(5))
+        train(photos, tmp_path / "run", steps=6, on_step=crash_at(5))
     with pytest.raises(RunError, match="has done 4 steps, 2 are wanted"):
         train(photos, tmp_path / "run", steps=2, override=True)

@@ -30,7 +30,7 @@ from rite_diffusion.studio.conflicts import report_html, verdict
 from rite_diffusion.studio.exports import PROGRAMS
 from rite_diffusion.studio.fusing import keep, new_draft, prompts_to_compare
 from rite_diffusion.studio.library import Card, cards
-from rite_diffusion.studio.tabs.adapters import MOST, chosen_with_weights, sliders
+from rite_diffusion.studio.tabs.adapters import MOST, chosen_with_weights, offered, sliders
 from rite_diffusion.studio.tabs.compare import APART, BASE_ALONE, TOGETHER, groups_of, numbers_in
 from rite_diffusion.studio.tabs.fields import decimal, whole_number
 from rite_diffusion.studio.tabs.fuse import METHODS
@@ -207,3 +207,8 @@ def test_a_fused_adapter_that_is_kept_has_its_picture_and_old_drafts_go(tmp_path
     old = small_adapter(new_draft(space))
     os.utime(old, (0, 0))
     assert new_draft(space) == old and not old.exists()
+
+
+def test_a_list_that_is_brought_up_to_date_leaves_a_newer_choice_alone():
+    assert "value" not in offered(["a", "b"], ["a"])  # the page may have another by now
+    assert offered(["a", "b"], ["a", "gone"])["value"] == ["a"]

@@ -52,7 +52,12 @@ def choose_adapters(wanted: Sequence[str | Path]) -> list[Chosen]:
     return chosen
 
 
-def renamings(chosen: Sequence[Chosen]) -> list[str]:
+def notes(chosen: Sequence[Chosen]) -> list[str]:
+    """What a user should know of the adapters before they act, line by line."""
+    return [*_renamings(chosen), *_without_effect(chosen)]
+
+
+def _renamings(chosen: Sequence[Chosen]) -> list[str]:
     """A line for each word that goes by another name than in its file."""
     return [
         f"{each.path.name}: its {old} is called {new} here, as another adapter has that word"
@@ -61,7 +66,7 @@ def renamings(chosen: Sequence[Chosen]) -> list[str]:
     ]
 
 
-def without_effect(chosen: Sequence[Chosen]) -> list[str]:
+def _without_effect(chosen: Sequence[Chosen]) -> list[str]:
     """A line for each adapter that its weight or alphas of 0 leave without effect, or parts of it.
 
     Learned words act at any weight, and a DoRA's norms at any alpha.

@@ -30,6 +30,7 @@ from rite_diffusion.files.writing import (
     user_path,
     workplace,
 )
+from rite_diffusion.fusion.loss import ALLOWED, cut_adapter
 from rite_diffusion.generation.denoise import sample
 
 _READ_BY_DIFFUSERS = ("diffusers", "kohya")
@@ -45,12 +46,8 @@ class Export:
     path: Path  # the file, or PEFT's folder
     embeddings: list[Path]
     checks: list[Verification]
-    lossy: list[str]  # words whose layers the embedding files average
+    lossy: dict[str, float]  # what was lost -> its relative error
     pixels: int | None  # largest difference of two pictures, 0 to 255; None without a base
-
-    def losses(self) -> dict[str, float]:
-        """Relative error of each word whose layers are averaged."""
-        return {word: embeddings.averaging_error(self.adapter, word) for word in self.lossy}
 
 
 def convert(
@@ -60,17 +57,20 @@ def convert(
     *,
     base: str | None = None,
     dtype: str | None = None,
+    rank: int | None = None,
     published_pickle: bool = False,
     overwrite: bool = False,
+    allow_loss: bool = False,
 ) -> Export:
     """Write an adapter of any dialect in the dialect `to`, and load it back by its rules.
 
     `out` defaults to a name beside the file; learned words go into a folder of embedding files
     beside it. What is there under a name that was not asked for is replaced with `overwrite` alone.
     With a base, real libraries load the export and two pictures are compared. `dtype` (fp32, fp16,
-    bf16) defaults to the file's. `published_pickle` reads a .pth of Mix-of-Show, Custom Diffusion
-    or A1111 without running anything in it. Raises RiteError, and writes nothing, where the export
-    would not act as the original.
+    bf16) defaults to the file's. Updates of a larger rank than `rank` are cut to it: `lossy` of
+    the result tells the error, of which more than 1 % is refused unless `allow_loss`.
+    `published_pickle` reads a .pth of Mix-of-Show, Custom Diffusion or A1111 without running
+    anything in it. Raises RiteError, and writes nothing, where the export would not act as that.
     """
     if to not in DIALECTS:
         raise AdapterError(f"no dialect '{to}': choose one of {', '.join(DIALECTS)}")
@@ -82,6 +82,8 @@ def convert(
         adapter = load_published(source, base_weights(backbone) if backbone else None)
     else:
         adapter = load_adapter(source)
+    cut, lossy = _cut(adapter, rank)
+    _check_losses(lossy, allow_loss)
     if adapter.tokens and not adapter.modules():
         return _embeddings_alone(adapter, source, out, overwrite)
     target = _target(source, to, out)
@@ -92,7 +94,7 @@ def convert(
         check_outputs(named, derived, sources=[source], overwrite=overwrite)
     if base is None and adapter.info.base == "pocket":  # this base is always at hand
         base, backbone = "pocket", load_backbone("pocket")
-    wanted = _as_wanted(adapter, to, backbone, dtype)
+    wanted = _as_wanted(cut, to, backbone, dtype)
     with workplace(target.parent) as folder:
         checks = _write(wanted, to, folder / target.name, backbone, base)
         made = embeddings.write(folder / words.name, wanted)
@@ -108,7 +110,7 @@ def convert(
         target,
         files,
         checks,
-        embeddings.lossy_words(adapter),
+        lossy,
         pixels,
     )
 
@@ -128,8 +130,38 @@ def _embeddings_alone(
     for path, tensors in zip(paths, contents.values(), strict=True):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, tensors, adapter.foreign, adapter.dtype)
-    lossy = embeddings.lossy_words(adapter)
-    return Export(adapter, dtype_name(adapter.dtype), paths[0], paths, [], lossy, None)
+    return Export(
+        adapter, dtype_name(adapter.dtype), paths[0], paths, [], _averaging(adapter), None
+    )
+
+
+def _cut(adapter: Adapter, rank: int | None) -> tuple[Adapter, dict[str, float]]:
+    """The adapter in at most this rank, and what the export loses of it, in words."""
+    lossy = _averaging(adapter)
+    if rank is None:
+        return adapter, lossy
+    cut, loss = cut_adapter(adapter, rank)
+    larger = sum(pair.rank > rank for pair in adapter.pairs)
+    return cut, lossy | ({f"{larger} modules are cut to rank {rank}": loss} if loss else {})
+
+
+def _averaging(adapter: Adapter) -> dict[str, float]:
+    return {
+        f"the layers of {word} are averaged, as no other tool keeps them apart": (
+            embeddings.averaging_error(adapter, word)
+        )
+        for word in embeddings.lossy_words(adapter)
+    }
+
+
+def _check_losses(lossy: dict[str, float], allow_loss: bool) -> None:
+    large = {what: loss for what, loss in lossy.items() if not loss <= ALLOWED}
+    if large and not allow_loss:
+        listed = "; ".join(f"{what}: relative error {loss:.2g}" for what, loss in large.items())
+        raise AdapterError(
+            f"the export would lose more than {ALLOWED:.0%}: {listed}. Accept it with --allow-loss"
+            + (", or give a larger --rank." if any("cut" in what for what in large) else ".")
+        )
 
 
 def _target(source: Path, to: str, out: str | Path | None) -> Path:

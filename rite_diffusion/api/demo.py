@@ -12,7 +12,7 @@ from rite_diffusion.evaluation.judge import load_judge
 from rite_diffusion.files.writing import folder_output
 from rite_diffusion.generation.denoise import sample
 from rite_diffusion.generation.grid import labelled_grid
-from rite_diffusion.training.plan import Plan, configure, plan_training
+from rite_diffusion.training.plan import Plan, PlanObserver, configure, plan_training
 from rite_diffusion.training.run import run_training
 from rite_diffusion.training.trainer import StepReport
 
@@ -45,7 +45,7 @@ def example_photos(name: str) -> Path:
     return installed if installed.is_dir() else package.parent / "examples" / "photos" / name
 
 
-def prepare(out: Path, seed: int) -> tuple[Plan, Path]:
+def prepare(out: Path, seed: int, observer: PlanObserver) -> tuple[Plan, Path]:
     """The demo's plan, and a run folder that is still free."""
     settings = {
         "photos": str(example_photos("robot")),
@@ -59,7 +59,7 @@ def prepare(out: Path, seed: int) -> tuple[Plan, Path]:
     free = next((folder for folder in folders if not folder.exists()), None)
     if free is None:
         raise RunError(f"{out} and its successors exist: delete them or choose another --out.")
-    return plan_training(configure(settings, "pocket")), free
+    return plan_training(configure(settings, "pocket"), observer), free
 
 
 def _pictures(plan: Plan) -> list[list[Image]]:

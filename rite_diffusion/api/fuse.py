@@ -6,28 +6,27 @@ from dataclasses import dataclass, replace
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
-from PIL.Image import Image
-
-from rite_diffusion.adapters import Adapter, attach, detach, save_adapter
+from rite_diffusion.adapters import Adapter, save_adapter
 from rite_diffusion.adapters.attach import base_weights, check_base, check_fit
-from rite_diffusion.adapters.choice import choose_adapters
+from rite_diffusion.adapters.choice import choose_adapters, notes
 from rite_diffusion.api.bases import open_base
+from rite_diffusion.api.concept_pictures import draw_concepts
 from rite_diffusion.api.sketch import with_sketches, with_statistics_of
 from rite_diffusion.backbones.protocols import Backbone
-from rite_diffusion.files.writing import check_outputs, file_output, write_output
-from rite_diffusion.fusion.conflict_sheet import ConceptPictures, conflict_sheet
+from rite_diffusion.errors import FusionError
+from rite_diffusion.files.writing import check_outputs, file_output, say_on_stderr, write_output
+from rite_diffusion.fusion.conflict_sheet import conflict_sheet
 from rite_diffusion.fusion.dora import as_plain, has_dora
+from rite_diffusion.fusion.loss import ALLOWED, described
 from rite_diffusion.fusion.members import Member, checked
-from rite_diffusion.fusion.merge import merge, method_named
+from rite_diffusion.fusion.merge import Merged, merge_with_loss, method_named
 from rite_diffusion.fusion.report import ConflictReport, report_on
-from rite_diffusion.fusion.settings import FusionSettings, checked_settings
+from rite_diffusion.fusion.settings import FusionOptions, FusionSettings, checked_settings
 from rite_diffusion.fusion.statistics import USUAL, Drawing
-from rite_diffusion.generation.denoise import sample
 
 FUSED, SUFFIX = "fused.safetensors", ".safetensors"
-SHOWN = 2  # pictures of each concept in a report
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,7 @@ class Outcome:
     """What `fuse_and_report` made."""
 
     adapter: Path
+    loss: float  # as in Forecast
     report: ConflictReport
     json: Path
     sheet: Path
@@ -42,9 +42,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What `foresee` tells: the adapter that a fusion would write, and its conflicts."""
+    """What `foresee` tells: the adapter that a fusion would write, its loss and its conflicts."""
 
     adapter: Adapter
+    loss: float  # relative Frobenius error of what a limit on the rank cuts off
     report: ConflictReport
 
 
@@ -56,23 +57,60 @@ def fuse(
     base: str | Backbone | None = None,
     drawing: Drawing = USUAL,
     overwrite: bool = False,
+    allow_loss: bool = False,
     listen: Callable[[int, int], None] = lambda done, total: None,
-    **settings: Any,
+    **settings: Unpack[FusionOptions],
 ) -> Path:
     """Fuse adapters, `FILE` or `FILE:WEIGHT`, into one file and return its path.
 
     `settings` are those of `FusionSettings`: `rank=8`, `preserve=0.5`. Methods that need statistics
     take them from sketches beside the files, else from a few pictures that the base model draws;
     `listen` hears how many of how many are drawn. `out` defaults to `fused.safetensors`; a file of
-    a default name is replaced with `overwrite` alone. Raises RiteError before a file is written.
+    a default name is replaced with `overwrite` alone. What a limit on the rank cuts off is told on
+    stderr, and refused above 1 % unless `allow_loss`. Raises RiteError before a file is written.
     """
     how = _checked(method, settings)
     target = file_output(out or FUSED, SUFFIX)
     members = _chosen_members(adapters)
     check_outputs(*_named(out, target), sources=_files(members), overwrite=overwrite)
     measured = how.needs_statistics and len(members) > 1
-    save_adapter(target, _solve(members, how, base, drawing, listen, measured).adapter)
+    fused = _solve(members, how, base, drawing, listen, measured)
+    check_loss(fused.loss, how.settings, allow_loss)
+    tell_loss(fused.loss)
+    save_adapter(target, fused.adapter)
     return target
+
+
+def fused_adapter(
+    adapters: Sequence[str | Path],
+    *,
+    method: str = "gram",
+    base: str | Backbone | None = None,
+    drawing: Drawing = USUAL,
+    listen: Callable[[int, int], None] = lambda done, total: None,
+    **settings: Unpack[FusionOptions],
+) -> Merged:
+    """The adapter that `fuse` writes, and its loss; nothing is written."""
+    how = _checked(method, settings)
+    members = _chosen_members(adapters)
+    measured = how.needs_statistics and len(members) > 1
+    fused = _solve(members, how, base, drawing, listen, measured)
+    return Merged(fused.adapter, fused.loss)
+
+
+def tell_loss(loss: float) -> None:
+    """Say on stderr what a limit on the rank cut off, where it did."""
+    if loss:
+        say_on_stderr(f"cut in rank: {described(loss)}")
+
+
+def check_loss(loss: float, settings: FusionSettings, allow_loss: bool) -> None:
+    """FusionError where more is cut off than may be, or than `error` asks for."""
+    if not allow_loss and loss > max(ALLOWED, settings.error or 0):
+        raise FusionError(
+            f"cut in rank, the fused adapter has a {described(loss)}, more than {ALLOWED:.0%}: "
+            "raise --rank, or accept the loss with --allow-loss."
+        )
 
 
 def fuse_and_report(
@@ -83,8 +121,9 @@ def fuse_and_report(
     base: str | Backbone | None = None,
     drawing: Drawing = USUAL,
     overwrite: bool = False,
+    allow_loss: bool = False,
     listen: Callable[[int, int], None] = lambda done, total: None,
-    **settings: Any,
+    **settings: Unpack[FusionOptions],
 ) -> Outcome:
     """Like `fuse`, and write the conflict report beside it: `.report.json` and `.report.png`.
 
@@ -98,14 +137,17 @@ def fuse_and_report(
     outputs = _named(out, target, figures, sheet)
     check_outputs(*outputs, sources=_files(members), overwrite=overwrite)
     fused = _solve(members, how, base, drawing, listen, measured=True)
+    check_loss(fused.loss, how.settings, allow_loss)
+    tell_loss(fused.loss)
     report = report_on(fused.members, fused.adapter)
     pictures = draw_concepts(fused.open_backbone(), fused.members, fused.adapter, drawing.seed)
     drawn = BytesIO()
     conflict_sheet(report, pictures).save(drawn, "PNG")
     save_adapter(target, fused.adapter)
-    write_output(figures, (json.dumps(report.as_dict(), indent=1) + "\n").encode())
+    content = report.as_dict() | {"loss": fused.loss}
+    write_output(figures, (json.dumps(content, indent=1) + "\n").encode())
     write_output(sheet, drawn.getvalue())
-    return Outcome(target, report, figures, sheet)
+    return Outcome(target, fused.loss, report, figures, sheet)
 
 
 def _named(
@@ -126,7 +168,7 @@ def foresee(
     base: str | Backbone | None = None,
     drawing: Drawing = USUAL,
     listen: Callable[[int, int], None] = lambda done, total: None,
-    **settings: Any,
+    **settings: Unpack[FusionOptions],
 ) -> Forecast:
     """What interferes between adapters, and what a fusion would make of it; nothing is written.
 
@@ -135,7 +177,7 @@ def foresee(
     """
     how = _checked(method, settings)
     fused = _solve(_chosen_members(adapters), how, base, drawing, listen, measured=True)
-    return Forecast(fused.adapter, report_on(fused.members, fused.adapter))
+    return Forecast(fused.adapter, fused.loss, report_on(fused.members, fused.adapter))
 
 
 @dataclass(frozen=True)
@@ -151,7 +193,7 @@ class _How:
         return method_named(self.method).statistics
 
 
-def _checked(method: str, settings: dict[str, Any]) -> _How:
+def _checked(method: str, settings: FusionOptions) -> _How:
     checked = checked_settings(settings)
     method_named(method)
     return _How(method, checked)
@@ -162,6 +204,7 @@ class _Fused:
     """A fused adapter in memory, and what it was made of."""
 
     adapter: Adapter
+    loss: float
     members: list[Member]  # with their statistics, where these were wanted
     open_backbone: Callable[[], Backbone]
 
@@ -180,7 +223,7 @@ def _solve(
     if measured:
         members = with_sketches(members, open_backbone, drawing, listen)
     fused = _merged(members, how.method, how.settings, open_backbone, drawing, listen)
-    return _Fused(fused, members, open_backbone)
+    return _Fused(fused.adapter, fused.loss, members, open_backbone)
 
 
 def _merged(
@@ -190,21 +233,23 @@ def _merged(
     open_backbone: Callable[[], Backbone],
     drawing: Drawing,
     listen: Callable[[int, int], None],
-) -> Adapter:
+) -> Merged:
     """The fused adapter, refined as often as the settings say."""
-    fused = merge(members, method, settings)
+    fused = merge_with_loss(members, method, settings)
     if len(members) > 1 and method_named(method).statistics:
         for _ in range(settings.refine):
-            seen = with_statistics_of(fused, members, open_backbone(), drawing, listen)
-            fused = merge(seen, method, settings)
+            seen = with_statistics_of(fused.adapter, members, open_backbone(), drawing, listen)
+            fused = merge_with_loss(seen, method, settings)
     return fused
 
 
 def _chosen_members(adapters: Sequence[str | Path]) -> list[Member]:
-    """The adapters in the order of their content."""
-    return checked(
-        [Member(each.adapter, each.weight, each.path) for each in choose_adapters(adapters)]
-    )
+    """The adapters in the order of their content; what has no effect is told on stderr."""
+    chosen = choose_adapters(adapters)
+    members = checked([Member(each.adapter, each.weight, each.path) for each in chosen])
+    for line in notes(chosen):
+        say_on_stderr(line)
+    return members
 
 
 def _opener(base: str | Backbone | None, members: list[Member]) -> Callable[[], Backbone]:
@@ -234,39 +279,3 @@ def with_plain_updates(
         replace(m, plain=as_plain(m.adapter, weights)) if has_dora(m.adapter) else m
         for m in members
     ]
-
-
-def draw_concepts(
-    backbone: Backbone, members: list[Member], fused: Adapter, seed: int
-) -> list[ConceptPictures]:
-    """Each member's concept by its adapter alone, by all added up, and by the fused adapter."""
-    prompts = [_shown_prompt(member) for member in members]
-    alone = [_draw(backbone, [(m.adapter, m.weight)], [p], seed)[0]
-             for m, p in zip(members, prompts, strict=True)]  # fmt: skip
-    summed = _draw(backbone, [(m.adapter, m.weight) for m in members], prompts, seed)
-    together = _draw(backbone, [(fused, 1.0)], prompts, seed)
-    return [ConceptPictures(*three) for three in zip(alone, summed, together, strict=True)]
-
-
-def _shown_prompt(member: Member) -> str:
-    triggers = member.adapter.info.triggers()
-    if not triggers:
-        assert member.sketch is not None  # made with prompts of its own
-        return member.sketch.facts.prompts.splitlines()[0]
-    return f"a {triggers[0]} on a blue background"
-
-
-def _draw(
-    backbone: Backbone, adapters: list[tuple[Adapter, float]], prompts: list[str], seed: int
-) -> list[list[Image]]:
-    """Pictures of each prompt with these adapters attached."""
-    names = [f"report_{index}" for index in range(len(adapters))]
-    for name, (adapter, weight) in zip(names, adapters, strict=True):
-        attach(backbone, adapter, name, weight)
-    try:
-        seeds = list(range(seed, seed + SHOWN))
-        guidance = backbone.default_guidance
-        return [sample(backbone, [prompt] * SHOWN, seeds, guidance=guidance) for prompt in prompts]
-    finally:
-        for name in names:
-            detach(backbone, name)

@@ -1,33 +1,22 @@
 """The whole flow on one screen: a photo folder becomes an adapter, a prompt becomes pictures."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from PIL.Image import Image
 
-from rite_diffusion.adapters.choice import (
-    choose_adapters,
-    literal_words,
-    renamings,
-    without_effect,
-)
+from rite_diffusion.adapters.choice import choose_adapters, literal_words, notes
 from rite_diffusion.api.bases import open_with_adapters
-from rite_diffusion.files.writing import printable, write_output
+from rite_diffusion.files.writing import say_on_stderr, write_output
 from rite_diffusion.generation.attached import as_attached
 from rite_diffusion.generation.composition import SUM
 from rite_diffusion.generation.control import load_controls, parse_control
 from rite_diffusion.generation.metadata import png_of
 from rite_diffusion.generation.output import picture_target, write_next
+from rite_diffusion.generation.picture import complete, picture, placed
 from rite_diffusion.generation.regions import adapter_weights, parse_regions
-from rite_diffusion.generation.request import (
-    check_amounts,
-    check_prompts,
-    complete,
-    picture,
-    placed,
-)
+from rite_diffusion.generation.request import PictureRequest
 
 
 def generate(
@@ -40,7 +29,7 @@ def generate(
     base: str | None = None,
     seed: int = 0,
     num: int = 1,
-    steps: int = 25,
+    steps: int | None = None,
     guidance: float | None = None,
     negative: str = "",
     width: int | None = None,
@@ -55,38 +44,54 @@ def generate(
     prompts of their own, or `at WORD: prompt ...`, whose box is where the prompt's own picture has
     that word; `combine` is how several adapters act together: `sum`, `switch` or `composite`;
     `controls` are `MODEL=PICTURE[:WEIGHT]`, ControlNets and T2I-Adapters. Pictures are made one at
-    a time, so each depends on its own parameters alone. With `out`, a folder or for one picture a
+    a time, so each depends on its own parameters alone. What is None is the base's own: `steps`,
+    the `guidance` scale, `width` and `height` in pixels. With `out`, a folder or for one picture a
     `.png`, they are written as PNGs that carry their parameters; `image.info["path"]` tells where.
     Adapters of another base are refused, unless `other_base`; where two have learned the same
     word, the second's gets a new name, which stderr tells.
     """
-    check_amounts(seed, steps, guidance, num)
+    request = PictureRequest(
+        prompt=prompt, negative=negative, seed=seed, steps=steps, guidance=guidance, width=width,
+        height=height, regions=regions, combine=combine, controls=controls,
+    )  # fmt: skip
+    return draw(
+        request, adapters, base=base, num=num, out=out, other_base=other_base, listen=listen
+    )
+
+
+def draw(
+    request: PictureRequest,
+    adapters: Sequence[str | Path] = (),
+    *,
+    base: str | None = None,
+    num: int = 1,
+    out: str | Path | None = None,
+    other_base: bool = False,
+    listen: Callable[[int], None] = lambda done: None,
+) -> list[Image]:
+    """The pictures of a request and of the seeds that follow its own, as `generate` says."""
     chosen = choose_adapters(adapters)
-    conditions = [parse_control(text) for text in controls]
+    request.check(literal_words(chosen), num)
+    conditions = [parse_control(text) for text in request.controls]
     read = [each.path for each in (*chosen, *conditions)]
     target = None if out is None else picture_target(out, num, read)
-    for line in (*renamings(chosen), *without_effect(chosen)):
-        print(printable(line), file=sys.stderr)
+    for line in notes(chosen):
+        say_on_stderr(line)
     attached = as_attached(chosen)
-    check_prompts([prompt, negative], regions, literal_words(chosen))
-    parts = parse_regions(regions, prompt)
-    adapter_weights(parts, prompt, [each.triggers for each in attached])  # complains early
+    parts = parse_regions(request.regions, request.prompt)
+    adapter_weights(parts, request.prompt, [each.triggers for each in attached])  # complains early
     backbone = open_with_adapters(base, chosen, other_base)
-    first = complete(
-        backbone, [each.record() for each in chosen], prompt=prompt, negative=negative, seed=seed,
-        steps=steps, guidance=guidance, width=width, height=height, regions=regions,
-        combine=combine, controls=[each.record() for each in conditions],
-    )  # fmt: skip
+    request = replace(request, controls=[each.record() for each in conditions])
+    first = complete(backbone, request, [each.record() for each in chosen])
     controlling = load_controls(backbone, conditions, first.width, first.height)
     images = []
-    for done in range(num):
-        wanted = replace(first, seed=seed + done)
+    for wanted in first.series(num):
         parameters = placed(backbone, wanted, attached, controlling)
         image = picture(backbone, parameters, attached, controlling)
         if target is not None:
             image.info["path"] = str(_write(target, png_of(image, parameters)))
         images.append(image)
-        listen(done + 1)
+        listen(len(images))
     return images
 
 

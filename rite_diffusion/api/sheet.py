@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 from PIL import PngImagePlugin
 from PIL.Image import Image
@@ -16,23 +15,31 @@ from PIL.Image import Image
 from rite_diffusion._version import __version__
 from rite_diffusion.adapters import Adapter, attach, detach
 from rite_diffusion.adapters.attach import check_base
-from rite_diffusion.adapters.choice import Chosen, choose_adapters, literal_words, split_weight
+from rite_diffusion.adapters.choice import (
+    Chosen,
+    choose_adapters,
+    literal_words,
+    notes,
+    split_weight,
+)
 from rite_diffusion.api.bases import open_base
 from rite_diffusion.api.fuse import with_plain_updates
 from rite_diffusion.api.sketch import with_sketches
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import ConfigError
-from rite_diffusion.files.writing import check_outputs, file_output, write_output
+from rite_diffusion.files.writing import check_outputs, file_output, say_on_stderr, write_output
 from rite_diffusion.fusion import FUSIONS
+from rite_diffusion.fusion.loss import described
 from rite_diffusion.fusion.members import Member, checked
-from rite_diffusion.fusion.merge import merge, method_named
+from rite_diffusion.fusion.merge import merge_with_loss, method_named
 from rite_diffusion.fusion.settings import FusionSettings
 from rite_diffusion.fusion.statistics import USUAL
 from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.composition import COMPOSITIONS, SUM
 from rite_diffusion.generation.grid import labelled_grid
 from rite_diffusion.generation.metadata import KEY
-from rite_diffusion.generation.request import check_amounts, check_prompts, complete, picture
+from rite_diffusion.generation.picture import complete, picture
+from rite_diffusion.generation.request import PictureRequest
 from rite_diffusion.seeding import check_seed
 
 AXES = ("prompt", "adapter", "weight", "method", "seed")
@@ -158,7 +165,7 @@ def grid(
     seeds: Sequence[int] = (0,),
     columns: str = "seed",
     base: str | Backbone | None = None,
-    steps: int = 25,
+    steps: int | None = None,
     guidance: float | None = None,
     negative: str = "",
     width: int | None = None,
@@ -167,13 +174,15 @@ def grid(
     out: str | Path | None = None,
     other_base: bool = False,
     listen: Callable[[int, int], None] = lambda done, total: None,
+    tell: Callable[[str], None] = say_on_stderr,
 ) -> Image:
     """A sheet of pictures of all combinations, `columns` (an axis of AXES) from left to right.
 
     Each of `adapters` is a `FILE[:WEIGHT]`, several in a list or joined by `+`, or "" for the base
     alone; a weight multiplies those of its files; a method says how several are combined:
     `attached`, `switch`, `composite` or one of FUSIONS. With `out`, a `.png` whose text holds every
-    picture's parameters.
+    picture's parameters. `tell` hears what the adapters' weights leave without effect, which words
+    are renamed and what a fusion loses, by default on stderr.
     """
     axes = {
         "prompt": prompts,
@@ -183,11 +192,15 @@ def grid(
         "seed": seeds,
     }
     sheet = plan_sheet(axes, columns)
-    check_amounts(min(seeds), steps, guidance)
     if not 32 <= cell <= 1024:
         raise ConfigError(f"cells of {cell} pixels are not between 32 and 1024")
-    every = [chosen for each in sheet.setups() for chosen in each.chosen()]
-    check_prompts([*prompts, negative], [], literal_words(every))
+    setups = [each.chosen() for each in sheet.setups()]
+    every = [chosen for setup in setups for chosen in setup]
+    request = PictureRequest(
+        prompt="", negative=negative, steps=steps, guidance=guidance, width=width, height=height
+    )
+    for prompt in prompts:
+        replace(request, prompt=prompt).check(literal_words(every))
     named = [chosen.adapter for chosen in every]
     target = None if out is None else file_output(out, ".png")
     if target is not None:
@@ -195,10 +208,9 @@ def grid(
     backbone = open_base(base, [adapter.info for adapter in named])
     for adapter in [] if other_base else named:
         check_base(backbone, adapter)
-    settings = {
-        "negative": negative, "steps": steps, "guidance": guidance, "width": width, "height": height
-    }  # fmt: skip
-    pictures = _draw(backbone, sheet, settings, listen)
+    for line in dict.fromkeys(line for setup in setups for line in notes(setup)):
+        tell(line)
+    pictures = _draw(backbone, sheet, request, listen, tell)
     rows = [[pictures[each][0] for each in row] for row in sheet.rows]
     image = labelled_grid(rows, sheet.row_labels(), sheet.column_labels(), cell)
     if target is not None:
@@ -222,8 +234,9 @@ def _text(sheet: Sheet, facts: list[list[dict]]) -> PngImagePlugin.PngInfo:
 def _draw(
     backbone: Backbone,
     sheet: Sheet,
-    settings: dict[str, Any],
+    request: PictureRequest,
     listen: Callable[[int, int], None],
+    tell: Callable[[str], None],
 ) -> dict[Cell, tuple[Image, dict]]:
     """Each cell's picture and parameters; cells with the same adapters are drawn in one go."""
     total = len(sheet.cells())
@@ -232,18 +245,19 @@ def _draw(
         chosen = first.chosen()
         records = [each.record() for each in chosen]
         combine = first.method if first.method in COMPOSITIONS else SUM
-        with _in_model(backbone, _present(backbone, chosen, first.method)) as attached:
+        present = _present(backbone, chosen, first.method, tell)
+        with _in_model(backbone, present) as attached:
             for cell in cells:
-                facts = complete(
-                    backbone, records, prompt=cell.prompt, seed=cell.seed, combine=combine,
-                    **settings,
-                )  # fmt: skip
+                wanted = replace(request, prompt=cell.prompt, seed=cell.seed, combine=combine)
+                facts = complete(backbone, wanted, records)
                 drawn[cell] = picture(backbone, facts, attached), asdict(facts)
                 listen(len(drawn), total)
     return drawn
 
 
-def _present(backbone: Backbone, chosen: list[Chosen], method: str) -> list[tuple[Adapter, float]]:
+def _present(
+    backbone: Backbone, chosen: list[Chosen], method: str, tell: Callable[[str], None]
+) -> list[tuple[Adapter, float]]:
     """The adapters to attach with their weights: as they are, or one that a method fused."""
     if method in UNFUSED or len(chosen) < 2:
         return [(each.adapter, each.weight) for each in chosen]
@@ -251,7 +265,10 @@ def _present(backbone: Backbone, chosen: list[Chosen], method: str) -> list[tupl
     members = with_plain_updates(members, lambda: backbone)
     if FUSIONS[method].statistics:
         members = with_sketches(members, lambda: backbone, USUAL, lambda done, total: None)
-    return [(merge(members, method, FusionSettings()), 1.0)]
+    fused = merge_with_loss(members, method, FusionSettings())
+    if fused.loss:
+        tell(f"{method} of {' + '.join(m.file.name for m in members)}: {described(fused.loss)}")
+    return [(fused.adapter, 1.0)]
 
 
 @contextmanager

@@ -1,9 +1,10 @@
-"""`rite.train`: a photo folder becomes a concept adapter."""
+"""`rite.train`: photo folders become a concept adapter."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Unpack
 
+from rite_diffusion.config.typed import TrainSettings
 from rite_diffusion.files.writing import folder_output
 from rite_diffusion.training.plan import configure, plan_training
 from rite_diffusion.training.run import default_run, run_training
@@ -11,23 +12,25 @@ from rite_diffusion.training.trainer import StepReport
 
 
 def train(
-    photos: str | Path,
+    photos: str | Path | None = None,
     *,
-    trigger: str,
-    class_noun: str,
-    base: str = "pocket",
     preset: str | None = None,
     out: str | Path | None = None,
-    listen: Callable[[StepReport], None] = lambda report: None,
+    on_step: Callable[[StepReport], None] = lambda report: None,
     override: bool = False,
-    **settings: Any,
+    **settings: Unpack[TrainSettings],
 ) -> Path:
     """Train a concept adapter from a photo folder and return its file's path.
 
-    `settings` are those of `TrainConfig`: `steps=200, optim={"lr": 1e-3}`. The run folder `out`
-    defaults to `runs/<name of the photo folder>`; a stopped run there goes on.
+    One concept has its `photos`, a `trigger` and a `class_noun`; several are the tables of
+    `dataset=[{"photos": ..., "trigger": ..., "class_noun": ...}, ...]`. Other settings are those of
+    `TrainConfig`, tables as dicts: `steps=200, optim={"lr": 1e-3}`. `preset` is a preset's name
+    or `.toml` file and defaults to the one for the base and method. The run folder `out` defaults
+    to `runs/<name of the photo folder>`; a stopped run there goes on, with `override` even where
+    settings differ. `on_step` hears of every optimizer step. Raises RiteError for settings, photos
+    and base models that cannot be trained, and Stopped after Ctrl-C or SIGTERM.
     """
-    wanted = {"photos": str(photos), "trigger": trigger, "class_noun": class_noun, "base": base}
+    wanted = dict(settings) if photos is None else {"photos": str(photos), **settings}
     folder = folder_output(out) if out else None
-    plan = plan_training(configure(wanted | settings, preset))
-    return run_training(plan, folder or default_run(plan), listen, override)
+    plan = plan_training(configure(wanted, preset))
+    return run_training(plan, folder or default_run(plan), on_step, override)

@@ -138,12 +138,20 @@ class TextConditioner(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Defaults:
+    """How a model draws where a user does not say."""
+
+    steps: int = 25  # denoising steps
+    guidance: float = 7.5  # classifier-free guidance scale
+
+
 class Denoiser(Protocol):
     """The network that predicts, with the noise that it was trained on."""
 
     prediction_type: PredictionType
     noise_schedule: NoiseSchedule
-    default_guidance: float  # classifier-free guidance scale that suits the model
+    defaults: Defaults
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The prediction (B, C, h, w) for latents at times (B,) of the noise schedule."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rite_diffusion.backbones.expansion import Chunked
 from rite_diffusion.backbones.prompt_syntax import Section, is_blank
-from rite_diffusion.backbones.protocols import Conditioning
+from rite_diffusion.backbones.protocols import Conditioning, Defaults
 from rite_diffusion.backbones.stable_diffusion import Pipeline, StableDiffusion
 
 
@@ -24,8 +24,9 @@ class StableDiffusionXL(StableDiffusion):
         device: torch.device,
         attention: str,
         reopen: Callable[[], Pipeline],
+        defaults: Defaults | None = None,
     ):
-        super().__init__(pipeline, name, device, attention, reopen)
+        super().__init__(pipeline, name, device, attention, reopen, defaults)
         self.tokenizer_2 = pipeline.tokenizer_2
         self._empty_is_zero: bool = pipeline.config["force_zeros_for_empty_prompt"]
 

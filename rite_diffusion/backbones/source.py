@@ -9,14 +9,14 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from rite_diffusion.backbones.protocols import Backbone
+from rite_diffusion.backbones.protocols import Backbone, Defaults
 from rite_diffusion.backbones.sdxl import StableDiffusionXL
 from rite_diffusion.backbones.stable_diffusion import Pipeline, StableDiffusion
 from rite_diffusion.errors import BackboneError
 from rite_diffusion.files.writing import user_path
 
 POCKET = Path(__file__).parent / "pocket" / "weights"
-POCKET_GUIDANCE = 3.0  # at which its pictures look best
+OWN_DEFAULTS = {"pocket": Defaults(guidance=3.0)}  # at which its pictures look best
 PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
 PIPELINES = {
@@ -51,8 +51,8 @@ def load_backbone(
     pipeline = reopen()
     xl = isinstance(pipeline, StableDiffusionXLPipeline)
     kind = StableDiffusionXL if xl else StableDiffusion
-    guidance = {"default_guidance": POCKET_GUIDANCE} if base == "pocket" else {}
-    return kind(pipeline, base, device, choose_attention(pipeline), reopen, **guidance)
+    attention, own = choose_attention(pipeline), OWN_DEFAULTS.get(base, Defaults())
+    return kind(pipeline, base, device, attention, reopen, own)
 
 
 def usable_precision(wanted: str, device: torch.device) -> tuple[str, str]:

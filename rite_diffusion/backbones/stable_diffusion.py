@@ -19,7 +19,7 @@ from rite_diffusion.backbones.expansion import Chunked, Expansion
 from rite_diffusion.backbones.fingerprint import fingerprint
 from rite_diffusion.backbones.learned_embeddings import ids_of, positions_of, said, tokens_of
 from rite_diffusion.backbones.prompt_syntax import Section, as_written, read_prompt
-from rite_diffusion.backbones.protocols import Conditioning, PredictionType, Word
+from rite_diffusion.backbones.protocols import Conditioning, Defaults, PredictionType, Word
 from rite_diffusion.backbones.schedule import FlowSampler, noise_schedule, prediction_type, sampler
 
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
@@ -55,10 +55,10 @@ class StableDiffusion:
         device: torch.device,
         attention: str,
         reopen: Callable[[], Pipeline],
-        default_guidance: float = 7.5,
+        defaults: Defaults | None = None,
     ):
         self.name = name
-        self.default_guidance = default_guidance
+        self.defaults = defaults or Defaults()
         self.device = device
         self.attention = attention
         self.unet = pipeline.unet.requires_grad_(False).eval().to(device)

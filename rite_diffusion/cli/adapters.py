@@ -32,6 +32,9 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16; default: the file's.")
     ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Largest rank of a module; larger ones are cut.")
+    ] = None,
     published_pickle: Annotated[
         bool,
         typer.Option(
@@ -41,6 +44,9 @@ def convert(
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace files that --out does not name, too.")
+    ] = False,
+    allow_loss: Annotated[
+        bool, typer.Option("--allow-loss", help="Write it even where more than 1 % is lost.")
     ] = False,
 ) -> None:
     """Write an adapter in another tool's dialect and prove it by loading it back."""
@@ -54,8 +60,10 @@ def convert(
             out,
             base=base,
             dtype=dtype,
+            rank=rank,
             published_pickle=published_pickle,
             overwrite=overwrite,
+            allow_loss=allow_loss,
         )  # fmt: skip
     )
 

@@ -36,6 +36,9 @@ def fuse(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace files that --out does not name, too.")
     ] = False,
+    allow_loss: Annotated[
+        bool, typer.Option("--allow-loss", help="Accept a rank that loses more than 1 %.")
+    ] = False,
 ) -> None:
     """Fuse several adapters into one."""
     from rite_diffusion.api import fuse as merging
@@ -45,7 +48,7 @@ def fuse(
     settings = settings_tree({"rank": rank, "refine": refine or None}, set_ or [])
     drawing = Drawing(steps=steps, seed=seed)
     settings |= {"method": method, "out": out, "base": base, "drawing": drawing}
-    settings["overwrite"] = overwrite
+    settings |= {"overwrite": overwrite, "allow_loss": allow_loss}
     with picture_progress("statistics") as listen:
         if not report:
             describe_fused(merging.fuse(adapters, listen=listen, **settings))

@@ -36,7 +36,9 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
     num: Annotated[int, typer.Option(min=1, max=10_000, help="How many pictures.")] = 1,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 25,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Denoising steps; default: the base's.")
+    ] = None,
     guidance: Annotated[
         float | None, typer.Option(min=0, max=100, help="Guidance scale; default: the base's.")
     ] = None,
@@ -51,25 +53,14 @@ def generate(
     ] = False,
 ) -> None:
     """Make pictures of a prompt, with any number of adapters."""
-    from rite_diffusion.api.generate import generate as drawn
+    from rite_diffusion.api.generate import draw
+    from rite_diffusion.generation.request import PictureRequest
 
-    images = drawn(
-        prompt,
-        adapters=adapter or [],
-        regions=region or [],
-        combine=combine,
-        controls=control or [],
-        base=base,
-        seed=seed,
-        num=num,
-        steps=steps,
-        guidance=guidance,
-        negative=negative,
-        width=width,
-        height=height,
-        out=out,
-        other_base=other_base,
-    )
+    request = PictureRequest(
+        prompt=prompt, negative=negative, seed=seed, steps=steps, guidance=guidance, width=width,
+        height=height, regions=region or [], combine=combine, controls=control or [],
+    )  # fmt: skip
+    images = draw(request, adapter or [], base=base, num=num, out=out, other_base=other_base)
     for image in images:
         say(image.info["path"])
 
@@ -92,7 +83,9 @@ def grid(
         str, typer.Option(help="What runs right: prompt, adapter, weight, method or seed.")
     ] = "seed",
     base: Annotated[str | None, typer.Option(help="Base model; default: the adapters'.")] = None,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 25,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="Denoising steps; default: the base's.")
+    ] = None,
     guidance: Annotated[
         float | None, typer.Option(min=0, max=100, help="Guidance scale; default: the base's.")
     ] = None,

@@ -19,10 +19,11 @@ from rite_diffusion.api.convert import Export
 from rite_diffusion.api.demo import DemoResult
 from rite_diffusion.api.doctor import Finding
 from rite_diffusion.api.fuse import Outcome
+from rite_diffusion.config import TrainConfig
 from rite_diffusion.files.writing import printable
 from rite_diffusion.methods import METHODS
 from rite_diffusion.photos.folder import PhotoFolder
-from rite_diffusion.training.plan import Plan
+from rite_diffusion.training.plan import Found, Plan, PlanObserver, captions_without_trigger
 from rite_diffusion.training.rates import describe_course
 from rite_diffusion.training.run import Cost
 from rite_diffusion.training.trainer import StepReport
@@ -41,10 +42,76 @@ def _say(text: str) -> None:
     print(printable(text))
 
 
-def describe_plan(plan: Plan) -> None:
-    """Print what was found in the photo folders and what will be done with it."""
-    _describe_photos(plan)
-    _describe_doubts(plan)
+class PlanPrinter(PlanObserver):
+    """Prints what was found in the photo folders, and what will be done with it."""
+
+    def found(self, pictures: Found, config: TrainConfig) -> None:
+        """Print the pictures."""
+        describe_found(pictures, config)
+
+    def planned(self, plan: Plan) -> None:
+        """Print the training."""
+        describe_training(plan)
+
+    def drawing(self, line: str) -> None:
+        """Print how far the class pictures are."""
+        _say(line)
+
+
+def describe_found(found: Found, config: TrainConfig) -> None:
+    """Print what was found in the photo folders, and what of it the user may not have meant."""
+    folder = found.folder
+    photos = folder.photos
+    where = ", ".join(source.photos for source in config.sources())
+    _line("photos", f"{len(photos)} in {where}, {folder.sizes()} pixels")
+    templated = len(photos) - folder.captioned
+    _line("captions", f"{folder.captioned} from files, {templated} from templates")
+    _line("", f'e.g. "{photos[0].caption}"')
+    for name, count, often in folder.repeats():
+        _line("repeats", f"{name}: {count} photos, each shown {often} times an epoch")
+    whites = [photo.white for photo in photos if photo.white is not None]
+    if whites:
+        share = f"{min(whites):.0%} to {max(whites):.0%} of each is white"
+        _line("masks", f"{len(whites)} of {len(photos)} photos, {share}")
+    _describe_classes(found, config)
+    _describe_unused(folder)
+    _describe_unused(found.classes)
+    for photo in photos:
+        if photo.white is not None and photo.white < FAINT:
+            _line("faint mask", f"{photo.path.name}: {photo.white:.1%} of it is white")
+    for caption in captions_without_trigger(folder, config):
+        _line("no trigger", f'"{caption}" does not contain the trigger')
+    for one, other in folder.near_duplicates():
+        _line("alike", f"{one} and {other}")
+    if METHODS[config.method].wants_masks and not whites:
+        _line("no masks", f"{config.method} learns better with them: see `rite mask --help`")
+    sys.stdout.flush()
+
+
+def _describe_classes(found: Found, config: TrainConfig) -> None:
+    """Print which pictures keep the class as it is."""
+    prior = config.prior
+    given: dict[str, int] = {}
+    for photo in found.classes.photos:
+        given[str(photo.path.parent)] = given.get(str(photo.path.parent), 0) + 1
+    for where, count in given.items():
+        _line("class", f"{count} pictures in {where}, weight {prior.weight:g}")
+    for noun in found.undrawn:
+        _line("class", f"{prior.count} pictures for {noun} by the base, weight {prior.weight:g}")
+
+
+def _describe_unused(folder: PhotoFolder) -> None:
+    """Print the files that are not used, those of one reason together."""
+    reasons: dict[str, list[str]] = {}
+    for path, reason in folder.skipped:
+        reasons.setdefault(reason, []).append(path.name)
+    for reason, names in reasons.items():
+        _line("skipped", f"{', '.join(names)}: {reason}")
+
+
+def describe_training(plan: Plan) -> None:
+    """Print what the base model makes of the photos, and how it will be trained on them."""
+    _describe_views(plan)
     config, backbone, optim = plan.config, plan.backbone, plan.config.optim
     for concept in config.concepts():
         _line("concept", f"{concept.trigger}, class {concept.class_noun}")
@@ -59,76 +126,27 @@ def describe_plan(plan: Plan) -> None:
         rates = f"{optim.name}, rate {optim.lr_unet:g}{text}"
     _line("training", f"{config.steps} steps of {config.batch}, {rates}, seed {config.seed}")
     _line("", describe_course(config))
+    sys.stdout.flush()
 
 
-def _describe_photos(plan: Plan) -> None:
-    config, folder = plan.config, plan.folder
-    photos = folder.photos
-    where = ", ".join(source.photos for source in config.sources())
-    _line("photos", f"{len(photos)} in {where}, {folder.sizes()} pixels")
-    templated = len(photos) - folder.captioned
-    _line("captions", f"{folder.captioned} from files, {templated} from templates")
-    _line("", f'e.g. "{photos[0].caption}"')
-    for name, count, often in folder.repeats():
-        _line("repeats", f"{name}: {count} photos, each shown {often} times an epoch")
-    whites = [photo.white for photo in photos if photo.white is not None]
-    if whites:
-        share = f"{min(whites):.0%} to {max(whites):.0%} of each is white"
-        _line("masks", f"{len(whites)} of {len(photos)} photos, {share}")
+def _describe_views(plan: Plan) -> None:
+    """Print what becomes of photos and captions at the base's size and with its tokens."""
+    budget = plan.backbone.token_budget
     if plan.held_out:
         _line("held out", ", ".join(photo.path.name for photo in plan.held_out))
-    _describe_classes(plan)
-    for (width, height), names in plan.buckets().items() if config.buckets else ():
+    for (width, height), names in plan.buckets().items() if plan.config.buckets else ():
         _line("bucket", f"{width}x{height}: {', '.join(names)}")
-
-
-def _describe_classes(plan: Plan) -> None:
-    """Print which pictures keep the class as it is."""
-    prior = plan.config.prior
-    given: dict[str, int] = {}
-    for photo in plan.classes.photos:
-        given[str(photo.path.parent)] = given.get(str(photo.path.parent), 0) + 1
-    for where, count in given.items():
-        _line("class", f"{count} pictures in {where}, weight {prior.weight:g}")
-    for noun in plan.undrawn:
-        _line("class", f"{prior.count} pictures for {noun} by the base, weight {prior.weight:g}")
-
-
-def _describe_unused(folder: PhotoFolder) -> None:
-    """Print the files that are not used, those of one reason together."""
-    reasons: dict[str, list[str]] = {}
-    for path, reason in folder.skipped:
-        reasons.setdefault(reason, []).append(path.name)
-    for reason, names in reasons.items():
-        _line("skipped", f"{', '.join(names)}: {reason}")
-
-
-def _describe_doubts(plan: Plan) -> None:
-    """Print what the user may not have meant."""
-    folder = plan.folder
-    _describe_unused(folder)
-    _describe_unused(plan.classes)
-    for photo in folder.photos:
-        if photo.white is not None and photo.white < FAINT:
-            _line("faint mask", f"{photo.path.name}: {photo.white:.1%} of it is white")
-    for caption in plan.captions_without_trigger():
-        _line("no trigger", f'"{caption}" does not contain the trigger')
     for concept in plan.config.concepts():
         tokens = plan.backbone.token_count(concept.trigger)
         if tokens > LONG_TRIGGER:
-            of = f"of {plan.backbone.token_budget} that a caption may have"
+            of = f"of {budget} that a caption may have"
             _line("long", f"{concept.trigger} is read as {tokens} tokens {of}")
     for caption, trigger in plan.moved:
-        end = f"beyond the {plan.backbone.token_budget} tokens that the base reads"
+        end = f"beyond the {budget} tokens that the base reads"
         _line("moved", f'"{caption}" has {trigger} {end}: the caption now ends with it')
     for caption in plan.cut_captions():
-        _line("cut", f'"{caption}" is longer than {plan.backbone.token_budget} tokens')
-    for one, other in folder.near_duplicates():
-        _line("alike", f"{one} and {other}")
-    wanted = METHODS[plan.config.method].wants_masks
-    if wanted and not any(photo.white is not None for photo in folder.photos):
-        _line("no masks", f"{plan.config.method} learns better with them: see `rite mask --help`")
-    small = folder.smaller_than(plan.encoding.resolution)
+        _line("cut", f'"{caption}" is longer than {budget} tokens')
+    small = plan.folder.smaller_than(plan.encoding.resolution)
     if small:
         _line("scaled up", f"{', '.join(small)}: smaller than {plan.encoding.resolution} pixels")
 
@@ -251,11 +269,31 @@ def describe_adapter(path: Path, adapter: Adapter) -> None:
 
 @contextmanager
 def picture_progress(what: str = "pictures") -> Iterator[Callable[[int, int], None]]:
-    """A progress bar of pictures; yields what to call with those done and their total."""
+    """A progress bar of pictures; yields what to call with those done and their total.
+
+    Where standard output is no terminal, a line every half minute.
+    """
+    console = Console()
+    if not console.is_terminal:
+        yield _picture_lines(what)
+        return
     columns = (TextColumn(f"{what:<10}"), BarColumn(bar_width=24), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), transient=True) as progress:
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         task = progress.add_task("", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _picture_lines(what: str) -> Callable[[int, int], None]:
+    printed = time.monotonic()
+
+    def listen(done: int, total: int) -> None:
+        nonlocal printed
+        if time.monotonic() - printed >= LINE_EVERY:
+            printed = time.monotonic()
+            _line(what, f"{done} of {total}")
+            sys.stdout.flush()
+
+    return listen
 
 
 def describe_fused(path: Path) -> None:
@@ -295,9 +333,8 @@ def describe_export(export: Export) -> None:
         _line("wrote", f"{export.path} in {export.dtype}{was}")
     for path in export.embeddings:
         _line("embedding", str(path))
-    for word, error in export.losses().items():
-        text = f"the layers of {word} are averaged, as no other tool keeps them apart"
-        _line("lossy", f"{text}: relative error {error:.2g}")
+    for what, error in export.lossy.items():
+        _line("lossy", f"{what}: relative error {error:.2g}")
     for check in export.checks:
         text = f"{check.modules} modules, largest relative difference {check.difference:.1e}"
         _line("verified", f"{text}, by {check.reader}")

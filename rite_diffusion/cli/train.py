@@ -78,30 +78,24 @@ def _report_and_train(
     dry_run: bool,
 ) -> Path | None:
     """Print the plan, then train, and return the adapter's path; None where nobody prints."""
-    from rite_diffusion.cli.output import (
-        describe_cost,
-        describe_plan,
-        describe_result,
-        training_progress,
-    )
-    from rite_diffusion.training import plan as planning
+    from rite_diffusion.cli import output
     from rite_diffusion.training import run
+    from rite_diffusion.training.plan import configure, plan_training
     from rite_diffusion.training.processes import is_main_process
 
-    plan = planning.survey(planning.configure(settings, preset))
+    config = configure(settings, preset)
     if not is_main_process():  # another process of this run writes and prints
-        plan = planning.draw_class_pictures(plan)
+        plan = plan_training(config)
         run.run_training(plan, folder or run.default_run(plan))
         return None
-    describe_plan(plan)
-    plan = planning.draw_class_pictures(plan, say)
+    plan = plan_training(config, output.PlanPrinter())
     if dry_run:
-        describe_cost(plan, run.measure(plan))
+        output.describe_cost(plan, run.measure(plan))
         return None
     folder = folder or run.default_run(plan)
-    with training_progress(plan.config.steps) as listen:
+    with output.training_progress(plan.config.steps) as listen:
         adapter = run.run_training(plan, folder, listen, override)
-    describe_result(plan, adapter)
+    output.describe_result(plan, adapter)
     return adapter
 
 
@@ -142,10 +136,9 @@ def demo(
 ) -> None:
     """Learn the example robot on the pocket base and show it before and after."""
     from rite_diffusion.api import demo as example
-    from rite_diffusion.cli.output import describe_demo, describe_plan, training_progress
+    from rite_diffusion.cli import output
 
-    plan, folder = example.prepare(out, seed)
-    describe_plan(plan)
-    with training_progress(plan.config.steps) as listen:
+    plan, folder = example.prepare(out, seed, output.PlanPrinter())
+    with output.training_progress(plan.config.steps) as listen:
         result = example.run(plan, folder, listen)
-    describe_demo(result)
+    output.describe_demo(result)

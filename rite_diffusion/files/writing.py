@@ -3,6 +3,7 @@
 import json
 import mimetypes
 import os
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -35,6 +36,11 @@ def printable(text: str) -> str:
         return text
     shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return "".join(shown)
+
+
+def say_on_stderr(line: str) -> None:
+    """Print a line for people, apart from what a command prints."""
+    print(printable(line), file=sys.stderr)
 
 
 def file_output(path: str | Path, suffix: str) -> Path:

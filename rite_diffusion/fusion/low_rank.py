@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from rite_diffusion.fusion.layer import Factors
+from rite_diffusion.fusion.layer import Factors, Layer
+from rite_diffusion.fusion.settings import FusionSettings
 
 
 def spectrum(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,3 +62,26 @@ def factorised(matrix: Tensor, rank: int) -> Factors:
         return Factors(turned.down.mT, turned.up.mT)
     leading = torch.linalg.eigh(matrix @ matrix.mT).eigenvectors[:, -rank:]
     return Factors(leading, leading.mT @ matrix)
+
+
+def as_factors(matrix: Tensor) -> Factors:
+    """A dense update (out, inputs) as it is: one factor is the identity."""
+    out, inputs = matrix.shape
+    identity = torch.eye(min(out, inputs), dtype=matrix.dtype)
+    return Factors(identity, matrix) if out <= inputs else Factors(matrix, identity)
+
+
+def cut_to_rank(layer: Layer, fused: Factors, settings: FusionSettings) -> Factors:
+    """The nearest update of at most `settings.rank`, where that is set."""
+    return fused if settings.rank is None else to_rank(fused, settings.rank)
+
+
+def cut_dense(layer: Layer, fused: Factors, settings: FusionSettings) -> Factors:
+    """The nearest update of at most `settings.rank`, by default of the sum of the parts' ranks."""
+    rank = settings.rank or layer.rank
+    return factorised(fused.dense(), rank) if rank < fused.rank else fused
+
+
+def squared_norm(factors: Factors) -> float:
+    """|up @ down|^2, Frobenius; the dense update is not formed."""
+    return ((factors.up.mT @ factors.up) * (factors.down @ factors.down.mT)).sum().item()

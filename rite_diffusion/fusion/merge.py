@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import tomlkit
 
@@ -11,11 +12,12 @@ from rite_diffusion.adapters.families import family_of
 from rite_diffusion.errors import FusionError
 from rite_diffusion.fusion import FUSIONS, Fusion
 from rite_diffusion.fusion.embeddings import merge_tokens
-from rite_diffusion.fusion.layer import Factors, Layer, as_pair
-from rite_diffusion.fusion.low_rank import to_rank
+from rite_diffusion.fusion.layer import as_pair
+from rite_diffusion.fusion.loss import Loss
 from rite_diffusion.fusion.members import Member, checked, layers
 from rite_diffusion.fusion.settings import FusionSettings
 from rite_diffusion.fusion.shifts import merge_shifts
+from rite_diffusion.types import LoraPair
 
 
 def method_named(name: str) -> Fusion:
@@ -25,26 +27,40 @@ def method_named(name: str) -> Fusion:
     return FUSIONS[name]
 
 
+@dataclass(frozen=True)
+class Merged:
+    """A fused adapter, and what a limit on its rank lost of it."""
+
+    adapter: Adapter
+    loss: float  # relative Frobenius error of all layers' updates
+
+
+# One adapter at its weight is itself, whatever the method: there is nothing to reconcile.
+_ALONE = Fusion(lambda layer, settings: layer.parts[0].factors, statistics=False)
+
+
 def merge(members: Sequence[Member], name: str, settings: FusionSettings) -> Adapter:
     """One adapter with all members' concepts; their order does not matter.
 
-    A single member comes back at its weight, whatever the method: there is nothing to reconcile.
-    Raises FusionError for members that cannot be fused.
+    A single member comes back at its weight. Raises FusionError for members that cannot be fused.
     """
-    method, members = method_named(name), checked(members)
-    pairs = []
+    return merge_with_loss(members, name, settings).adapter
+
+
+def merge_with_loss(members: Sequence[Member], name: str, settings: FusionSettings) -> Merged:
+    """What `merge` makes, and what was cut off."""
+    members = checked(members)
+    method = method_named(name) if len(members) > 1 else _ALONE
+    pairs, loss = list[LoraPair](), Loss()
     for layer, kernel in layers(members):
-        fused = _alone(layer) if len(members) == 1 else method.fuse_layer(layer, settings)
-        if settings.rank is not None:
-            fused = to_rank(fused, settings.rank)
-        pairs.append(as_pair(layer.name, fused, kernel))
+        whole = method.fuse_layer(layer, settings)
+        cut = method.cut(layer, whole, settings)
+        loss.add(whole, cut)
+        pairs.append(as_pair(layer.name, cut, kernel))
     tokens = merge_tokens([member.adapter.tokens for member in members])
     shifts = merge_shifts(members, name)
-    return Adapter(pairs, fused_info(members, name, settings), tokens, shifts=shifts)
-
-
-def _alone(layer: Layer) -> Factors:
-    return layer.parts[0].factors
+    info = fused_info(members, name, settings)
+    return Merged(Adapter(pairs, info, tokens, shifts=shifts), loss.relative())
 
 
 def fused_info(members: Sequence[Member], name: str, settings: FusionSettings) -> AdapterInfo:

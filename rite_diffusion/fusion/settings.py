@@ -1,6 +1,7 @@
 """What can be set about a fusion."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypedDict
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -42,7 +43,20 @@ class FusionSettings(BaseModel):
     )
 
 
-def checked_settings(settings: dict[str, Any]) -> FusionSettings:
+class FusionOptions(TypedDict, total=False):
+    """`FusionSettings` as keyword arguments; a test holds the names against it."""
+
+    rank: int | None
+    error: float | None
+    trim: float
+    keep: float
+    ridge: float
+    preserve: float
+    refine: int
+    constraints: int
+
+
+def checked_settings(settings: Mapping[str, Any]) -> FusionSettings:
     """The settings; FusionError names every one that is unknown or out of range."""
     try:
         return FusionSettings.model_validate(settings)

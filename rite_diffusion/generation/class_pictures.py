@@ -19,7 +19,7 @@ def class_pictures(
 
     It lies in the cache, under the base's fingerprint and a digest of what decides the pictures.
     """
-    guidance = backbone.default_guidance
+    guidance = backbone.defaults.guidance
     facts = f"{prompts}\n{count}\n{STEPS}\n{guidance}\n{backbone.resolution}\n{backbone.dtype}"
     name = sha256(facts.encode()).hexdigest()[:16]
     folder = cache_folder() / "class_pictures" / backbone.fingerprint / name

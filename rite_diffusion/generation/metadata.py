@@ -1,48 +1,16 @@
 """Parameters inside PNG files: JSON for this toolkit, text for tools that read A1111's."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from io import BytesIO
 from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 from pydantic import TypeAdapter
 
-from rite_diffusion.adapters.choice import Record
+from rite_diffusion.generation.request import Parameters
 
 KEY = "rite"
-
-
-@dataclass(frozen=True)
-class Parameters:
-    """Everything that decides a picture's pixels."""
-
-    prompt: str
-    negative: str
-    seed: int
-    steps: int
-    guidance: float
-    width: int
-    height: int
-    base: str
-    base_fingerprint: str
-    adapters: list[Record]
-    version: str
-    regions: list[str] = field(default_factory=list)  # as `--region` takes them
-    sampler: str = "DDIM"
-    combine: str = "sum"  # how several adapters act together
-    controls: list[str] = field(default_factory=list)  # condition pictures and their networks
-
-    def as_text(self) -> str:
-        """The parameters in A1111's form."""
-        lines = [self.prompt]
-        if self.negative:
-            lines.append(f"Negative prompt: {self.negative}")
-        lines.append(
-            f"Steps: {self.steps}, Sampler: {self.sampler}, CFG scale: {self.guidance:g}, "
-            f"Seed: {self.seed}, Size: {self.width}x{self.height}, Model: {self.base}"
-        )
-        return "\n".join(lines)
 
 
 def png_of(image: Image.Image, parameters: Parameters) -> bytes:

@@ -38,18 +38,19 @@ def check_triggers(backbone: Backbone, concepts: Sequence[Concept]) -> None:
 
 
 def kept_in(backbone: Backbone, caption: str, triggers: Sequence[str]) -> tuple[str, str | None]:
-    """The caption, and the trigger that would have been cut off with its end: it is the end now.
+    """The caption, and those of its triggers that would have been cut off with its end.
 
-    A trigger of a caption within the base's budget stays where it is.
+    They are the end now. Triggers within the base's budget stay where they are.
     """
     budget, words = backbone.token_budget, caption.split()
-    trigger = next((each for each in triggers if says(caption, each)), None)
-    if trigger is None or backbone.token_count(caption) <= budget:
+    wanted = [each for each in triggers if says(caption, each)]
+    if not wanted or backbone.token_count(caption) <= budget:
         return caption, None
-    seen = _within(backbone, words, "", budget)
-    if says(seen, trigger):
-        return caption, None
-    return _within(backbone, words, trigger, budget), trigger
+    lost, kept = list[str](), _within(backbone, words, "", budget)
+    while missing := [each for each in wanted if each not in lost and not says(kept, each)]:
+        lost += missing
+        kept = _within(backbone, words, " ".join(lost), budget)
+    return (kept, ", ".join(lost)) if lost else (caption, None)
 
 
 def _within(backbone: Backbone, words: list[str], end: str, budget: int) -> str:

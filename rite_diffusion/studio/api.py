@@ -16,7 +16,7 @@ import gradio as gr
 from rite_diffusion.errors import StudioError
 from rite_diffusion.studio import fusing, library
 from rite_diffusion.studio.exports import export
-from rite_diffusion.studio.page import in_words, shown, uploaded
+from rite_diffusion.studio.page import in_words, shown, tell, uploaded
 from rite_diffusion.studio.presets import STANDARD, training_settings
 from rite_diffusion.studio.sheet_orders import SheetOrder, draw_sheet
 from rite_diffusion.studio.state import DEVICE, Studio
@@ -68,7 +68,7 @@ def _generation(studio: Studio) -> Callable:
         negative: str = "",
         seed: int = 0,
         num: int = 1,
-        steps: int = 25,
+        steps: int | None = None,
         guidance: float | None = None,
         width: int | None = None,
         height: int | None = None,
@@ -81,20 +81,18 @@ def _generation(studio: Studio) -> Callable:
 
         Regions are "x0,y0,x1,y1: prompt" in fractions; combine is sum, switch or composite.
         """
-        from rite_diffusion.studio.engine import Wish
+        from rite_diffusion.generation.request import PictureRequest
 
         if not 1 <= num <= MOST_PICTURES:
             raise StudioError(f"num = {num} is not between 1 and {MOST_PICTURES}")
         space = studio.space(request)
         chosen = [_weighted(item) for item in adapters or []]
-        wishes = [
-            Wish(
-                prompt, negative, seed + index, steps, guidance, width, height,
-                tuple(regions or []), combine,
-            )
-            for index in range(num)
-        ]  # fmt: skip
-        frames = studio.engine.draw(space, wishes, library.with_weights(space, chosen), base)
+        wanted = PictureRequest(
+            prompt=prompt, negative=negative, seed=seed, steps=steps, guidance=guidance,
+            width=width, height=height, regions=regions or [], combine=combine,
+        )  # fmt: skip
+        files = library.with_weights(space, chosen)
+        frames = studio.engine.draw(space, wanted.series(num), tell, files, base)
         return [file_data(frame.path) for frame in frames if frame.path is not None]
 
     return generate
@@ -109,7 +107,7 @@ def _comparison(studio: Studio) -> Callable:
         methods: list[str] | None = None,
         seeds: list[int] | None = None,
         columns: str = "seed",
-        steps: int = 25,
+        steps: int | None = None,
         request: gr.Request = None,  # type: ignore
     ) -> gr.FileData:
         """Draw a sheet of every combination; returns a PNG file.
@@ -121,7 +119,7 @@ def _comparison(studio: Studio) -> Callable:
             prompts, adapters or [[]], weights or [1.0], methods or ["attached"], seeds or [0],
             columns, steps,
         )  # fmt: skip
-        return file_data(draw_sheet(studio, studio.space(request), order, _unheard))
+        return file_data(draw_sheet(studio, studio.space(request), order, _unheard, tell))
 
     return compare
 
@@ -249,9 +247,18 @@ def _build_library(studio: Studio) -> None:
         return title_of(studio.space(request).put_back())
 
     @in_words
-    def convert_adapter(name: str, to: str, request: gr.Request = None) -> gr.FileData:  # type: ignore
-        """An adapter for another program: kohya, comfyui, diffusers or peft; loaded back first."""
-        link, _ = export(studio, studio.space(request), name, to)
+    def convert_adapter(
+        name: str,
+        to: str,
+        rank: int | None = None,
+        allow_loss: bool = False,
+        request: gr.Request = None,  # type: ignore
+    ) -> gr.FileData:
+        """An adapter for another program: kohya, comfyui, diffusers or peft; loaded back first.
+
+        Modules of a larger rank are cut to it; a loss above 1 % is refused unless allow_loss.
+        """
+        link, _ = export(studio, studio.space(request), name, to, rank, allow_loss)
         return _linked(link)
 
     for endpoint in (
@@ -272,7 +279,8 @@ def _build_fusion(studio: Studio) -> None:
         """What interferes between adapters (NAME or NAME:WEIGHT) before and after a fusion."""
         space = studio.space(request)
         order = fusing.order_of(space, [_weighted(item) for item in adapters], method, rank)
-        return fusing.foresee(studio, space, order, _unheard).as_dict()
+        made = fusing.foresee(studio, space, order, _unheard)
+        return made.report.as_dict() | {"loss": made.loss}
 
     @in_words
     def fuse(
@@ -280,11 +288,16 @@ def _build_fusion(studio: Studio) -> None:
         method: str = "gram",
         rank: int | None = None,
         name: str = "",
+        allow_loss: bool = False,
         request: gr.Request = None,  # type: ignore
     ) -> str:
-        """Fuse adapters (NAME or NAME:WEIGHT) into one in the library; returns its name there."""
+        """Fuse adapters (NAME or NAME:WEIGHT) into one in the library; returns its name there.
+
+        A rank that cuts more than 1 % off is refused unless allow_loss; `conflicts` tells the loss.
+        """
         space = studio.space(request)
-        order = fusing.order_of(space, [_weighted(item) for item in adapters], method, rank)
+        chosen = [_weighted(item) for item in adapters]
+        order = fusing.order_of(space, chosen, method, rank, allow_loss)
         wanted = library.checked_title(name) if name else order.title()
         draft = fusing.new_draft(space)
         fusing.fuse(studio, space, order, draft, _unheard)

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,33 +12,18 @@ from PIL.Image import Image
 
 from rite_diffusion.adapters import attach, detach
 from rite_diffusion.adapters.attach import set_weight
-from rite_diffusion.adapters.choice import Chosen, choose_adapters
+from rite_diffusion.adapters.choice import Chosen, choose_adapters, notes
 from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.generation.attached import Attached, as_attached, attached_name
-from rite_diffusion.generation.composition import SUM
 from rite_diffusion.generation.denoise import pictures
-from rite_diffusion.generation.metadata import Parameters, png_of
+from rite_diffusion.generation.metadata import png_of
 from rite_diffusion.generation.output import write_next
-from rite_diffusion.generation.request import complete, estimates, placed
+from rite_diffusion.generation.picture import complete, estimates, placed
+from rite_diffusion.generation.request import Parameters, PictureRequest
 from rite_diffusion.studio.workspace import Workspace
 
 PAUSE = 0.3  # seconds between previews
-
-
-@dataclass(frozen=True)
-class Wish:
-    """A picture that is asked for; None stands for what suits the base."""
-
-    prompt: str
-    negative: str = ""
-    seed: int = 0
-    steps: int = 25
-    guidance: float | None = None
-    width: int | None = None
-    height: int | None = None
-    regions: tuple[str, ...] = ()  # as `rite generate --region` takes them
-    combine: str = SUM
 
 
 @dataclass(frozen=True)
@@ -114,13 +99,15 @@ class Engine:
     def draw(
         self,
         space: Workspace,
-        wishes: Sequence[Wish],
+        requests: Sequence[PictureRequest],
+        tell: Callable[[str], None],
         adapters: Sequence[str] = (),
         base: str = "",
     ) -> Iterator[Frame]:
         """Each step of each picture, with adapters `FILE:WEIGHT`; the last writes a PNG.
 
-        The base is what a user calls it, by default the one that the adapters were made for.
+        The base is what a user calls it, by default the one that the adapters were made for. `tell`
+        hears what a user should know of the adapters, line by line.
 
         Ends early where another drawing has begun: one works at a time, and a page that was closed
         may have left its own unfinished.
@@ -129,9 +116,11 @@ class Engine:
             self._turn += 1
             turn = self._turn
             backbone, chosen = self._prepare(space, base, adapters)
+        for line in notes(chosen):
+            tell(line)
         records = [each.record() for each in chosen]
         attached = as_attached(chosen)
-        for parameters in [complete(backbone, records, **vars(wish)) for wish in wishes]:
+        for parameters in [complete(backbone, request, records) for request in requests]:
             frames = _frames(backbone, parameters, attached, space.folder("outputs"))
             while frame := self._next(frames, turn):
                 yield frame

@@ -25,8 +25,13 @@ PROGRAMS = {
 }
 
 
-def export(studio: Studio, space: Workspace, name: str, to: str) -> tuple[str, str]:
-    """A link to the export of an adapter, and what proves it as HTML."""
+def export(
+    studio: Studio, space: Workspace, name: str, to: str, rank: int | None, allow_loss: bool
+) -> tuple[str, str]:
+    """A link to the export of an adapter, and what proves it as HTML.
+
+    Modules of a larger rank are cut to it; a loss above 1 % is refused unless it is allowed.
+    """
     from rite_diffusion.api.convert import convert
 
     if to not in PROGRAMS:
@@ -35,7 +40,8 @@ def export(studio: Studio, space: Workspace, name: str, to: str) -> tuple[str, s
     # Conversion opens models of its own to load the export back: nothing is drawn meanwhile.
     with TemporaryDirectory() as folder, studio.engine.pause():
         suffix = "" if to == "peft" else SUFFIX
-        made = convert(card.path, to, Path(folder) / f"{card.name}-{to}{suffix}")
+        out = Path(folder) / f"{card.name}-{to}{suffix}"
+        made = convert(card.path, to, out, rank=rank, allow_loss=allow_loss)
         return shown(_one_file(made, Path(folder))), _report(made)
 
 
@@ -54,10 +60,7 @@ def _report(made: "Export") -> str:
     """What was read and what the checks showed."""
     facts = [("Read", f"{len(made.adapter.pairs)} modules in {made.adapter.dialect}'s names")]
     facts += [("Note", note) for note in made.adapter.notes]
-    facts += [
-        ("Averaged", f"the layers of {word}, relative error {error:.2g}: no other tool keeps them")
-        for word, error in made.losses().items()
-    ]
+    facts += [("Lossy", f"{what}: relative error {e:.2g}") for what, e in made.lossy.items()]
     facts += [
         ("Loaded back", f"{each.modules} modules by {each.reader}, largest difference "
          f"{each.difference:.1e}") for each in made.checks

@@ -15,7 +15,8 @@ from rite_diffusion.studio.state import Studio
 from rite_diffusion.studio.workspace import Workspace, name_from
 
 if TYPE_CHECKING:
-    from rite_diffusion.fusion.report import ConflictReport
+    from rite_diffusion.api.fuse import Forecast
+    from rite_diffusion.fusion.merge import Merged
 
 Listen = Callable[[str, float], None]  # words, and the share that is done
 OLD = 24 * 3600  # seconds after which a draft that nobody saved is thrown away
@@ -30,6 +31,7 @@ class Order:
     weights: tuple[float, ...]
     method: str
     rank: int | None = None
+    allow_loss: bool = False  # write it even where the rank cuts more than 1 % off
 
     def files(self) -> list[str]:
         """`FILE:WEIGHT` of each adapter."""
@@ -46,7 +48,11 @@ class Order:
 
 
 def order_of(
-    space: Workspace, chosen: Sequence[tuple[str, float]], method: str, rank: int | None
+    space: Workspace,
+    chosen: Sequence[tuple[str, float]],
+    method: str,
+    rank: int | None,
+    allow_loss: bool = False,
 ) -> Order:
     """The fusion of adapters by their names; StudioError says what is missing."""
     from rite_diffusion.fusion.merge import method_named
@@ -55,35 +61,36 @@ def order_of(
         raise StudioError("choose two adapters or more: one alone is fused already.")
     method_named(method)
     cards = tuple(library.find(space, name) for name, _ in chosen)
-    return Order(cards, tuple(weight for _, weight in chosen), method, rank)
+    return Order(cards, tuple(weight for _, weight in chosen), method, rank, allow_loss)
 
 
-def foresee(studio: Studio, space: Workspace, order: Order, listen: Listen) -> "ConflictReport":
+def foresee(studio: Studio, space: Workspace, order: Order, listen: Listen) -> "Forecast":
     """The conflicts of the adapters, and what the method would make of them."""
     from rite_diffusion.api import fuse as merging
 
     _measure(studio, space, order, listen)
     listen("Weighing the layers…", 1.0)
-    return merging.foresee(order.files(), method=order.method, **order.settings()).report
+    return merging.foresee(order.files(), method=order.method, **order.settings())
 
 
 def fuse(
     studio: Studio, space: Workspace, order: Order, out: Path, listen: Listen
-) -> "ConflictReport | None":
-    """Write the fused adapter; its report is None where nothing has been measured."""
+) -> "Forecast | Merged":
+    """Write the fused adapter, which is returned; with its report where all are measured."""
     from rite_diffusion.adapters import save_adapter
     from rite_diffusion.api import fuse as merging
     from rite_diffusion.fusion import FUSIONS
+    from rite_diffusion.fusion.settings import checked_settings
 
     if FUSIONS[order.method].statistics:
         _measure(studio, space, order, listen)
     listen("Fusing the layers…", 1.0)
-    if not all(_has_sketch(card.path) for card in order.cards):
-        merging.fuse(order.files(), method=order.method, out=out, **order.settings())
-        return None
-    made = merging.foresee(order.files(), method=order.method, **order.settings())
+    measured = all(_has_sketch(card.path) for card in order.cards)
+    combine = merging.foresee if measured else merging.fused_adapter
+    made = combine(order.files(), method=order.method, **order.settings())
+    merging.check_loss(made.loss, checked_settings(order.settings()), order.allow_loss)
     save_adapter(out, made.adapter)
-    return made.report
+    return made
 
 
 def _measure(studio: Studio, space: Workspace, order: Order, listen: Listen) -> None:

@@ -23,7 +23,7 @@ class SheetOrder:
     methods: Sequence[str] = ("attached",)
     seeds: Sequence[int] = (0,)
     columns: str = "seed"
-    steps: int = 25
+    steps: int | None = None
 
     def check(self) -> None:
         """Raise StudioError for a sheet that is empty or too large."""
@@ -36,14 +36,19 @@ class SheetOrder:
                 f"that makes {count} pictures, of {MOST_PICTURES} at most: every combination of "
                 "prompts, adapters, weights, methods and seeds is one."
             )
-        if not 1 <= self.steps <= 1000:
-            raise StudioError(f"{self.steps} steps are not between 1 and 1000.")
 
 
 def draw_sheet(
-    studio: Studio, space: Workspace, order: SheetOrder, listen: Callable[[int, int], None]
+    studio: Studio,
+    space: Workspace,
+    order: SheetOrder,
+    listen: Callable[[int, int], None],
+    tell: Callable[[str], None],
 ) -> Path:
-    """Draw a sheet into `sheets/`; `listen` hears how many pictures of how many are done."""
+    """Draw a sheet into `sheets/`; `listen` hears how many pictures of how many are done.
+
+    `tell` hears what a user should know of the adapters, line by line.
+    """
     from rite_diffusion.api.sheet import grid
 
     order.check()
@@ -65,5 +70,6 @@ def draw_sheet(
             base=backbone,
             out=out,
             listen=listen,
+            tell=tell,
         )
     return out

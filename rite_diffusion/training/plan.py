@@ -1,7 +1,7 @@
 """A training run before it starts: settings resolved, photos read, the base open."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,6 +33,20 @@ from rite_diffusion.training.resume import inputs_of
 from rite_diffusion.types import Concept, Photo
 
 PAIR_RATES = ("lr", "lr_unet", "lr_text_encoder")
+
+
+@dataclass(frozen=True)
+class Found:
+    """The pictures of a training as they are on disk, read before any model is opened."""
+
+    folders: list[PhotoFolder]  # one for each source
+    classes: PhotoFolder  # given pictures of the class, for prior preservation
+    undrawn: list[str]  # class nouns whose pictures the base has yet to draw
+
+    @property
+    def folder(self) -> PhotoFolder:
+        """The concepts' photos together."""
+        return joined(self.folders)
 
 
 @dataclass(frozen=True)
@@ -82,14 +96,15 @@ class Plan:
             table.setdefault(size, []).append(photo.path.name)
         return dict(sorted(table.items()))
 
-    def captions_without_trigger(self) -> list[str]:
-        """Captions that teach no trigger."""
-        triggers = [concept.trigger for concept in self.config.concepts()]
-        captions = [photo.caption for photo in self.folder.photos]
-        return [text for text in captions if not any(says(text, each) for each in triggers)]
+
+def captions_without_trigger(folder: PhotoFolder, config: TrainConfig) -> list[str]:
+    """Captions that teach no trigger."""
+    triggers = [concept.trigger for concept in config.concepts()]
+    captions = [photo.caption for photo in folder.photos]
+    return [text for text in captions if not any(says(text, each) for each in triggers)]
 
 
-def configure(settings: dict[str, Any], preset: str | None = None) -> TrainConfig:
+def configure(settings: Mapping[str, Any], preset: str | None = None) -> TrainConfig:
     """The resolved configuration: settings over a preset, every rate filled in.
 
     The preset defaults to `pocket` on the pocket base and to `sd15` elsewhere, for other methods
@@ -98,14 +113,15 @@ def configure(settings: dict[str, Any], preset: str | None = None) -> TrainConfi
     `optim.lr = "auto"` the rates stay open until the probe has found them.
     """
     low = load_preset(preset or _default_preset(settings))
-    chosen = settings.get("optim", {}).get("name")
-    if chosen and chosen != low.get("optim", {}).get("name"):
-        kept = {k: v for k, v in low["optim"].items() if k not in PAIR_RATES}
-        low = low | {"optim": kept}
-    if "lr" in settings.get("optim", {}):
-        low.get("optim", {}).pop("lr_text_encoder", None)
-    config = resolve(merge(low, settings))
-    if not config.trains_text_encoder and "lr_text_encoder" not in settings.get("optim", {}):
+    given, usual = _table(settings, "optim"), _table(low, "optim")
+    if given.get("name") and given["name"] != usual.get("name"):
+        usual = {key: value for key, value in usual.items() if key not in PAIR_RATES}
+    if "lr" in given:
+        usual.pop("lr_text_encoder", None)
+    if usual:
+        low = low | {"optim": usual}
+    config = resolve(merge(low, dict(settings)))
+    if not config.trains_text_encoder and "lr_text_encoder" not in given:
         held = config.optim.model_copy(update={"lr_text_encoder": None})
         config = config.model_copy(update={"optim": held})
     optim = config.optim
@@ -119,6 +135,12 @@ def configure(settings: dict[str, Any], preset: str | None = None) -> TrainConfi
     return filled.model_copy(update={"optim": filled.optim.model_copy(update=rates)})
 
 
+def _table(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A table of a settings tree; empty where there is none, or what is no table."""
+    found = tree.get(name)
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
 def _idle_rate(config: TrainConfig) -> str:
     """A line about a rate for a text encoder that does not train; empty where there is none."""
     rate = config.optim.lr_text_encoder
@@ -129,23 +151,53 @@ def _idle_rate(config: TrainConfig) -> str:
     return f"optim.lr_text_encoder = {rate:g} is for nothing: the text encoder is held ({why})"
 
 
-def _default_preset(settings: dict[str, Any]) -> str:
+def _default_preset(settings: Mapping[str, Any]) -> str:
     base = "pocket" if settings.get("base", "pocket") == "pocket" else "sd15"
     method = settings.get("method", "lora")
     return base if method == "lora" else f"{base}-{method}"
 
 
-def plan_training(config: TrainConfig, listen: Callable[[str], None] = lambda line: None) -> Plan:
-    """The plan of a training, its class pictures drawn; raises and hears as its two parts do."""
-    return draw_class_pictures(survey(config), listen)
+class PlanObserver:
+    """What is told while a plan is made; a subclass takes what it wants to know."""
+
+    def found(self, pictures: Found, config: TrainConfig) -> None:
+        """The pictures were read; no model is open yet."""
+
+    def planned(self, plan: Plan) -> None:
+        """The base is open and all is checked; class pictures are drawn next."""
+
+    def drawing(self, line: str) -> None:
+        """How far the class pictures are."""
 
 
-def survey(config: TrainConfig) -> Plan:
+def plan_training(config: TrainConfig, observer: PlanObserver | None = None) -> Plan:
+    """The plan of a training: pictures found, base opened, class pictures drawn.
+
+    Raises a RiteError for all that cannot be trained on.
+    """
+    observer = observer or PlanObserver()
+    pictures = find_pictures(config)
+    observer.found(pictures, config)
+    plan = survey(config, pictures)
+    observer.planned(plan)
+    return draw_class_pictures(plan, observer.drawing)
+
+
+def find_pictures(config: TrainConfig) -> Found:
+    """The pictures to train on; raises a RiteError for those that cannot be."""
+    folders = [_read(source) for source in config.sources()]
+    given, undrawn = given_class_photos(config.sources()) if config.prior.weight else ([], [])
+    classes = joined(given)
+    triggers = [concept.trigger for concept in config.concepts()]
+    refuse_concepts(classes.photos, joined(folders).photos, triggers, says)
+    return Found(folders, classes, undrawn)
+
+
+def survey(config: TrainConfig, found: Found) -> Plan:
     """The plan of a training as far as it needs no drawing, for a report before what takes time.
 
-    Reads the photos and opens the base; raises a RiteError for all that cannot be trained on.
+    Opens the base; raises a RiteError for all that cannot be trained on.
     """
-    folders = [_read(source) for source in config.sources()]
     device = own_device(default_device())
     precision, fallback = usable_precision(config.precision, device)
     backbone = load_backbone(config.base, precision, device)
@@ -155,17 +207,16 @@ def survey(config: TrainConfig) -> Plan:
     _check_rank(backbone, config)
     config = config.model_copy(update={"resolution": side, "precision": precision})
     triggers = [concept.trigger for concept in config.concepts()]
-    folders, moved = _with_triggers_kept(backbone, folders, triggers)
+    folders, moved = _with_triggers_kept(backbone, found.folders, triggers)
     groups, held_out = _hold_out(folders, config)
     photos = balanced(groups) if config.balance else [photo for group in groups for photo in group]
-    given, undrawn = given_class_photos(config.sources()) if config.prior.weight else ([], [])
-    classes = joined(given)
-    whole = joined(folders)
-    refuse_concepts(classes.photos, whole.photos, triggers, says)
+    whole, classes = joined(folders), found.classes
     told = (fallback, leftovers(os.environ), _idle_rate(config))
     fallbacks = [line for line in told if line]
-    plan = Plan(config, backbone, whole, photos, classes, [], undrawn, moved, held_out, fallbacks)
-    return _with_class_photos(plan, classes.photos) if classes.photos and not undrawn else plan
+    plan = Plan(
+        config, backbone, whole, photos, classes, [], found.undrawn, moved, held_out, fallbacks
+    )
+    return plan if plan.undrawn or not classes.photos else _with_class_photos(plan, classes.photos)
 
 
 def _with_triggers_kept(

@@ -5,6 +5,7 @@ A picture is drawn by a `numpy.random.Generator`, so a seed gives the same pictu
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
@@ -96,6 +97,17 @@ def clutter(rng: Generator) -> np.ndarray:
     return canvas.round().astype(np.uint8)
 
 
+def rounded_box(
+    pen: ImageDraw.ImageDraw, box: tuple[float, float, float, float], share: float, **style: Any
+) -> None:
+    """Draw a box whose corners are rounded by a share of half its shorter side.
+
+    Pillow refuses corners that leave no straight line between them.
+    """
+    short = min(box[2] - box[0], box[3] - box[1])
+    pen.rounded_rectangle(box, max(short / 2 - 3, 0) * share, **style)
+
+
 def shapes(rng: Generator) -> np.ndarray:
     """Ellipses, boxes, lines, polygons and dots with or without outlines on any ground."""
     scale = 3  # drawn larger, then reduced, for smooth edges
@@ -112,7 +124,7 @@ def shapes(rng: Generator) -> np.ndarray:
             case 0:
                 pen.ellipse(box, fill, line, width)
             case 1:
-                pen.rounded_rectangle(box, min(w, h) * rng.uniform(0, 0.4), fill, line, width)
+                rounded_box(pen, box, rng.uniform(0, 0.8), fill=fill, outline=line, width=width)
             case 2:
                 pen.line(
                     [tuple(rng.uniform(0, SIZE * scale, 2)) for _ in range(3)], fill, width + 1

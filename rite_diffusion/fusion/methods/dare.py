@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from rite_diffusion.fusion.layer import Factors, Layer
-from rite_diffusion.fusion.low_rank import factorised
+from rite_diffusion.fusion.low_rank import as_factors
 from rite_diffusion.fusion.settings import FusionSettings
 
 
 def dare(layer: Layer, settings: FusionSettings) -> Factors:
-    """Sum_i w_i mask_i D_i / keep, factorised at the sum of the ranks.
+    """Sum_i w_i mask_i D_i / keep, which `cut_dense` cuts.
 
     A mask is a function of the adapter's content and the layer's name, so that neither the order
     of the adapters nor the company they are in changes it.
@@ -21,7 +21,7 @@ def dare(layer: Layer, settings: FusionSettings) -> Factors:
         update = part.factors.dense()
         mask = bernoulli(update.shape, settings.keep, f"{part.concept} {layer.name}")
         total += update * mask / settings.keep
-    return factorised(total, layer.rank)
+    return as_factors(total)
 
 
 def bernoulli(shape: torch.Size, share: float, key: str) -> Tensor:

@@ -20,7 +20,7 @@ from rite_diffusion.fusion.settings import FusionSettings
 
 
 def gram(layer: Layer, settings: FusionSettings) -> Factors:
-    """The minimiser above, of the sum of the ranks, or cut to a rank with the least output error.
+    """The minimiser above, of the sum of the ranks.
 
     A part of rank 0 asks the fused layer to leave that concept's inputs alone.
     """
@@ -28,9 +28,14 @@ def gram(layer: Layer, settings: FusionSettings) -> Factors:
     moments = moments_of(layer, parts, settings)
     up = torch.cat([part.factors.up for part in parts], 1)
     seen = [_times_gram(part) for part in parts]
-    fused = Factors(up, moments.solve(torch.cat(seen)))
-    if settings.rank is None:
+    return Factors(up, moments.solve(torch.cat(seen)))
+
+
+def cut_on_inputs(layer: Layer, fused: Factors, settings: FusionSettings) -> Factors:
+    """The update of at most `settings.rank` with the least output error on the concepts' inputs."""
+    if settings.rank is None or settings.rank >= fused.rank:
         return fused
+    moments = moments_of(layer, with_statistics(layer), settings)
     covariance = moments.times(fused.down) @ fused.down.mT
     return to_rank_on_inputs(fused, covariance, settings.rank)
 

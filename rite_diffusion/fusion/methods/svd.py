@@ -7,10 +7,14 @@ from rite_diffusion.fusion.settings import FusionSettings
 
 
 def svd(layer: Layer, settings: FusionSettings) -> Factors:
-    """The nearest update to Sum_i w_i D_i of a rank, or within a relative Frobenius error."""
-    total = stack([part.factors for part in layer.parts])
-    if settings.error is not None:
-        return to_error(total, settings.error)
-    if settings.rank is None:
+    """Sum_i w_i D_i, which `cut_to_error` cuts."""
+    if settings.error is None and settings.rank is None:
         raise FusionError("svd needs a rank or an error: pass --rank 8, or --set error=0.1.")
-    return to_rank(total, settings.rank)
+    return stack([part.factors for part in layer.parts])
+
+
+def cut_to_error(layer: Layer, fused: Factors, settings: FusionSettings) -> Factors:
+    """The nearest update within a relative Frobenius error, and of at most a rank."""
+    if settings.error is not None:
+        fused = to_error(fused, settings.error)
+    return fused if settings.rank is None else to_rank(fused, settings.rank)

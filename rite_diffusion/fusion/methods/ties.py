@@ -4,18 +4,18 @@ import torch
 from torch import Tensor
 
 from rite_diffusion.fusion.layer import Factors, Layer
-from rite_diffusion.fusion.low_rank import factorised
+from rite_diffusion.fusion.low_rank import as_factors
 from rite_diffusion.fusion.settings import FusionSettings
 
 
 def ties(layer: Layer, settings: FusionSettings) -> Factors:
-    """The TIES merge of the dense updates, factorised at the sum of their ranks.
+    """The TIES merge of the dense updates, which `cut_dense` cuts.
 
     The paper trims over the whole model; here each layer is trimmed for itself, so that only one
     layer is ever dense.
     """
     updates = torch.stack([part.factors.dense() for part in layer.parts])
-    return factorised(ties_merge(updates, settings.trim), layer.rank)
+    return as_factors(ties_merge(updates, settings.trim))
 
 
 def ties_merge(updates: Tensor, density: float) -> Tensor:

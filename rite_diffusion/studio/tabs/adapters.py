@@ -51,9 +51,20 @@ def build_chooser(studio: Studio) -> tuple[Chooser, Refresh]:
     def refresh(names: list[str], request: gr.Request):
         known = [card.name for card in library.cards(studio.space(request))]
         present = [name for name in names if name in known]
-        return gr.Dropdown(choices=known, value=present), present
+        return offered(known, names), gr.skip() if present == names else present
 
     return chooser, Refresh(refresh, [names, chosen], [names])
+
+
+def offered(known: list[str], chosen: list[str]) -> dict[str, Any]:
+    """What gives a list new choices; what is chosen changes only where a name is gone.
+
+    A refresh that answers what it was asked with would undo a choice made in the meantime.
+    """
+    present = [name for name in chosen if name in known]
+    if present == chosen:
+        return gr.update(choices=known)
+    return gr.update(choices=known, value=present)
 
 
 def sliders(weighted: list[str], names: list[str], *weights: float):

@@ -8,11 +8,13 @@ import gradio as gr
 from rite_diffusion.errors import StudioError
 from rite_diffusion.studio import library
 from rite_diffusion.studio.background import followed
-from rite_diffusion.studio.page import empty_state, in_words, shown
+from rite_diffusion.studio.page import empty_state, in_words, shown, tell
 from rite_diffusion.studio.sheet_orders import SheetOrder, draw_sheet
 from rite_diffusion.studio.state import DEVICE, Studio
 from rite_diffusion.studio.tabs import Built, Refresh
+from rite_diffusion.studio.tabs.adapters import offered
 from rite_diffusion.studio.tabs.drawing import waiting_html
+from rite_diffusion.studio.tabs.fields import optional_number, whole_number
 from rite_diffusion.studio.tabs.fuse import METHODS
 
 AXES = [
@@ -40,7 +42,7 @@ class SheetForm:
     seeds: gr.Textbox
     methods: gr.Dropdown
     columns: gr.Dropdown
-    steps: gr.Slider
+    steps: gr.Textbox
     go: gr.Button
     stop: gr.Button
     stage: gr.HTML
@@ -77,7 +79,7 @@ def _lay_out() -> SheetForm:
             )  # fmt: skip
             with gr.Row():
                 columns = gr.Dropdown(AXES, value="seed", label="Columns are", min_width=110)
-                steps = gr.Slider(1, 100, value=25, step=1, label="Steps", min_width=140)
+                steps = optional_number("Steps", "sheet-steps")
             with gr.Row():
                 go = gr.Button("Draw the sheet", variant="primary", scale=2, elem_id="compare")
                 stop = gr.Button("Stop", scale=0, min_width=80)
@@ -99,7 +101,7 @@ def build(studio: Studio) -> Built:
     @in_words
     def draw(
         request: gr.Request, prompts: str, names: list[str], how: str, weights: str, seeds: str,
-        methods: list[str], columns: str, steps: float,
+        methods: list[str], columns: str, steps: str,
     ):  # fmt: skip
         space = studio.space(request)
         order = SheetOrder(
@@ -109,20 +111,24 @@ def build(studio: Studio) -> Built:
             methods or [ATTACHED],
             numbers_in(seeds, "seeds", int),
             columns,
-            int(steps),
+            whole_number(steps, "steps"),
         )
         yield {form.stage: waiting_html("Opening the model…"), form.sheet: gr.Image(visible=False)}
-        for kind, what in followed(lambda listen: draw_sheet(studio, space, order, listen)):
+        notes = list[str]()
+        work = followed(lambda listen: draw_sheet(studio, space, order, listen, notes.append))
+        for kind, what in work:
             if kind == "heard":
                 done, total = what
                 yield {form.stage: waiting_html(f"{done} of {total} pictures", done / total)}
             else:
                 yield {form.stage: "", form.sheet: gr.Image(value=shown(what), visible=True)}
+        for line in notes:
+            tell(line)
 
     @in_words
     def refresh(chosen: list[str], request: gr.Request):
         known = [BASE_ALONE, *(card.name for card in library.cards(studio.space(request)))]
-        return gr.Dropdown(choices=known, value=[name for name in chosen if name in known])
+        return offered(known, chosen)
 
     event = form.go.click(
         draw, form.fields(), [form.stage, form.sheet],

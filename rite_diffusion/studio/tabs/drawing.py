@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from rite_diffusion.studio.page import empty_state, picture_html, progress_bar
+from rite_diffusion.studio.page import empty_state, picture_html, progress_bar, tell
 from rite_diffusion.studio.state import Studio
 from rite_diffusion.studio.workspace import Workspace
 
 if TYPE_CHECKING:
-    from rite_diffusion.studio.engine import Frame, Wish
+    from rite_diffusion.generation.request import PictureRequest
+    from rite_diffusion.studio.engine import Frame
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,18 @@ class Drawn:
 def drawing(
     studio: Studio,
     space: Workspace,
-    wishes: Sequence["Wish"],
+    requests: Sequence["PictureRequest"],
     adapters: Sequence[str],
     base: str,
 ) -> Iterator[Drawn]:
     """Tells whenever there is something new to see."""
     done: list[Path] = []
     yield Drawn(waiting_html("Opening the model…"), [])
-    for frame in studio.engine.draw(space, wishes, adapters, base):
+    for frame in studio.engine.draw(space, requests, tell, adapters, base):
         if frame.path is not None:
             done = [*done, frame.path]
         if frame.path is not None or frame.image is not None:
-            yield Drawn(_stage(frame, len(done), len(wishes)), done)
+            yield Drawn(_stage(frame, len(done), len(requests)), done)
     yield Drawn("", done)
 
 

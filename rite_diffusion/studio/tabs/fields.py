@@ -11,10 +11,9 @@ import gradio as gr
 from rite_diffusion.errors import StudioError
 
 if TYPE_CHECKING:
-    from rite_diffusion.studio.engine import Wish
+    from rite_diffusion.generation.request import PictureRequest
 
 MOST_PICTURES = 16
-MOST_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Fields:
     seed: gr.Number
     fresh: gr.Checkbox
     count: gr.Slider
-    steps: gr.Slider
+    steps: gr.Textbox
     guidance: gr.Textbox
     width: gr.Textbox
     height: gr.Textbox
@@ -79,7 +78,7 @@ def lay_out_fields(prompt: gr.Textbox) -> Fields:
         fresh = gr.Checkbox(True, label="New seed each time", min_width=150)
     with gr.Row():
         count = gr.Slider(1, MOST_PICTURES, value=4, step=1, label="Pictures", min_width=140)
-        steps = gr.Slider(1, 100, value=25, step=1, label="Steps", min_width=140)
+        steps = optional_number("Steps", "denoising-steps")
     with gr.Accordion("Size, guidance, base model", open=False):
         with gr.Row():
             width = optional_number("Width", "width")
@@ -95,9 +94,9 @@ def named(values: Sequence[Any]) -> dict[str, Any]:
     return dict(zip([field.name for field in fields(Fields)], values, strict=True))
 
 
-def wishes_of(wanted: dict[str, Any], regions: tuple[str, ...] = ()) -> list["Wish"]:
+def requests_of(wanted: dict[str, Any], regions: tuple[str, ...] = ()) -> list["PictureRequest"]:
     """The pictures that the fields ask for, with seeds in a row."""
-    from rite_diffusion.studio.engine import Wish
+    from rite_diffusion.generation.request import PictureRequest
 
     if not wanted["prompt"].strip() and not regions:
         raise StudioError("write a prompt first: what should the picture show?")
@@ -106,8 +105,8 @@ def wishes_of(wanted: dict[str, Any], regions: tuple[str, ...] = ()) -> list["Wi
     kept = {key: wanted[key] for key in ("prompt", "negative")}
     sizes: dict[str, Any] = {key: whole_number(wanted[key], key) for key in ("width", "height")}
     guidance = decimal(wanted["guidance"], "guidance")
-    steps = min(max(int(wanted["steps"]), 1), MOST_STEPS)
-    return [
-        Wish(**kept, **sizes, guidance=guidance, seed=first + index, steps=steps, regions=regions)
-        for index in range(count)
-    ]
+    steps = whole_number(wanted["steps"], "steps")
+    request = PictureRequest(
+        **kept, **sizes, guidance=guidance, seed=first, steps=steps, regions=regions
+    )
+    return request.series(count)

@@ -10,7 +10,7 @@ import gradio as gr
 from rite_diffusion.errors import RiteError
 from rite_diffusion.studio import fusing
 from rite_diffusion.studio.background import followed
-from rite_diffusion.studio.conflicts import report_html
+from rite_diffusion.studio.conflicts import fusion_html
 from rite_diffusion.studio.page import empty_state, in_words, shown, tell
 from rite_diffusion.studio.state import DEVICE, Studio
 from rite_diffusion.studio.tabs import Built
@@ -67,6 +67,10 @@ def build(studio: Studio) -> Built:
             )  # fmt: skip
             with gr.Row():
                 rank = optional_number("Largest rank", "fuse-rank")
+                loss = gr.Checkbox(
+                    False, label="Allow loss", info="even where the rank cuts off more than 1 %",
+                    min_width=140, elem_id="fuse-loss",
+                )  # fmt: skip
                 prompt = gr.Textbox("", label="Prompt to compare with", min_width=180, scale=2,
                                     placeholder="each concept, and all together")  # fmt: skip
             with gr.Row():
@@ -87,7 +91,7 @@ def build(studio: Studio) -> Built:
             )  # fmt: skip
             report = gr.HTML("", elem_id="conflict-report")
     panel = FusePanel(stage, report, sides, keeping, name, gr.State(""), gr.State(""))
-    _connect(studio, panel, chooser, [method, rank, prompt], check, go, stop)
+    _connect(studio, panel, chooser, [method, rank, loss, prompt], check, go, stop)
     _connect_keeping(studio, panel, keep)
     method.change(
         lambda name: gr.Dropdown(info=METHODS[name]), method, method, show_progress="hidden",
@@ -124,33 +128,40 @@ def _connect(
     )  # fmt: skip
 
 
-def _ordered(space: Workspace, method: str, rank: str, *chosen: Any) -> fusing.Order:
+def _ordered(
+    space: Workspace, method: str, rank: str, allow_loss: bool, *chosen: Any
+) -> fusing.Order:
     """The fusion that the form asks for."""
     pairs = chosen_with_weights(chosen[0], chosen[1 : MOST + 1])
-    return fusing.order_of(space, pairs, method, whole_number(rank, "the largest rank"))
+    largest = whole_number(rank, "the largest rank")
+    return fusing.order_of(space, pairs, method, largest, allow_loss)
 
 
 def _preview_handler(studio: Studio, panel: FusePanel) -> Callable:
     @in_words
-    def foresee(request: gr.Request, method: str, rank: str, _: str, *chosen: Any):
+    def foresee(
+        request: gr.Request, method: str, rank: str, allow_loss: bool, _: str, *chosen: Any
+    ):
         space = studio.space(request)
-        order = _ordered(space, method, rank, *chosen)
+        order = _ordered(space, method, rank, allow_loss, *chosen)
         yield _begun(panel)
         work = followed(lambda listen: fusing.foresee(studio, space, order, listen))
         for kind, what in work:
             if kind == "heard":
                 yield {panel.stage: waiting_html(*what)}
             else:
-                yield {panel.stage: "", panel.report: report_html(what)}
+                yield {panel.stage: "", panel.report: fusion_html(what)}
 
     return foresee
 
 
 def _fusion_handler(studio: Studio, panel: FusePanel) -> Callable:
     @in_words
-    def fuse_and_compare(request: gr.Request, method: str, rank: str, prompt: str, *chosen: Any):
+    def fuse_and_compare(
+        request: gr.Request, method: str, rank: str, allow_loss: bool, prompt: str, *chosen: Any
+    ):
         space = studio.space(request)
-        order = _ordered(space, method, rank, *chosen)
+        order = _ordered(space, method, rank, allow_loss, *chosen)
         draft = fusing.new_draft(space)
         yield _begun(panel)
         work = followed(lambda listen: fusing.fuse(studio, space, order, draft, listen))
@@ -158,7 +169,7 @@ def _fusion_handler(studio: Studio, panel: FusePanel) -> Callable:
             if kind == "heard":
                 yield {panel.stage: waiting_html(*what)}
             else:
-                yield {panel.report: report_html(what) if what else ""}
+                yield {panel.report: fusion_html(what)}
         try:
             yield from _compared(studio, space, panel, order, draft, prompt)
         except RiteError as error:  # the base may not be here; the fusion is none the worse
@@ -193,14 +204,14 @@ def _compared(
     prompt: str,
 ) -> Iterator[dict[Any, Any]]:
     """The same prompts and seed with the adapters side by side, then with the fused one."""
-    from rite_diffusion.studio.engine import Wish
+    from rite_diffusion.generation.request import PictureRequest
 
     prompts = [prompt.strip()] if prompt.strip() else fusing.prompts_to_compare(order.cards)
-    wishes = [Wish(text) for text in prompts]
+    requests = [PictureRequest(prompt=text) for text in prompts]
     halves: list[list[Path]] = []
     for adapters in (order.files(), [f"{draft}:1"]):
         done: list[Path] = []
-        for state in drawing(studio, space, wishes, adapters, ""):
+        for state in drawing(studio, space, requests, adapters, ""):
             done = state.done
             yield {panel.stage: state.stage}
         halves.append(done)

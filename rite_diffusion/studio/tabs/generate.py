@@ -11,7 +11,7 @@ from rite_diffusion.studio.state import DEVICE, Studio
 from rite_diffusion.studio.tabs import Built, Refresh
 from rite_diffusion.studio.tabs.adapters import MOST, Chooser, build_chooser, chosen_with_weights
 from rite_diffusion.studio.tabs.drawing import Easel, drawing, lay_out_easel
-from rite_diffusion.studio.tabs.fields import Fields, lay_out_fields, named, wishes_of
+from rite_diffusion.studio.tabs.fields import Fields, lay_out_fields, named, requests_of
 from rite_diffusion.studio.tabs.history import Recall, connect_recall
 from rite_diffusion.studio.tabs.regions import (
     RATIO_JS,
@@ -125,11 +125,11 @@ def _connect_drawing(
         fields, rest = values[: len(own)], values[len(own) :]
         (names, *weights), boxes = rest[: MOST + 1], edited(*rest[MOST + 1 :])
         wanted, space = named(fields), studio.space(request)
-        wishes = wishes_of(wanted, region_texts(boxes, names))
+        requests = requests_of(wanted, region_texts(boxes, names))
         adapters = library.with_weights(space, chosen_with_weights(names, weights))
-        yield {settings.seed: wishes[0].seed, easel.facts: ""}
+        yield {settings.seed: requests[0].seed, easel.facts: ""}
         seen = 0
-        for state in drawing(studio, space, wishes, adapters, wanted["base"]):
+        for state in drawing(studio, space, requests, adapters, wanted["base"]):
             told: dict[Any, Any] = {easel.stage: state.stage}
             if len(state.done) > seen:
                 told[easel.made] = gr.Gallery(value=shown_all(state.done), visible=True)

@@ -108,7 +108,7 @@ def _restored(space: Workspace, picture: Path) -> list[Any]:
         "seed": facts.seed,
         "fresh": False,
         "count": 1,
-        "steps": facts.steps,
+        "steps": str(facts.steps),
         "guidance": str(facts.guidance),
         "width": str(facts.width),
         "height": str(facts.height),

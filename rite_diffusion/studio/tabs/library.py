@@ -53,6 +53,7 @@ class Detail:
     download: gr.DownloadButton
     delete: gr.Button
     to: gr.Dropdown
+    loss: gr.Checkbox
     convert: gr.Button
     converted: gr.DownloadButton
     proof: gr.HTML
@@ -115,13 +116,18 @@ def _lay_out_detail() -> Detail:
                 [(words, dialect) for dialect, words in PROGRAMS.items()],
                 value="kohya", label="Program", elem_id="convert-to",
             )  # fmt: skip
+            loss = gr.Checkbox(
+                False, label="Allow loss", elem_id="convert-loss",
+                info="even where more than 1 % of the adapter cannot be kept",
+            )  # fmt: skip
             convert = gr.Button("Convert", elem_id="convert")
             proof = gr.HTML("", padding=True, elem_id="proof")
             converted = gr.DownloadButton(
                 "Download the converted file", visible=False, elem_id="converted"
             )
     return Detail(
-        facts, actions, name, rename, use, download, delete, to, convert, converted, proof,
+        facts, actions, name, rename, use, download, delete, to, loss, convert, converted,
+        proof,
         gr.State(""),
     )  # fmt: skip
 
@@ -170,12 +176,12 @@ def _connect(studio: Studio, shelf: Shelf, detail: Detail) -> None:
 
 def _connect_export(studio: Studio, detail: Detail) -> None:
     @in_words
-    def convert(name: str, to: str, request: gr.Request):
-        link, proof = export(studio, studio.space(request), name, to)
+    def convert(name: str, to: str, allow_loss: bool, request: gr.Request):
+        link, proof = export(studio, studio.space(request), name, to, None, allow_loss)
         return proof, gr.DownloadButton(value=link, visible=True)
 
     detail.convert.click(
-        convert, [detail.picked, detail.to], [detail.proof, detail.converted],
+        convert, [detail.picked, detail.to, detail.loss], [detail.proof, detail.converted],
         api_visibility="private", concurrency_id=DEVICE, concurrency_limit=1,
     )  # fmt: skip
 

@@ -1,0 +1,64 @@
+"""What cutting updates to fewer ranks loses: the relative Frobenius error over all layers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from rite_diffusion.adapters import Adapter
+from rite_diffusion.errors import AdapterError
+from rite_diffusion.fusion.layer import Factors, as_pair, flat, stack
+from rite_diffusion.fusion.low_rank import squared_norm, to_rank
+from rite_diffusion.types import LoraPair
+
+ALLOWED = 0.01  # what may be lost without being asked for
+LARGEST_RANK = 4096
+
+
+@dataclass
+class Loss:
+    """Sums over layers of |cut - whole|^2 and |whole|^2."""
+
+    lost: float = 0.0
+    size: float = 0.0
+
+    def add(self, whole: Factors, cut: Factors) -> None:
+        """Count a layer's update in, as it was and as it is."""
+        self.size += squared_norm(whole)
+        if cut is not whole:
+            difference = stack([cut, Factors(-whole.up, whole.down)])
+            self.lost += max(squared_norm(difference), 0.0)
+
+    def relative(self) -> float:
+        """The error of all updates together; 0 where nothing was cut."""
+        return (self.lost / self.size) ** 0.5 if self.lost and self.size else 0.0
+
+
+def described(loss: float) -> str:
+    """A loss in words."""
+    return f"relative error {loss:.2g} of all layers' updates"
+
+
+def cut_adapter(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
+    """The adapter with every update of a larger rank as the nearest of that one, and its loss.
+
+    AdapterError for a rank that cannot be and for DoRA layers, whose norms hold for their own
+    factors alone.
+    """
+    if not 1 <= rank <= LARGEST_RANK:
+        raise AdapterError(f"rank {rank} is not between 1 and {LARGEST_RANK}")
+    _refuse_doras([pair for pair in adapter.pairs if pair.rank > rank])
+    loss, pairs = Loss(), list[LoraPair]()
+    for pair in adapter.pairs:
+        whole = flat(replace(pair, magnitude=None), 1.0)
+        cut = to_rank(whole, rank)
+        loss.add(whole, cut)
+        pairs.append(pair if cut is whole else as_pair(pair.name, cut, pair.down.shape[1:]))
+    return replace(adapter, pairs=pairs), loss.relative()
+
+
+def _refuse_doras(pairs: Sequence[LoraPair]) -> None:
+    norms = [pair.name for pair in pairs if pair.magnitude is not None]
+    if norms:
+        raise AdapterError(
+            f"{len(norms)} layers to cut are DoRA (first: {norms[0]}), whose norms hold for their "
+            "own factors alone: `rite fuse FILE --rank N` makes a LoRA of it first"
+        )
