@@ -29,7 +29,8 @@ from optimizer_quality import other_pictures
 from PIL import Image
 from prompts import CONCEPTS, article
 
-from rite_diffusion.adapters import attach, load_adapter
+from rite_diffusion.adapters import load_adapter
+from rite_diffusion.adapters.attach import attach
 from rite_diffusion.api.demo import example_photos
 from rite_diffusion.api.masks import make_masks
 from rite_diffusion.config import merge, parse_assignments

@@ -15,10 +15,11 @@ from pathlib import Path
 from machine import RESULTS, write_result
 from prompts import CONCEPTS, article
 
-from rite_diffusion.adapters import attach, detach, load_adapter
+from rite_diffusion.adapters import load_adapter
+from rite_diffusion.adapters.attach import attach, detach
 from rite_diffusion.api.demo import example_photos
-from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.protocols import Backbone
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.config import parse_assignments
 from rite_diffusion.evaluation.judge import load_judge
 from rite_diffusion.generation.denoise import sample

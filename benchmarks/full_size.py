@@ -29,9 +29,10 @@ from models import (  # noqa: E402
     true_stable_diffusion_15,
     true_stable_diffusion_xl,
 )
-from rite_diffusion.adapters import Adapter, AdapterInfo, attach, load_adapter, save_adapter
+from rite_diffusion.adapters import Adapter, AdapterInfo, load_adapter, save_adapter
+from rite_diffusion.adapters.attach import attach
 from rite_diffusion.adapters.verify import verify_in_diffusers  # noqa: E402
-from rite_diffusion.backbones import load_backbone  # noqa: E402
+from rite_diffusion.backbones.source import load_backbone  # noqa: E402
 from rite_diffusion.generation.denoise import sample  # noqa: E402
 from rite_diffusion.methods import PlainLora  # noqa: E402
 from rite_diffusion.training.plan import configure  # noqa: E402

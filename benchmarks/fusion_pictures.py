@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from prompts import CONCEPTS, article
 
-from rite_diffusion.adapters import attach, detach
+from rite_diffusion.adapters.attach import attach, detach
 from rite_diffusion.adapters.choice import choose_adapters
 from rite_diffusion.api.demo import example_photos
-from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.protocols import Backbone
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.evaluation.judge import as_pixels, load_judge
 from rite_diffusion.generation.attached import Attached, as_attached
 from rite_diffusion.generation.denoise import denoising, pictures, sample

@@ -14,7 +14,7 @@ from prompts import CONCEPTS
 
 from rite_diffusion.api.demo import example_photos
 from rite_diffusion.api.masks import attention_segmenter
-from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.photos.folder import read_folder
 from rite_diffusion.photos.segmenter import NoSubject
 from rite_diffusion.types import Concept

@@ -6,8 +6,9 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from rite_diffusion.adapters import detach
-from rite_diffusion.backbones import StableDiffusion, load_backbone
+from rite_diffusion.adapters.attach import detach
+from rite_diffusion.backbones.source import load_backbone
+from rite_diffusion.backbones.stable_diffusion import StableDiffusion
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 SWITCHES = ("training", "gradient_checkpointing", "processor", "_compiled_call_impl")

@@ -105,7 +105,7 @@ def pocket_adapter(path: Path, trigger: str, seed: int) -> Path:
     """An adapter of the pocket base that has learned nothing but noise."""
     from random_adapters import random_adapter
     from rite_diffusion.adapters import save_adapter
-    from rite_diffusion.backbones import load_backbone
+    from rite_diffusion.backbones.source import load_backbone
 
     backbone = load_backbone("pocket")
     adapter = random_adapter(backbone, 2, 0.2, seed)

@@ -2,6 +2,8 @@ import json
 import os
 import stat
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -10,19 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from predictions import prediction, prediction_in_diffusers
 from random_adapters import random_adapter
-from rite_diffusion.adapters import (
-    Adapter,
-    attach,
-    detach,
-    inject,
-    load_adapter,
-    read_pairs,
-    save_adapter,
-)
-from rite_diffusion.adapters.attach import places, set_weight
+from rite_diffusion.adapters import Adapter, AdapterInfo, load_adapter, save_adapter
+from rite_diffusion.adapters.attach import attach, detach, inject, places, read_pairs, set_weight
 from rite_diffusion.adapters.storage import write_tensors
-from rite_diffusion.backbones import load_backbone
-from rite_diffusion.backbones.source import POCKET
+from rite_diffusion.backbones.source import POCKET, load_backbone
 from rite_diffusion.errors import AdapterError
 from shared_bases import shared_base
 
@@ -176,3 +169,16 @@ def test_equal_adapters_are_equal_files(tmp_path):
     with safe_open(tmp_path / "10.safetensors", "pt") as file:
         assert file.metadata() == facts | {"format": "pt"}
         assert all(torch.equal(file.get_tensor(name), value) for name, value in tensors.items())
+
+
+def test_files_are_read_without_the_libraries_of_models(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_adapter(path, Adapter([], AdapterInfo(trigger="<t>"), {"<t>": torch.ones(1, 1, 4)}))
+    code = (
+        "import sys\n"
+        "from rite_diffusion.adapters import load_adapter\n"
+        f"assert load_adapter({str(path)!r}).info.trigger == '<t>'\n"
+        "print([m for m in ('peft', 'diffusers', 'transformers') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"

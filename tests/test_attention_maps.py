@@ -4,9 +4,9 @@ from torch.nn import functional as F
 
 from models import tiny_stable_diffusion_2
 from reference.attention_penalty import KeepingAttention, literal_maps, literal_penalty
-from rite_diffusion.adapters import attach
-from rite_diffusion.backbones import load_backbone
+from rite_diffusion.adapters.attach import attach
 from rite_diffusion.backbones.attention_maps import AttentionRecorder, grid_of
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.backbones.stable_diffusion import StableDiffusion
 from rite_diffusion.methods.ed_lora import EdLora, attention_penalty
 from wordy import PROMPT, random_words, tokens_adapter, wordy_config

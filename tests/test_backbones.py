@@ -10,8 +10,8 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 import rite_diffusion as rite
 from rite_diffusion.adapters.attach import STRANGER
-from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.fingerprint import fingerprint
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import AdapterError, BackboneError
 from rite_diffusion.methods import PlainLora
 from rite_diffusion.training.plan import configure

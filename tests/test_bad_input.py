@@ -23,7 +23,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 
 import rite_diffusion as rite
 from bad_values import GOOD, bad_values, kind_of, make_world
-from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.cli.app import app, main
 from rite_diffusion.errors import RiteError
 

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from random_adapters import random_adapter
-from rite_diffusion.adapters import attach
-from rite_diffusion.adapters.attach import lora_layers, set_weight
+from rite_diffusion.adapters.attach import attach, lora_layers, set_weight
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.composition import COMPOSITIONS, PERIOD

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from predictions import prediction, prediction_in_diffusers
-from rite_diffusion.adapters import Adapter, AdapterInfo, attach, load_adapter, save_adapter
+from rite_diffusion.adapters import Adapter, AdapterInfo, load_adapter, save_adapter
+from rite_diffusion.adapters.attach import attach
 from rite_diffusion.adapters.learned_embeddings import tokens_of
 from rite_diffusion.backbones.source import POCKET
 from rite_diffusion.errors import ConfigError

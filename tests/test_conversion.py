@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 import rite_diffusion as rite
 from predictions import prediction, prediction_of
 from random_adapters import ATTENTION, LAYERS, varied_adapter
-from rite_diffusion.adapters import Adapter, AdapterInfo, attach, detach, load_adapter, save_adapter
-from rite_diffusion.adapters.attach import base_weights, places
+from rite_diffusion.adapters import Adapter, AdapterInfo, load_adapter, save_adapter
+from rite_diffusion.adapters.attach import attach, base_weights, detach, places
 from rite_diffusion.adapters.delta import adapted_weight
 from rite_diffusion.adapters.dialects import DIALECTS
 from rite_diffusion.adapters.dialects.published import load_published
@@ -26,7 +26,7 @@ from rite_diffusion.adapters.verify import (
     verify_by_map,
     verify_in_diffusers,
 )
-from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import AdapterError
 from rite_diffusion.types import LoraPair
 from shared_bases import shared_base

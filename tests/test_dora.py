@@ -10,11 +10,11 @@ from torch import nn
 import rite_diffusion as rite
 from predictions import prediction
 from random_adapters import LAYERS, varied_adapter
-from rite_diffusion.adapters import Adapter, attach, detach, load_adapter, read_pairs, save_adapter
-from rite_diffusion.adapters.attach import base_weights, set_weight
+from rite_diffusion.adapters import Adapter, load_adapter, save_adapter
+from rite_diffusion.adapters.attach import attach, base_weights, detach, read_pairs, set_weight
 from rite_diffusion.adapters.delta import adapted_weight, delta_weight
 from rite_diffusion.adapters.names import split_path
-from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.composition import composed, switched
 from rite_diffusion.generation.denoise import guided

@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from random_adapters import random_adapter
-from rite_diffusion.adapters import attach
-from rite_diffusion.adapters.attach import lora_layers
-from rite_diffusion.backbones import load_backbone
+from rite_diffusion.adapters.attach import attach, lora_layers
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.backbones.text_cache import cached_conditioning
 from rite_diffusion.errors import RunError
 from rite_diffusion.files.writing import cache_folder

@@ -8,8 +8,8 @@ import rite_diffusion as rite
 from fusion_layers import SHAPES, dense, random_adapter, random_member, random_pair
 from predictions import prediction
 from random_adapters import random_adapter as random_backbone_adapter
-from rite_diffusion.adapters import Adapter, attach, detach, load_adapter, save_adapter
-from rite_diffusion.adapters.attach import base_weights
+from rite_diffusion.adapters import Adapter, load_adapter, save_adapter
+from rite_diffusion.adapters.attach import attach, base_weights, detach
 from rite_diffusion.adapters.delta import adapted_weight
 from rite_diffusion.errors import FusionError
 from rite_diffusion.fusion import FusionSettings

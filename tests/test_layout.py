@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import rite_diffusion as rite
-from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.denoise import denoising, guided, pictures

@@ -16,7 +16,7 @@ from random_adapters import random_adapter
 from rite_diffusion.adapters import AdapterInfo, load_adapter, save_adapter
 from rite_diffusion.adapters.attach import places
 from rite_diffusion.adapters.delta import delta_weight
-from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import AdapterError, FusionError
 from rite_diffusion.fusion.members import Member
 from rite_diffusion.fusion.merge import merge_with_loss

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from rite_diffusion.api.demo import example_photos
 from rite_diffusion.api.masks import attention_segmenter, make_masks
-from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.photos import segmenter
 from rite_diffusion.photos.cutout import cut_out, otsu

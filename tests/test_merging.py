@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 import rite_diffusion as rite
 from fusion_layers import dense, random_member
 from predictions import prediction, prediction_in_diffusers
-from rite_diffusion.adapters import attach, detach, load_adapter
+from rite_diffusion.adapters import load_adapter
+from rite_diffusion.adapters.attach import attach, detach
 from rite_diffusion.api.fuse import fuse_and_report
 from rite_diffusion.api.sketch import with_sketches
 from rite_diffusion.cli.app import app

@@ -9,7 +9,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import rite_diffusion as rite
-from rite_diffusion.adapters import attach, load_adapter
+from rite_diffusion.adapters import load_adapter
+from rite_diffusion.adapters.attach import attach
 from rite_diffusion.api.demo import example_photos
 from rite_diffusion.backbones.source import POCKET
 from rite_diffusion.evaluation.judge import load_judge

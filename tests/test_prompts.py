@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from random_adapters import random_adapter
-from rite_diffusion.adapters import AdapterInfo, attach, detach
+from rite_diffusion.adapters import AdapterInfo
 from rite_diffusion.adapters.adapter import Adapter
+from rite_diffusion.adapters.attach import attach, detach
 from rite_diffusion.backbones.chunks import chunks_of
 from rite_diffusion.backbones.clip_tokenizer import clip_tokenizer
 from rite_diffusion.backbones.prompt_syntax import Passage, read_prompt

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from random_adapters import random_adapter
-from rite_diffusion.adapters import attach
+from rite_diffusion.adapters.attach import attach
 from rite_diffusion.backbones.protocols import Conditioning
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.generation.attached import Attached

@@ -113,11 +113,11 @@ def test_runs_of_two_threads_at_once_are_one_run_killed_or_not(photos, tmp_path,
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["killable"])
-    first, second, killed = (
+    whole, killed = (
         context.Process(target=killable.run_threaded, args=(photos, tmp_path / name))
-        for name in ("first", "second", "killed")
+        for name in ("whole", "killed")
     )
-    for process in (first, second, killed):  # each is the others' load
+    for process in (whole, killed):  # each is the other's load
         process.start()
     while _size(tmp_path / "killed/metrics.jsonl") == 0:
         assert killed.is_alive()
@@ -126,11 +126,10 @@ def test_runs_of_two_threads_at_once_are_one_run_killed_or_not(photos, tmp_path,
     killed.join()
     again = context.Process(target=killable.run_threaded, args=(photos, tmp_path / "killed"))
     again.start()
-    for process in (first, second, again):
+    for process in (whole, again):
         process.join()
         assert process.exitcode == 0
-    same_run(tmp_path / "first", tmp_path / "second")
-    same_run(tmp_path / "first", tmp_path / "killed")
+    same_run(tmp_path / "whole", tmp_path / "killed")
 
 
 def _wait_for_a_step(metrics: Path, seconds: float = 120) -> None:

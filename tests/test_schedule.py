@@ -13,7 +13,6 @@ from diffusers import (
 )
 
 import rite_diffusion as rite
-from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.schedule import (
     ddpm_schedule,
     flow_schedule,
@@ -21,6 +20,7 @@ from rite_diffusion.backbones.schedule import (
     prediction_type,
     sampler,
 )
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import BackboneError
 from rite_diffusion.generation.denoise import denoising, guided
 from rite_diffusion.methods import PlainLora

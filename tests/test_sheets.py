@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 
 import rite_diffusion as rite
-from rite_diffusion.adapters import attach, load_adapter
+from rite_diffusion.adapters import load_adapter
+from rite_diffusion.adapters.attach import attach
 from rite_diffusion.api.sheet import AXES, plan_sheet
 from rite_diffusion.errors import AdapterError, ConfigError, FusionError, OutputError
 from rite_diffusion.generation.denoise import sample

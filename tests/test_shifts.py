@@ -5,13 +5,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from predictions import prediction
-from rite_diffusion.adapters import Adapter, AdapterInfo, attach, detach, load_adapter, save_adapter
-from rite_diffusion.adapters.attach import set_weight
+from rite_diffusion.adapters import Adapter, AdapterInfo, load_adapter, save_adapter
+from rite_diffusion.adapters.attach import attach, detach, set_weight
 from rite_diffusion.adapters.dialects import DIALECTS
 from rite_diffusion.adapters.shifts import modules_of
 from rite_diffusion.adapters.verify import verify_by_map
 from rite_diffusion.api.convert import convert
-from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import AdapterError, FusionError
 from rite_diffusion.fusion.members import Member
 from rite_diffusion.fusion.merge import merge

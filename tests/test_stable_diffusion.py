@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 import rite_diffusion as rite
 from models import true_stable_diffusion_15
 from reference.ldm_layout import ldm_state_dict
-from rite_diffusion.backbones import load_backbone
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import AdapterError, BackboneError
 
 SETTINGS = {"steps": 2, "batch": 2, "precision": "fp32", "previews": {"every": 0}}

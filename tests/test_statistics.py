@@ -7,8 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from random_adapters import random_adapter
-from rite_diffusion.adapters import attach
-from rite_diffusion.adapters.attach import places
+from rite_diffusion.adapters.attach import attach, places
 from rite_diffusion.errors import FusionError
 from rite_diffusion.fusion import statistics
 from rite_diffusion.fusion.measure import measure, sketched_layers

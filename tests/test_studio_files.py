@@ -120,7 +120,7 @@ def test_a_zip_that_leads_out_is_refused_before_anything_is_kept(space, tmp_path
     folder = space.folder("photos") / "dog"
     with pytest.raises(StudioError, match="leads out of it"):
         keep_photos([str(good), archive], folder)
-    assert list(folder.iterdir()) == []
+    assert not folder.exists()
     assert {path.name for path in tmp_path.iterdir()} == {"a.zip", "good.png", "space"}
 
 
@@ -140,7 +140,7 @@ def test_a_zip_bomb_is_refused_by_what_it_says_and_by_what_it_holds(space, tmp_p
     Path(archive).write_bytes(lying)
     with pytest.raises(StudioError, match="damaged"):
         keep_photos([archive], folder)
-    assert list(folder.iterdir()) == []
+    assert not folder.exists()
 
 
 def test_too_many_or_too_much_is_refused_and_leaves_nothing(space, tmp_path, monkeypatch):
@@ -153,7 +153,7 @@ def test_too_many_or_too_much_is_refused_and_leaves_nothing(space, tmp_path, mon
     monkeypatch.setattr(uploads, "LARGEST_SET", 1)
     with pytest.raises(StudioError, match="choose fewer"):
         keep_photos(sources, folder)
-    assert list(folder.iterdir()) == []
+    assert not folder.exists()
     archive = zip_of(tmp_path / "many.zip", {f"{i}.txt": b"" for i in range(9)})
     monkeypatch.setattr(uploads, "MOST_ENTRIES", 8)
     with pytest.raises(StudioError, match="over 8 files"):

@@ -6,12 +6,13 @@ import rite_diffusion as rite
 from predictions import prediction
 from random_adapters import random_adapter
 from reference.learned_words import layerwise_states, literal_cross_attentions
-from rite_diffusion.adapters import Adapter, AdapterInfo, attach, detach, load_adapter, save_adapter
+from rite_diffusion.adapters import Adapter, AdapterInfo, load_adapter, save_adapter
+from rite_diffusion.adapters.attach import attach, detach
 from rite_diffusion.adapters.choice import choose_adapters, notes
-from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.clip_tokenizer import clip_tokenizer
 from rite_diffusion.backbones.learned_embeddings import ids_of, tokens_of
 from rite_diffusion.backbones.protocols import Word
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import AdapterError
 from wordy import PROMPT, random_words, tokens_adapter
 

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from rite_diffusion.adapters import AdapterInfo, attach
-from rite_diffusion.adapters.attach import check_base
+from rite_diffusion.adapters import AdapterInfo
+from rite_diffusion.adapters.attach import attach, check_base
 from rite_diffusion.adapters.choice import Chosen
-from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.protocols import Backbone
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import AdapterError
 from rite_diffusion.generation.attached import attached_name
 

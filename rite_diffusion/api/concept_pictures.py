@@ -2,7 +2,8 @@
 
 from PIL.Image import Image
 
-from rite_diffusion.adapters import Adapter, attach, detach
+from rite_diffusion.adapters import Adapter
+from rite_diffusion.adapters.attach import attach, detach
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.fusion.conflict_sheet import ConceptPictures
 from rite_diffusion.fusion.members import Member

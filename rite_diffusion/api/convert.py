@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL.Image import Image
 
-from rite_diffusion.adapters import Adapter, attach, detach, load_adapter
-from rite_diffusion.adapters.attach import base_layers, base_weights
+from rite_diffusion.adapters import Adapter, load_adapter
+from rite_diffusion.adapters.attach import attach, base_layers, base_weights, detach
 from rite_diffusion.adapters.dialects import DIALECTS, embeddings
 from rite_diffusion.adapters.dialects.published import load_published
 from rite_diffusion.adapters.families import family_of, family_of_base
@@ -19,9 +19,8 @@ from rite_diffusion.adapters.verify import (
     verify_in_diffusers,
     verify_in_peft,
 )
-from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.protocols import Backbone
-from rite_diffusion.backbones.source import open_pipeline
+from rite_diffusion.backbones.source import load_backbone, open_pipeline
 from rite_diffusion.errors import AdapterError
 from rite_diffusion.files.writing import (
     check_outputs,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from rite_diffusion.adapters import attach, load_adapter
+from rite_diffusion.adapters import load_adapter
+from rite_diffusion.adapters.attach import attach
 from rite_diffusion.errors import RunError
 from rite_diffusion.evaluation.judge import load_judge
 from rite_diffusion.files.writing import folder_output

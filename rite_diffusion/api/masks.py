@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.attention_maps import AttentionRecorder
 from rite_diffusion.backbones.protocols import Backbone
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import ConfigError, PhotoFolderError
 from rite_diffusion.files.writing import check_outputs, user_path, write_output
 from rite_diffusion.photos.buckets import bucket_of, bucket_sizes

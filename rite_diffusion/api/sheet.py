@@ -13,8 +13,8 @@ from PIL import PngImagePlugin
 from PIL.Image import Image
 
 from rite_diffusion._version import __version__
-from rite_diffusion.adapters import Adapter, attach, detach
-from rite_diffusion.adapters.attach import check_base
+from rite_diffusion.adapters import Adapter
+from rite_diffusion.adapters.attach import attach, check_base, detach
 from rite_diffusion.adapters.choice import (
     Chosen,
     choose_adapters,

@@ -6,7 +6,9 @@ import warnings
 from functools import partial
 from pathlib import Path
 
+import diffusers.utils.logging
 import torch
+import transformers.utils.logging
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 from rite_diffusion.backbones.protocols import Backbone, Defaults
@@ -14,6 +16,11 @@ from rite_diffusion.backbones.sdxl import StableDiffusionXL
 from rite_diffusion.backbones.stable_diffusion import Pipeline, StableDiffusion
 from rite_diffusion.errors import BackboneError
 from rite_diffusion.files.writing import user_path
+
+# Both libraries draw progress bars and warn of what is no concern of this toolkit's user.
+for _library in (transformers.utils.logging, diffusers.utils.logging):
+    _library.set_verbosity_error()
+    _library.disable_progress_bar()
 
 POCKET = Path(__file__).parent / "pocket" / "weights"
 OWN_DEFAULTS = {"pocket": Defaults(guidance=3.0)}  # at which its pictures look best

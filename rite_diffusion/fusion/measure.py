@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterable, Sequence
 
 from rite_diffusion._version import __version__
-from rite_diffusion.adapters import Adapter, attach, detach
+from rite_diffusion.adapters import Adapter
+from rite_diffusion.adapters.attach import attach, detach
 from rite_diffusion.adapters.names import module_name
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.fusion.members import digest_of

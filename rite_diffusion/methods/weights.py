@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rite_diffusion.adapters import detach, inject, read_pairs
+from rite_diffusion.adapters.attach import detach, inject, read_pairs
 from rite_diffusion.adapters.names import module_name
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import OptimSection, TrainConfig

@@ -15,8 +15,9 @@ import gradio as gr
 
 from rite_diffusion.errors import StudioError
 from rite_diffusion.studio import fusing, library
+from rite_diffusion.studio.endpoints import endpoint
 from rite_diffusion.studio.exports import export
-from rite_diffusion.studio.page import in_words, shown, tell, uploaded
+from rite_diffusion.studio.page import shown, tell, uploaded
 from rite_diffusion.studio.presets import STANDARD, training_settings
 from rite_diffusion.studio.sheet_orders import SheetOrder, draw_sheet
 from rite_diffusion.studio.state import DEVICE, Studio
@@ -44,24 +45,27 @@ def _linked(link: str) -> Any:
 
 def path_in(file: Any) -> Path:
     """Where an uploaded file lies; Gradio's FileData is a dictionary by then."""
-    return uploaded(file["path"])
+    path = file.get("path")
+    if not isinstance(path, str):
+        raise StudioError('a file is {"path": …} of one that was uploaded: send it first.')
+    return uploaded(path)
 
 
 def _build_generation(studio: Studio) -> None:
-    @in_words
+    @endpoint
     def read_picture(file: gr.FileData) -> dict:
         """The parameters that a picture of this studio carries."""
         from rite_diffusion.studio.history import parameters_of
 
         return asdict(parameters_of(path_in(file)))
 
-    for endpoint in (_generation(studio), _comparison(studio)):
-        gr.api(endpoint, concurrency_id=DEVICE, concurrency_limit=1)
+    for each in (_generation(studio), _comparison(studio)):
+        gr.api(each, concurrency_id=DEVICE, concurrency_limit=1)
     gr.api(read_picture, concurrency_limit=None)
 
 
 def _generation(studio: Studio) -> Callable:
-    @in_words
+    @endpoint
     def generate(
         prompt: str,
         adapters: list[str] | None = None,
@@ -99,7 +103,7 @@ def _generation(studio: Studio) -> Callable:
 
 
 def _comparison(studio: Studio) -> Callable:
-    @in_words
+    @endpoint
     def compare(
         prompts: list[str],
         adapters: list[list[str]] | None = None,
@@ -140,7 +144,7 @@ def _weighted(item: str) -> tuple[str, float]:
 
 
 def _training(studio: Studio) -> Callable:
-    @in_words
+    @endpoint
     def train(
         photos: list[gr.FileData],
         trigger: str,
@@ -177,29 +181,29 @@ def _training(studio: Studio) -> Callable:
 def _build_training(studio: Studio) -> None:
     from rite_diffusion.studio.progress import read_progress
 
-    @in_words
+    @endpoint
     def run_state(run: str, request: gr.Request = None) -> dict:  # type: ignore
         """State, step, total, loss and seconds left of a run."""
         found = asdict(read_progress(studio.space(request).find("runs", run)))
         return {key: value for key, value in found.items() if key not in ("metrics", "previews")}
 
-    @in_words
+    @endpoint
     def runs(request: gr.Request = None) -> list[str]:  # type: ignore
         """Names of all runs, newest first."""
         return studio.space(request).names("runs")
 
-    @in_words
+    @endpoint
     def stop_run(run: str, request: gr.Request = None) -> str:  # type: ignore
         """Ask a run to end after its step; returns the state it was in."""
         return studio.queue.stop(studio.space(request).find("runs", run))
 
-    @in_words
+    @endpoint
     def resume_run(run: str, request: gr.Request = None) -> str:  # type: ignore
         """Put a stopped or failed run into the queue again."""
         studio.queue.resume(studio.space(request).find("runs", run))
         return "queued"
 
-    @in_words
+    @endpoint
     def ask_run(run: str, what: str, request: gr.Request = None) -> str:  # type: ignore
         """Ask a running run to `save` a checkpoint or to `sample` previews now."""
         if what not in ("save", "sample"):
@@ -207,46 +211,46 @@ def _build_training(studio: Studio) -> None:
         studio.queue.ask(studio.space(request).find("runs", run), what)
         return what
 
-    for endpoint in (_training(studio), runs, run_state, stop_run, resume_run, ask_run):
-        gr.api(endpoint, concurrency_limit=None)
+    for each in (_training(studio), runs, run_state, stop_run, resume_run, ask_run):
+        gr.api(each, concurrency_limit=None)
 
 
 def _build_library(studio: Studio) -> None:
-    @in_words
+    @endpoint
     def adapters(request: gr.Request = None) -> list[dict]:  # type: ignore
         """Every adapter: name, trigger, class noun, base, method, ranks, size in bytes, run."""
         wanted = ("name", "trigger", "class_noun", "base", "method", "ranks", "size", "run")
         found = library.cards(studio.space(request))
         return [{key: getattr(card, key) for key in wanted} for card in found]
 
-    @in_words
+    @endpoint
     def import_adapter(file: gr.FileData, request: gr.Request = None) -> str:  # type: ignore
         """Check an adapter file and bring it into the library; returns its name there."""
         return library.bring_in(studio.space(request), path_in(file))
 
-    @in_words
+    @endpoint
     def download_adapter(name: str, request: gr.Request = None) -> gr.FileData:  # type: ignore
         """The file of an adapter."""
         card = library.find(studio.space(request), name)
         return file_data(card.path, f"{card.name}.safetensors")
 
-    @in_words
+    @endpoint
     def rename_adapter(name: str, to: str, request: gr.Request = None) -> str:  # type: ignore
         """Give an adapter another name."""
         return library.rename(studio.space(request), name, to)
 
-    @in_words
+    @endpoint
     def delete_adapter(name: str, request: gr.Request = None) -> str:  # type: ignore
         """Delete an adapter, and the run that made it; `undo_delete` puts it back."""
         library.delete(studio.space(request), name)
         return name
 
-    @in_words
+    @endpoint
     def undo_delete(request: gr.Request = None) -> str:  # type: ignore
         """Put back what was deleted last."""
         return title_of(studio.space(request).put_back())
 
-    @in_words
+    @endpoint
     def convert_adapter(
         name: str,
         to: str,
@@ -261,15 +265,15 @@ def _build_library(studio: Studio) -> None:
         link, _ = export(studio, studio.space(request), name, to, rank, allow_loss)
         return _linked(link)
 
-    for endpoint in (
+    for each in (
         adapters, import_adapter, download_adapter, rename_adapter, delete_adapter, undo_delete,
     ):  # fmt: skip
-        gr.api(endpoint, concurrency_limit=None)
+        gr.api(each, concurrency_limit=None)
     gr.api(convert_adapter, concurrency_id=DEVICE, concurrency_limit=1)
 
 
 def _build_fusion(studio: Studio) -> None:
-    @in_words
+    @endpoint
     def conflicts(
         adapters: list[str],
         method: str = "gram",
@@ -282,7 +286,7 @@ def _build_fusion(studio: Studio) -> None:
         made = fusing.foresee(studio, space, order, _unheard)
         return made.report.as_dict() | {"loss": made.loss}
 
-    @in_words
+    @endpoint
     def fuse(
         adapters: list[str],
         method: str = "gram",
@@ -303,5 +307,5 @@ def _build_fusion(studio: Studio) -> None:
         fusing.fuse(studio, space, order, draft, _unheard)
         return fusing.keep(space, draft.name, wanted, None)
 
-    for endpoint in (conflicts, fuse):
-        gr.api(endpoint, concurrency_id=DEVICE, concurrency_limit=1)
+    for each in (conflicts, fuse):
+        gr.api(each, concurrency_id=DEVICE, concurrency_limit=1)

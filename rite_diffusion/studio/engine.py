@@ -10,11 +10,10 @@ from pathlib import Path
 import torch
 from PIL.Image import Image
 
-from rite_diffusion.adapters import attach, detach
-from rite_diffusion.adapters.attach import set_weight
+from rite_diffusion.adapters.attach import attach, detach, set_weight
 from rite_diffusion.adapters.choice import Chosen, choose_adapters, notes
-from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.protocols import Backbone
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.generation.attached import Attached, as_attached, attached_name
 from rite_diffusion.generation.denoise import pictures
 from rite_diffusion.generation.metadata import png_of

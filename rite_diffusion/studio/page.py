@@ -17,8 +17,10 @@ from gradio.utils import get_upload_folder
 from PIL import Image
 
 from rite_diffusion.errors import RiteError, StudioError
+from rite_diffusion.files.writing import printable, user_path
 
 _SECRET = secrets.token_bytes()
+LONGEST = 600  # characters of a message
 
 
 def in_words(handler: Callable) -> Callable:
@@ -46,14 +48,16 @@ def in_words(handler: Callable) -> Callable:
 
 def _message(error: RiteError) -> gr.Error:
     """The error as Gradio shows it; it would take the text for HTML."""
-    text = str(error)
+    text = printable(str(error))
+    if len(text) > LONGEST:  # what was found and, at the end, what to do
+        text = f"{text[: LONGEST - 203]} … {text[-200:]}"
     words = escape(text[:1].upper() + text[1:], quote=False)
     return gr.Error(words, title="That did not work", print_exception=False)
 
 
 def tell(text: str) -> None:
     """Show a note."""
-    gr.Info(escape(text))
+    gr.Info(escape(printable(text)))
 
 
 def shown(path: Path, name: str | None = None) -> str:
@@ -82,7 +86,7 @@ def shown_all(paths: Iterable[Path]) -> list[str]:
 
 def uploaded(path: str | Path) -> Path:
     """The path, if it lies where uploads are kept; StudioError otherwise."""
-    resolved = Path(path).resolve()
+    resolved = user_path(path).resolve()
     if not resolved.is_relative_to(Path(get_upload_folder()).resolve()) or not resolved.is_file():
         raise StudioError("that file was not uploaded here: send it with the request.")
     return resolved

@@ -67,6 +67,7 @@ def launch(settings: Settings):
             share=settings.share,
             mcp_server=settings.mcp,
             max_file_size=LARGEST_UPLOAD,
+            show_error=True,  # of what Gradio refuses itself, such as files that are not uploads
             allowed_paths=[],
             theme=theme(),
             css=CSS,

@@ -23,6 +23,7 @@ def keep_photos(uploads: Sequence[str], folder: Path) -> None:
     Names are made plain and unique. StudioError, with nothing kept, where it is too many or too
     much or an archive is not what it should be.
     """
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     kept: list[Path] = []
     try:
@@ -32,14 +33,16 @@ def keep_photos(uploads: Sequence[str], folder: Path) -> None:
                 raise StudioError(f"more than {MOST_FILES} files: choose fewer photos.")
             if sum(path.stat().st_size for path in kept) > LARGEST_SET:
                 raise StudioError(f"the photos are over {LARGEST_SET // 10**9} GB: choose fewer.")
+        if not kept:
+            raise StudioError("no photos among the files: expected .jpg, .png, .webp or a .zip.")
     except (StudioError, zipfile.BadZipFile, OSError) as error:
         for path in kept:
             path.unlink(missing_ok=True)
+        if made:
+            folder.rmdir()
         if isinstance(error, zipfile.BadZipFile):
             raise StudioError("the zip archive is damaged: make it again.") from None
         raise
-    if not kept:
-        raise StudioError("no photos among the files: expected .jpg, .png, .webp or a .zip.")
 
 
 def _files(uploads: Sequence[str]) -> Iterator[tuple[Path | tuple[zipfile.ZipFile, str], str]]:

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from rite_diffusion.backbones import load_backbone
 from rite_diffusion.backbones.prompt_syntax import read_prompt
 from rite_diffusion.backbones.protocols import Backbone
-from rite_diffusion.backbones.source import default_device, usable_precision
+from rite_diffusion.backbones.source import default_device, load_backbone, usable_precision
 from rite_diffusion.config import PhotoSource, TrainConfig, fill, load_preset, merge, resolve
 from rite_diffusion.config.rates import with_rates
 from rite_diffusion.errors import ConfigError

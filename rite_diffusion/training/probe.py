@@ -44,7 +44,7 @@ def _trial(
         trainer = Trainer(Job(backbone, method, data, config))
         for step in range(STEPS):
             trainer.step(step)
-        with trainer.accelerator.autocast():
+        with trainer.precision.autocast():
             return held_out_loss(backbone, method, data, config)
     finally:
         method.remove()

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import TrainConfig
@@ -19,6 +18,7 @@ from rite_diffusion.training.batch import Batch
 from rite_diffusion.training.configured import step_batch, step_loss
 from rite_diffusion.training.job import Job, keep_captions, release_encoders
 from rite_diffusion.training.memory import is_out_of_memory, out_of_memory
+from rite_diffusion.training.precision import MixedPrecision
 from rite_diffusion.training.processes import (
     average_gradients,
     mean_over_processes,
@@ -54,15 +54,11 @@ def build_optimizer(method: Method, config: TrainConfig) -> torch.optim.Optimize
         raise ConfigError(f"optimizer '{optim.name}': {error}") from None
 
 
-def new_accelerator(backbone: Backbone, config: TrainConfig) -> Accelerator:
-    """The accelerator of a run; a process may train twice, at two precisions."""
-    AcceleratorState._reset_state()
+def new_accelerator(backbone: Backbone) -> Accelerator:
+    """What joins the processes of a run; precision is not its business, see `MixedPrecision`."""
     try:
         with without_leftovers():
-            return Accelerator(
-                cpu=backbone.device.type == "cpu",
-                mixed_precision={"fp32": "no"}.get(config.precision, config.precision),
-            )
+            return Accelerator(cpu=backbone.device.type == "cpu", mixed_precision="no")
     except torch.distributed.DistError as error:
         raise unreachable(error) from error
 
@@ -73,13 +69,13 @@ class Trainer:
     def __init__(self, job: Job, between: Callable[[], object] = lambda: None):
         """`between` is called before each part of a step, and may raise to end it."""
         self.job, self._between = job, between
-        self.accelerator = new_accelerator(job.backbone, job.config)
+        self.accelerator = new_accelerator(job.backbone)
+        self.precision = MixedPrecision(job.backbone.device, job.config.precision)
         self.optimizer = build_optimizer(job.method, job.config)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
         named = [named for group in job.method.groups() for named in group["params"]]
         self.average = WeightAverage(named, job.config.ema)
         self.parameters = [parameter for _, parameter in named]
-        self._stepper = self.accelerator.prepare(self.optimizer)
 
     def step(self, step: int) -> tuple[float, Batch, bool]:
         """One optimizer step: its loss, its batch, and whether it changed the weights.
@@ -94,14 +90,13 @@ class Trainer:
             group["lr"] = peak * factor
         batch = step_batch(job.backbone, job.data, job.config, step, accelerator.num_processes)
         loss = self._gradients(batch)
-        norm = accelerator.clip_grad_norm_(self.parameters, job.config.optim.clip_norm)
-        # In fp16 a gradient may overflow; the scaler then leaves the step out by itself.
-        usable = accelerator.scaler is not None or bool(torch.isfinite(torch.as_tensor(norm)))
+        norm = self.precision.clip(self.optimizer, self.parameters, job.config.optim.clip_norm)
+        usable = self.precision.handles_overflow or bool(torch.isfinite(norm))
         good = math.isfinite(loss) and usable
         if good:
-            self._stepper.step()
+            self.precision.step(self.optimizer)
             self.average.update(step)
-        self._stepper.zero_grad()
+        self.optimizer.zero_grad()
         return loss, batch, good
 
     def _gradients(self, batch: Batch) -> float:
@@ -111,9 +106,9 @@ class Trainer:
         value = 0.0
         for part in batch.parts(share * processes)[accelerator.process_index :: processes]:
             self._between()
-            with accelerator.autocast():
+            with self.precision.autocast():
                 loss = step_loss(job.backbone, job.method, part, job.config) / share
-            accelerator.backward(loss)
+            self.precision.backward(loss)
             value += loss.item()
         average_gradients(accelerator, self.parameters)
         return mean_over_processes(accelerator, value)
@@ -123,7 +118,7 @@ class Trainer:
         job = self.job
         if job.held_out is None:
             return None
-        with self.accelerator.autocast():
+        with self.precision.autocast():
             return held_out_loss(job.backbone, job.method, job.held_out, job.config)
 
 
@@ -163,7 +158,7 @@ def train_steps(
             return resume.step
     job.backbone.checkpoint_gradients(config.gradient_checkpointing)
     job.backbone.compile_denoiser(config.compile)
-    with trainer.accelerator.autocast():
+    with trainer.precision.autocast():
         keep_captions(job)
     release_encoders(job)
     bad = 0

@@ -1,0 +1,48 @@
+"""Functions as endpoints of the API: a value of another type than they state is a message."""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, get_type_hints
+
+import gradio as gr
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from rite_diffusion.errors import StudioError
+from rite_diffusion.studio.page import in_words
+
+FINITE = ConfigDict(allow_inf_nan=False)
+
+
+# Files come as Gradio's clients send them; `path_in` takes them.
+_TYPES: dict[Any, Any] = {
+    gr.FileData: dict[str, Any],
+    list[gr.FileData]: list[dict[str, Any]],
+}
+
+
+def endpoint(handler: Callable) -> Callable:
+    """The handler with its values checked against their types, and its RiteErrors as messages."""
+    types = {
+        name: TypeAdapter(_TYPES.get(kind, kind), config=FINITE)
+        for name, kind in get_type_hints(handler).items()
+        if kind is not gr.Request and name != "return"
+    }
+    names = list(inspect.signature(handler).parameters)
+
+    @wraps(handler)
+    def checked(*values: Any):
+        named = zip(names, values, strict=False)
+        return handler(*(_checked(name, types.get(name), value) for name, value in named))
+
+    return in_words(checked)
+
+
+def _checked(name: str, kind: TypeAdapter | None, value: Any) -> Any:
+    """The value in its type; StudioError for one that has another."""
+    try:
+        return value if kind is None else kind.validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = "".join(f"[{part!r}]" for part in first["loc"])
+        raise StudioError(f"{name}{place}: {first['msg'].lower()}") from None

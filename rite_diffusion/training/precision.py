@@ -1,0 +1,44 @@
+"""Mixed precision (Micikevicius et al. 2018): half-precision arithmetic, weights in fp32."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+class MixedPrecision:
+    """Arithmetic of a run in `precision` (fp32, fp16, bf16), with a loss scale for fp16."""
+
+    def __init__(self, device: torch.device, precision: str):
+        self._type = device.type
+        self._dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision)
+        self._scaler = torch.amp.GradScaler(device.type) if precision == "fp16" else None
+
+    def autocast(self) -> torch.autocast:
+        """A context in which matrix products are done in half precision, if the run's are."""
+        dtype = self._dtype or torch.bfloat16
+        return torch.autocast(self._type, dtype, enabled=self._dtype is not None)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add up the loss's gradients, scaled in fp16."""
+        (loss if self._scaler is None else self._scaler.scale(loss)).backward()
+
+    def clip(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter], most: float) -> Tensor:
+        """Unscale gradients and clip their norm; the norm before clipping comes back."""
+        if self._scaler is not None:
+            self._scaler.unscale_(optimizer)
+        return nn.utils.clip_grad_norm_(parameters, most)
+
+    def step(self, optimizer: Optimizer) -> None:
+        """Step, unless a gradient overflowed in fp16: the scale then shrinks instead."""
+        if self._scaler is None:
+            optimizer.step()
+            return
+        self._scaler.step(optimizer)
+        self._scaler.update()
+
+    @property
+    def handles_overflow(self) -> bool:
+        """Whether `step` itself leaves out gradients that are no numbers."""
+        return self._scaler is not None
