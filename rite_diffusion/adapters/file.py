@@ -20,14 +20,15 @@ __all__ = [
 ]
 
 
-def save_adapter(path: Path, adapter: Adapter) -> None:
+def save_adapter(path: str | Path, adapter: Adapter) -> None:
     """Write the file atomically: a reader sees the old one or the new one, whole."""
     tensors = kohya.tensors_of(adapter) | embeddings.own_tensors(adapter)
-    write_tensors(path, tensors, kohya.header_of(adapter))
+    write_tensors(Path(path), tensors, kohya.header_of(adapter))
 
 
-def load_adapter(path: Path) -> Adapter:
+def load_adapter(path: str | Path) -> Adapter:
     """The adapter in a file or a PEFT folder; AdapterError says what is wrong with any other."""
+    path = Path(path)
     if path.is_dir():
         tensors, header, configs = peft.read_folder(path)
     else:
