@@ -15,7 +15,7 @@ from rite_diffusion.training.snapshot import Snapshot
 from rite_diffusion.types import LoraPair
 from runs import train
 
-SETTINGS = {"steps": 24, "checkpoints": {"every": 2}, "previews": {"every": 0}}
+SETTINGS = {"steps": 40, "checkpoints": {"every": 2}, "previews": {"every": 0}}
 LAYER = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
 # What touches the disk when a run saves.
 WRITES = [

@@ -110,5 +110,6 @@ def test_several_concepts_train_from_python(photos, tmp_path):
     adapter = rite.train(
         dataset=[table | {"trigger": "<one>"}, table | {"trigger": "<two>", "class_noun": "cup"}],
         out=tmp_path / "run", steps=1, batch=2, resolution=32, previews={"every": 0},
+        prior={"weight": 0},
     )  # fmt: skip
     assert rite.inspect(adapter).info.trigger == "<one>, <two>"

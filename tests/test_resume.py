@@ -99,7 +99,7 @@ def test_a_process_that_is_killed_twenty_times_loses_nothing(photos, tmp_path):
         process = forked(killable.run, photos, parts)
         if kill % 2:  # while it trains, else at any moment from the start on
             _wait_for_a_step(parts / "metrics.jsonl")
-        time.sleep(draws.uniform(0, 0.5))
+        time.sleep(draws.uniform(0, 0.2 if kill % 2 else 0.5))
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL

@@ -26,7 +26,7 @@ from rite_diffusion.generation.metadata import read_parameters
 from rite_diffusion.studio.serve import Settings, launch
 from studio_server import SHORT, pocket_adapter, studio, wait_for_state
 
-pytestmark = pytest.mark.usefixtures("few_steps")
+pytestmark = pytest.mark.usefixtures("quick_statistics")
 ENDPOINTS = {
     "/adapters", "/ask_run", "/compare", "/conflicts", "/convert_adapter", "/delete_adapter",
     "/download_adapter", "/fuse", "/generate", "/import_adapter", "/read_picture",

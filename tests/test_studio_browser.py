@@ -37,9 +37,11 @@ from studio_server import (
     wait_for_state,
 )
 
-pytestmark = [*IN_A_BROWSER, pytest.mark.usefixtures("few_steps")]
+pytestmark = [*IN_A_BROWSER, pytest.mark.usefixtures("quick_statistics")]
+quick_unless_shown = pytest.mark.usefixtures("quick_statistics" if PICTURES else "quick_pictures")
 
 
+@quick_unless_shown
 def test_the_whole_way_from_photos_to_a_fused_adapter(view, served, second, tmp_path):
     page = view()
     train_the_robot(page, served, tmp_path)
@@ -135,6 +137,7 @@ def test_a_dropped_picture_brings_its_settings_and_its_pixels_back(view, served,
     assert Image.open(again).tobytes() == Image.open(made).tobytes()
 
 
+@quick_unless_shown
 def test_boxes_are_drawn_filled_drawn_with_and_restored(view, served, second, tmp_path):
     page = view()
     choose(page, "Adapters", second)
@@ -208,6 +211,7 @@ def test_a_training_goes_on_without_its_page_stops_and_resumes(view, photos, ser
         end(run)
 
 
+@quick_unless_shown
 def test_markup_is_text_everywhere(view, served, tmp_path):
     page = view()
     page.locator("#prompt textarea").fill(MARKUP)
