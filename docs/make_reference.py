@@ -24,6 +24,7 @@ import rite_diffusion
 import rite_diffusion.optim
 from rite_diffusion.cli.app import app
 from rite_diffusion.config import TrainConfig, preset_folder, preset_names
+from rite_diffusion.fusion.settings import FusionSettings
 
 FENCE = "`" * 7  # longer than any fence within a docstring
 
@@ -44,6 +45,7 @@ def pages() -> dict[str, str]:
         ),
         "commands.md": commands_page(app),
         "settings.md": settings_page(TrainConfig),
+        "fusion-settings.md": fusion_settings_page(FusionSettings),
         "presets.md": presets_page(),
     }
 
@@ -224,6 +226,15 @@ def settings_page(model: type[BaseModel]) -> str:
         "[preset](presets.md) sets goes before the default given here."
     )
     return "\n".join(["# Settings", "", lead, "", *_section(model, "")])
+
+
+def fusion_settings_page(model: type[BaseModel]) -> str:
+    """Every setting of a fusion, its values, default and meaning."""
+    lead = (
+        "Settings of `rite fuse`: as `--set key=value`, and as keyword arguments of "
+        "`rite_diffusion.fuse`. [Which method does what](../fusion.md)."
+    )
+    return "\n".join(["# Settings of fusing", "", lead, "", *_section(model, "", "All methods")])
 
 
 def _section(model: type[BaseModel], prefix: str, title: str = "At the top") -> list[str]:

@@ -2,6 +2,7 @@ import tomllib
 from typing import get_type_hints
 
 import pytest
+from pydantic import BaseModel
 
 import rite_diffusion as rite
 from rite_diffusion import config
@@ -113,3 +114,20 @@ def test_several_concepts_train_from_python(photos, tmp_path):
         prior={"weight": 0},
     )  # fmt: skip
     assert rite.inspect(adapter).info.trigger == "<one>, <two>"
+
+
+def undescribed(model: type[BaseModel], prefix: str = "") -> list[str]:
+    """Settings that say nothing of themselves."""
+    found = []
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found += undescribed(kind, f"{prefix}{name}.")
+        elif not field.description:
+            found.append(prefix + name)
+    return found
+
+
+@pytest.mark.parametrize("model", [TrainConfig, FusionSettings])
+def test_every_setting_is_described(model):
+    assert undescribed(model) == []

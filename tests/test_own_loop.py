@@ -1,8 +1,15 @@
 """A training loop of one's own, from public parts."""
 
+import importlib.util
+from pathlib import Path
+
 import torch
 
 import rite_diffusion as rite
+from rite_diffusion.adapters import load_adapter
+from rite_diffusion.methods import METHODS
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 LOOP = """
 base = rite.load_base("pocket")
@@ -47,3 +54,27 @@ def test_public_names_are_complete_and_typed():
     for name in rite.__all__:
         assert getattr(rite, name) is not None
     assert set(dir(rite)) == set(rite.__all__)
+
+
+def example(name: str):
+    """An example's module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_method_of_ones_own_trains(photos, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "values", METHODS["lora"])  # put back at the end
+    path = example("own_method").main(str(photos), steps=2, out=str(tmp_path / "run"))
+    adapter = load_adapter(path)
+    assert adapter.info.method == "values" and len(adapter.pairs) > 2
+    assert all(pair.name.endswith("attn2_to_v") for pair in adapter.pairs)
+
+
+def test_a_model_of_ones_own_learns_and_draws(photos, tmp_path):
+    out = tmp_path / "toy.safetensors"
+    losses, image = example("own_backbone").main(str(photos), steps=60, out=str(out))
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
+    assert image.size == (16, 16) and len(load_adapter(out).pairs) == 3

@@ -47,12 +47,14 @@ class OptimSection(Section):
     options: dict[str, Any] = Field(
         default={}, description="the optimizer's own, such as {damping = 1e-4}"
     )
-    weight_decay: float = Field(default=0.01, ge=0, le=1)
+    weight_decay: float = Field(default=0.01, ge=0, le=1, description="decoupled from the gradient")
     clip_norm: float = Field(default=1.0, gt=0, description="bound on the norm of all gradients")
     warmup: int = Field(
         default=10, ge=0, description="steps, at most a fifth of all; the decay begins after them"
     )
-    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        default="cosine", description="course of the rates after the warm-up; the others end at 0"
+    )
 
 
 class TokenSection(Section):
@@ -136,13 +138,15 @@ class PriorSection(Section):
 class ObjectiveSection(Section):
     """What the loss weighs."""
 
-    loss: Literal["mse", "huber"] = "mse"
+    loss: Literal["mse", "huber"] = Field(default="mse", description="of the prediction's error")
     huber_delta: float = Field(default=0.1, gt=0, description="errors above it count linearly")
     weighting: Literal["none", "min_snr", "debiased"] = Field(
         default="none", description="of timesteps: Hang et al. 2023, Yu et al. 2023"
     )
-    min_snr_gamma: float = Field(default=5.0, gt=0)
-    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    min_snr_gamma: float = Field(default=5.0, gt=0, description="min_snr: the cap on the SNR")
+    timesteps: Literal["uniform", "logit_normal"] = Field(
+        default="uniform", description="density that timesteps are drawn from: Esser et al. 2024"
+    )
     timestep_mean: float = Field(default=0.0, description="of logit_normal")
     timestep_deviation: float = Field(default=1.0, gt=0, description="of logit_normal")
     noise_offset: float = Field(
@@ -168,11 +172,12 @@ class PreviewSection(Section):
 
     every: int = Field(default=100, ge=0, description="steps; 0: none")
     prompts: list[ConceptTemplate] = Field(
-        default=["a {trigger} on a blue background", "a {trigger} on a green background"]
+        default=["a {trigger} on a blue background", "a {trigger} on a green background"],
+        description="what is drawn, for every concept",
     )
-    steps: int = Field(default=20, ge=1)
-    guidance: float = Field(default=3.0, ge=0)
-    seed: int = Field(default=0, ge=0, lt=SEEDS)
+    steps: int = Field(default=20, ge=1, description="denoising steps")
+    guidance: float = Field(default=3.0, ge=0, description="classifier-free guidance scale")
+    seed: int = Field(default=0, ge=0, lt=SEEDS, description="of the pictures' noise")
 
 
 class CheckpointSection(Section):
@@ -187,8 +192,8 @@ class SourceSection(Section):
     """A photo folder and what it shows; what it leaves out comes from the table above it."""
 
     photos: str | None = Field(default=None, description="folder with the pictures")
-    trigger: Name | None = None
-    class_noun: Name | None = None
+    trigger: Name | None = Field(default=None, description="new word that calls the concept")
+    class_noun: Name | None = Field(default=None, description="what it is: dog, robot")
     class_photos: str | None = Field(
         default=None, description="folder with pictures of the class, for prior preservation"
     )
@@ -231,10 +236,12 @@ class TrainConfig(SourceSection):
     )
     # At the top, what every table below may change has a value.
     templates: list[ConceptTemplate] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
-        default=["a {trigger}", "a photo of a {trigger}"], min_length=1
+        default=["a {trigger}", "a photo of a {trigger}"],
+        min_length=1,
+        description="captions of pictures that have none, in turn",
     )
     repeats: int = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
-        default=1, ge=1, le=1000
+        default=1, ge=1, le=1000, description="how often an epoch shows each picture"
     )
     dataset: list[DatasetSection] = Field(default=[], description="several photo folders")
     balance: bool = Field(
@@ -243,8 +250,8 @@ class TrainConfig(SourceSection):
     method: str = Field(
         default="lora", description="lora, pivotal, custom_diffusion, ed_lora or one of your own"
     )
-    steps: int = Field(default=300, ge=1, le=1_000_000)
-    batch: int = Field(default=4, ge=1, le=1024)
+    steps: int = Field(default=300, ge=1, le=1_000_000, description="optimizer steps")
+    batch: int = Field(default=4, ge=1, le=1024, description="pictures in a batch")
     accumulate: int = Field(
         default=1, ge=1, le=1024, description="batches whose gradients one step adds up"
     )
@@ -255,7 +262,7 @@ class TrainConfig(SourceSection):
     compile: bool = Field(
         default=False, description="torch.compile the denoiser: minutes at first, faster steps"
     )
-    seed: int = Field(default=0, ge=0, lt=2**32)
+    seed: int = Field(default=0, ge=0, lt=2**32, description="of everything random")
     resolution: int | None = Field(
         default=None, ge=16, le=4096, description="pixels; default: the base's"
     )
@@ -263,7 +270,9 @@ class TrainConfig(SourceSection):
         default=False, description="keep the pictures' shapes; else they are cut to squares"
     )
     cache: bool = Field(default=True, description="keep encoded pictures on disk for the next run")
-    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    precision: Literal["fp32", "fp16", "bf16"] = Field(
+        default="fp32", description="of the arithmetic; trained weights stay in fp32"
+    )
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
         default=[], description="where metrics go besides metrics.jsonl"
     )
