@@ -127,7 +127,7 @@ class StepClock:
 
         return run
 
-    def listen(self, report: StepReport) -> None:
+    def progress(self, report: StepReport) -> None:
         """Hear that a step has ended."""
         self.end = time.perf_counter()
         if report.step <= EARLY:
@@ -144,7 +144,7 @@ def step_parts(case: Case, folder: Path) -> dict[str, float]:
         for part, (owner, name) in PARTS.items():
             timed = clock.timed(part, getattr(owner, name))
             stack.enter_context(mock.patch.object(owner, name, timed))
-        run_training(plan, folder / "run", clock.listen)
+        run_training(plan, folder / "run", clock.progress)
     per_step = 1e3 / (case.steps - EARLY)
     total = (clock.end - clock.start) * per_step
     parts = {part: clock.seconds[part] * per_step for part in PARTS}

@@ -56,7 +56,7 @@ class ToyBackbone:
         self.noise_schedule = NoiseSchedule(
             signal, sigma, torch.arange(STEPS), (signal / sigma).square()
         )
-        self.words, self.triggers, self.token_tables = {}, {}, [self.table]
+        self.embeddings, self.triggers, self.token_tables = {}, {}, [self.table]
         self.token_budget, self.literal_words, self.text_fingerprint = 64, (), "toy"
 
     @property

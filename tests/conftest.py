@@ -27,7 +27,7 @@ from random_adapters import random_adapter  # noqa: E402
 from rite_diffusion.adapters import save_adapter  # noqa: E402
 from rite_diffusion.backbones.protocols import Defaults  # noqa: E402
 from rite_diffusion.backbones.source import load_backbone  # noqa: E402
-from rite_diffusion.fusion.statistics import USUAL  # noqa: E402
+from rite_diffusion.fusion.statistics import DEFAULT_DRAWING  # noqa: E402
 from shared_bases import give_back, shared_base  # noqa: E402
 from studio_page import opened_browser, second_adapter, sessions  # noqa: E402
 from studio_server import Served, studio  # noqa: E402
@@ -84,7 +84,7 @@ def view(browser, served):
 @pytest.fixture
 def quick_statistics(monkeypatch):
     """Statistics of a fusion come of 2 steps a picture where nobody says otherwise, not of 20."""
-    monkeypatch.setitem(vars(USUAL), "steps", 2)
+    monkeypatch.setitem(vars(DEFAULT_DRAWING), "steps", 2)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 from rite_diffusion.adapters import Adapter, AdapterInfo
 from rite_diffusion.fusion.layer import Layer, Part, flat
 from rite_diffusion.fusion.members import Member
-from rite_diffusion.fusion.second_moments import Gram, from_eigen
+from rite_diffusion.fusion.second_moments import SecondMoment, from_eigen
 from rite_diffusion.fusion.sketch import Sketch, SketchFacts
 from rite_diffusion.types import LoraPair
 
@@ -38,7 +38,7 @@ def random_adapter(seed: int, rank: int = 3, alpha: float = 2.0, names=tuple(SHA
     return Adapter(pairs, info)
 
 
-def random_gram(width: int, seed: int, rows: int = 12) -> Gram:
+def random_gram(width: int, seed: int, rows: int = 12) -> SecondMoment:
     """The Gram of a few random inputs of very unequal directions."""
     draws = torch.Generator().manual_seed(seed)
     inputs = torch.randn(rows, width, generator=draws, dtype=torch.float64)

@@ -58,8 +58,8 @@ class Stop(Exception):
 def crash_at(step):
     """A listener that crashes after a step."""
 
-    def listen(report):
+    def progress(report):
         if report.step == step:
             raise Stop
 
-    return listen
+    return progress

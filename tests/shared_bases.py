@@ -84,12 +84,12 @@ def marks(backbone: StableDiffusion) -> dict[str, object]:
     for part, network in parts(backbone).items():
         found[f"{part}, adapters"] = sorted(getattr(network, "peft_config", {}))
     facts = {name: str(getattr(backbone, name)) for name in FACTS}
-    return found | facts | {"words": list(backbone.words), "triggers": dict(backbone.triggers)}
+    return found | facts | {"words": list(backbone.embeddings), "triggers": dict(backbone.triggers)}
 
 
 def tidy(backbone: StableDiffusion) -> None:
     """Take out what a test attached, as a user would, which restores every bit."""
-    names = {word.adapter for word in backbone.words.values()} | {*backbone.triggers}
+    names = {word.adapter for word in backbone.embeddings.values()} | {*backbone.triggers}
     for network in backbone.components.values():
         names |= {*getattr(network, "peft_config", {})}
     for name in names:

@@ -3,10 +3,10 @@
 import pytest
 from PIL import Image
 
-from rite_diffusion.backbones.learned_embeddings import said, tokens_of
+from rite_diffusion.backbones.learned_embeddings import tokens_of, vectors_in
 from rite_diffusion.config import AugmentSection, CaptionSection
 from rite_diffusion.methods import METHODS
-from rite_diffusion.methods.triggers import kept_in
+from rite_diffusion.methods.triggers import with_trigger_kept
 from rite_diffusion.photos.augment import views_of
 from rite_diffusion.training.batch import draw_batch
 from rite_diffusion.types import Photo
@@ -17,7 +17,7 @@ SHUFFLED = CaptionSection(shuffle=True, keep=1)
 
 def read_ids(backbone, caption):
     """What is left of a caption's tokens where the encoder stops."""
-    ids, slots = tokens_of(backbone.tokenizer, caption, said([caption], backbone.words))
+    ids, slots = tokens_of(backbone.tokenizer, caption, vectors_in([caption], backbone.embeddings))
     kept = ids[: backbone.token_budget]
     return kept, [slot.word for slot in slots if slot.position <= len(kept)]
 
@@ -64,12 +64,12 @@ def test_every_trigger_of_a_caption_is_kept(pocket, place):
     words = ["very"] * 200
     words.insert(place, "<one>")
     caption = " ".join([*words, "<two>", "and", "<three>"])
-    kept, lost = kept_in(pocket, caption, ["<one>", "<two>", "<three>", "<four>"])
+    kept, lost = with_trigger_kept(pocket, caption, ["<one>", "<two>", "<three>", "<four>"])
     assert pocket.token_count(kept) <= pocket.token_budget
     assert all(reads(pocket, kept, word) for word in ("<one>", "<two>", "<three>"))
     assert set(lost.split(", ")) == {"<two>", "<three>"} | ({"<one>"} if place == 200 else set())
     short = "a <one> and a <two>"
-    assert kept_in(pocket, short, ["<one>", "<two>"]) == (short, None)
+    assert with_trigger_kept(pocket, short, ["<one>", "<two>"]) == (short, None)
 
 
 def test_words_that_a_view_adds_come_after_the_trigger(pocket, tmp_path):

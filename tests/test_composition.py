@@ -10,7 +10,7 @@ from rite_diffusion.errors import ConfigError
 from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.composition import COMPOSITIONS, PERIOD
 from rite_diffusion.generation.denoise import guided
-from rite_diffusion.generation.picture import complete, picture
+from rite_diffusion.generation.picture import picture, resolved
 from rite_diffusion.generation.request import PictureRequest
 
 ASKED = PictureRequest(prompt="a red cat", seed=3, steps=2, guidance=3.0)
@@ -52,15 +52,15 @@ def test_switch_takes_turns_and_composite_is_the_mean_of_all(tiny, two):
 def test_one_adapter_composed_is_that_adapter(tiny, combine):
     attach(tiny, random_adapter(tiny), "adapter_0", 0.7)
     adapters = [Attached("adapter_0", 0.7, ["<t>"])]
-    plain = picture(tiny, complete(tiny, ASKED), adapters)
-    ours = picture(tiny, complete(tiny, replace(ASKED, combine=combine), adapters))
+    plain = picture(tiny, resolved(tiny, ASKED), adapters)
+    ours = picture(tiny, resolved(tiny, replace(ASKED, combine=combine), adapters))
     assert np.array_equal(np.asarray(plain), np.asarray(ours))
 
 
 @pytest.mark.parametrize("combine", COMPOSITIONS)
 def test_without_adapters_there_is_nothing_to_compose(tiny, combine):
-    plain = picture(tiny, complete(tiny, ASKED))
-    ours = picture(tiny, complete(tiny, replace(ASKED, combine=combine)))
+    plain = picture(tiny, resolved(tiny, ASKED))
+    ours = picture(tiny, resolved(tiny, replace(ASKED, combine=combine)))
     assert np.array_equal(np.asarray(plain), np.asarray(ours))
 
 
@@ -74,12 +74,12 @@ def test_weights_are_as_before_after_each_prediction(tiny, two, combine):
         ]
 
     before = scales()
-    picture(tiny, complete(tiny, replace(ASKED, combine=combine)), two)
+    picture(tiny, resolved(tiny, replace(ASKED, combine=combine)), two)
     assert scales() == before
 
 
 def test_ways_that_cannot_be_are_refused(tiny):
     with pytest.raises(ConfigError, match="no way 'mix' to combine"):
-        complete(tiny, replace(ASKED, combine="mix"))
+        resolved(tiny, replace(ASKED, combine="mix"))
     with pytest.raises(ConfigError, match="regions have their own"):
-        complete(tiny, replace(ASKED, combine="switch", regions=["0,0,1,1: a cat"]))
+        resolved(tiny, replace(ASKED, combine="switch", regions=["0,0,1,1: a cat"]))

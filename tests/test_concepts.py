@@ -8,7 +8,7 @@ from rite_diffusion.adapters.learned_embeddings import tokens_of
 from rite_diffusion.backbones.source import POCKET
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.methods import METHODS
-from rite_diffusion.methods.new_embeddings import new_words
+from rite_diffusion.methods.new_embeddings import new_placeholders
 from rite_diffusion.optim import OPTIMIZERS
 from rite_diffusion.training.plan import configure, plan_training
 from rite_diffusion.training.trainer import Job, train_steps
@@ -40,7 +40,7 @@ def test_every_method_trains_with_every_optimizer(pocket, name, optimizer):
     for table, copy in zip(pocket.token_tables, tables, strict=True):
         assert torch.equal(table, copy) and table.grad is None
     method.remove()
-    assert not pocket.words
+    assert not pocket.embeddings
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "rite"])
@@ -68,7 +68,7 @@ def test_the_file_acts_as_what_was_trained(pocket, tmp_path, name):
     prompt = ["a <odd> <thing> on a red background"]
     noisy, timesteps = torch.randn(1, 8, 16, 24), torch.tensor([500])
     trained = pocket.denoise(noisy, timesteps, pocket.encode_prompts(prompt))
-    adapter = Adapter(method.pairs(), AdapterInfo(), tokens_of(method.words()))
+    adapter = Adapter(method.pairs(), AdapterInfo(), tokens_of(method.embeddings()))
     save_adapter(tmp_path / "a.safetensors", adapter)
     method.remove()
     plain = pocket.denoise(noisy, timesteps, pocket.encode_prompts(prompt))
@@ -114,10 +114,10 @@ def test_removing_a_method_restores_the_base(pocket, name):
 @pytest.mark.parametrize("trigger", ["<a>", "<a> <b>", "<a> <b> <c>"])
 def test_every_word_of_a_trigger_trains(own_pocket, name, trigger):
     method, trainer = steps_of(own_pocket, wordy_config(name, trigger, optim=RATES), masked=True)
-    assert list(own_pocket.words) == trigger.split()
-    before = {word: [each.clone() for each in rows] for word, rows in method.words().items()}
+    assert list(own_pocket.embeddings) == trigger.split()
+    before = {word: [each.clone() for each in rows] for word, rows in method.embeddings().items()}
     trainer.step(0)
-    for word, rows in method.words().items():
+    for word, rows in method.embeddings().items():
         for now, then in zip(rows, before[word], strict=True):
             moved = (now - then).abs().amax(-1)  # (layers, vectors)
             trains = len(moved[0]) - (name == "custom_diffusion" and word == trigger.split()[-1])
@@ -143,20 +143,20 @@ def test_methods_train_on_every_kind_of_base(name, tiny_folder, tiny_folder_xl):
 def test_the_last_vector_starts_as_the_class_and_others_as_noise(pocket):
     config = wordy_config("pivotal", "<a> <b>", tokens={"vectors": 2})
     method = METHODS["pivotal"](pocket, config)
-    [first], [last] = method.words().values()
+    [first], [last] = method.embeddings().values()
     dog = pocket.token_tables[0][pocket.token_ids("dog")[0]]
     assert torch.equal(last[0, 1], dog)
     noise = torch.cat([first.flatten(), last[0, 0]])
     assert noise.std().item() == pytest.approx(pocket.token_tables[0].std().item(), rel=0.2)
     method.remove()
-    again = METHODS["pivotal"](pocket, config).words()
+    again = METHODS["pivotal"](pocket, config).embeddings()
     assert torch.equal(again["<a>"][0], first)
 
 
 def test_a_rare_word_or_noise_can_be_the_start(pocket):
     def start(**tokens):
         method = METHODS["pivotal"](pocket, wordy_config("pivotal", tokens=tokens))
-        [[rows]] = method.words().values()
+        [[rows]] = method.embeddings().values()
         method.remove()
         return rows[0, 0].detach()
 
@@ -168,7 +168,7 @@ def test_a_rare_word_or_noise_can_be_the_start(pocket):
 def test_words_come_first_and_pairs_after_them(pocket):
     config = wordy_config("pivotal", steps=6, tokens={"first": 2}, optim={"schedule": "linear"})
     method, trainer = steps_of(pocket, config)
-    rows = method.words()["<thing>"][0]
+    rows = method.embeddings()["<thing>"][0]
     rates, moved = [], []
     assert method.pairs() == []
     for step in range(6):
@@ -194,7 +194,7 @@ def test_words_that_have_grown_stay_held(pocket):
     tokens = {"stop_norm": norm * 1.02}
     config = wordy_config("pivotal", steps=12, tokens=tokens, optim={"lr_tokens": 2e-3} | RATES)
     method, trainer = steps_of(pocket, config)
-    rows = method.words()["<thing>"][0]
+    rows = method.embeddings()["<thing>"][0]
     norms = []
     for step in range(12):
         trainer.step(step)
@@ -205,7 +205,7 @@ def test_words_that_have_grown_stay_held(pocket):
 
 
 def test_words_of_a_trigger_that_the_base_knows_stay_its_own(pocket):
-    assert new_words(pocket, Concept("<odd> cat <x>", "cat")) == ["<odd>", "<x>"]
+    assert new_placeholders(pocket, Concept("<odd> cat <x>", "cat")) == ["<odd>", "<x>"]
 
 
 @pytest.mark.parametrize("trigger", ["red robot", "dog"])
@@ -314,7 +314,7 @@ def test_a_modifier_is_followed_by_its_class(own_pocket):
     METHODS["custom_diffusion"](own_pocket, wordy_config("custom_diffusion"))
     said = own_pocket.encode_prompts(["a <thing> on a red background"]).states
     assert own_pocket.token_positions("a <thing> on red", "<thing>") == [2, 3]
-    own_pocket.words.clear()
+    own_pocket.embeddings.clear()
     METHODS["custom_diffusion"](own_pocket, wordy_config("custom_diffusion", "<thing> dog"))
     assert own_pocket.token_positions("a <thing> dog", "<thing>") == [2]
     written = own_pocket.encode_prompts(["a <thing> dog on a red background"]).states
@@ -323,7 +323,7 @@ def test_a_modifier_is_followed_by_its_class(own_pocket):
 
 def test_ed_lora_starts_as_the_paper_does(pocket):
     method = METHODS["ed_lora"](pocket, wordy_config("ed_lora", lora={"rank": 4}))
-    [[rows]] = method.words().values()
+    [[rows]] = method.embeddings().values()
     assert rows.shape == (7, 2, 192)
     assert all(torch.equal(rows[0], layer) for layer in rows)
     dog = pocket.token_tables[0][pocket.token_ids("dog")[0]]

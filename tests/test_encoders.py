@@ -16,7 +16,7 @@ from rite_diffusion.errors import RunError
 from rite_diffusion.files.writing import cache_folder
 from rite_diffusion.methods import PlainLora
 from rite_diffusion.photos.dataset import encode_photos
-from rite_diffusion.training.job import Job, keep_captions, release_encoders
+from rite_diffusion.training.job import Job, cache_captions, release_encoders
 from rite_diffusion.training.plan import plan_training
 from rite_diffusion.training.run import measure, run_training
 from runs import config_of
@@ -73,7 +73,7 @@ def test_encoders_leave_memory_and_the_adapter_is_the_same(photos, tmp_path):
 )
 def test_what_steps_or_previews_need_stays(photos, settings, gone):
     job = job_of(planned(photos, **settings))
-    keep_captions(job)
+    cache_captions(job)
     release_encoders(job)
     meta = {n for n, part in encoders(job.backbone).items() if part.device.type == "meta"}
     assert meta == gone
@@ -130,7 +130,7 @@ def test_a_base_that_is_gone_costs_the_previews_and_not_the_run(photos, tmp_path
 
 
 def test_an_edited_caption_is_encoded_and_the_others_are_not(photos):
-    keep_captions(job_of(planned(photos, **FROZEN)))
+    cache_captions(job_of(planned(photos, **FROZEN)))
     before = entries()
     assert len(before) == 3
     (photos / "0.txt").write_text("a <thing> on a purple background")
@@ -138,7 +138,7 @@ def test_an_edited_caption_is_encoded_and_the_others_are_not(photos):
     with patch.object(
         job.backbone, "encode_captions", wraps=job.backbone.encode_captions
     ) as encode:
-        keep_captions(job)
+        cache_captions(job)
     encode.assert_called_once_with(["a <thing> on a purple background"])
     assert len(set(entries()) - set(before)) == 1
 

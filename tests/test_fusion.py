@@ -33,7 +33,12 @@ from rite_diffusion.fusion.methods.dare import bernoulli
 from rite_diffusion.fusion.methods.gradient import gradient
 from rite_diffusion.fusion.methods.gram import gram, objective
 from rite_diffusion.fusion.methods.ties import ties_merge, trim
-from rite_diffusion.fusion.second_moments import GramSum, full_gram, mean, truncated
+from rite_diffusion.fusion.second_moments import (
+    SecondMomentSum,
+    full_second_moment,
+    mean,
+    truncated,
+)
 from rite_diffusion.fusion.settings import checked_settings
 
 NAMES = list(SHAPES)
@@ -168,7 +173,7 @@ def normal_equations(layer: Layer, settings: FusionSettings) -> torch.Tensor:
 def test_gram_equals_a_dense_solve_of_the_normal_equations(width, preserve, full):
     layer = random_layer(3, width=width)
     if full:
-        parts = [replace(p, gram=full_gram(p.gram.matrix(), 1)) for p in layer.parts]
+        parts = [replace(p, gram=full_second_moment(p.gram.matrix(), 1)) for p in layer.parts]
         layer = replace(layer, parts=parts)
     settings = FusionSettings(preserve=preserve, ridge=1e-4)
     fused = gram(layer, settings)
@@ -183,7 +188,7 @@ def test_gram_equals_a_dense_solve_of_the_normal_equations(width, preserve, full
 def test_the_mean_of_grams_is_the_mean_of_their_matrices():
     grams = [random_gram(30, seed) for seed in range(3)]
     expected = torch.stack([gram.matrix() for gram in grams]).mean(0)
-    mixed = [full_gram(grams[0].matrix(), 12), *grams[1:]]
+    mixed = [full_second_moment(grams[0].matrix(), 12), *grams[1:]]
     for each in (grams, mixed):
         torch.testing.assert_close(mean(each).matrix(), expected)
     assert mean([grams[0], truncated(grams[0], 40)]) is grams[0]
@@ -225,7 +230,7 @@ def test_a_rank_keeps_the_outputs_that_the_inputs_ask_for():
     whole = gram(layer, PLAIN)
     cut = FUSIONS["gram"].cut(layer, whole, FusionSettings(rank=3))
     plain = to_rank(whole, 3)
-    moments = GramSum([p.gram for p in layer.parts], [1.0] * 3, 1e-3)
+    moments = SecondMomentSum([p.gram for p in layer.parts], [1.0] * 3, 1e-3)
 
     def loss(update):
         off = update.dense() - whole.dense()

@@ -11,7 +11,7 @@ from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.denoise import denoising, guided, pictures
 from rite_diffusion.generation.layout import box_of, find_boxes, parted
 from rite_diffusion.generation.metadata import read_parameters
-from rite_diffusion.generation.picture import complete, placed
+from rite_diffusion.generation.picture import resolved, with_boxes
 from rite_diffusion.generation.regions import Region, Sought, adapter_weights, parse_regions
 from rite_diffusion.generation.request import PictureRequest
 from shared_bases import shared_base
@@ -142,7 +142,7 @@ def test_the_layout_is_drawn_without_the_adapters_that_regions_call(tiny_folder,
         lambda model, name, weight: turns.append((name, weight)),
     )
     request = PictureRequest(prompt="a cat", steps=2, guidance=3.0, regions=["at cat: a <robot>"])
-    wanted = complete(backbone, request)
+    wanted = resolved(backbone, request)
     adapters = [Attached("a", 0.7, ["<robot>"]), Attached("b", 0.5, ["<style>"])]
-    placed(backbone, wanted, adapters)
+    with_boxes(backbone, wanted, adapters)
     assert turns == [("a", 0.0), ("b", 0.5), ("a", 0.7), ("b", 0.5)]

@@ -75,7 +75,7 @@ def test_refining_solves_on_what_the_fused_adapter_sees(adapters, tiny_folder, t
     again = load_adapter(
         rite.fuse(
             adapters, out=tmp_path / "again.safetensors", refine=1,
-            listen=lambda done, total: counts.append((done, total)), **settings
+            progress=lambda done, total: counts.append((done, total)), **settings
         )
     )  # fmt: skip
     backbone = shared_base(str(tiny_folder))

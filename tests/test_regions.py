@@ -169,12 +169,12 @@ def test_an_adapters_residual_stays_in_its_region(tiny):
     # compared in the plan itself: its residuals are multiplied by zero
     assert not torch.equal(acting[:, :4], silent[:, :4])
     plan = Plan([LEFT, RIGHT], 8, 8, adapter_weights([LEFT, RIGHT], "", [["cat"]]), [])
-    loud = plan.loudness(0, torch.zeros(2, 64, 5)).reshape(8, 8)
+    loud = plan.factor_map(0, torch.zeros(2, 64, 5)).reshape(8, 8)
     assert loud[:, :4].eq(1).all() and loud[:, 4:].eq(0).all()
-    assert torch.equal(plan.loudness(0, torch.zeros(2, 5, 8, 8)), loud)
-    assert plan.loudness(0, torch.zeros(2, 5)) == pytest.approx(0.5)
+    assert torch.equal(plan.factor_map(0, torch.zeros(2, 5, 8, 8)), loud)
+    assert plan.factor_map(0, torch.zeros(2, 5)) == pytest.approx(0.5)
     plan.branch = 2
-    assert plan.loudness(0, torch.zeros(2, 64, 5)) == 0
+    assert plan.factor_map(0, torch.zeros(2, 64, 5)) == 0
 
 
 def test_permuting_regions_changes_nothing_to_see(tiny):

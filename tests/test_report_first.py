@@ -56,8 +56,8 @@ def test_a_command_that_fails_without_a_terminal_prints_no_empty_line(line):
 def test_pictures_are_counted_in_lines_where_there_is_no_terminal(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    with output.picture_progress("statistics") as listen:
+    with output.picture_progress("statistics") as progress:
         for done in range(1, 8):
             now[0] += 12
-            listen(done, 7)
+            progress(done, 7)
     assert capsys.readouterr().out.splitlines() == ["statistics  3 of 7", "statistics  6 of 7"]

@@ -16,7 +16,7 @@ from rite_diffusion.errors import StudioError
 from rite_diffusion.studio.jobs import (
     JobQueue,
     Order,
-    last_words,
+    last_line,
     read_order,
     state_of,
     write_order,
@@ -121,8 +121,10 @@ def test_a_run_that_cannot_start_says_why(tmp_path, runs, queue):
     queue.submit(runs / "toy", settings(tmp_path / "empty", SHORT))
     queue.turn()
     wait_for_state(runs / "toy", "failed")
-    assert last_words(runs / "toy").startswith("no images in")
-    assert read_progress(runs / "toy").words.endswith("the folder that directly holds the photos.")
+    assert last_line(runs / "toy").startswith("no images in")
+    assert read_progress(runs / "toy").embeddings.endswith(
+        "the folder that directly holds the photos."
+    )
 
 
 def test_a_killed_process_is_seen_and_its_number_is_not_enough(runs):

@@ -39,9 +39,9 @@ from rite_diffusion.studio.workspace import Workspace
 
 
 def test_a_recipe_that_is_followed_tells_its_reports_then_its_result():
-    def work(listen):
-        listen(1, 2)
-        listen(2, 2)
+    def work(progress):
+        progress(1, 2)
+        progress(2, 2)
         return "sheet"
 
     assert list(followed(work)) == [("heard", (1, 2)), ("heard", (2, 2)), ("made", "sheet")]
@@ -50,10 +50,10 @@ def test_a_recipe_that_is_followed_tells_its_reports_then_its_result():
 def test_closing_ends_the_work_at_its_next_report():
     ended = threading.Event()
 
-    def work(listen):
+    def work(progress):
         try:
             for count in itertools.count():
-                listen(count)
+                progress(count)
                 time.sleep(0.001)
         finally:
             ended.set()
@@ -65,7 +65,7 @@ def test_closing_ends_the_work_at_its_next_report():
 
 
 def test_a_fault_of_the_work_is_raised_where_it_is_followed():
-    def work(listen):
+    def work(progress):
         raise ConfigError("no axis 'x'")
 
     with pytest.raises(ConfigError, match="no axis 'x'"):

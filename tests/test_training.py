@@ -183,9 +183,9 @@ def test_a_text_encoder_that_does_not_train_encodes_a_caption_once(photos, pocke
 def test_without_a_terminal_progress_comes_in_lines(capsys, monkeypatch):
     now = itertools.count(step=10)
     monkeypatch.setattr(terminal.time, "monotonic", lambda: next(now))
-    with terminal.training_progress(9) as listen:
+    with terminal.training_progress(9) as progress:
         for step in range(1, 10):
-            listen(StepReport(step, 0.5, 1e-3, 2.0, [], None))
+            progress(StepReport(step, 0.5, 1e-3, 2.0, [], None))
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(",")[0].split() for line in lines] == [
         ["training", "step", str(step), "of", "9"] for step in (1, 4, 7, 9)

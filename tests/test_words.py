@@ -11,7 +11,7 @@ from rite_diffusion.adapters.attach import attach, detach
 from rite_diffusion.adapters.choice import choose_adapters, notes
 from rite_diffusion.backbones.clip_tokenizer import clip_tokenizer
 from rite_diffusion.backbones.learned_embeddings import ids_of, tokens_of
-from rite_diffusion.backbones.protocols import Word
+from rite_diffusion.backbones.protocols import LearnedEmbedding
 from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import AdapterError
 from wordy import PROMPT, random_words, tokens_adapter
@@ -98,7 +98,7 @@ def test_only_the_vectors_of_a_word_get_gradients(backbone):
         torch.randn(layers, 2, table.shape[1], requires_grad=True)
         for table in backbone.token_tables
     ]
-    backbone.words["<w>"] = Word("test", lambda: rows)
+    backbone.embeddings["<w>"] = LearnedEmbedding("test", lambda: rows)
     noisy = torch.randn(1, backbone.latent_channels, 16, 16)
     states = backbone.encode_prompts(["a <w> on a red background"])
     backbone.denoise(noisy, torch.tensor([500]), states).square().mean().backward()
@@ -122,7 +122,7 @@ def test_detaching_words_restores_every_bit(backbone):
     assert torch.equal(prediction(backbone), plain)  # prompts without the words stay as they were
     assert backbone.encode_prompts([PROMPT]).states.shape != text.shape
     detach(backbone, "first")
-    assert torch.equal(backbone.encode_prompts([PROMPT]).states, text) and not backbone.words
+    assert torch.equal(backbone.encode_prompts([PROMPT]).states, text) and not backbone.embeddings
     for table, copy in zip(backbone.token_tables, tables, strict=True):
         assert torch.equal(table, copy)
     for name, part in backbone.components.items():
@@ -143,7 +143,7 @@ def test_several_adapters_bring_their_words(pocket):
     attach(pocket, two, "two", 0.5)
     assert torch.equal(pocket.encode_prompts([PROMPT]).states, both)
     detach(pocket, "one")
-    assert list(pocket.words) == ["<two>"]
+    assert list(pocket.embeddings) == ["<two>"]
     assert pocket.encode_prompts([PROMPT]).states.ndim == 3
 
 
@@ -178,7 +178,7 @@ def test_a_word_that_two_adapters_have_is_renamed(tmp_path, pocket, capsys):
 def test_words_of_another_base_are_refused(pocket, tokens, words):
     with pytest.raises(AdapterError, match=words):
         attach(pocket, Adapter([], AdapterInfo(), tokens), "a")
-    assert not pocket.words
+    assert not pocket.embeddings
 
 
 @torch.no_grad()

@@ -16,7 +16,11 @@ from torch import Tensor, nn
 from rite_diffusion.adapters.adapter import Adapter
 from rite_diffusion.adapters.dialects.peft import config_of
 from rite_diffusion.adapters.dora import DoraUp, make_dora
-from rite_diffusion.adapters.learned_embeddings import add_words, check_words, remove_words
+from rite_diffusion.adapters.learned_embeddings import (
+    add_embeddings,
+    check_embeddings,
+    remove_embeddings,
+)
 from rite_diffusion.adapters.names import PREFIXES, module_name, split_path
 from rite_diffusion.adapters.shifts import (
     add_shifts,
@@ -188,12 +192,12 @@ def attach(backbone: Backbone, adapter: Adapter, name: str, weight: float = 1.0)
     """
     if not name.isidentifier():
         raise AdapterError(f"adapter name {name!r} is not a plain word")
-    words = {word.adapter for word in backbone.words.values()}
+    words = {word.adapter for word in backbone.embeddings.values()}
     if lora_layers(backbone, name) or name in words or has_shifts(backbone, name):
         raise AdapterError(f"an adapter named '{name}' is attached already")
     homes = check_fit(backbone, adapter)
     check_shifts(backbone, adapter.shifts)
-    check_words(backbone, adapter)
+    check_embeddings(backbone, adapter)
     for component in PREFIXES:
         here = [_injected(pair) for pair in adapter.pairs if homes[pair.name][0] == component]
         if here:
@@ -207,7 +211,7 @@ def attach(backbone: Backbone, adapter: Adapter, name: str, weight: float = 1.0)
         if pair.magnitude is not None:
             make_dora(layer, name, pair)
     add_shifts(backbone, adapter.shifts, name)
-    add_words(backbone, adapter, name)
+    add_embeddings(backbone, adapter, name)
     backbone.triggers[name] = adapter.info.triggers()
     set_weight(backbone, name, weight)
     _activate(backbone)
@@ -253,6 +257,6 @@ def detach(backbone: Backbone, name: str) -> None:
         if not configs and wrapped:
             del root.peft_config
     remove_shifts(backbone, name)
-    remove_words(backbone, name)
+    remove_embeddings(backbone, name)
     backbone.triggers.pop(name, None)
     _activate(backbone)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rite_diffusion.adapters.adapter import Adapter
 from rite_diffusion.adapters.dialects.embeddings import SECOND
-from rite_diffusion.backbones.protocols import Backbone, Word
+from rite_diffusion.backbones.protocols import Backbone, LearnedEmbedding
 from rite_diffusion.errors import AdapterError
 
 
@@ -29,11 +29,11 @@ def tokens_of(words: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def check_words(backbone: Backbone, adapter: Adapter) -> None:
+def check_embeddings(backbone: Backbone, adapter: Adapter) -> None:
     """AdapterError where the model has no room for one of the adapter's words."""
     widths = [table.shape[1] for table in backbone.token_tables]
     layers = (1, len(backbone.cross_attentions))
-    taken = {word.lower(): each.adapter for word, each in backbone.words.items()}
+    taken = {word.lower(): each.adapter for word, each in backbone.embeddings.items()}
     for word, rows in words_of(adapter).items():
         found = [each.shape[-1] for each in rows]
         if found != widths or len({each.shape[1] for each in rows}) > 1:
@@ -54,17 +54,17 @@ def _listed(numbers: list[int]) -> str:
     return " and ".join(map(str, numbers))
 
 
-def add_words(backbone: Backbone, adapter: Adapter, name: str) -> None:
+def add_embeddings(backbone: Backbone, adapter: Adapter, name: str) -> None:
     """Let prompts say the words of an adapter that is attached under a name."""
     for word, rows in words_of(adapter).items():
         here = [each.to(backbone.device) for each in rows]
-        backbone.words[word] = Word(name, lambda here=here: here)
+        backbone.embeddings[word] = LearnedEmbedding(name, lambda here=here: here)
 
 
-def remove_words(backbone: Backbone, name: str) -> None:
+def remove_embeddings(backbone: Backbone, name: str) -> None:
     """Forget the words that came with an adapter."""
-    for word in [word for word, each in backbone.words.items() if each.adapter == name]:
-        del backbone.words[word]
+    for word in [word for word, each in backbone.embeddings.items() if each.adapter == name]:
+        del backbone.embeddings[word]
 
 
 def free_names(words: Collection[str], taken: Collection[str]) -> dict[str, str]:

@@ -149,7 +149,7 @@ def _averaging(adapter: Adapter) -> dict[str, float]:
         f"the layers of {word} are averaged, as no other tool keeps them apart": (
             embeddings.averaging_error(adapter, word)
         )
-        for word in embeddings.lossy_words(adapter)
+        for word in embeddings.averaged_embeddings(adapter)
     }
 
 

@@ -68,10 +68,10 @@ def _pictures(plan: Plan) -> list[list[Image]]:
     return [sample(plan.backbone, [prompt] * len(SEEDS), SEEDS) for prompt in PROMPTS]
 
 
-def run(plan: Plan, out: Path, listen: Callable[[StepReport], None]) -> DemoResult:
+def run(plan: Plan, out: Path, on_step: Callable[[StepReport], None]) -> DemoResult:
     """Train, draw every prompt before and after, and write the grid."""
     before = _pictures(plan)
-    path = run_training(plan, out, listen)
+    path = run_training(plan, out, on_step)
     attach(plan.backbone, load_adapter(path), "demo")
     after = _pictures(plan)
     rows = [old + new for old, new in zip(before, after, strict=True)]

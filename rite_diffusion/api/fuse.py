@@ -24,7 +24,7 @@ from rite_diffusion.fusion.members import Member, checked
 from rite_diffusion.fusion.merge import Merged, merge_with_loss, method_named
 from rite_diffusion.fusion.report import ConflictReport, report_on
 from rite_diffusion.fusion.settings import FusionOptions, FusionSettings, checked_settings
-from rite_diffusion.fusion.statistics import USUAL, Drawing
+from rite_diffusion.fusion.statistics import DEFAULT_DRAWING, Drawing
 
 FUSED, SUFFIX = "fused.safetensors", ".safetensors"
 
@@ -41,8 +41,8 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Forecast:
-    """What `foresee` tells: the adapter that a fusion would write, its loss and its conflicts."""
+class FusionPreview:
+    """The adapter that a fusion would write, its loss and its conflicts."""
 
     adapter: Adapter
     loss: float  # relative Frobenius error of what a limit on the rank cuts off
@@ -55,26 +55,27 @@ def fuse(
     method: str = "gram",
     out: str | Path | None = None,
     base: str | Backbone | None = None,
-    drawing: Drawing = USUAL,
+    drawing: Drawing = DEFAULT_DRAWING,
     overwrite: bool = False,
     allow_loss: bool = False,
-    listen: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     **settings: Unpack[FusionOptions],
 ) -> Path:
     """Fuse adapters, `FILE` or `FILE:WEIGHT`, into one file and return its path.
 
     `settings` are those of `FusionSettings`: `rank=8`, `preserve=0.5`. Methods that need statistics
     take them from sketches beside the files, else from a few pictures that the base model draws;
-    `listen` hears how many of how many are drawn. `out` defaults to `fused.safetensors`; a file of
-    a default name is replaced with `overwrite` alone. What a limit on the rank cuts off is told on
-    stderr, and refused above 1 % unless `allow_loss`. Raises RiteError before a file is written.
+    `progress` is called with how many of how many are drawn. `out` defaults to `fused.safetensors`;
+    a file of a default name is replaced with `overwrite` alone. What a limit on the rank cuts off
+    is told on stderr, and refused above 1 % unless `allow_loss`. Raises RiteError before a file is
+    written.
     """
     how = _checked(method, settings)
     target = file_output(out or FUSED, SUFFIX)
     members = _chosen_members(adapters)
     check_outputs(*_named(out, target), sources=_files(members), overwrite=overwrite)
     measured = how.needs_statistics and len(members) > 1
-    fused = _solve(members, how, base, drawing, listen, measured)
+    fused = _solve(members, how, base, drawing, progress, measured)
     check_loss(fused.loss, how.settings, allow_loss)
     tell_loss(fused.loss)
     save_adapter(target, fused.adapter)
@@ -86,15 +87,15 @@ def fused_adapter(
     *,
     method: str = "gram",
     base: str | Backbone | None = None,
-    drawing: Drawing = USUAL,
-    listen: Callable[[int, int], None] = lambda done, total: None,
+    drawing: Drawing = DEFAULT_DRAWING,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     **settings: Unpack[FusionOptions],
 ) -> Merged:
     """The adapter that `fuse` writes, and its loss; nothing is written."""
     how = _checked(method, settings)
     members = _chosen_members(adapters)
     measured = how.needs_statistics and len(members) > 1
-    fused = _solve(members, how, base, drawing, listen, measured)
+    fused = _solve(members, how, base, drawing, progress, measured)
     return Merged(fused.adapter, fused.loss)
 
 
@@ -119,10 +120,10 @@ def fuse_and_report(
     method: str = "gram",
     out: str | Path | None = None,
     base: str | Backbone | None = None,
-    drawing: Drawing = USUAL,
+    drawing: Drawing = DEFAULT_DRAWING,
     overwrite: bool = False,
     allow_loss: bool = False,
-    listen: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     **settings: Unpack[FusionOptions],
 ) -> Outcome:
     """Like `fuse`, and write the conflict report beside it: `.report.json` and `.report.png`.
@@ -136,7 +137,7 @@ def fuse_and_report(
     members = _chosen_members(adapters)
     outputs = _named(out, target, figures, sheet)
     check_outputs(*outputs, sources=_files(members), overwrite=overwrite)
-    fused = _solve(members, how, base, drawing, listen, measured=True)
+    fused = _solve(members, how, base, drawing, progress, measured=True)
     check_loss(fused.loss, how.settings, allow_loss)
     tell_loss(fused.loss)
     report = report_on(fused.members, fused.adapter)
@@ -161,23 +162,23 @@ def _files(members: Sequence[Member]) -> list[Path]:
     return [member.file for member in members]
 
 
-def foresee(
+def preview_fusion(
     adapters: Sequence[str | Path],
     *,
     method: str = "gram",
     base: str | Backbone | None = None,
-    drawing: Drawing = USUAL,
-    listen: Callable[[int, int], None] = lambda done, total: None,
+    drawing: Drawing = DEFAULT_DRAWING,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     **settings: Unpack[FusionOptions],
-) -> Forecast:
+) -> FusionPreview:
     """What interferes between adapters, and what a fusion would make of it; nothing is written.
 
     Arguments are those of `fuse`. Statistics come from sketches beside the files, else from a few
     pictures that the base model draws.
     """
     how = _checked(method, settings)
-    fused = _solve(_chosen_members(adapters), how, base, drawing, listen, measured=True)
-    return Forecast(fused.adapter, fused.loss, report_on(fused.members, fused.adapter))
+    fused = _solve(_chosen_members(adapters), how, base, drawing, progress, measured=True)
+    return FusionPreview(fused.adapter, fused.loss, report_on(fused.members, fused.adapter))
 
 
 @dataclass(frozen=True)
@@ -214,15 +215,15 @@ def _solve(
     how: _How,
     base: str | Backbone | None,
     drawing: Drawing,
-    listen: Callable[[int, int], None],
+    progress: Callable[[int, int], None],
     measured: bool,
 ) -> _Fused:
     """Fuse in memory; `measured` members have statistics, whether the method needs them or not."""
     open_backbone = _opener(base, members)
     members = with_plain_updates(members, open_backbone)
     if measured:
-        members = with_sketches(members, open_backbone, drawing, listen)
-    fused = _merged(members, how.method, how.settings, open_backbone, drawing, listen)
+        members = with_sketches(members, open_backbone, drawing, progress)
+    fused = _merged(members, how.method, how.settings, open_backbone, drawing, progress)
     return _Fused(fused.adapter, fused.loss, members, open_backbone)
 
 
@@ -232,13 +233,13 @@ def _merged(
     settings: FusionSettings,
     open_backbone: Callable[[], Backbone],
     drawing: Drawing,
-    listen: Callable[[int, int], None],
+    progress: Callable[[int, int], None],
 ) -> Merged:
     """The fused adapter, refined as often as the settings say."""
     fused = merge_with_loss(members, method, settings)
     if len(members) > 1 and method_named(method).statistics:
         for _ in range(settings.refine):
-            seen = with_statistics_of(fused.adapter, members, open_backbone(), drawing, listen)
+            seen = with_statistics_of(fused.adapter, members, open_backbone(), drawing, progress)
             fused = merge_with_loss(seen, method, settings)
     return fused
 

@@ -14,7 +14,7 @@ from rite_diffusion.generation.composition import SUM
 from rite_diffusion.generation.control import load_controls, parse_control
 from rite_diffusion.generation.metadata import png_of
 from rite_diffusion.generation.output import picture_target, write_next
-from rite_diffusion.generation.picture import complete, picture, placed
+from rite_diffusion.generation.picture import picture, resolved, with_boxes
 from rite_diffusion.generation.regions import adapter_weights, parse_regions
 from rite_diffusion.generation.request import PictureRequest
 
@@ -36,7 +36,7 @@ def generate(
     height: int | None = None,
     out: str | Path | None = None,
     other_base: bool = False,
-    listen: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[Image]:
     """Pictures of a prompt, for the seeds `seed`, `seed + 1`, …; adapters are `FILE[:WEIGHT]`.
 
@@ -55,7 +55,7 @@ def generate(
         height=height, regions=regions, combine=combine, controls=controls,
     )  # fmt: skip
     return draw(
-        request, adapters, base=base, num=num, out=out, other_base=other_base, listen=listen
+        request, adapters, base=base, num=num, out=out, other_base=other_base, progress=progress
     )
 
 
@@ -67,7 +67,7 @@ def draw(
     num: int = 1,
     out: str | Path | None = None,
     other_base: bool = False,
-    listen: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> list[Image]:
     """The pictures of a request and of the seeds that follow its own, as `generate` says."""
     chosen = choose_adapters(adapters)
@@ -82,16 +82,16 @@ def draw(
     adapter_weights(parts, request.prompt, [each.triggers for each in attached])  # complains early
     backbone = open_with_adapters(base, chosen, other_base)
     request = replace(request, controls=[each.record() for each in conditions])
-    first = complete(backbone, request, [each.record() for each in chosen])
+    first = resolved(backbone, request, [each.record() for each in chosen])
     controlling = load_controls(backbone, conditions, first.width, first.height)
     images = []
     for wanted in first.series(num):
-        parameters = placed(backbone, wanted, attached, controlling)
+        parameters = with_boxes(backbone, wanted, attached, controlling)
         image = picture(backbone, parameters, attached, controlling)
         if target is not None:
             image.info["path"] = str(_write(target, png_of(image, parameters)))
         images.append(image)
-        listen(len(images))
+        progress(len(images))
     return images
 
 

@@ -44,7 +44,7 @@ def make_masks(
     base: str = "pocket",
     model: str | Path | None = None,
     override: bool = False,
-    listen: Callable[[int], None] = lambda done: None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> MaskReport:
     """Write `masks/<name>.png` in the photos' folder, white where the subject is.
 
@@ -73,7 +73,7 @@ def make_masks(
             written.append(target)
         except NoMask as reason:
             left.append((picture.path.name, str(reason)))
-        listen(done)
+        progress(done)
     return MaskReport(written, left)
 
 

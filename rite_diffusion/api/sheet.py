@@ -33,12 +33,12 @@ from rite_diffusion.fusion.loss import described
 from rite_diffusion.fusion.members import Member, checked
 from rite_diffusion.fusion.merge import merge_with_loss, method_named
 from rite_diffusion.fusion.settings import FusionSettings
-from rite_diffusion.fusion.statistics import USUAL
+from rite_diffusion.fusion.statistics import DEFAULT_DRAWING
 from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.composition import COMPOSITIONS, SUM
 from rite_diffusion.generation.grid import labelled_grid
 from rite_diffusion.generation.metadata import KEY
-from rite_diffusion.generation.picture import complete, picture
+from rite_diffusion.generation.picture import picture, resolved
 from rite_diffusion.generation.request import PictureRequest
 from rite_diffusion.seeding import check_seed
 
@@ -173,7 +173,7 @@ def grid(
     cell: int = 192,
     out: str | Path | None = None,
     other_base: bool = False,
-    listen: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     tell: Callable[[str], None] = say_on_stderr,
 ) -> Image:
     """A sheet of pictures of all combinations, `columns` (an axis of AXES) from left to right.
@@ -181,8 +181,8 @@ def grid(
     Each of `adapters` is a `FILE[:WEIGHT]`, several in a list or joined by `+`, or "" for the base
     alone; a weight multiplies those of its files; a method says how several are combined:
     `attached`, `switch`, `composite` or one of FUSIONS. With `out`, a `.png` whose text holds every
-    picture's parameters. `tell` hears what the adapters' weights leave without effect, which words
-    are renamed and what a fusion loses, by default on stderr.
+    picture's parameters. `tell` is called with what the adapters' weights leave without effect,
+    which words are renamed and what a fusion loses, by default on stderr.
     """
     axes = {
         "prompt": prompts,
@@ -210,7 +210,7 @@ def grid(
         check_base(backbone, adapter)
     for line in dict.fromkeys(line for setup in setups for line in notes(setup)):
         tell(line)
-    pictures = _draw(backbone, sheet, request, listen, tell)
+    pictures = _draw(backbone, sheet, request, progress, tell)
     rows = [[pictures[each][0] for each in row] for row in sheet.rows]
     image = labelled_grid(rows, sheet.row_labels(), sheet.column_labels(), cell)
     if target is not None:
@@ -235,7 +235,7 @@ def _draw(
     backbone: Backbone,
     sheet: Sheet,
     request: PictureRequest,
-    listen: Callable[[int, int], None],
+    progress: Callable[[int, int], None],
     tell: Callable[[str], None],
 ) -> dict[Cell, tuple[Image, dict]]:
     """Each cell's picture and parameters; cells with the same adapters are drawn in one go."""
@@ -249,9 +249,9 @@ def _draw(
         with _in_model(backbone, present) as attached:
             for cell in cells:
                 wanted = replace(request, prompt=cell.prompt, seed=cell.seed, combine=combine)
-                facts = complete(backbone, wanted, records)
+                facts = resolved(backbone, wanted, records)
                 drawn[cell] = picture(backbone, facts, attached), asdict(facts)
-                listen(len(drawn), total)
+                progress(len(drawn), total)
     return drawn
 
 
@@ -264,7 +264,9 @@ def _present(
     members = checked([Member(each.adapter, each.weight, each.path) for each in chosen])
     members = with_plain_updates(members, lambda: backbone)
     if FUSIONS[method].statistics:
-        members = with_sketches(members, lambda: backbone, USUAL, lambda done, total: None)
+        members = with_sketches(
+            members, lambda: backbone, DEFAULT_DRAWING, lambda done, total: None
+        )
     fused = merge_with_loss(members, method, FusionSettings())
     if fused.loss:
         tell(f"{method} of {' + '.join(m.file.name for m in members)}: {described(fused.loss)}")

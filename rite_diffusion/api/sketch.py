@@ -15,7 +15,7 @@ from rite_diffusion.fusion.measure import measure, measure_concepts, sketched_la
 from rite_diffusion.fusion.members import Member
 from rite_diffusion.fusion.prompts import concept_prompts
 from rite_diffusion.fusion.sketch import load_sketch, save_sketch, sketch_path
-from rite_diffusion.fusion.statistics import USUAL, Drawing, Grams
+from rite_diffusion.fusion.statistics import DEFAULT_DRAWING, Drawing, SecondMoments
 from rite_diffusion.training.memory import is_out_of_memory
 
 SKETCH_DIRECTIONS = 64  # per layer in a sketch file
@@ -28,9 +28,9 @@ def sketch(
     base: str | Backbone | None = None,
     prompts: Sequence[str] = (),
     directions: int = SKETCH_DIRECTIONS,
-    drawing: Drawing = USUAL,
+    drawing: Drawing = DEFAULT_DRAWING,
     overwrite: bool = False,
-    listen: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Write `FILE.sketch.safetensors` beside an adapter: what others need to fuse it.
 
@@ -48,7 +48,7 @@ def sketch(
     backbone = open_base(base, [content.info])
     check_base(backbone, content)
     with out_of_memory_explained():
-        [made] = measure(backbone, [content], [wanted], drawing, listen)
+        [made] = measure(backbone, [content], [wanted], drawing, progress)
     save_sketch(target, made, directions)
     return target
 
@@ -57,7 +57,7 @@ def with_sketches(
     members: list[Member],
     open_backbone: Callable[[], Backbone],
     drawing: Drawing,
-    listen: Callable[[int, int], None],
+    progress: Callable[[int, int], None],
 ) -> list[Member]:
     """The members with their sketches: from files beside the adapters, the others measured now."""
     members = [_with_file(member) for member in members]
@@ -67,7 +67,7 @@ def with_sketches(
     prompts = [concept_prompts(member.adapter.info, member.file) for member in bare]
     backbone = open_backbone()
     with out_of_memory_explained():
-        sketches = measure(backbone, [m.adapter for m in bare], prompts, drawing, listen)
+        sketches = measure(backbone, [m.adapter for m in bare], prompts, drawing, progress)
     measured = {member.digest: sketch for member, sketch in zip(bare, sketches, strict=True)}
     return [replace(m, sketch=m.sketch or measured[m.digest]) for m in members]
 
@@ -77,7 +77,7 @@ def with_statistics_of(
     members: list[Member],
     backbone: Backbone,
     drawing: Drawing,
-    listen: Callable[[int, int], None],
+    progress: Callable[[int, int], None],
 ) -> list[Member]:
     """The members with what flows into the layers when the fused adapter draws their concepts.
 
@@ -88,11 +88,11 @@ def with_statistics_of(
     prompts = [concept_prompts(member.adapter.info, member.file) for member in members]
     names = sketched_layers(backbone, [member.adapter for member in members])
     with out_of_memory_explained():
-        seen = measure_concepts(backbone, [fused] * len(members), prompts, names, drawing, listen)
+        seen = measure_concepts(backbone, [fused] * len(members), prompts, names, drawing, progress)
     return [_seeing(member, grams) for member, grams in zip(members, seen, strict=True)]
 
 
-def _seeing(member: Member, grams: Grams) -> Member:
+def _seeing(member: Member, grams: SecondMoments) -> Member:
     """The member with other statistics of its concept; those of the base stay."""
     assert member.sketch is not None  # taken of each alone before
     return replace(member, sketch=replace(member.sketch, concept=grams))

@@ -24,11 +24,11 @@ def train(
 
     One concept has its `photos`, a `trigger` and a `class_noun`; several are the tables of
     `dataset=[{"photos": ..., "trigger": ..., "class_noun": ...}, ...]`. Other settings are those of
-    `TrainConfig`, tables as dicts: `steps=200, optim={"lr": 1e-3}`. `preset` is a preset's name
-    or `.toml` file and defaults to the one for the base and method. The run folder `out` defaults
-    to `runs/<name of the photo folder>`; a stopped run there goes on, with `override` even where
-    settings differ. `on_step` hears of every optimizer step. Raises RiteError for settings, photos
-    and base models that cannot be trained, and Stopped after Ctrl-C or SIGTERM.
+    `TrainConfig`, tables as dicts: `steps=200, optim={"lr": 1e-3}`. `preset` is a preset's name or
+    `.toml` file and defaults to the one for the base and method. The run folder `out` defaults to
+    `runs/<name of the photo folder>`; a stopped run there goes on, with `override` even where
+    settings differ. `on_step` is called with every optimizer step. Raises RiteError for settings,
+    photos and base models that cannot be trained, and Stopped after Ctrl-C or SIGTERM.
     """
     wanted = dict(settings) if photos is None else {"photos": str(photos), **settings}
     folder = folder_output(out) if out else None

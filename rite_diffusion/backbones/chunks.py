@@ -17,7 +17,7 @@ from rite_diffusion.backbones.learned_embeddings import (
     Vectors,
     check_text,
     ids_of,
-    spoken,
+    split_at,
     tokens_of,
 )
 from rite_diffusion.backbones.prompt_syntax import Section
@@ -76,7 +76,7 @@ def _units(
     [placeholder] = ids_of(tokenizer, PLACEHOLDER)
     names = {word.lower(): word for word in vectors}
     units = []
-    for part in spoken(text, vectors):
+    for part in split_at(text, vectors):
         if isinstance(part, re.Match):
             word = names[part[0].lower()]
             units.append(Unit([placeholder] * vectors[word][0].shape[1], weight, word))
@@ -87,7 +87,7 @@ def _units(
 
 def _grouped(tokenizer: Any, text: str, whole: Collection[str]) -> list[list[int]]:
     """The text's tokens one by one, but those of a whole word together."""
-    spans = [part.span() for part in spoken(text, whole) if isinstance(part, re.Match)]
+    spans = [part.span() for part in split_at(text, whole) if isinstance(part, re.Match)]
     if not spans:
         return [[each] for each in ids_of(tokenizer, text)]
     check_text(text)

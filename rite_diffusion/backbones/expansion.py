@@ -11,10 +11,16 @@ import torch
 from torch import Tensor
 
 from rite_diffusion.backbones.chunks import Chunk
-from rite_diffusion.backbones.learned_embeddings import Filling, Vectors, said, spliced, spoken
+from rite_diffusion.backbones.learned_embeddings import (
+    Filling,
+    Vectors,
+    spliced,
+    split_at,
+    vectors_in,
+)
 from rite_diffusion.backbones.ordered import rows_of
 from rite_diffusion.backbones.prompt_syntax import Section
-from rite_diffusion.backbones.protocols import Word
+from rite_diffusion.backbones.protocols import LearnedEmbedding
 
 Prompt = Sequence[Section]
 Chunked = Callable[[Any, Prompt, Vectors], list[Chunk]]  # by a tokenizer
@@ -30,13 +36,13 @@ class Expansion:
     def __init__(
         self,
         prompts: Sequence[Prompt],
-        words: Mapping[str, Word],
+        words: Mapping[str, LearnedEmbedding],
         layers: int,
         tokenizers: Sequence[Any],
         length: int,
         chunked: Chunked,
     ):
-        self.vectors = said((text for prompt in prompts for text in _texts(prompt)), words)
+        self.vectors = vectors_in((text for prompt in prompts for text in _texts(prompt)), words)
         self.tokenizers = tokenizers
         self.length = length  # of an encoding, marks included
         self.layers = list[int]()  # N, the cross-attention that each encoding is for
@@ -51,7 +57,7 @@ class Expansion:
         deep = {word for word, rows in self.vectors.items() if len(rows[0]) > 1}
 
         def added(key: tuple) -> Tensor:
-            says_deep = any(len(spoken(text, deep)) > 1 for text in _texts(distinct[key]))
+            says_deep = any(len(split_at(text, deep)) > 1 for text in _texts(distinct[key]))
             return self._add([table[key] for table in tables], layers if says_deep else 1)
 
         if self.vectors:

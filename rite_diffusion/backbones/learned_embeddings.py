@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rite_diffusion.backbones.protocols import Word
+from rite_diffusion.backbones.protocols import LearnedEmbedding
 from rite_diffusion.errors import ConfigError
 
 PLACEHOLDER = "*"  # its token stands where a vector will be
@@ -31,7 +31,7 @@ class Slot:
     number: int  # which of the word's vectors
 
 
-def spoken(prompt: str, words: Collection[str]) -> list[str | re.Match[str]]:
+def split_at(prompt: str, words: Collection[str]) -> list[str | re.Match[str]]:
     """The prompt's ordinary text and, in their places, the learned words that it says.
 
     Upper and lower case are one, as in CLIP's tokenizer; of words that begin alike the longest
@@ -54,9 +54,9 @@ def _alone(word: str) -> str:
     return f"{before}{re.escape(word)}{after}"
 
 
-def said(prompts: Iterable[str], words: Mapping[str, Word]) -> Vectors:
+def vectors_in(prompts: Iterable[str], words: Mapping[str, LearnedEmbedding]) -> Vectors:
     """The vectors of those learned words that some prompt says."""
-    found = [part[0] for p in prompts for part in spoken(p, words) if isinstance(part, re.Match)]
+    found = [part[0] for p in prompts for part in split_at(p, words) if isinstance(part, re.Match)]
     names = {word.lower(): word for word in words}
     return {name: words[name].rows() for name in dict.fromkeys(names[f.lower()] for f in found)}
 
@@ -80,7 +80,7 @@ def tokens_of(tokenizer: Any, prompt: str, vectors: Vectors) -> tuple[list[int],
     [placeholder] = ids_of(tokenizer, PLACEHOLDER)
     names = {word.lower(): word for word in vectors}
     ids, slots = list[int](), list[Slot]()
-    for part in spoken(prompt, vectors):
+    for part in split_at(prompt, vectors):
         if isinstance(part, str):
             ids += ids_of(tokenizer, part) if part.strip() else []
             continue
@@ -92,13 +92,13 @@ def tokens_of(tokenizer: Any, prompt: str, vectors: Vectors) -> tuple[list[int],
 
 
 def positions_of(
-    tokenizer: Any, caption: str, word: str, words: Mapping[str, Word], size: int
+    tokenizer: Any, caption: str, word: str, words: Mapping[str, LearnedEmbedding], size: int
 ) -> list[int]:
     """Where the tokens of a word's first mention stand in a caption's encoding; [] for nowhere.
 
     An encoding holds `size` tokens beside its marks.
     """
-    ids, slots = tokens_of(tokenizer, caption, said([caption], words))
+    ids, slots = tokens_of(tokenizer, caption, vectors_in([caption], words))
     if word in words:
         count = words[word].rows()[0].shape[1]
         found = [slot.position for slot in slots if slot.word == word][:count]

@@ -12,7 +12,7 @@ import re
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from rite_diffusion.backbones.learned_embeddings import check_text, spoken
+from rite_diffusion.backbones.learned_embeddings import check_text, split_at
 from rite_diffusion.errors import ConfigError
 
 ROUND, SQUARE = 1.1, 1 / 1.1  # what a pair of brackets multiplies with
@@ -50,7 +50,7 @@ def read_prompt(prompt: str, literal: Collection[str] = ()) -> list[Section]:
     ConfigError for syntax that is not supported and for what is no text.
     """
     check_text(prompt)
-    parts = spoken(prompt, literal)
+    parts = split_at(prompt, literal)
     _refuse_foreign(prompt, parts)
     reader = _Reader(prompt)
     for part in parts:

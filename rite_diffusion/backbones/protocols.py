@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Word:
+class LearnedEmbedding:
     """A word beside those that the model came with; its vectors stand where a prompt says it.
 
     `rows()` gives per text encoder (layers, vectors, width), layers being 1 or one for each
@@ -87,7 +87,7 @@ class ImageCodec(Protocol):
 class TextConditioner(Protocol):
     """From prompts to what the denoiser is conditioned on."""
 
-    words: dict[str, Word]  # learned beside the model's own
+    embeddings: dict[str, LearnedEmbedding]  # learned beside the model's own
     triggers: dict[str, Sequence[str]]  # adapter -> words that call it, literal in prompts
 
     @property

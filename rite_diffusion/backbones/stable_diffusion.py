@@ -17,9 +17,14 @@ from rite_diffusion.backbones.chunks import chunks_of, cut_caption
 from rite_diffusion.backbones.cross_attention import cross_attentions, take_own_states
 from rite_diffusion.backbones.expansion import Chunked, Expansion
 from rite_diffusion.backbones.fingerprint import fingerprint
-from rite_diffusion.backbones.learned_embeddings import ids_of, positions_of, said, tokens_of
+from rite_diffusion.backbones.learned_embeddings import ids_of, positions_of, tokens_of, vectors_in
 from rite_diffusion.backbones.prompt_syntax import Section, as_written, read_prompt
-from rite_diffusion.backbones.protocols import Conditioning, Defaults, PredictionType, Word
+from rite_diffusion.backbones.protocols import (
+    Conditioning,
+    Defaults,
+    LearnedEmbedding,
+    PredictionType,
+)
 from rite_diffusion.backbones.schedule import FlowSampler, noise_schedule, prediction_type, sampler
 
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
@@ -66,7 +71,7 @@ class StableDiffusion:
         self._released = set[str]()
         self._reopen = reopen
         self.tokenizer = pipeline.tokenizer
-        self.words: dict[str, Word] = {}
+        self.embeddings: dict[str, LearnedEmbedding] = {}
         self.triggers: dict[str, Sequence[str]] = {}
         self.cross_attentions = cross_attentions(self.unet)
         take_own_states(self.cross_attentions)
@@ -239,7 +244,7 @@ class StableDiffusion:
 
     def _expanded(self, prompts: list[list[Section]], chunked: Chunked) -> Expansion:
         layers, length = len(self.cross_attentions), self.token_budget + 2
-        return Expansion(prompts, self.words, layers, self._tokenizers, length, chunked)
+        return Expansion(prompts, self.embeddings, layers, self._tokenizers, length, chunked)
 
     @property
     def _tokenizers(self) -> list[Any]:
@@ -249,7 +254,7 @@ class StableDiffusion:
     def literal_words(self) -> list[str]:
         """The words that prompts take literally and whole: learned ones and adapters' triggers."""
         called = [word for words in self.triggers.values() for word in words]
-        return list(dict.fromkeys([*self.words, *called]))
+        return list(dict.fromkeys([*self.embeddings, *called]))
 
     def token_ids(self, text: str) -> list[int]:
         """The tokens of ordinary text, without begin and end marks."""
@@ -257,11 +262,11 @@ class StableDiffusion:
 
     def token_count(self, prompt: str) -> int:
         """Number of the prompt's tokens, begin and end marks excluded."""
-        return len(tokens_of(self.tokenizer, prompt, said([prompt], self.words))[0])
+        return len(tokens_of(self.tokenizer, prompt, vectors_in([prompt], self.embeddings))[0])
 
     def token_positions(self, prompt: str, word: str) -> list[int]:
         """Where a word's tokens stand in the encoded prompt, at its first mention."""
-        return positions_of(self.tokenizer, prompt, word, self.words, self.token_budget)
+        return positions_of(self.tokenizer, prompt, word, self.embeddings, self.token_budget)
 
     def is_known_word(self, word: str) -> bool:
         """Whether the tokenizer holds the word whole, as it does what the model already knows."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rite_diffusion.backbones.protocols import Backbone, Conditioning
-from rite_diffusion.files.cache import kept
+from rite_diffusion.files.cache import cached_tensors
 
 
 def cached_conditioning(backbone: Backbone, prompt: str, folder: Path | None) -> Conditioning:
@@ -29,6 +29,7 @@ def cached_conditioning(backbone: Backbone, prompt: str, folder: Path | None) ->
     name = sha256(prompt.encode()).hexdigest()
     path = folder / backbone.text_fingerprint / f"{name}.safetensors"
     tensors = {
-        key: value.to(backbone.device) for key, value in kept(path, "states", encode).items()
+        key: value.to(backbone.device)
+        for key, value in cached_tensors(path, "states", encode).items()
     }
     return Conditioning(tensors.pop("states"), tensors)

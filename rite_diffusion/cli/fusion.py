@@ -49,11 +49,11 @@ def fuse(
     drawing = Drawing(steps=steps, seed=seed)
     settings |= {"method": method, "out": out, "base": base, "drawing": drawing}
     settings |= {"overwrite": overwrite, "allow_loss": allow_loss}
-    with picture_progress("statistics") as listen:
+    with picture_progress("statistics") as progress:
         if not report:
-            describe_fused(merging.fuse(adapters, listen=listen, **settings))
+            describe_fused(merging.fuse(adapters, progress=progress, **settings))
             return
-        describe_conflicts(merging.fuse_and_report(adapters, listen=listen, **settings))
+        describe_conflicts(merging.fuse_and_report(adapters, progress=progress, **settings))
 
 
 @app.command()
@@ -76,7 +76,7 @@ def sketch(
     from rite_diffusion.cli.output import picture_progress
     from rite_diffusion.fusion.statistics import Drawing
 
-    with picture_progress("statistics") as listen:
+    with picture_progress("statistics") as progress:
         path = sketching.sketch(
             adapter,
             out=out,
@@ -85,6 +85,6 @@ def sketch(
             directions=directions,
             drawing=Drawing(steps=steps, seed=seed),
             overwrite=overwrite,
-            listen=listen,
+            progress=progress,
         )
     say(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")

@@ -106,7 +106,7 @@ def grid(
     target = out or Path("grid.png")
     if out is None:
         check_outputs(derived=[target], overwrite=overwrite)
-    with picture_progress() as listen:
+    with picture_progress() as progress:
         image = sheets.grid(
             prompt,
             adapters=adapter or [""],
@@ -121,6 +121,6 @@ def grid(
             cell=cell,
             out=target,
             other_base=other_base,
-            listen=listen,
+            progress=progress,
         )
     say(image.info["path"])

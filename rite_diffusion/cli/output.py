@@ -176,16 +176,16 @@ def training_progress(steps: int) -> Iterator[Callable[[StepReport], None]]:
     if not console.is_terminal:
         yield _progress_lines(steps)
         return
-    with Progress(*columns, console=console, transient=False) as progress:
-        task = progress.add_task("", total=steps, loss=float("nan"), speed=0.0)
+    with Progress(*columns, console=console, transient=False) as bar:
+        task = bar.add_task("", total=steps, loss=float("nan"), speed=0.0)
 
-        def listen(report: StepReport) -> None:
+        def progress(report: StepReport) -> None:
             recent.append(report)
             del recent[:-RECENT]
             loss, speed = _recent_figures(recent)
-            progress.update(task, completed=report.step, loss=loss, speed=speed)
+            bar.update(task, completed=report.step, loss=loss, speed=speed)
 
-        yield listen
+        yield progress
 
 
 def _recent_figures(recent: Sequence[StepReport]) -> tuple[float, float]:
@@ -202,7 +202,7 @@ def _progress_lines(steps: int) -> Callable[[StepReport], None]:
     recent, printed = list[StepReport](), time.monotonic()
     first: tuple[int, float] | None = None  # the first step and when it was done
 
-    def listen(report: StepReport) -> None:
+    def progress(report: StepReport) -> None:
         nonlocal printed, first
         recent.append(report)
         del recent[:-RECENT]
@@ -218,7 +218,7 @@ def _progress_lines(steps: int) -> Callable[[StepReport], None]:
         _line("training", text)
         sys.stdout.flush()
 
-    return listen
+    return progress
 
 
 def describe_result(plan: Plan, adapter: Path) -> None:
@@ -278,22 +278,22 @@ def picture_progress(what: str = "pictures") -> Iterator[Callable[[int, int], No
         yield _picture_lines(what)
         return
     columns = (TextColumn(f"{what:<10}"), BarColumn(bar_width=24), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _picture_lines(what: str) -> Callable[[int, int], None]:
     printed = time.monotonic()
 
-    def listen(done: int, total: int) -> None:
+    def progress(done: int, total: int) -> None:
         nonlocal printed
         if time.monotonic() - printed >= LINE_EVERY:
             printed = time.monotonic()
             _line(what, f"{done} of {total}")
             sys.stdout.flush()
 
-    return listen
+    return progress
 
 
 def describe_fused(path: Path) -> None:

@@ -93,8 +93,8 @@ def _report_and_train(
         output.describe_cost(plan, run.measure(plan))
         return None
     folder = folder or run.default_run(plan)
-    with output.training_progress(plan.config.steps) as listen:
-        adapter = run.run_training(plan, folder, listen, override)
+    with output.training_progress(plan.config.steps) as on_step:
+        adapter = run.run_training(plan, folder, on_step, override)
     output.describe_result(plan, adapter)
     return adapter
 
@@ -139,6 +139,6 @@ def demo(
     from rite_diffusion.cli import output
 
     plan, folder = example.prepare(out, seed, output.PlanPrinter())
-    with output.training_progress(plan.config.steps) as listen:
-        result = example.run(plan, folder, listen)
+    with output.training_progress(plan.config.steps) as on_step:
+        result = example.run(plan, folder, on_step)
     output.describe_demo(result)

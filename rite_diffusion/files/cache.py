@@ -13,7 +13,9 @@ from rite_diffusion.errors import RunError
 from rite_diffusion.files.writing import write_atomically
 
 
-def kept(path: Path, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+def cached_tensors(
+    path: Path, name: str, make: Callable[[], dict[str, Tensor]]
+) -> dict[str, Tensor]:
     """The tensors of a cache entry, among them `name`.
 
     An entry that is not there or cannot be read is made and written; RunError where that fails.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rite_diffusion.errors import FusionError
-from rite_diffusion.fusion.second_moments import AnyGram
+from rite_diffusion.fusion.second_moments import AnySecondMoment
 from rite_diffusion.types import LoraPair
 
 
@@ -37,7 +37,7 @@ class Part:
 
     concept: str  # hash of the adapter's tensors
     factors: Factors  # of rank 0 where the adapter leaves the layer alone
-    gram: AnyGram | None  # None: no statistics
+    gram: AnySecondMoment | None  # None: no statistics
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Layer:
 
     name: str
     parts: list[Part]
-    base: AnyGram | None  # what flows in where the base model draws ordinary things
+    base: AnySecondMoment | None  # what flows in where the base model draws ordinary things
 
     @property
     def rank(self) -> int:
@@ -82,7 +82,7 @@ def as_pair(name: str, factors: Factors, kernel: torch.Size) -> LoraPair:
     return LoraPair(name, down, up[:, :, None, None] if len(kernel) == 3 else up, 1.0)
 
 
-def output_energy(factors: Factors, gram: AnyGram) -> float:
+def output_energy(factors: Factors, gram: AnySecondMoment) -> float:
     """E|D x|^2 of an update D = up @ down over the inputs of a Gram: tr(D G D^T)."""
     inner = gram.times(factors.down) @ factors.down.mT  # (r, r)
     return ((factors.up.mT @ factors.up) * inner).sum().clamp(min=0).item()

@@ -10,7 +10,7 @@ from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.fusion.members import digest_of
 from rite_diffusion.fusion.prompts import ordinary_prompts
 from rite_diffusion.fusion.sketch import Sketch, SketchFacts
-from rite_diffusion.fusion.statistics import Drawing, Grams, collect
+from rite_diffusion.fusion.statistics import Drawing, SecondMoments, collect
 
 NAME = "sketched"
 
@@ -21,12 +21,12 @@ def measure_concept(
     prompts: Sequence[str],
     names: Sequence[str],
     drawing: Drawing,
-    listen: Callable[[int, int], None] = lambda done, total: None,
-) -> Grams:
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> SecondMoments:
     """What flows into the named layers while the adapter, at weight 1, draws the prompts."""
     attach(backbone, adapter, NAME)
     try:
-        return collect(backbone, prompts, names, drawing, listen)
+        return collect(backbone, prompts, names, drawing, progress)
     finally:
         detach(backbone, NAME)
 
@@ -37,8 +37,8 @@ def measure_concepts(
     prompts: Sequence[Sequence[str]],
     names: Sequence[str],
     drawing: Drawing,
-    listen: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Grams]:
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[SecondMoments]:
     """What flows into the named layers while each adapter, alone, draws prompts of its own."""
     total, done = sum(map(len, prompts)) * drawing.pictures, 0
     found = []
@@ -47,7 +47,7 @@ def measure_concepts(
         found.append(
             measure_concept(
                 backbone, adapter, each, names, drawing,
-                lambda pictures, _, before=before: listen(before + pictures, total),
+                lambda pictures, _, before=before: progress(before + pictures, total),
             )
         )  # fmt: skip
         done += len(each) * drawing.pictures
@@ -59,7 +59,7 @@ def measure(
     adapters: Sequence[Adapter],
     prompts: Sequence[Sequence[str]],
     drawing: Drawing,
-    listen: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Sketch]:
     """A sketch of each adapter, all with the same base, over all layers that one may adapt."""
     names = sketched_layers(backbone, adapters)
@@ -67,9 +67,9 @@ def measure(
     own = sum(map(len, prompts)) * drawing.pictures
     total = own + len(ordinary) * drawing.pictures
     concepts = measure_concepts(
-        backbone, adapters, prompts, names, drawing, lambda done, _: listen(done, total)
+        backbone, adapters, prompts, names, drawing, lambda done, _: progress(done, total)
     )
-    base = collect(backbone, ordinary, names, drawing, lambda done, _: listen(own + done, total))
+    base = collect(backbone, ordinary, names, drawing, lambda done, _: progress(own + done, total))
     return [
         Sketch(concept, base, facts(backbone, adapter, each))
         for adapter, concept, each in zip(adapters, concepts, prompts, strict=True)

@@ -20,7 +20,7 @@ from rite_diffusion.adapters import Adapter
 from rite_diffusion.fusion.layer import Factors, Layer, Part, flat, output_energy, stack
 from rite_diffusion.fusion.members import Member, checked, layers
 from rite_diffusion.fusion.methods.gram import with_statistics
-from rite_diffusion.fusion.second_moments import AnyGram
+from rite_diffusion.fusion.second_moments import AnySecondMoment
 
 WORST = 8  # layers that the report names
 
@@ -88,9 +88,9 @@ def layer_conflict(layer: Layer, fused: Factors) -> LayerConflict:
     with_statistics(layer)
     parts = layer.parts
     total = stack([part.factors for part in parts])
-    own = [_loudness(part.factors, part.gram) for part in parts]
+    own = [_rms_output(part.factors, part.gram) for part in parts]
     heard = [
-        [_ratio(_loudness(other.factors, part.gram), alone) for other in parts]
+        [_ratio(_rms_output(other.factors, part.gram), alone) for other in parts]
         for part, alone in zip(parts, own, strict=True)
     ]
     usual = [value for value in own if value > 0]
@@ -100,19 +100,19 @@ def layer_conflict(layer: Layer, fused: Factors) -> LayerConflict:
         heard,
         [_error(total, part, alone) for part, alone in zip(parts, own, strict=True)],
         [_error(fused, part, alone) for part, alone in zip(parts, own, strict=True)],
-        _ratio(_loudness(total, layer.base), scale),
-        _ratio(_loudness(fused, layer.base), scale),
+        _ratio(_rms_output(total, layer.base), scale),
+        _ratio(_rms_output(fused, layer.base), scale),
     )
 
 
-def _loudness(factors: Factors, gram: AnyGram | None) -> float:
+def _rms_output(factors: Factors, gram: AnySecondMoment | None) -> float:
     """Root mean square output of an update; 0 where nothing is known of the inputs."""
     return output_energy(factors, gram) ** 0.5 if gram is not None else 0.0
 
 
 def _error(update: Factors, part: Part, alone: float) -> float:
     negative = Factors(-part.factors.up, part.factors.down)
-    return _ratio(_loudness(stack([update, negative]), part.gram), alone)
+    return _ratio(_rms_output(stack([update, negative]), part.gram), alone)
 
 
 def _ratio(value: float, of: float) -> float:

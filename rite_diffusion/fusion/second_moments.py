@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, eq=False)
-class Gram:
+class SecondMoment:
     """G = basis^T diag(values) basis + tail I; exact where `basis` has all directions."""
 
     basis: Tensor  # (k, inputs), orthonormal rows
@@ -24,7 +24,7 @@ class Gram:
     rows: int  # how many inputs were seen
 
     @property
-    def spectral(self) -> Gram:
+    def spectral(self) -> SecondMoment:
         """Itself."""
         return self
 
@@ -60,7 +60,7 @@ class Gram:
 
 
 @dataclass(frozen=True, eq=False)
-class FullGram:
+class FullSecondMoment:
     """G itself; its eigenvectors, which take longest, are found when first asked for.
 
     Half of the symmetric matrix is kept, in single precision: a large model has a hundred of them
@@ -72,7 +72,7 @@ class FullGram:
     rows: int
 
     @cached_property
-    def spectral(self) -> Gram:
+    def spectral(self) -> SecondMoment:
         """The same by its eigenvectors."""
         values, vectors = torch.linalg.eigh(self.matrix())
         return from_eigen(vectors.mT.flip(0), values.flip(0).clamp(min=0), 0.0, self.rows)
@@ -95,19 +95,19 @@ class FullGram:
         return rows @ self.matrix()
 
 
-def full_gram(moments: Tensor, rows: int) -> FullGram:
+def full_second_moment(moments: Tensor, rows: int) -> FullSecondMoment:
     """The FullGram of a symmetric matrix (inputs, inputs)."""
     width = len(moments)
     upper = moments[tuple(torch.triu_indices(width, width))]
-    return FullGram(upper.float(), width, rows)
+    return FullSecondMoment(upper.float(), width, rows)
 
 
-AnyGram = Gram | FullGram
+AnySecondMoment = SecondMoment | FullSecondMoment
 
 
 def from_eigen(
     basis: Tensor, values: Tensor, rest: float, rows: int, keep: int | None = None
-) -> Gram:
+) -> SecondMoment:
     """The Gram of leading eigenvectors (k, inputs) and values, where the others sum to `rest`.
 
     `keep` of them are kept; the tail is the mean of all others, so the trace stays.
@@ -119,10 +119,10 @@ def from_eigen(
     loud = (values > tails + 1e-12 * values[0])[:most]  # below the tail, a direction joins it
     count = max(int(loud.long().cumprod(0).sum()), 1)
     tail = tails[count - 1].item() if count < width else 0.0
-    return Gram(basis[:count], values[:count] - tail, tail, rows)
+    return SecondMoment(basis[:count], values[:count] - tail, tail, rows)
 
 
-def truncated(gram: AnyGram, keep: int) -> Gram:
+def truncated(gram: AnySecondMoment, keep: int) -> SecondMoment:
     """The same Gram with at most `keep` directions; the rest goes into the tail."""
     whole = gram.spectral
     outside = whole.width - len(whole.values)
@@ -130,38 +130,38 @@ def truncated(gram: AnyGram, keep: int) -> Gram:
     return from_eigen(whole.basis, whole.values + whole.tail, rest, whole.rows, keep)
 
 
-def mean(grams: Sequence[AnyGram]) -> AnyGram:
+def mean(grams: Sequence[AnySecondMoment]) -> AnySecondMoment:
     """The mean of Grams; one that many share, as of one base, is not summed again."""
     first, rows = grams[0], sum(gram.rows for gram in grams)
     if all(_same(gram, first) for gram in grams[1:]):
         return first
-    if any(isinstance(gram, FullGram) for gram in grams):
-        return full_gram(torch.stack([gram.matrix() for gram in grams]).mean(0), rows)
+    if any(isinstance(gram, FullSecondMoment) for gram in grams):
+        return full_second_moment(torch.stack([gram.matrix() for gram in grams]).mean(0), rows)
     roots = torch.cat([gram.spectral.root() for gram in grams]) / len(grams) ** 0.5
     _, singular, basis = torch.linalg.svd(roots, full_matrices=False)
     tail = sum(gram.spectral.tail for gram in grams) / len(grams)
-    return Gram(basis, singular.square(), tail, rows)
+    return SecondMoment(basis, singular.square(), tail, rows)
 
 
-def _same(one: AnyGram, other: AnyGram) -> bool:
+def _same(one: AnySecondMoment, other: AnySecondMoment) -> bool:
     if one is other:
         return True
-    both = isinstance(one, Gram) and isinstance(other, Gram)
+    both = isinstance(one, SecondMoment) and isinstance(other, SecondMoment)
     return both and torch.equal(one.spectral.basis, other.spectral.basis)
 
 
-class GramSum:
+class SecondMomentSum:
     """S = sum_i weight_i G_i + ridge * (mean eigenvalue of the sum) * I.
 
     A matrix (inputs, inputs), or, where the Grams have few directions together, their roots R with
     S = R^T R + tail I, so that no such matrix is made.
     """
 
-    def __init__(self, grams: Sequence[AnyGram], weights: Sequence[float], ridge: float):
+    def __init__(self, grams: Sequence[AnySecondMoment], weights: Sequence[float], ridge: float):
         pairs = list(zip(grams, weights, strict=True))
         width = grams[0].width
         floor = ridge * sum(weight * gram.trace for gram, weight in pairs) / width
-        few = [gram for gram in grams if isinstance(gram, Gram)]
+        few = [gram for gram in grams if isinstance(gram, SecondMoment)]
         self.low_rank = len(few) == len(grams) and sum(len(g.values) for g in few) < width // 2
         if self.low_rank:
             self.roots = torch.cat([weight**0.5 * gram.spectral.root() for gram, weight in pairs])

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from rite_diffusion.errors import FusionError
 from rite_diffusion.files.writing import write_output
-from rite_diffusion.fusion.second_moments import Gram, truncated
-from rite_diffusion.fusion.statistics import Grams
+from rite_diffusion.fusion.second_moments import SecondMoment, truncated
+from rite_diffusion.fusion.statistics import SecondMoments
 
 SUFFIX = ".sketch.safetensors"
 KIND = "rite_sketch"
@@ -42,8 +42,8 @@ class SketchFacts:
 class Sketch:
     """Gram matrices by layer with an adapter in place and its prompts, and without."""
 
-    concept: Grams
-    base: Grams
+    concept: SecondMoments
+    base: SecondMoments
     facts: SketchFacts
 
 
@@ -68,7 +68,7 @@ def save_sketch(path: Path, sketch: Sketch, keep: int) -> None:
     write_output(path, save(tensors, header))
 
 
-def _tensors(home: str, gram: Gram) -> dict[str, Tensor]:
+def _tensors(home: str, gram: SecondMoment) -> dict[str, Tensor]:
     return {
         f"{home}.basis": gram.basis.half().contiguous(),
         f"{home}.values": gram.values.float().contiguous(),
@@ -91,8 +91,8 @@ def load_sketch(path: Path) -> Sketch:
     try:
         layers = json.loads(header["layers"])
         homes = {home: rows for side in layers.values() for home, rows in side.values()}
-        grams: Grams = {home: _gram(tensors, home, rows) for home, rows in homes.items()}
-        sides: dict[str, Grams] = {
+        grams: SecondMoments = {home: _gram(tensors, home, rows) for home, rows in homes.items()}
+        sides: dict[str, SecondMoments] = {
             side: {name: grams[home] for name, (home, _) in layers[side].items()}
             for side in ("concept", "base")
         }
@@ -104,11 +104,11 @@ def load_sketch(path: Path) -> Sketch:
     return Sketch(sides["concept"], sides["base"], facts)
 
 
-def _gram(tensors: dict[str, Tensor], home: str, rows: int) -> Gram:
+def _gram(tensors: dict[str, Tensor], home: str, rows: int) -> SecondMoment:
     """A stored Gram; rounding to half precision bent the basis, QR straightens it."""
     basis, values = tensors[f"{home}.basis"].double(), tensors[f"{home}.values"].double()
     tail = float(tensors[f"{home}.tail"])
     fits = basis.ndim == 2 and values.shape == basis.shape[:1] and len(basis) <= basis.shape[1]
     if not (fits and bool(basis.isfinite().all()) and bool((values >= 0).all()) and tail >= 0):
         raise ValueError(f"{home} is out of shape or range")
-    return Gram(torch.linalg.qr(basis.mT).Q.mT, values, tail, rows)
+    return SecondMoment(torch.linalg.qr(basis.mT).Q.mT, values, tail, rows)

@@ -17,7 +17,13 @@ from torch.nn import functional as F
 from rite_diffusion.adapters.attach import places
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import ConfigError
-from rite_diffusion.fusion.second_moments import AnyGram, FullGram, Gram, from_eigen, full_gram
+from rite_diffusion.fusion.second_moments import (
+    AnySecondMoment,
+    FullSecondMoment,
+    SecondMoment,
+    from_eigen,
+    full_second_moment,
+)
 from rite_diffusion.generation.denoise import conditional, denoising
 from rite_diffusion.seeding import check_seed
 
@@ -27,7 +33,7 @@ SKETCH_WIDTH = 256  # directions of such a sketch
 ROUNDING = 1e-6  # of products in single precision, relative to the largest
 CHUNK = 8192  # rows in one product
 
-Grams = dict[str, AnyGram]  # layer name -> what flows into it
+SecondMoments = dict[str, AnySecondMoment]  # layer name -> what flows into it
 
 
 # --- running sums ------------------------------------------------------------------------------
@@ -46,9 +52,9 @@ class ExactSum:
             self.total += chunk.mT @ chunk
         self.rows += len(inputs)
 
-    def gram(self) -> FullGram:
+    def gram(self) -> FullSecondMoment:
         """The mean of x x^T."""
-        return full_gram(self.total.cpu().double() / self.rows, self.rows)
+        return full_second_moment(self.total.cpu().double() / self.rows, self.rows)
 
 
 class SketchSum:
@@ -74,7 +80,7 @@ class SketchSum:
             self.energy += chunk.double().square().sum().item()
         self.rows += len(inputs)
 
-    def gram(self) -> Gram:
+    def gram(self) -> SecondMoment:
         """The mean of x x^T: leading directions, the rest of the trace as a tail."""
         seen, test = self.seen.cpu().double(), self.test.cpu().double()
         inner = test.mT @ seen
@@ -176,7 +182,7 @@ class Drawing:
             )
 
 
-USUAL = Drawing()
+DEFAULT_DRAWING = Drawing()
 
 
 def _draw(backbone: Backbone, prompt: str, seed: int, steps: int) -> None:
@@ -215,8 +221,8 @@ def collect(
     prompts: Sequence[str],
     names: Sequence[str],
     drawing: Drawing,
-    listen: Callable[[int, int], None] = lambda done, total: None,
-) -> Grams:
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> SecondMoments:
     """The Gram of each named layer while the backbone, as it is now, draws the prompts."""
     layers = watched(backbone, names)
     led = leaders(backbone, layers, prompts)
@@ -233,6 +239,6 @@ def collect(
         for index in range(total):
             prompt = prompts[index // drawing.pictures]
             _draw(backbone, prompt, drawing.seed + index, drawing.steps)
-            listen(index + 1, total)
+            progress(index + 1, total)
     grams = {name: total.gram() for name, total in sums.items()}
     return {name: grams[led[name]] for name in names if name in led}

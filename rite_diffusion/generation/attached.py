@@ -32,7 +32,7 @@ def as_attached(chosen: Sequence[Chosen]) -> list[Attached]:
 
 
 @contextmanager
-def turned(
+def scaled_by(
     backbone: Backbone, adapters: Sequence[Attached], factors: Sequence[float]
 ) -> Iterator[None]:
     """The backbone with each adapter's weight times its factor, until the block ends."""

@@ -13,7 +13,7 @@ STEPS = 25
 
 
 def class_pictures(
-    backbone: Backbone, prompts: list[str], count: int, listen: Callable[[str], None]
+    backbone: Backbone, prompts: list[str], count: int, progress: Callable[[str], None]
 ) -> Path:
     """A folder with `count` pictures of the prompts in turn, seeds 0, 1, …; those it has are kept.
 
@@ -27,7 +27,7 @@ def class_pictures(
         folder.mkdir(parents=True, exist_ok=True)
     missing = [seed for seed in range(count) if not (folder / f"{seed:05d}.png").exists()]
     if missing:
-        listen(f'drawing {len(missing)} pictures of "{prompts[0]}" and the like')
+        progress(f'drawing {len(missing)} pictures of "{prompts[0]}" and the like')
     for seed in missing:
         prompt = prompts[seed % len(prompts)]
         [image] = sample(backbone, [prompt], [seed], steps=STEPS, guidance=guidance)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rite_diffusion.backbones.protocols import Backbone
-from rite_diffusion.generation.attached import Attached, turned
+from rite_diffusion.generation.attached import Attached, scaled_by
 from rite_diffusion.generation.denoise import Predict, guided
 
 PERIOD = 5  # steps that `switch` stays with an adapter, as in the paper
@@ -61,10 +61,10 @@ def _each_alone(
     The model is changed for the length of each prediction only.
     """
     rows = torch.eye(len(adapters)).tolist() or [[]]
-    return [_turned_to(backbone, prompt, negative, guidance, adapters, row) for row in rows]
+    return [_scaled_prediction(backbone, prompt, negative, guidance, adapters, row) for row in rows]
 
 
-def _turned_to(
+def _scaled_prediction(
     backbone: Backbone,
     prompt: str,
     negative: str,
@@ -72,11 +72,11 @@ def _turned_to(
     adapters: Sequence[Attached],
     factors: list[float],
 ) -> Predict:
-    with turned(backbone, adapters, factors):
+    with scaled_by(backbone, adapters, factors):
         plain = guided(backbone, [prompt], negative, guidance)
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
-        with turned(backbone, adapters, factors):
+        with scaled_by(backbone, adapters, factors):
             return plain(latents, timestep)
 
     return predict

@@ -10,7 +10,7 @@ from rite_diffusion._version import __version__
 from rite_diffusion.adapters.choice import Record
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import ConfigError
-from rite_diffusion.generation.attached import Attached, turned
+from rite_diffusion.generation.attached import Attached, scaled_by
 from rite_diffusion.generation.composition import COMPOSITIONS, SUM
 from rite_diffusion.generation.control import Control, under_control
 from rite_diffusion.generation.denoise import Predict, denoising, guided, pictures
@@ -22,7 +22,7 @@ from rite_diffusion.generation.request import Parameters, PictureRequest
 LONGEST_SIDE = 4096  # pixels
 
 
-def complete(
+def resolved(
     backbone: Backbone, request: PictureRequest, adapters: Sequence[Record] = ()
 ) -> Parameters:
     """Everything that decides a picture of this model; what the request leaves open is the base's.
@@ -57,7 +57,7 @@ def complete(
     )
 
 
-def placed(
+def with_boxes(
     backbone: Backbone,
     parameters: Parameters,
     adapters: Sequence[Attached] = (),
@@ -75,7 +75,7 @@ def placed(
     prompt = parameters.prompt
     texts = (prompt, parameters.negative)
     factors = adapter_weights(parts, prompt, [adapter.triggers for adapter in adapters])
-    with turned(backbone, adapters, factors[0]):
+    with scaled_by(backbone, adapters, factors[0]):
         plain = guided(backbone, [prompt], parameters.negative, parameters.guidance)
         boxes = find_boxes(
             backbone, under_control(plain, backbone, controls, texts), prompt, words,

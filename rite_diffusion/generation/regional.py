@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rite_diffusion.adapters.attach import lora_layers
 from rite_diffusion.backbones.protocols import Backbone, Conditioning
-from rite_diffusion.generation.attached import Attached, turned
+from rite_diffusion.generation.attached import Attached, scaled_by
 from rite_diffusion.generation.denoise import Predict, guided_prediction
 from rite_diffusion.generation.regions import Region, adapter_weights, region_shares
 
@@ -55,7 +55,7 @@ class Plan:
             height, width = -(-height // 2), -(-width // 2)
         return (height, width) if height * width == cells else (0, 0)
 
-    def loudness(self, adapter: int, output: Tensor) -> Tensor:
+    def factor_map(self, adapter: int, output: Tensor) -> Tensor:
         """What to scale an adapter's residual with: a number, or a map that fits its output.
 
         Outputs are (B, C, h, w) or (B, cells, C); of anything else, such as time embeddings, there
@@ -133,7 +133,7 @@ def regional(backbone: Backbone, plan: Plan, adapters: Sequence[Attached]) -> It
 
 def _scaled(plan: Plan, adapter: int):
     def hook(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
-        return output * plan.loudness(adapter, output)
+        return output * plan.factor_map(adapter, output)
 
     return hook
 
@@ -154,7 +154,7 @@ def encode_parts(
     """
     parts = []
     for (prompt, negative), row in zip(texts, factors, strict=True):
-        with turned(backbone, adapters, row):
+        with scaled_by(backbone, adapters, row):
             parts.append(backbone.encode_prompts([negative] * count + [prompt] * count))
     joined = Conditioning(side_by_side([part.states for part in parts]), parts[0].extra)
     return joined, [part.states.shape[-2] for part in parts]

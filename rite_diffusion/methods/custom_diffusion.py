@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import TrainConfig
-from rite_diffusion.methods.embedding_method import WordMethod
-from rite_diffusion.methods.new_embeddings import NewWords
+from rite_diffusion.methods.embedding_method import EmbeddingMethod
+from rite_diffusion.methods.new_embeddings import NewEmbeddings
 from rite_diffusion.methods.weights import FullWeights, LoraWeights
 
 KEYS_AND_VALUES = (".attn2.to_k", ".attn2.to_v")
 
 
-class CustomDiffusion(WordMethod):
+class CustomDiffusion(EmbeddingMethod):
     """Keys and values that learn from all of a text but its begin mark, and a modifier."""
 
     def __init__(self, backbone: Backbone, config: TrainConfig):
@@ -30,8 +30,8 @@ class CustomDiffusion(WordMethod):
             )
         else:
             weights = FullWeights(backbone, paths)
-        new_words = NewWords(backbone, config, named=True)
-        super().__init__(backbone, config, weights, new_words)
+        new_placeholders = NewEmbeddings(backbone, config, named=True)
+        super().__init__(backbone, config, weights, new_placeholders)
         denoiser = backbone.components[backbone.denoiser_name]
         layers = [denoiser.get_submodule(path) for path in paths]
         self._handles = [layer.register_forward_hook(_hold_begin_mark) for layer in layers]

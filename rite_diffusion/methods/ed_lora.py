@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from rite_diffusion.backbones.attention_maps import AttentionRecorder
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import TrainConfig
-from rite_diffusion.methods.embedding_method import WordMethod
-from rite_diffusion.methods.new_embeddings import NewWords, new_words
+from rite_diffusion.methods.embedding_method import EmbeddingMethod
+from rite_diffusion.methods.new_embeddings import NewEmbeddings, new_placeholders
 from rite_diffusion.methods.weights import lora_weights
 from rite_diffusion.seeding import Stream, generator
 
@@ -23,7 +23,7 @@ CAPTIONS_KEPT = 256  # places of words in them that stay in memory
 INSIDE = 0.5  # a latent cell's mask, above which it is of the subject
 
 
-class EdLora(WordMethod):
+class EdLora(EmbeddingMethod):
     """Layer-wise words, LoRA around them, and a penalty on where the words look."""
 
     wants_masks = True
@@ -34,9 +34,11 @@ class EdLora(WordMethod):
             draws = generator(config.seed, Stream.NEW_EMBEDDINGS, number)
             nn.init.kaiming_uniform_(pair.down, a=5**0.5, generator=draws)
         layers = len(backbone.cross_attentions)
-        learned = NewWords(backbone, config, layers=layers, alone=2)
+        learned = NewEmbeddings(backbone, config, layers=layers, alone=2)
         super().__init__(backbone, config, weights, learned)
-        self._concepts = [tuple(new_words(backbone, concept)) for concept in config.concepts()]
+        self._concepts = [
+            tuple(new_placeholders(backbone, concept)) for concept in config.concepts()
+        ]
         self._positions = lru_cache(CAPTIONS_KEPT)(self._find)
         watched = backbone.cross_attentions if config.attention.weight else []
         self._recorder = AttentionRecorder(watched)
@@ -62,7 +64,7 @@ class EdLora(WordMethod):
     def _find(self, caption: str, words: tuple[str, ...]) -> list[int]:
         """Where a concept's vectors stand in a prompt; [] where it does not say them all."""
         found = [self.backbone.token_positions(caption, word) for word in words]
-        whole = [self.backbone.words[word].rows()[0].shape[1] for word in words]
+        whole = [self.backbone.embeddings[word].rows()[0].shape[1] for word in words]
         said = [len(own) for own in found] == whole
         return [place for own in found for place in own] if said else []
 

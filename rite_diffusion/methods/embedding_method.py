@@ -4,24 +4,28 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from rite_diffusion.adapters.learned_embeddings import remove_words
+from rite_diffusion.adapters.learned_embeddings import remove_embeddings
 from rite_diffusion.backbones.protocols import Backbone, Conditioning
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.methods.method import NAME, Method
-from rite_diffusion.methods.new_embeddings import NewWords
+from rite_diffusion.methods.new_embeddings import NewEmbeddings
 from rite_diffusion.methods.weights import Weights, parameter_groups
 from rite_diffusion.types import LoraPair
 
 
-class WordMethod(Method):
+class EmbeddingMethod(Method):
     """New words, and weights around them."""
 
     def __init__(
-        self, backbone: Backbone, config: TrainConfig, weights: Weights, new_words: NewWords
+        self,
+        backbone: Backbone,
+        config: TrainConfig,
+        weights: Weights,
+        new_placeholders: NewEmbeddings,
     ):
         super().__init__(backbone, config)
         self._weights = weights
-        self._words = new_words
+        self._words = new_placeholders
 
     def groups(self) -> list[dict]:
         """The weights by component, and the words."""
@@ -40,12 +44,12 @@ class WordMethod(Method):
         """The pairs in training."""
         return self._weights.pairs()
 
-    def words(self) -> dict[str, Sequence[Tensor]]:
+    def embeddings(self) -> dict[str, Sequence[Tensor]]:
         """The learned words."""
         return self._words.content()
 
     def remove(self) -> None:
         """Take weights and words out."""
         self._weights.remove()
-        remove_words(self.backbone, NAME)
+        remove_embeddings(self.backbone, NAME)
         super().remove()

@@ -58,7 +58,7 @@ class Method(ABC):
     def pairs(self) -> list[LoraPair]:
         """The live LoRA pairs that go into the adapter file."""
 
-    def words(self) -> dict[str, Sequence[Tensor]]:
+    def embeddings(self) -> dict[str, Sequence[Tensor]]:
         """The learned words that go into the adapter file, with vectors for each text encoder."""
         return {}
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from rite_diffusion.backbones.protocols import Backbone, Word
+from rite_diffusion.backbones.protocols import Backbone, LearnedEmbedding
 from rite_diffusion.config import TrainConfig, fill, words_of
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.methods.method import NAME
@@ -13,7 +13,7 @@ from rite_diffusion.seeding import Stream, generator
 from rite_diffusion.types import Concept
 
 
-class NewWords:
+class NewEmbeddings:
     """The words of all triggers that the base does not know, put among the backbone's words.
 
     A concept is called by the vectors of all its words, in order. The last starts as the embedding
@@ -38,7 +38,7 @@ class NewWords:
         self.learned: dict[str, list[nn.Parameter]] = {}
         self._nouns: dict[str, list[Tensor]] = {}
         for concept in config.concepts():
-            words = new_words(backbone, concept)
+            words = new_placeholders(backbone, concept)
             vectors = config.tokens.vectors or (alone if len(words) == 1 else 1)
             for word in words:
                 self._refuse_known(word)
@@ -49,10 +49,12 @@ class NewWords:
                     noun = backbone.token_ids(concept.class_noun)
                     rows = [table[noun].float() for table in backbone.token_tables]
                     self._nouns[word] = [each.expand(layers, -1, -1) for each in rows]
-                backbone.words[word] = Word(NAME, lambda word=word: self.rows(word))
+                backbone.embeddings[word] = LearnedEmbedding(
+                    NAME, lambda word=word: self.rows(word)
+                )
 
     def _refuse_known(self, word: str) -> None:
-        if word.lower() in {each.lower() for each in self.backbone.words}:
+        if word.lower() in {each.lower() for each in self.backbone.embeddings}:
             raise ConfigError(f"'{word}' has two meanings: give each concept words of its own")
 
     def _starts(self, concept: Concept, last: bool, vectors: int) -> list[Tensor]:
@@ -109,6 +111,6 @@ class NewWords:
             each.requires_grad_(wanted)
 
 
-def new_words(backbone: Backbone, concept: Concept) -> list[str]:
+def new_placeholders(backbone: Backbone, concept: Concept) -> list[str]:
     """The words of a concept's trigger that the base does not know."""
     return [word for word in concept.trigger.split() if not backbone.is_known_word(word)]

@@ -6,18 +6,18 @@ is a word (Gal et al. 2022) and the tuning LoRA. With `tokens.first` = 0 both tr
 
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import TrainConfig
-from rite_diffusion.methods.embedding_method import WordMethod
-from rite_diffusion.methods.new_embeddings import NewWords
+from rite_diffusion.methods.embedding_method import EmbeddingMethod
+from rite_diffusion.methods.new_embeddings import NewEmbeddings
 from rite_diffusion.methods.weights import lora_weights
 from rite_diffusion.types import LoraPair
 
 
-class Pivotal(WordMethod):
+class Pivotal(EmbeddingMethod):
     """New words for `tokens.first` steps, then LoRA with the words held; or both together."""
 
     def __init__(self, backbone: Backbone, config: TrainConfig):
         weights = lora_weights(backbone, config)
-        super().__init__(backbone, config, weights, NewWords(backbone, config))
+        super().__init__(backbone, config, weights, NewEmbeddings(backbone, config))
 
     def schedule(self, step: int) -> tuple[int, int]:
         """Each of the two phases has its own course of rates."""

@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from itertools import combinations
 
-from rite_diffusion.backbones.learned_embeddings import spoken
+from rite_diffusion.backbones.learned_embeddings import split_at
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.types import Concept
 
 
-def says(text: str, trigger: str) -> bool:
+def contains_word(text: str, trigger: str) -> bool:
     """Whether a text has a trigger as a word of its own, in upper or lower case."""
-    return len(spoken(text, {trigger: None})) > 1
+    return len(split_at(text, {trigger: None})) > 1
 
 
 def check_triggers(backbone: Backbone, concepts: Sequence[Concept]) -> None:
@@ -37,17 +37,21 @@ def check_triggers(backbone: Backbone, concepts: Sequence[Concept]) -> None:
         )
 
 
-def kept_in(backbone: Backbone, caption: str, triggers: Sequence[str]) -> tuple[str, str | None]:
+def with_trigger_kept(
+    backbone: Backbone, caption: str, triggers: Sequence[str]
+) -> tuple[str, str | None]:
     """The caption, and those of its triggers that would have been cut off with its end.
 
     They are the end now. Triggers within the base's budget stay where they are.
     """
     budget, words = backbone.token_budget, caption.split()
-    wanted = [each for each in triggers if says(caption, each)]
+    wanted = [each for each in triggers if contains_word(caption, each)]
     if not wanted or backbone.token_count(caption) <= budget:
         return caption, None
     lost, kept = list[str](), _within(backbone, words, "", budget)
-    while missing := [each for each in wanted if each not in lost and not says(kept, each)]:
+    while missing := [
+        each for each in wanted if each not in lost and not contains_word(kept, each)
+    ]:
         lost += missing
         kept = _within(backbone, words, " ".join(lost), budget)
     return (kept, ", ".join(lost)) if lost else (caption, None)

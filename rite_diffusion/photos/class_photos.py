@@ -59,7 +59,7 @@ def refuse_concepts(
 ) -> None:
     """Raise ConfigError where a picture of the class is a concept's photo or has its trigger.
 
-    `says` tells whether a caption says a trigger.
+    `says` tells whether a caption has a trigger.
     """
     concepts = {photo.digest: photo for photo in photos}
     for picture in pictures:

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rite_diffusion.backbones.protocols import Backbone
-from rite_diffusion.files.cache import kept
+from rite_diffusion.files.cache import cached_tensors
 
 
 def cached_latents(backbone: Backbone, pixels: Tensor, folder: Path | None) -> Tensor:
@@ -25,4 +25,4 @@ def cached_latents(backbone: Backbone, pixels: Tensor, folder: Path | None) -> T
     if folder is None:
         return encode()["latents"]
     digest = sha256(str(tuple(pixels.shape)).encode() + pixels.numpy().tobytes()).hexdigest()
-    return kept(folder / f"{digest}.safetensors", "latents", encode)["latents"]
+    return cached_tensors(folder / f"{digest}.safetensors", "latents", encode)["latents"]

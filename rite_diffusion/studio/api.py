@@ -283,7 +283,7 @@ def _build_fusion(studio: Studio) -> None:
         """What interferes between adapters (NAME or NAME:WEIGHT) before and after a fusion."""
         space = studio.space(request)
         order = fusing.order_of(space, [_weighted(item) for item in adapters], method, rank)
-        made = fusing.foresee(studio, space, order, _unheard)
+        made = fusing.preview_fusion(studio, space, order, _unheard)
         return made.report.as_dict() | {"loss": made.loss}
 
     @endpoint

@@ -3,7 +3,7 @@
 import gradio as gr
 
 from rite_diffusion.studio import api, library
-from rite_diffusion.studio.page import in_words
+from rite_diffusion.studio.page import with_messages
 from rite_diffusion.studio.state import Studio
 from rite_diffusion.studio.tabs import Built, Use, compare, fuse, generate, train
 from rite_diffusion.studio.tabs import library as shelf
@@ -67,7 +67,7 @@ def _connect_refreshes(page: gr.Blocks, tab: gr.Tab, built: Built) -> None:
 
 
 def _connect_use(studio: Studio, tabs: gr.Tabs, chooser: Chooser, use: Use) -> None:
-    @in_words
+    @with_messages
     def go_on(name: str, request: gr.Request):
         space = studio.space(request)
         known = [card.name for card in library.cards(space)]

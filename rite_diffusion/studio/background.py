@@ -21,14 +21,14 @@ def followed(work: Callable[[Callable[..., None]], Any]) -> Iterator[tuple[str, 
     closed = threading.Event()
     result: Future[Any] = Future()
 
-    def listen(*values: Any) -> None:
+    def progress(*values: Any) -> None:
         if closed.is_set():
             raise _Closed
         told.put(values)
 
     def run() -> None:
         try:
-            result.set_result(work(listen))
+            result.set_result(work(progress))
         except BaseException as error:
             result.set_exception(error)
         finally:

@@ -6,7 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rite_diffusion.api.fuse import Forecast
+    from rite_diffusion.api.fuse import FusionPreview
     from rite_diffusion.fusion.merge import Merged
     from rite_diffusion.fusion.report import ConflictReport
 
@@ -14,13 +14,13 @@ WHOLE, HURT = 0.35, 0.75  # errors up to which a concept counts as whole, and as
 WIDEST = 1.5  # error at which a bar is full
 
 
-def fusion_html(made: "Forecast | Merged") -> str:
+def fusion_html(made: "FusionPreview | Merged") -> str:
     """What a limit on the rank cut off, and the conflict report where there is one."""
-    from rite_diffusion.api.fuse import Forecast
+    from rite_diffusion.api.fuse import FusionPreview
     from rite_diffusion.fusion.loss import described
 
     cut = f"<p>Cut in rank: {described(made.loss)}.</p>" if made.loss else ""
-    return cut + (report_html(made.report) if isinstance(made, Forecast) else "")
+    return cut + (report_html(made.report) if isinstance(made, FusionPreview) else "")
 
 
 def report_html(report: "ConflictReport") -> str:

@@ -9,7 +9,7 @@ import gradio as gr
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rite_diffusion.errors import StudioError
-from rite_diffusion.studio.page import in_words
+from rite_diffusion.studio.page import with_messages
 
 FINITE = ConfigDict(allow_inf_nan=False)
 
@@ -35,7 +35,7 @@ def endpoint(handler: Callable) -> Callable:
         named = zip(names, values, strict=False)
         return handler(*(_checked(name, types.get(name), value) for name, value in named))
 
-    return in_words(checked)
+    return with_messages(checked)
 
 
 def _checked(name: str, kind: TypeAdapter | None, value: Any) -> Any:

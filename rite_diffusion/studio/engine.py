@@ -18,7 +18,7 @@ from rite_diffusion.generation.attached import Attached, as_attached, attached_n
 from rite_diffusion.generation.denoise import pictures
 from rite_diffusion.generation.metadata import png_of
 from rite_diffusion.generation.output import write_next
-from rite_diffusion.generation.picture import complete, estimates, placed
+from rite_diffusion.generation.picture import estimates, resolved, with_boxes
 from rite_diffusion.generation.request import Parameters, PictureRequest
 from rite_diffusion.studio.workspace import Workspace
 
@@ -106,7 +106,7 @@ class Engine:
         """Each step of each picture, with adapters `FILE:WEIGHT`; the last writes a PNG.
 
         The base is what a user calls it, by default the one that the adapters were made for. `tell`
-        hears what a user should know of the adapters, line by line.
+        is called with what a user should know of the adapters, line by line.
 
         Ends early where another drawing has begun: one works at a time, and a page that was closed
         may have left its own unfinished.
@@ -119,7 +119,7 @@ class Engine:
             tell(line)
         records = [each.record() for each in chosen]
         attached = as_attached(chosen)
-        for parameters in [complete(backbone, request, records) for request in requests]:
+        for parameters in [resolved(backbone, request, records) for request in requests]:
             frames = _frames(backbone, parameters, attached, space.folder("outputs"))
             while frame := self._next(frames, turn):
                 yield frame
@@ -149,7 +149,7 @@ def _frames(
 ) -> Iterator[Frame]:
     """A frame after every step; those that come fast have no picture."""
     shown = 0.0
-    parameters = placed(backbone, parameters, attached)
+    parameters = with_boxes(backbone, parameters, attached)
     for step, latents in enumerate(estimates(backbone, parameters, attached), 1):
         frame = Frame(step, parameters)
         if step == parameters.steps:

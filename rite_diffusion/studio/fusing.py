@@ -15,10 +15,10 @@ from rite_diffusion.studio.state import Studio
 from rite_diffusion.studio.workspace import Workspace, name_from
 
 if TYPE_CHECKING:
-    from rite_diffusion.api.fuse import Forecast
+    from rite_diffusion.api.fuse import FusionPreview
     from rite_diffusion.fusion.merge import Merged
 
-Listen = Callable[[str, float], None]  # words, and the share that is done
+ProgressCallback = Callable[[str, float], None]  # text, and the share that is done
 OLD = 24 * 3600  # seconds after which a draft that nobody saved is thrown away
 BACKGROUND = "on a blue background"
 
@@ -64,18 +64,20 @@ def order_of(
     return Order(cards, tuple(weight for _, weight in chosen), method, rank, allow_loss)
 
 
-def foresee(studio: Studio, space: Workspace, order: Order, listen: Listen) -> "Forecast":
+def preview_fusion(
+    studio: Studio, space: Workspace, order: Order, progress: ProgressCallback
+) -> "FusionPreview":
     """The conflicts of the adapters, and what the method would make of them."""
     from rite_diffusion.api import fuse as merging
 
-    _measure(studio, space, order, listen)
-    listen("Weighing the layers…", 1.0)
-    return merging.foresee(order.files(), method=order.method, **order.settings())
+    _measure(studio, space, order, progress)
+    progress("Weighing the layers…", 1.0)
+    return merging.preview_fusion(order.files(), method=order.method, **order.settings())
 
 
 def fuse(
-    studio: Studio, space: Workspace, order: Order, out: Path, listen: Listen
-) -> "Forecast | Merged":
+    studio: Studio, space: Workspace, order: Order, out: Path, progress: ProgressCallback
+) -> "FusionPreview | Merged":
     """Write the fused adapter, which is returned; with its report where all are measured."""
     from rite_diffusion.adapters import save_adapter
     from rite_diffusion.api import fuse as merging
@@ -83,17 +85,17 @@ def fuse(
     from rite_diffusion.fusion.settings import checked_settings
 
     if FUSIONS[order.method].statistics:
-        _measure(studio, space, order, listen)
-    listen("Fusing the layers…", 1.0)
+        _measure(studio, space, order, progress)
+    progress("Fusing the layers…", 1.0)
     measured = all(_has_sketch(card.path) for card in order.cards)
-    combine = merging.foresee if measured else merging.fused_adapter
+    combine = merging.preview_fusion if measured else merging.fused_adapter
     made = combine(order.files(), method=order.method, **order.settings())
     merging.check_loss(made.loss, checked_settings(order.settings()), order.allow_loss)
     save_adapter(out, made.adapter)
     return made
 
 
-def _measure(studio: Studio, space: Workspace, order: Order, listen: Listen) -> None:
+def _measure(studio: Studio, space: Workspace, order: Order, progress: ProgressCallback) -> None:
     """See that a sketch of its present content lies beside each adapter."""
     from rite_diffusion.api import sketch as sketching
 
@@ -108,16 +110,16 @@ def _measure(studio: Studio, space: Workspace, order: Order, listen: Listen) -> 
         return
     with studio.engine.lend(space, "", [card.base for card in order.cards]) as backbone:
         for index, card in enumerate(missing):
-            count = partial(_count_pictures, listen, card.name, index, len(missing))
-            sketching.sketch(card.path, base=backbone, overwrite=True, listen=count)
+            count = partial(_count_pictures, progress, card.name, index, len(missing))
+            sketching.sketch(card.path, base=backbone, overwrite=True, progress=count)
 
 
 def _count_pictures(
-    listen: Listen, name: str, index: int, concepts: int, done: int, total: int
+    progress: ProgressCallback, name: str, index: int, concepts: int, done: int, total: int
 ) -> None:
     """Tell how far the statistics of concept `index` of several are: `done` of `total` pictures."""
     words = f"What flows through the layers for {name}: picture {done} of {total}"
-    listen(words, (index + done / total) / concepts)
+    progress(words, (index + done / total) / concepts)
 
 
 def _has_sketch(file: Path) -> bool:

@@ -91,7 +91,7 @@ def _state_elsewhere(run: Path, told: dict[str, Any]) -> str:
     return state
 
 
-def last_words(run: Path) -> str:
+def last_line(run: Path) -> str:
     """What a run's process printed last, or wrote into its log."""
     for path in (run / "output.txt", run / "log.txt"):
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""

@@ -23,7 +23,7 @@ _SECRET = secrets.token_bytes()
 LONGEST = 600  # characters of a message
 
 
-def in_words(handler: Callable) -> Callable:
+def with_messages(handler: Callable) -> Callable:
     """The handler, whose RiteErrors become messages on the page instead of tracebacks."""
     if inspect.isgeneratorfunction(handler):
 
@@ -86,10 +86,10 @@ def shown_all(paths: Iterable[Path]) -> list[str]:
 
 def uploaded(path: str | Path) -> Path:
     """The path, if it lies where uploads are kept; StudioError otherwise."""
-    resolved = user_path(path).resolve()
-    if not resolved.is_relative_to(Path(get_upload_folder()).resolve()) or not resolved.is_file():
+    complete = user_path(path).resolve()
+    if not complete.is_relative_to(Path(get_upload_folder()).resolve()) or not complete.is_file():
         raise StudioError("that file was not uploaded here: send it with the request.")
-    return resolved
+    return complete
 
 
 def empty_state(title: str, text: str) -> str:

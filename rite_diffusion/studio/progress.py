@@ -12,7 +12,7 @@ import pandas
 from rite_diffusion.config import read_toml
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.files.writing import read_json
-from rite_diffusion.studio.jobs import last_words, state_of
+from rite_diffusion.studio.jobs import last_line, state_of
 
 POINTS = 240  # of a curve
 RECENT = 20  # steps that the speed is taken from
@@ -30,7 +30,7 @@ class Progress:
     total: int
     loss: float | None  # smoothed
     seconds_left: float | None
-    words: str  # why it failed, or what it does before its first step
+    last_line: str  # why it failed, or what it does before its first step
     metrics: list[dict[str, Any]]
     previews: list[Path]
     log: str
@@ -56,7 +56,7 @@ def read_progress(run: Path) -> Progress:
         total=total,
         loss=_smoothed([row["loss"] for row in metrics])[-1] if metrics else None,
         seconds_left=(total - step) * _seconds_per_step(metrics, config) if going else None,
-        words=last_words(run) if state in ("failed", "starting", "preparing") else "",
+        last_line=last_line(run) if state in ("failed", "starting", "preparing") else "",
         metrics=metrics,
         previews=sorted((run / "previews").glob("step-*.png"), reverse=True),
         log=_tail(run / "log.txt"),

@@ -42,12 +42,12 @@ def draw_sheet(
     studio: Studio,
     space: Workspace,
     order: SheetOrder,
-    listen: Callable[[int, int], None],
+    progress: Callable[[int, int], None],
     tell: Callable[[str], None],
 ) -> Path:
-    """Draw a sheet into `sheets/`; `listen` hears how many pictures of how many are done.
+    """Draw a sheet into `sheets/`; `progress` is called with pictures done and of how many.
 
-    `tell` hears what a user should know of the adapters, line by line.
+    `tell` is called with what a user should know of the adapters, line by line.
     """
     from rite_diffusion.api.sheet import grid
 
@@ -69,7 +69,7 @@ def draw_sheet(
             steps=order.steps,
             base=backbone,
             out=out,
-            listen=listen,
+            progress=progress,
             tell=tell,
         )
     return out

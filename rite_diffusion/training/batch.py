@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import CaptionSection, ObjectiveSection
-from rite_diffusion.methods.triggers import kept_in
+from rite_diffusion.methods.triggers import with_trigger_kept
 from rite_diffusion.photos.buckets import batch_indices
 from rite_diffusion.photos.dataset import LatentSet
 from rite_diffusion.seeding import Stream, generator
@@ -107,7 +107,7 @@ def make_batch(
     place, keep the triggers that the backbone knows.
     """
     triggers = [trigger for each in backbone.triggers.values() for trigger in each]
-    captions = [kept_in(backbone, caption, triggers)[0] for caption in captions]
+    captions = [with_trigger_kept(backbone, caption, triggers)[0] for caption in captions]
     rows = [data.samples[index] for index in indices]
     masks = torch.stack([data.masks[row] for row in rows]) if data.masks is not None else None
     return Batch(

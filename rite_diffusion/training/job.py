@@ -19,15 +19,15 @@ class Job:
     held_out: LatentSet | None = None  # for the validation loss
 
 
-def captions_are_kept(job: Job) -> bool:
+def captions_are_cached(job: Job) -> bool:
     """Whether the conditioning of every caption to come can be on disk before the first step."""
     config = job.config
     return job.method.text_is_frozen and config.cache and not config.captions.shuffle
 
 
-def keep_captions(job: Job) -> None:
+def cache_captions(job: Job) -> None:
     """Have the conditioning of every caption to come on disk, where that is possible."""
-    if captions_are_kept(job):
+    if captions_are_cached(job):
         held_out = job.held_out.captions if job.held_out else []
         dropped = [""] if job.config.captions.dropout else []
         for caption in dict.fromkeys([*job.data.captions, *held_out, *dropped]):
@@ -43,4 +43,4 @@ def release_encoders(job: Job) -> None:
     if job.config.previews.every and job.backbone.device.type == "cpu":
         return
     texts = [name for name in job.backbone.components if name != job.backbone.denoiser_name]
-    job.backbone.release(["vae", *(texts if captions_are_kept(job) else [])])
+    job.backbone.release(["vae", *(texts if captions_are_cached(job) else [])])

@@ -25,7 +25,7 @@ from rite_diffusion.errors import ConfigError
 from rite_diffusion.files.writing import cache_folder, user_path
 from rite_diffusion.generation.class_pictures import class_pictures
 from rite_diffusion.methods import METHODS
-from rite_diffusion.methods.triggers import check_triggers, kept_in, says
+from rite_diffusion.methods.triggers import check_triggers, contains_word, with_trigger_kept
 from rite_diffusion.methods.weights import adapted_paths
 from rite_diffusion.optim import optimizer_spec
 from rite_diffusion.photos.class_photos import (
@@ -109,7 +109,7 @@ def captions_without_trigger(folder: PhotoFolder, config: TrainConfig) -> list[s
     """Captions that teach no trigger."""
     triggers = [concept.trigger for concept in config.concepts()]
     captions = [photo.caption for photo in folder.photos]
-    return [text for text in captions if not any(says(text, each) for each in triggers)]
+    return [text for text in captions if not any(contains_word(text, each) for each in triggers)]
 
 
 def configure(settings: Mapping[str, Any], preset: str | None = None) -> TrainConfig:
@@ -199,7 +199,7 @@ def find_pictures(config: TrainConfig) -> Found:
     given, undrawn = given_class_photos(config.sources()) if config.prior.weight else ([], [])
     classes = joined(given)
     triggers = [concept.trigger for concept in config.concepts()]
-    refuse_concepts(classes.photos, joined(folders).photos, triggers, says)
+    refuse_concepts(classes.photos, joined(folders).photos, triggers, contains_word)
     return Found(folders, classes, undrawn)
 
 
@@ -238,7 +238,7 @@ def _with_triggers_kept(
     for folder in folders:
         photos = []
         for photo in folder.photos:
-            caption, trigger = kept_in(backbone, photo.caption, triggers)
+            caption, trigger = with_trigger_kept(backbone, photo.caption, triggers)
             if trigger:
                 moved[photo.caption] = trigger
             photos.append(replace(photo, caption=caption))
@@ -246,17 +246,17 @@ def _with_triggers_kept(
     return result, list(moved.items())
 
 
-def draw_class_pictures(plan: Plan, listen: Callable[[str], None] = lambda line: None) -> Plan:
+def draw_class_pictures(plan: Plan, progress: Callable[[str], None] = lambda line: None) -> Plan:
     """The plan with the pictures of its classes that the base draws, or has drawn before.
 
-    `listen` hears of those that are drawn.
+    `progress` is called with a line about those that are drawn.
     """
     if not plan.undrawn:
         return plan
     prior, photos = plan.config.prior, list(plan.classes.photos)
     for noun in plan.undrawn:
         prompts = [fill(prompt, {"class_noun": noun}) for prompt in prior.prompts]
-        folder = class_pictures(plan.backbone, prompts, prior.count, listen)
+        folder = class_pictures(plan.backbone, prompts, prior.count, progress)
         photos += read_class_photos(folder, noun).photos
     return _with_class_photos(replace(plan, undrawn=[]), photos)
 

@@ -67,7 +67,7 @@ def _adapter(plan: Plan, method: Method, step: int) -> Adapter:
         licence=LICENCE,
         version=__version__,
     )
-    return Adapter(method.pairs(), info, tokens_of(method.words()))
+    return Adapter(method.pairs(), info, tokens_of(method.embeddings()))
 
 
 def _write_previews(plan: Plan, run: RunFolder, step: int) -> None:
@@ -97,7 +97,7 @@ def _write_previews(plan: Plan, run: RunFolder, step: int) -> None:
 def run_training(
     plan: Plan,
     out: Path,
-    listen: Callable[[StepReport], None] = lambda report: None,
+    on_step: Callable[[StepReport], None] = lambda report: None,
     override: bool = False,
 ) -> Path:
     """Train, and return the path of the adapter file in the run folder `out`.
@@ -118,7 +118,7 @@ def run_training(
         run.write_status("preparing", resume.step if resume else 0, total)
         try:
             plan = _with_rates(replace(plan, config=config), run)
-            done = _learn(plan, run, listen, request.is_set, resume)
+            done = _learn(plan, run, on_step, request.is_set, resume)
         except BaseException as error:
             run.close_as_failed(error, total)
             if isinstance(error, OSError):
@@ -166,7 +166,7 @@ def _with_rates(plan: Plan, run: RunFolder) -> Plan:
 def _learn(
     plan: Plan,
     run: RunFolder,
-    listen: Callable[[StepReport], None],
+    on_step: Callable[[StepReport], None],
     stop: Callable[[], bool],
     resume: Snapshot | None,
 ) -> int:
@@ -183,7 +183,7 @@ def _learn(
         if run.take_request("sample") or due:
             _write_previews(plan, run, step)
             release_encoders(job)
-        listen(report)
+        on_step(report)
 
     def save(snapshot: Snapshot, last: bool) -> None:
         adapter = _adapter(plan, job.method, snapshot.step)

@@ -16,7 +16,7 @@ from rite_diffusion.optim import optimizer_spec
 from rite_diffusion.training.average import WeightAverage
 from rite_diffusion.training.batch import Batch
 from rite_diffusion.training.configured import step_batch, step_loss
-from rite_diffusion.training.job import Job, keep_captions, release_encoders
+from rite_diffusion.training.job import Job, cache_captions, release_encoders
 from rite_diffusion.training.memory import is_out_of_memory, out_of_memory
 from rite_diffusion.training.precision import MixedPrecision
 from rite_diffusion.training.processes import (
@@ -133,7 +133,7 @@ def bad_loss(value: float, step: int, names: list[str], config: TrainConfig) -> 
 
 def train_steps(
     job: Job,
-    listen: Callable[[StepReport], None],
+    on_step: Callable[[StepReport], None],
     save: Callable[[Snapshot, bool], None] = lambda snapshot, last: None,
     stop: Callable[[], bool] = lambda: False,
     resume: Snapshot | None = None,
@@ -143,8 +143,8 @@ def train_steps(
 
     `stop` is asked after each step, and called before each part of one, where it may raise.
 
-    `listen` hears of every step; `save` gets a snapshot, and whether it is the last, at every
-    checkpoint, when `save_now` says so, and at the end; while they run, averaged weights
+    `on_step` is called with every step; `save` gets a snapshot, and whether it is the last, at
+    every checkpoint, when `save_now` says so, and at the end; while they run, averaged weights
     (`config.ema`) are in place. A step whose loss or gradient is no number changes nothing;
     RunError after five in a row.
     """
@@ -159,7 +159,7 @@ def train_steps(
     job.backbone.checkpoint_gradients(config.gradient_checkpointing)
     job.backbone.compile_denoiser(config.compile)
     with trainer.precision.autocast():
-        keep_captions(job)
+        cache_captions(job)
     release_encoders(job)
     bad = 0
     for step in range(resume.step if resume else 0, config.steps):
@@ -180,7 +180,7 @@ def train_steps(
             rate = trainer.optimizer.param_groups[0]["lr"]
             skipped = [] if good else names
             validation = trainer.validation() if validated else None
-            listen(StepReport(step + 1, loss, rate, speed, skipped, validation))
+            on_step(StepReport(step + 1, loss, rate, speed, skipped, validation))
         if last or is_checkpoint(step + 1, config) or save_now():
             snapshot = take(step + 1, trainer.optimizer, trainer.average)
             with trainer.average.swapped_in():

@@ -61,7 +61,7 @@ def any_ground(rng: Generator) -> np.ndarray:
     return photo_crop(rng).astype(np.float32)
 
 
-def turned(rng: Generator, image: Image.Image) -> Image.Image:
+def scaled_by(rng: Generator, image: Image.Image) -> Image.Image:
     """A sprite, perhaps mirrored, turned or with changed colours."""
     if rng.random() < 0.5:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -93,7 +93,7 @@ def clutter(rng: Generator) -> np.ndarray:
     canvas = any_ground(rng)
     for _ in range(rng.integers(1, 6)):
         centre = tuple(rng.uniform(0.1, 0.9, 2) * SIZE)
-        world.paste(canvas, turned(rng, any_sprite(rng)), centre, rng.uniform(0.2, 1.0) * SIZE)
+        world.paste(canvas, scaled_by(rng, any_sprite(rng)), centre, rng.uniform(0.2, 1.0) * SIZE)
     return canvas.round().astype(np.uint8)
 
 

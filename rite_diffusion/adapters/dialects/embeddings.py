@@ -123,7 +123,7 @@ def write(folder: Path, adapter: Adapter) -> list[Path]:
     return paths
 
 
-def lossy_words(adapter: Adapter) -> list[str]:
+def averaged_embeddings(adapter: Adapter) -> list[str]:
     """Words whose layers an embedding file cannot keep apart."""
     return [word for word, rows in adapter.tokens.items() if len(rows) > 1]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from rite_diffusion.errors import FusionError
 from rite_diffusion.fusion.layer import Factors, Layer
 from rite_diffusion.fusion.methods.gram import with_statistics
-from rite_diffusion.fusion.second_moments import AnyGram, Gram
+from rite_diffusion.fusion.second_moments import AnySecondMoment, SecondMoment
 from rite_diffusion.fusion.settings import FusionSettings
 
 COLLINEAR = 1e-3  # singular values of the constraints below this share of the largest are dropped
@@ -45,7 +45,9 @@ def custom_diffusion(layer: Layer, settings: FusionSettings) -> Factors:
     return Factors(torch.cat([part.factors.up for part in parts], 1), down)
 
 
-def distinct_directions(gram: AnyGram, base: Gram, ridge: float, count: int) -> Tensor:
+def distinct_directions(
+    gram: AnySecondMoment, base: SecondMoment, ridge: float, count: int
+) -> Tensor:
     """Leading directions (s, inputs) of a concept's whitened inputs, orthonormal."""
     whitened = base.power(gram.spectral.root(), -0.5, ridge)
     return torch.linalg.svd(whitened, full_matrices=False).Vh[:count]

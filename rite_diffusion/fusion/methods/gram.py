@@ -15,7 +15,7 @@ import torch
 from rite_diffusion.errors import FusionError
 from rite_diffusion.fusion.layer import Factors, Layer, Part, output_energy, stack
 from rite_diffusion.fusion.low_rank import to_rank_on_inputs
-from rite_diffusion.fusion.second_moments import GramSum
+from rite_diffusion.fusion.second_moments import SecondMomentSum
 from rite_diffusion.fusion.settings import FusionSettings
 
 
@@ -56,14 +56,14 @@ def with_statistics(layer: Layer) -> list[Part]:
     return [part for part in layer.parts if part.gram is not None]
 
 
-def moments_of(layer: Layer, parts: list[Part], settings: FusionSettings) -> GramSum:
+def moments_of(layer: Layer, parts: list[Part], settings: FusionSettings) -> SecondMomentSum:
     """S of the equations above."""
     grams = [part.gram for part in parts if part.gram is not None]
     weights = [1.0] * len(grams)
     if layer.base is not None:
         grams.append(layer.base)
         weights.append(settings.preserve)
-    return GramSum(grams, weights, settings.ridge)
+    return SecondMomentSum(grams, weights, settings.ridge)
 
 
 def objective(layer: Layer, fused: Factors) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 import gradio as gr
 
 from rite_diffusion.studio import library
-from rite_diffusion.studio.page import in_words
+from rite_diffusion.studio.page import with_messages
 from rite_diffusion.studio.state import Studio
 from rite_diffusion.studio.tabs import Refresh
 
@@ -47,7 +47,7 @@ def build_chooser(studio: Studio) -> tuple[Chooser, Refresh]:
     names.input(list, names, chosen, **quiet)
     chosen.change(sliders, [weighted, *chooser.inputs()], [weighted, *weights], **quiet)
 
-    @in_words
+    @with_messages
     def refresh(names: list[str], request: gr.Request):
         known = [card.name for card in library.cards(studio.space(request))]
         present = [name for name in names if name in known]

@@ -8,7 +8,7 @@ import gradio as gr
 from rite_diffusion.errors import StudioError
 from rite_diffusion.studio import library
 from rite_diffusion.studio.background import followed
-from rite_diffusion.studio.page import empty_state, in_words, shown, tell
+from rite_diffusion.studio.page import empty_state, shown, tell, with_messages
 from rite_diffusion.studio.sheet_orders import SheetOrder, draw_sheet
 from rite_diffusion.studio.state import DEVICE, Studio
 from rite_diffusion.studio.tabs import Built, Refresh
@@ -98,7 +98,7 @@ def build(studio: Studio) -> Built:
     """Lay the tab out and connect it."""
     form = _lay_out()
 
-    @in_words
+    @with_messages
     def draw(
         request: gr.Request, prompts: str, names: list[str], how: str, weights: str, seeds: str,
         methods: list[str], columns: str, steps: str,
@@ -115,7 +115,7 @@ def build(studio: Studio) -> Built:
         )
         yield {form.stage: waiting_html("Opening the model…"), form.sheet: gr.Image(visible=False)}
         notes = list[str]()
-        work = followed(lambda listen: draw_sheet(studio, space, order, listen, notes.append))
+        work = followed(lambda progress: draw_sheet(studio, space, order, progress, notes.append))
         for kind, what in work:
             if kind == "heard":
                 done, total = what
@@ -125,7 +125,7 @@ def build(studio: Studio) -> Built:
         for line in notes:
             tell(line)
 
-    @in_words
+    @with_messages
     def refresh(chosen: list[str], request: gr.Request):
         known = [BASE_ALONE, *(card.name for card in library.cards(studio.space(request)))]
         return offered(known, chosen)

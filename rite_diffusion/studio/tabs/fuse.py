@@ -11,7 +11,7 @@ from rite_diffusion.errors import RiteError
 from rite_diffusion.studio import fusing
 from rite_diffusion.studio.background import followed
 from rite_diffusion.studio.conflicts import fusion_html
-from rite_diffusion.studio.page import empty_state, in_words, shown, tell
+from rite_diffusion.studio.page import empty_state, shown, tell, with_messages
 from rite_diffusion.studio.state import DEVICE, Studio
 from rite_diffusion.studio.tabs import Built
 from rite_diffusion.studio.tabs.adapters import MOST, Chooser, build_chooser, chosen_with_weights
@@ -138,25 +138,25 @@ def _ordered(
 
 
 def _preview_handler(studio: Studio, panel: FusePanel) -> Callable:
-    @in_words
-    def foresee(
+    @with_messages
+    def preview_fusion(
         request: gr.Request, method: str, rank: str, allow_loss: bool, _: str, *chosen: Any
     ):
         space = studio.space(request)
         order = _ordered(space, method, rank, allow_loss, *chosen)
         yield _begun(panel)
-        work = followed(lambda listen: fusing.foresee(studio, space, order, listen))
+        work = followed(lambda progress: fusing.preview_fusion(studio, space, order, progress))
         for kind, what in work:
             if kind == "heard":
                 yield {panel.stage: waiting_html(*what)}
             else:
                 yield {panel.stage: "", panel.report: fusion_html(what)}
 
-    return foresee
+    return preview_fusion
 
 
 def _fusion_handler(studio: Studio, panel: FusePanel) -> Callable:
-    @in_words
+    @with_messages
     def fuse_and_compare(
         request: gr.Request, method: str, rank: str, allow_loss: bool, prompt: str, *chosen: Any
     ):
@@ -164,7 +164,7 @@ def _fusion_handler(studio: Studio, panel: FusePanel) -> Callable:
         order = _ordered(space, method, rank, allow_loss, *chosen)
         draft = fusing.new_draft(space)
         yield _begun(panel)
-        work = followed(lambda listen: fusing.fuse(studio, space, order, draft, listen))
+        work = followed(lambda progress: fusing.fuse(studio, space, order, draft, progress))
         for kind, what in work:
             if kind == "heard":
                 yield {panel.stage: waiting_html(*what)}
@@ -228,7 +228,7 @@ def _compared(
 
 
 def _connect_keeping(studio: Studio, panel: FusePanel, keep: gr.Button) -> None:
-    @in_words
+    @with_messages
     def save(name: str, draft: str, preview: str, request: gr.Request):
         space = studio.space(request)
         picture = space.find("outputs", preview) if preview else None

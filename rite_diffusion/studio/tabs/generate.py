@@ -6,7 +6,7 @@ import gradio as gr
 
 from rite_diffusion.studio import library
 from rite_diffusion.studio.boxes import region_texts
-from rite_diffusion.studio.page import in_words, shown_all
+from rite_diffusion.studio.page import shown_all, with_messages
 from rite_diffusion.studio.state import DEVICE, Studio
 from rite_diffusion.studio.tabs import Built, Refresh
 from rite_diffusion.studio.tabs.adapters import MOST, Chooser, build_chooser, chosen_with_weights
@@ -93,7 +93,7 @@ def _lay_out_prompt() -> tuple[gr.Textbox, gr.Dataset]:
 def _connect_chips(
     studio: Studio, chooser: Chooser, prompt: gr.Textbox, chips: gr.Dataset
 ) -> Refresh:
-    @in_words
+    @with_messages
     def triggers(names: list[str], request: gr.Request):
         known = library.cards(studio.space(request))
         words = [word for card in known if card.name in names for word in card.triggers()]
@@ -120,7 +120,7 @@ def _connect_drawing(
 ) -> None:
     own, weighted, boxed = settings.all(), chooser.inputs(), regions.inputs()
 
-    @in_words
+    @with_messages
     def draw(request: gr.Request, *values: Any):
         fields, rest = values[: len(own)], values[len(own) :]
         (names, *weights), boxes = rest[: MOST + 1], edited(*rest[MOST + 1 :])

@@ -8,7 +8,7 @@ import gradio as gr
 
 from rite_diffusion.studio import library
 from rite_diffusion.studio.boxes import boxes_of
-from rite_diffusion.studio.page import facts_html, in_words, shown_all, tell, uploaded
+from rite_diffusion.studio.page import facts_html, shown_all, tell, uploaded, with_messages
 from rite_diffusion.studio.state import Studio
 from rite_diffusion.studio.tabs.adapters import MOST, Chooser, sliders
 from rite_diffusion.studio.tabs.drawing import Easel
@@ -43,24 +43,24 @@ def connect_recall(studio: Studio, recall: Recall) -> None:
     listed = gr.State([])  # of the pictures in the history
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
-    @in_words
+    @with_messages
     def look(names: list[str], request: gr.Request, event: gr.SelectData):
         name, space = names[event.index], studio.space(request)
         return name, _facts(space, space.find("outputs", name)), gr.Button(visible=True)
 
-    @in_words
+    @with_messages
     def load(request: gr.Request):
         from rite_diffusion.studio.history import newest
 
         pictures = newest(studio.space(request))
         return shown_all(pictures), [path.name for path in pictures]
 
-    @in_words
+    @with_messages
     def restore_picked(name: str, request: gr.Request):
         space = studio.space(request)
         return _restored(space, space.find("outputs", name))
 
-    @in_words
+    @with_messages
     def restore_dropped(path: str, request: gr.Request):
         return [*_restored(studio.space(request), uploaded(path)), None]
 

@@ -12,7 +12,7 @@ from rite_diffusion.errors import RiteError
 from rite_diffusion.studio import library
 from rite_diffusion.studio.exports import PROGRAMS, export
 from rite_diffusion.studio.library import Card
-from rite_diffusion.studio.page import empty_state, facts_html, in_words, shown, tell, uploaded
+from rite_diffusion.studio.page import empty_state, facts_html, shown, tell, uploaded, with_messages
 from rite_diffusion.studio.state import DEVICE, Studio
 from rite_diffusion.studio.tabs import Built, Refresh, Use
 from rite_diffusion.studio.workspace import Workspace, title_of
@@ -77,7 +77,7 @@ def build(studio: Studio) -> Built:
     _connect(studio, shelf, detail)
     _connect_export(studio, detail)
 
-    @in_words
+    @with_messages
     def refresh(request: gr.Request):
         return _shelf_values(studio.space(request))
 
@@ -133,30 +133,30 @@ def _lay_out_detail() -> Detail:
 
 
 def _connect(studio: Studio, shelf: Shelf, detail: Detail) -> None:
-    @in_words
+    @with_messages
     def pick(names: list[str], request: gr.Request, event: gr.SelectData):
         return _detail_values(library.find(studio.space(request), names[event.index]))
 
-    @in_words
+    @with_messages
     def bring_in(files: list[str], request: gr.Request):
         space = studio.space(request)
         _bring_in(space, files)
         return [*_shelf_values(space), None]
 
-    @in_words
+    @with_messages
     def rename_it(old: str, new: str, request: gr.Request):
         space = studio.space(request)
         fresh = library.rename(space, old, new)
         return [*_shelf_values(space), *_detail_values(library.find(space, fresh))]
 
-    @in_words
+    @with_messages
     def delete_it(old: str, request: gr.Request):
         space = studio.space(request)
         library.delete(space, old)
         tell(f"'{old}' is deleted. Undo puts it back.")
         return [*_shelf_values(space), *_no_detail()]
 
-    @in_words
+    @with_messages
     def undo_it(request: gr.Request):
         space = studio.space(request)
         tell(f"'{title_of(space.put_back())}' is back.")
@@ -175,7 +175,7 @@ def _connect(studio: Studio, shelf: Shelf, detail: Detail) -> None:
 
 
 def _connect_export(studio: Studio, detail: Detail) -> None:
-    @in_words
+    @with_messages
     def convert(name: str, to: str, allow_loss: bool, request: gr.Request):
         link, proof = export(studio, studio.space(request), name, to, None, allow_loss)
         return proof, gr.DownloadButton(value=link, visible=True)

@@ -9,7 +9,7 @@ import gradio as gr
 from PIL import Image
 
 from rite_diffusion.errors import StudioError
-from rite_diffusion.studio.page import empty_state, in_words, tell, uploaded
+from rite_diffusion.studio.page import empty_state, tell, uploaded, with_messages
 from rite_diffusion.studio.state import Studio
 from rite_diffusion.studio.tabs import Refresh
 from rite_diffusion.studio.workspace import name_from
@@ -52,7 +52,7 @@ def build_photos(studio: Studio) -> tuple[PhotoPanel, Refresh]:
     _connect_adding(studio, panel)
     _connect_editing(studio, panel)
 
-    @in_words
+    @with_messages
     def choose(name: str | None, request: gr.Request):
         return _show(studio, request, name)
 
@@ -61,7 +61,7 @@ def build_photos(studio: Studio) -> tuple[PhotoPanel, Refresh]:
 
 
 def _connect_adding(studio: Studio, panel: PhotoPanel) -> None:
-    @in_words
+    @with_messages
     def add(files: list[str], name: str | None, request: gr.Request):
         from rite_diffusion.studio.uploads import keep_photos
 
@@ -76,7 +76,7 @@ def _connect_adding(studio: Studio, panel: PhotoPanel) -> None:
         keep_photos(sources, folder)
         return [*_show(studio, request, folder.name), None]
 
-    @in_words
+    @with_messages
     def add_example(request: gr.Request):
         from rite_diffusion.api.demo import example_photos
         from rite_diffusion.studio.uploads import keep_photos
@@ -96,12 +96,12 @@ def _connect_adding(studio: Studio, panel: PhotoPanel) -> None:
 def _connect_editing(studio: Studio, panel: PhotoPanel) -> None:
     picked = gr.State("")  # the photo that "Remove" takes
 
-    @in_words
+    @with_messages
     def pick(event: gr.SelectData):
         name = event.value["caption"]
         return name, gr.Button(f"Remove {name}", interactive=True)
 
-    @in_words
+    @with_messages
     def remove(name: str | None, photo: str, request: gr.Request):
         from rite_diffusion.studio.photo_sets import remove_photo
 
@@ -110,14 +110,14 @@ def _connect_editing(studio: Studio, panel: PhotoPanel) -> None:
         remove_photo(studio.space(request).find("photos", name), photo)
         return [*_show(studio, request, name), ""]
 
-    @in_words
-    def keep_captions(name: str | None, rows: list[list[str]], request: gr.Request):
+    @with_messages
+    def cache_captions(name: str | None, rows: list[list[str]], request: gr.Request):
         from rite_diffusion.studio.photo_sets import write_captions
 
         if name:
             write_captions(studio.space(request).find("photos", name), rows)
 
-    panel.captions.input(keep_captions, [panel.name, panel.captions], None, **QUIET)
+    panel.captions.input(cache_captions, [panel.name, panel.captions], None, **QUIET)
     panel.thumbnails.select(pick, None, [picked, panel.remove], **QUIET)
     panel.remove.click(remove, [panel.name, picked], [*panel.shown(), picked], **QUIET)
 

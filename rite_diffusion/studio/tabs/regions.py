@@ -18,7 +18,7 @@ from rite_diffusion.studio.boxes import (
     read_corners,
     side_by_side,
 )
-from rite_diffusion.studio.page import in_words
+from rite_diffusion.studio.page import with_messages
 
 NEXT = (0.25, 0.25, 0.75, 0.75)  # where a box is put that nobody has drawn
 CANVAS_CSS = """
@@ -159,7 +159,7 @@ def build_regions(names: gr.Dropdown) -> RegionPanel:
         "concurrency_id": "canvas", "concurrency_limit": 1,
     }  # fmt: skip
 
-    @in_words
+    @with_messages
     def draw(event: gr.EventData, names: list[str], *fields: Any):
         boxes, index = edited(*fields), int(event.index)
         if index >= len(boxes):  # of a box that was removed meanwhile
@@ -169,7 +169,7 @@ def build_regions(names: gr.Dropdown) -> RegionPanel:
             return panel_values(names, boxes, index)
         return panel_values(names, *_with_box(boxes, event.box))
 
-    @in_words
+    @with_messages
     def add(names: list[str], *fields: Any):
         return panel_values(names, *_with_box(edited(*fields), NEXT))
 
@@ -181,7 +181,7 @@ def build_regions(names: gr.Dropdown) -> RegionPanel:
         boxes = [box for index, box in enumerate(fields[0]) if index != fields[1]]
         return panel_values(names, boxes, len(boxes) - 1)
 
-    @in_words
+    @with_messages
     def move(corners: str, names: list[str], *fields: Any):
         boxes, picked = edited(*fields), int(fields[1])
         boxes[picked] = replace(boxes[picked], **read_corners(corners))

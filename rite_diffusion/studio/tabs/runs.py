@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from rite_diffusion.studio.jobs import LIVE, state_of
-from rite_diffusion.studio.page import empty_state, in_words, progress_bar, shown, tell
+from rite_diffusion.studio.page import empty_state, progress_bar, shown, tell, with_messages
 from rite_diffusion.studio.progress import Progress, loss_curves, rate_curve, read_progress
 from rite_diffusion.studio.state import Studio
 from rite_diffusion.studio.tabs import Refresh
@@ -59,11 +59,11 @@ def build_runs(studio: Studio) -> tuple[RunPanel, Refresh]:
         "concurrency_limit": None,
     }
 
-    @in_words
+    @with_messages
     def show(name: str | None, seen: str, request: gr.Request):
         return _show(studio, studio.space(request), name, seen)
 
-    @in_words
+    @with_messages
     def refresh(name: str | None, request: gr.Request):
         space = studio.space(request)
         known = space.names("runs")
@@ -120,7 +120,7 @@ def _actions(studio: Studio) -> dict[str, Callable]:
     def run_of(name: str, request: gr.Request) -> Path:
         return studio.space(request).find("runs", name or "")
 
-    @in_words
+    @with_messages
     def stop(name: str, request: gr.Request):
         state = studio.queue.stop(run_of(name, request))
         words = {
@@ -130,17 +130,17 @@ def _actions(studio: Studio) -> dict[str, Callable]:
         tell(words.get(state, "It ends after this step, and can be resumed.")
              if state in ("queued", *LIVE) else f"It is {state} already.")  # fmt: skip
 
-    @in_words
+    @with_messages
     def save(name: str, request: gr.Request):
         studio.queue.ask(run_of(name, request), "save")
         tell("A checkpoint will be written after this step.")
 
-    @in_words
+    @with_messages
     def sample(name: str, request: gr.Request):
         studio.queue.ask(run_of(name, request), "sample")
         tell("Previews will be drawn after this step.")
 
-    @in_words
+    @with_messages
     def resume(name: str, request: gr.Request):
         studio.queue.resume(run_of(name, request))
         tell("It is in the queue again.")
@@ -155,7 +155,7 @@ def _show(studio: Studio, space: Workspace, name: str | None, seen: str) -> list
         return [NO_RUNS, "", *nothing, *[gr.Button(visible=False)] * len(BUTTONS), "none"]
     folder = space.find("runs", name)
     run = read_progress(folder)
-    sign = f"{name} {run.state} {run.step} {len(run.previews)} {len(run.log)} {run.words}"
+    sign = f"{name} {run.state} {run.step} {len(run.previews)} {len(run.log)} {run.last_line}"
     waiting = _waiting(studio, space)
     if sign == seen:
         return [gr.skip(), waiting, *[gr.skip()] * (4 + len(BUTTONS)), seen]
@@ -186,7 +186,7 @@ def _status(run: Progress) -> str:
     loss = "" if run.loss is None else f"loss {run.loss:.4f}"
     facts = [f"step {run.step} of {run.total}" if run.total else "", loss, run.left()]
     kind = "trouble" if run.state == "failed" else "note"
-    words = f'<p class="{kind}">{escape(run.words)}</p>' if run.words else ""
+    words = f'<p class="{kind}">{escape(run.last_line)}</p>' if run.last_line else ""
     line = f'<b>{escape(run.name)}</b><span class="state {run.state}">{run.state}</span>'
     return (
         f'<div class="run"><div class="line">{line}'

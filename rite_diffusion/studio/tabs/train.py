@@ -14,7 +14,7 @@ import tomlkit
 from rite_diffusion.errors import StudioError
 from rite_diffusion.studio import library
 from rite_diffusion.studio.jobs import environment
-from rite_diffusion.studio.page import in_words, tell
+from rite_diffusion.studio.page import tell, with_messages
 from rite_diffusion.studio.presets import PURPOSES, STANDARD, training_settings
 from rite_diffusion.studio.state import Studio
 from rite_diffusion.studio.tabs import Built, Use
@@ -121,7 +121,7 @@ def _connect(
     report: gr.Textbox,
     runs: RunPanel,
 ) -> None:
-    @in_words
+    @with_messages
     def submit(request: gr.Request, *values: Any):
         space = studio.space(request)
         wanted = _named(values)
@@ -132,7 +132,7 @@ def _connect(
         tell(f"'{folder.name}' is in the queue. It goes on when you close this page.")
         return gr.Dropdown(choices=space.names("runs"), value=folder.name, visible=True)
 
-    @in_words
+    @with_messages
     def dry_run(request: gr.Request, *values: Any):
         tree = _settings(studio.space(request), _named(values))
         _refuse_bad(tree)
