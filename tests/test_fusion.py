@@ -1,4 +1,5 @@
 import itertools
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,7 +86,9 @@ def test_weighted_stores_shared_directions_once():
 
 
 @pytest.mark.parametrize("method", FUSIONS)
-def test_order_changes_nothing(method):
+def test_order_changes_nothing(method, monkeypatch):
+    # A difference in rounding would spread within the first steps of L-BFGS.
+    monkeypatch.setattr(sys.modules[gradient.__module__], "iterations", lambda name: 8)
     members = [random_member(seed, rank=seed + 1) for seed in range(3)]
     results = [
         merge(order, method, settings_for(method)) for order in itertools.permutations(members)
