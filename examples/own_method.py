@@ -35,12 +35,10 @@ class ValuesOnly(Method):
         super().remove()
 
 
-def main(photos: str = "examples/photos/robot", steps: int = 100, out: str = "runs/values"):
+def main(photos: str = "examples/photos/robot", **settings):
     """Train with the method; returns the adapter's path."""
     METHODS["values"] = ValuesOnly
-    return rite.train(
-        photos, trigger="<robot>", class_noun="robot", method="values", steps=steps, out=out
-    )
+    return rite.train(photos, trigger="<robot>", class_noun="robot", method="values", **settings)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,23 @@ from typing import TYPE_CHECKING
 from rite_diffusion._version import __version__
 
 __all__ = [
+    "Adapter",
+    "AdapterInfo",
+    "Backbone",
+    "Batch",
+    "CaptionSection",
+    "Drawing",
+    "Export",
+    "FusionOptions",
+    "LatentSet",
     "Lora",
+    "LoraPair",
+    "MaskReport",
+    "Method",
+    "ObjectiveSection",
     "RiteError",
+    "StepReport",
+    "TrainSettings",
     "__version__",
     "convert",
     "diffusion_loss",
@@ -33,8 +48,23 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Adapter": "rite_diffusion.adapters.adapter",
+    "AdapterInfo": "rite_diffusion.adapters.adapter",
+    "Backbone": "rite_diffusion.backbones.protocols",
+    "Batch": "rite_diffusion.training.batch",
+    "CaptionSection": "rite_diffusion.config.schema",
+    "Drawing": "rite_diffusion.fusion.statistics",
+    "Export": "rite_diffusion.api.convert",
+    "FusionOptions": "rite_diffusion.fusion.settings",
+    "LatentSet": "rite_diffusion.photos.dataset",
     "Lora": "rite_diffusion.methods.lora",
+    "LoraPair": "rite_diffusion.types",
+    "MaskReport": "rite_diffusion.api.masks",
+    "Method": "rite_diffusion.methods.method",
+    "ObjectiveSection": "rite_diffusion.config.schema",
     "RiteError": "rite_diffusion.errors",
+    "StepReport": "rite_diffusion.training.trainer",
+    "TrainSettings": "rite_diffusion.config.typed",
     "convert": "rite_diffusion.api.convert",
     "diffusion_loss": "rite_diffusion.training.loss",
     "draw_batch": "rite_diffusion.training.batch",
@@ -51,20 +81,30 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from rite_diffusion import optim
+    from rite_diffusion.adapters.adapter import Adapter, AdapterInfo
     from rite_diffusion.api.bases import load_base
-    from rite_diffusion.api.convert import convert
+    from rite_diffusion.api.convert import Export, convert
     from rite_diffusion.api.encode import encode_photos
     from rite_diffusion.api.fuse import fuse
     from rite_diffusion.api.generate import generate
     from rite_diffusion.api.inspect import inspect
-    from rite_diffusion.api.masks import make_masks
+    from rite_diffusion.api.masks import MaskReport, make_masks
     from rite_diffusion.api.sheet import grid
     from rite_diffusion.api.sketch import sketch
     from rite_diffusion.api.train import train
+    from rite_diffusion.backbones.protocols import Backbone
+    from rite_diffusion.config.schema import CaptionSection, ObjectiveSection
+    from rite_diffusion.config.typed import TrainSettings
     from rite_diffusion.errors import RiteError
+    from rite_diffusion.fusion.settings import FusionOptions
+    from rite_diffusion.fusion.statistics import Drawing
     from rite_diffusion.methods.lora import Lora
-    from rite_diffusion.training.batch import draw_batch
+    from rite_diffusion.methods.method import Method
+    from rite_diffusion.photos.dataset import LatentSet
+    from rite_diffusion.training.batch import Batch, draw_batch
     from rite_diffusion.training.loss import diffusion_loss
+    from rite_diffusion.training.trainer import StepReport
+    from rite_diffusion.types import LoraPair
 
 
 def __getattr__(name: str):

@@ -25,10 +25,10 @@ WRITES = [
 ]
 
 
-def run(photos: Path, out: Path) -> None:
+def run(photos: Path, out: Path, steps: int = SETTINGS["steps"]) -> None:
     """Train with a checkpoint after every other step; goes on where it was killed."""
     torch.set_num_threads(1)  # sums depend on it, and every process has its own number
-    train(photos, out, **SETTINGS)
+    train(photos, out, **SETTINGS | {"steps": steps})
 
 
 def run_threaded(photos: Path, out: Path) -> None:

@@ -87,7 +87,7 @@ def _train_with_little_room(photos, out, limit):
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     try:
-        killable.run(photos, out)
+        killable.run(photos, out, 10)
     except RunError as error:
         sys.exit(0 if "Make room" in str(error) else str(error))
     sys.exit("the run went through")
@@ -96,7 +96,7 @@ def _train_with_little_room(photos, out, limit):
 def test_a_full_disk_leaves_the_checkpoint_before_it(photos, tmp_path):
     whole, full = tmp_path / "whole", tmp_path / "full"
     with pytest.raises(Stop):
-        train(photos, full, **killable.SETTINGS, on_step=crash_at(5))
+        train(photos, full, **killable.SETTINGS | {"steps": 10}, on_step=crash_at(5))
     before = load_file(full / "checkpoints/step-000004/adapter.safetensors")
     process = forked(_train_with_little_room, photos, full, 100_000)
     process.join()
@@ -104,8 +104,8 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(photos, tmp_path):
     after = load_file(full / "checkpoints/step-000004/adapter.safetensors")
     assert all(torch.equal(after[key], value) for key, value in before.items())
     assert not list(full.rglob("*.tmp"))
-    killable.run(photos, full)
-    killable.run(photos, whole)
+    killable.run(photos, full, 10)
+    killable.run(photos, whole, 10)
     same_run(whole, full)
 
 

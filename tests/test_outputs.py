@@ -188,7 +188,7 @@ def test_an_output_whose_name_does_not_fit_is_refused(command, dog, line):
     before = content(dog.parent)
     done = command(*line)
     assert done.returncode == 2 and not done.stdout.strip()
-    assert done.stderr.count("\n") == 1 and line[-1] in done.stderr and "--out" in done.stderr
+    assert done.stderr.count("\n") == 1 and line[-1] in done.stderr and line[-2] in done.stderr
     assert content(dog.parent) == before
 
 

@@ -1,7 +1,9 @@
 """A training loop of one's own, from public parts."""
 
 import importlib.util
+import inspect
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import torch
 
@@ -67,7 +69,8 @@ def example(name: str):
 
 def test_a_method_of_ones_own_trains(photos, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "values", METHODS["lora"])  # put back at the end
-    path = example("own_method").main(str(photos), steps=2, out=str(tmp_path / "run"))
+    settings = {"steps": 2, "prior": {"weight": 0}, "previews": {"every": 0}}
+    path = example("own_method").main(str(photos), out=tmp_path / "run", **settings)
     adapter = load_adapter(path)
     assert adapter.info.method == "values" and len(adapter.pairs) > 2
     assert all(pair.name.endswith("attn2_to_v") for pair in adapter.pairs)
@@ -78,3 +81,24 @@ def test_a_model_of_ones_own_learns_and_draws(photos, tmp_path):
     losses, image = example("own_backbone").main(str(photos), steps=60, out=str(out))
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])
     assert image.size == (16, 16) and len(load_adapter(out).pairs) == 3
+
+
+def test_types_of_public_signatures_are_public():
+    public = {id(getattr(rite, name)) for name in rite.__all__}
+    for name in rite.__all__:
+        function = getattr(rite, name)
+        for held in named_types(function) if inspect.isfunction(function) else ():
+            assert id(held) in public, f"{held} of rite.{name}"
+
+
+def named_types(function) -> set:
+    """The toolkit's own types in a function's signature."""
+    found, todo = set(), list(get_type_hints(function).values())
+    while todo:
+        kind = todo.pop()
+        arguments = get_args(kind)
+        for each in arguments:
+            todo += each if isinstance(each, list) else [each]  # of a Callable
+        if inspect.isclass(kind) and not arguments and kind.__module__.startswith("rite_"):
+            found.add(kind)
+    return found

@@ -122,7 +122,7 @@ def test_a_run_that_cannot_start_says_why(tmp_path, runs, queue):
     queue.turn()
     wait_for_state(runs / "toy", "failed")
     assert last_line(runs / "toy").startswith("no images in")
-    assert read_progress(runs / "toy").embeddings.endswith(
+    assert read_progress(runs / "toy").last_line.endswith(
         "the folder that directly holds the photos."
     )
 
