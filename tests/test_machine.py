@@ -121,6 +121,7 @@ def test_the_log_tells_device_precision_attention_and_what_gave_way(photos, tmp_
     assert "precision fp32: fp16 does not train on a CPU" in log
 
 
+@pytest.mark.slow  # processes of a launcher
 def test_a_process_that_dies_ends_the_others_with_a_whole_checkpoint(photos, tmp_path, unused_port):
     script, run = Path(__file__).parents[1] / "train/concept.py", tmp_path / "run"
     line = [str(script), str(photos), "--trigger", "<t>", "--class", "toy", "--steps", "5000"]

@@ -185,6 +185,7 @@ def test_a_sheet_is_drawn_and_shown(view, served, second, tmp_path):
     assert any("a <unicorn> on a red" in Image.open(each).text["rite_grid"] for each in sheets)
 
 
+@pytest.mark.slow  # a training in a process of its own, twice
 def test_a_training_goes_on_without_its_page_stops_and_resumes(view, photos, served):
     page = view()
     start_training(page, photos, "ball", {"steps": 100_000}, SHORT.replace("steps = 4\n", ""))

@@ -92,6 +92,7 @@ def orphans(run: Path) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow  # three trainings in processes of their own
 def test_one_at_a_time_on_a_device_in_the_order_of_asking(photos, runs, queue):
     first, second, third = (runs / name for name in ("c", "b", "a"))
     for run in (first, second, third):

@@ -44,7 +44,7 @@ def test_a_recipe_that_is_followed_tells_its_reports_then_its_result():
         progress(2, 2)
         return "sheet"
 
-    assert list(followed(work)) == [("heard", (1, 2)), ("heard", (2, 2)), ("made", "sheet")]
+    assert list(followed(work)) == [("progress", (1, 2)), ("progress", (2, 2)), ("made", "sheet")]
 
 
 def test_closing_ends_the_work_at_its_next_report():
@@ -59,7 +59,7 @@ def test_closing_ends_the_work_at_its_next_report():
             ended.set()
 
     items = followed(work)
-    assert next(items) == ("heard", (0,))
+    assert next(items) == ("progress", (0,))
     items.close()
     assert ended.wait(10)
 

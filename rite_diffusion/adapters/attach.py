@@ -34,7 +34,7 @@ from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import AdapterError
 from rite_diffusion.types import LoraPair
 
-STRANGER = 8  # more of a fingerprint's 64 bits than rounding or fine-tuning change
+OTHER_BASE_BITS = 8  # more of a fingerprint's 64 bits than rounding or fine-tuning change
 
 
 def _inner(component: nn.Module, path: str) -> nn.Module:
@@ -174,7 +174,7 @@ def is_other_base(one: str, other: str) -> bool:
 
     An empty one, of a file that does not say, fits every model.
     """
-    return bool(one and other) and _differing_bits(one, other) > STRANGER
+    return bool(one and other) and _differing_bits(one, other) > OTHER_BASE_BITS
 
 
 def _differing_bits(one: str, other: str) -> int:

@@ -62,7 +62,7 @@ def _table(adapter: Adapter) -> list[str]:
 
 
 def _plain(value: str) -> str:
-    """A header's text, which may be a stranger's, on one line."""
+    """A header's text, which may come from anywhere, on one line."""
     return printable(" ".join(value.replace("`", "").split()))
 
 

@@ -1,4 +1,4 @@
-"""A sheet that shows a fusion's conflicts: who speaks where, what is lost, in which layers."""
+"""A sheet that shows a fusion's conflicts: crosstalk, errors, and the layers that lose most."""
 
 import math
 from dataclasses import dataclass
@@ -109,7 +109,11 @@ def _title(sheet: _Sheet, report: ConflictReport) -> None:
 
 
 def _crosstalk(sheet: _Sheet, report: ConflictReport) -> None:
-    sheet.heading(MARGIN, "Crosstalk", "how loudly a column's update speaks where a row was asked")
+    sheet.heading(
+        MARGIN,
+        "Crosstalk",
+        "size of a column's update on a row's inputs, relative to the row's own",
+    )
     left, top = MARGIN + 120, sheet.y + 92
     for j, name in enumerate(report.concepts):
         label = _short(name, _font(14), CELL - 4)

@@ -2,7 +2,7 @@
 
 Per layer, with D_i the update of concept i and x_i its inputs:
 
-    crosstalk of j on i   |D_j x_i| / |D_i x_i|           how loudly j speaks where i was asked
+    crosstalk of j on i   |D_j x_i| / |D_i x_i|           size of j's output on i's inputs
     error of an update D  |(D - D_i) x_i| / |D_i x_i|     0: concept i as alone; 1: as good as lost
     drift of D            |D x_0| / mean |D_i x_i|        what ordinary prompts feel of it
 
@@ -89,7 +89,7 @@ def layer_conflict(layer: Layer, fused: Factors) -> LayerConflict:
     parts = layer.parts
     total = stack([part.factors for part in parts])
     own = [_rms_output(part.factors, part.gram) for part in parts]
-    heard = [
+    crosstalk = [
         [_ratio(_rms_output(other.factors, part.gram), alone) for other in parts]
         for part, alone in zip(parts, own, strict=True)
     ]
@@ -97,7 +97,7 @@ def layer_conflict(layer: Layer, fused: Factors) -> LayerConflict:
     scale = sum(usual) / len(usual) if usual else 0.0
     return LayerConflict(
         layer.name,
-        heard,
+        crosstalk,
         [_error(total, part, alone) for part, alone in zip(parts, own, strict=True)],
         [_error(fused, part, alone) for part, alone in zip(parts, own, strict=True)],
         _ratio(_rms_output(total, layer.base), scale),

@@ -116,8 +116,8 @@ def from_eigen(
     beyond = values.sum() + rest - values.cumsum(0)  # what is left after k + 1 directions
     others = (width - torch.arange(1, len(values) + 1)).clamp(min=1)
     tails = (beyond / others).clamp(min=0)
-    loud = (values > tails + 1e-12 * values[0])[:most]  # below the tail, a direction joins it
-    count = max(int(loud.long().cumprod(0).sum()), 1)
+    above = (values > tails + 1e-12 * values[0])[:most]  # below the tail, a direction joins it
+    count = max(int(above.long().cumprod(0).sum()), 1)
     tail = tails[count - 1].item() if count < width else 0.0
     return SecondMoment(basis[:count], values[:count] - tail, tail, rows)
 

@@ -21,7 +21,7 @@ from rite_diffusion.generation.regions import Region, adapter_weights, region_sh
 
 
 class Plan:
-    """Who rules where, at every resolution of a denoiser, and how loud each adapter is there."""
+    """The share of each part in every cell, at every resolution, and the adapters' factors."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Regions of a picture with prompts of their own: how they are written, and who rules where."""
+"""Regions of a picture with prompts of their own: how they are written, and their cells."""
 
 import math
 import re

@@ -6,7 +6,7 @@ from PIL import Image
 SIDE = 64  # pixels of the small picture whose colours are compared
 ROUNDS = 20
 TRUST = 0.5  # logits between the map's surest cell and one at the parting, at most
-BORDER = 4.0  # logits that speak against the outermost pixels
+BORDER = 4.0  # logits taken from the outermost pixels
 SPREAD = 20.0  # grey levels: standard deviation of the colours' kernel
 FLOOR = 1e-6  # of a density
 

@@ -12,7 +12,7 @@ class _Closed(Exception):
 
 
 def followed(work: Callable[[Callable[..., None]], Any]) -> Iterator[tuple[str, Any]]:
-    """("heard", arguments) of each call of the listener that `work` is given, and ("made", result).
+    """("progress", arguments) of each call of the callback of `work`, then ("made", result).
 
     The work runs in a thread of its own and ends at its next report when the iterator is closed.
     What it raises is raised here.
@@ -37,7 +37,7 @@ def followed(work: Callable[[Callable[..., None]], Any]) -> Iterator[tuple[str, 
     threading.Thread(target=run, daemon=True, name="recipe").start()
     try:
         while (values := told.get()) is not None:
-            yield "heard", values
+            yield "progress", values
         yield "made", result.result()
     finally:
         closed.set()

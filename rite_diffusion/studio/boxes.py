@@ -95,7 +95,7 @@ def region_texts(boxes: Sequence[Box], adapters: Sequence[str]) -> tuple[str, ..
 def boxes_of(regions: Sequence[str], adapters: Sequence[str]) -> list[Box]:
     """The boxes of a picture's regions; `adapters` are the names of its adapters, in order.
 
-    A box has one adapter: of several that weights turn on, the loudest is kept.
+    A box has one adapter: of several that weights turn on, the one with the largest weight is kept.
     """
     from rite_diffusion.generation.regions import parse_region
 
@@ -103,9 +103,9 @@ def boxes_of(regions: Sequence[str], adapters: Sequence[str]) -> list[Box]:
     for region in map(parse_region, regions):
         adapter = BY_WORDS
         if region.weights and adapters:
-            loud = dict(zip(adapters, map(abs, region.weights), strict=False))
-            loudest = max(loud, key=lambda name: loud[name])
-            adapter = (loudest or BY_WORDS) if loud[loudest] else NONE
+            sizes = dict(zip(adapters, map(abs, region.weights), strict=False))
+            largest = max(sizes, key=lambda name: sizes[name])
+            adapter = (largest or BY_WORDS) if sizes[largest] else NONE
         corners = region.left, region.top, region.right, region.bottom
         boxes.append(Box(*corners, region.prompt, region.negative, adapter))
     return boxes

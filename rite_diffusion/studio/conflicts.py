@@ -1,4 +1,4 @@
-"""The conflict report as HTML: who speaks where, what each concept loses, in which layers."""
+"""The conflict report as HTML: crosstalk, what each concept loses, in which layers."""
 
 import math
 from collections.abc import Sequence
@@ -84,23 +84,24 @@ def _bar(kind: str, value: float) -> str:
 
 
 def _crosstalk(report: "ConflictReport") -> str:
-    """A table: how loudly a column's adapter speaks where a row's concept was asked for."""
+    """A table: the size of a column's update on a row's inputs, relative to the row's own."""
     heads = "".join(f"<th>{escape(name)}</th>" for name in report.concepts)
     rows = ""
     for i, name in enumerate(report.concepts):
         cells = "".join(
-            "<td>own</td>" if i == j else f'<td style="--loud:{_loud(value):.0f}%">'
+            "<td>own</td>" if i == j else f'<td style="--share:{_shade(value):.0f}%">'
             f"{_number(value)}</td>"
             for j, value in enumerate(report.crosstalk[i])
         )  # fmt: skip
         rows += f"<tr><th>{escape(name)}</th>{cells}</tr>"
     return (
-        "<h4>Crosstalk <small>how loudly a column speaks where a row was asked for</small></h4>"
+        "<h4>Crosstalk <small>size of a column's update on a row's inputs, relative to the row's "
+        "own</small></h4>"
         f"<table><tr><td></td>{heads}</tr>{rows}</table>"
     )
 
 
-def _loud(value: float) -> float:
+def _shade(value: float) -> float:
     return 70 * min(_known(value), 1.0)
 
 

@@ -86,7 +86,7 @@ def launch(settings: Settings):
 def _only_known_hosts(settings: Settings, logins: dict[str, str]) -> dict[str, Any]:
     """Settings of the server that refuse other names for this machine, where nobody has to log in.
 
-    Otherwise a stranger's page whose domain is made to lead to 127.0.0.1 could use the studio.
+    Otherwise a foreign page whose domain is made to lead to 127.0.0.1 could use the studio.
     """
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware

@@ -133,7 +133,7 @@ CSS = """
 .conflicts :is(table, tr, th, td) { border: none !important; }
 .conflicts th { font-weight: 500; padding: .2rem .5rem; text-align: left; }
 .conflicts td { padding: .3rem .6rem; border-radius: 5px; text-align: center; min-width: 3.2rem;
-  background: color-mix(in srgb, #e02424 var(--loud, 0%), rgb(100 116 139 / .12)); }
+  background: color-mix(in srgb, #e02424 var(--share, 0%), rgb(100 116 139 / .12)); }
 .conflicts td:first-child:empty { background: none; }
 .conflicts details td { text-align: left; overflow-wrap: anywhere; font-size: .82rem; }
 .conflicts summary { cursor: pointer; color: var(--body-text-color-subdued); }

@@ -119,7 +119,7 @@ def _paths(component: str, path: str) -> list[str]:
 def _exception(config: Config, table: str, paths: list[str], default: Any) -> Any:
     """The value of the first pattern that fits, as PEFT searches; regular expressions are refused.
 
-    (PEFT would run any expression; a stranger's could run for ever.)
+    (PEFT would run any expression; one from a downloaded file could run for ever.)
     """
     patterns = config.get(table) or {}
     if not isinstance(patterns, Mapping):

@@ -117,7 +117,7 @@ def build(studio: Studio) -> Built:
         notes = list[str]()
         work = followed(lambda progress: draw_sheet(studio, space, order, progress, notes.append))
         for kind, what in work:
-            if kind == "heard":
+            if kind == "progress":
                 done, total = what
                 yield {form.stage: waiting_html(f"{done} of {total} pictures", done / total)}
             else:

@@ -147,7 +147,7 @@ def _preview_handler(studio: Studio, panel: FusePanel) -> Callable:
         yield _begun(panel)
         work = followed(lambda progress: fusing.preview_fusion(studio, space, order, progress))
         for kind, what in work:
-            if kind == "heard":
+            if kind == "progress":
                 yield {panel.stage: waiting_html(*what)}
             else:
                 yield {panel.stage: "", panel.report: fusion_html(what)}
@@ -166,7 +166,7 @@ def _fusion_handler(studio: Studio, panel: FusePanel) -> Callable:
         yield _begun(panel)
         work = followed(lambda progress: fusing.fuse(studio, space, order, draft, progress))
         for kind, what in work:
-            if kind == "heard":
+            if kind == "progress":
                 yield {panel.stage: waiting_html(*what)}
             else:
                 yield {panel.report: fusion_html(what)}
