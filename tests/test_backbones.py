@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 
 import rite_diffusion as rite
-from rite_diffusion.adapters.attach import STRANGER
+from rite_diffusion.adapters.attach import OTHER_BASE_BITS
 from rite_diffusion.backbones.fingerprint import fingerprint
 from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import AdapterError, BackboneError
@@ -84,8 +84,8 @@ def test_a_fingerprint_is_the_models_not_the_precisions():
 
     for dtype in (torch.float16, torch.bfloat16):
         assert distance([weight.to(dtype) for weight in weights]) <= 2
-    assert distance([w + 0.05 * torch.randn_like(w) for w in weights]) <= STRANGER  # fine-tuned
-    assert distance([torch.randn_like(w) for w in weights]) > 2 * STRANGER
+    assert distance([w + 0.05 * torch.randn_like(w) for w in weights]) <= OTHER_BASE_BITS  # fine-tuned
+    assert distance([torch.randn_like(w) for w in weights]) > 2 * OTHER_BASE_BITS
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -93,7 +93,7 @@ def test_the_pocket_base_is_itself_in_every_precision(pocket, precision):
     one, other = (
         int(each.fingerprint, 16) for each in (pocket, load_backbone("pocket", precision))
     )
-    assert (one ^ other).bit_count() <= STRANGER // 2
+    assert (one ^ other).bit_count() <= OTHER_BASE_BITS // 2
 
 
 CHANGES = {

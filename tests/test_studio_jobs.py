@@ -51,6 +51,7 @@ def settings(photos: Path, lines: str) -> dict:
     return training_settings("quick", needed, {}, lines)
 
 
+@pytest.mark.slow  # a training in a process of its own
 def test_a_job_lives_on_without_its_studio_and_stops_when_told(photos, runs, queue):
     run = runs / "toy"
     queue.submit(run, settings(photos, ENDLESS))
