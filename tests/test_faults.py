@@ -93,6 +93,7 @@ def _train_with_little_room(photos, out, limit):
     sys.exit("the run went through")
 
 
+@pytest.mark.slow  # three trainings
 def test_a_full_disk_leaves_the_checkpoint_before_it(photos, tmp_path):
     whole, full = tmp_path / "whole", tmp_path / "full"
     with pytest.raises(Stop):

@@ -248,6 +248,7 @@ def test_generating_can_be_stopped(view, served):
     assert len(drawn(served)) <= count + 1 < before + 16
 
 
+@pytest.mark.slow  # a studio and a training in processes of their own
 def test_a_studio_that_ends_leaves_its_training_at_work(photos, tmp_path):
     with studio(tmp_path / "space") as page:
         files = [handle_file(str(path)) for path in sorted(photos.glob("*.png"))]
