@@ -92,7 +92,7 @@ def test_photo_folder_to_picture(command, photos, tmp_path):
     )
     made = command("generate", "a <thing>", "--adapter", f"{adapter}:0.8", "--num", 2, "--steps", 2,
                 "--out", tmp_path / "out")  # fmt: skip
-    assert made.returncode == 0, made.stderr
+    assert made.returncode == 0 and made.stderr == ""
     assert [line.rsplit("/", 1)[1] for line in made.stdout.split()] == ["00000.png", "00001.png"]
     shown = command("inspect", adapter).stdout
     for words in (
@@ -185,3 +185,11 @@ def test_two_concepts_from_a_file(command, photos, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "concept     <one>, class toy\nconcept     <two>, class cup" in done.stdout
     assert "<one>, <two>" in command("inspect", "run/adapter.safetensors").stdout
+
+
+def test_a_process_of_its_own_prints_nothing_that_is_no_ones_concern(tmp_path):
+    line = [sys.executable, "-m", "rite_diffusion", "generate", "a cat", "--steps", "1"]
+    done = subprocess.run(
+        [*line, "--out", str(tmp_path / "a.png")], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "" and done.stdout == f"{tmp_path / 'a.png'}\n"

@@ -17,7 +17,8 @@ from rite_diffusion.backbones.stable_diffusion import Pipeline, StableDiffusion
 from rite_diffusion.errors import BackboneError
 from rite_diffusion.files.writing import user_path
 
-# Both libraries draw progress bars and warn of what is no concern of this toolkit's user.
+# Both libraries draw progress bars and warn of what is no concern of this toolkit's user; warnings
+# while they load are held back where the package is imported.
 for _library in (transformers.utils.logging, diffusers.utils.logging):
     _library.set_verbosity_error()
     _library.disable_progress_bar()
