@@ -42,3 +42,15 @@ def test_a_process_computes_on_one_thread_and_so_do_those_it_starts():
     assert torch.get_num_threads() == int(wanted)
     code = "import torch; print(torch.get_num_threads())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == wanted
+
+
+def test_no_function_of_the_package_is_longer_than_60_lines():
+    package = Path(__file__).parents[1] / "rite_diffusion"
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    lengths = {
+        f"{path.name}:{node.name}": node.end_lineno - node.lineno + 1
+        for path in package.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, functions) and node.end_lineno
+    }
+    assert len(lengths) > 500 and not {k: v for k, v in lengths.items() if v > 60}

@@ -94,13 +94,7 @@ def convert(
     if base is None and adapter.info.base == "pocket":  # this base is always at hand
         base, backbone = "pocket", load_backbone("pocket")
     wanted = _as_wanted(cut, to, backbone, dtype)
-    with workplace(target.parent) as folder:
-        checks = _write(wanted, to, folder / target.name, backbone, base)
-        made = embeddings.write(folder / words.name, wanted)
-        (folder / target.name).replace(target)
-        for path, place in zip(made, files, strict=True):
-            words.mkdir(exist_ok=True)
-            path.replace(place)
+    checks = _write_all(wanted, to, target, files, backbone, base)
     export = replace(load_adapter(target), tokens=embeddings.averaged(adapter))
     pixels = _pixel_difference(backbone, adapter, export) if backbone else None
     return Export(
@@ -112,6 +106,25 @@ def convert(
         lossy,
         pixels,
     )
+
+
+def _write_all(
+    adapter: Adapter,
+    to: str,
+    target: Path,
+    files: list[Path],
+    backbone: Backbone | None,
+    base: str | None,
+) -> list[Verification]:
+    """Write an export and the `files` of its embeddings, or nothing; returns what verified it."""
+    with workplace(target.parent) as folder:
+        checks = _write(adapter, to, folder / target.name, backbone, base)
+        made = embeddings.write(folder / "embeddings", adapter)
+        (folder / target.name).replace(target)
+        for path, place in zip(made, files, strict=True):
+            place.parent.mkdir(exist_ok=True)
+            path.replace(place)
+    return checks
 
 
 def _embeddings_alone(

@@ -184,14 +184,8 @@ def grid(
     picture's parameters. `tell` is called with what the adapters' weights leave without effect,
     which words are renamed and what a fusion loses, by default on stderr.
     """
-    axes = {
-        "prompt": prompts,
-        "adapter": adapters,
-        "weight": weights,
-        "method": methods,
-        "seed": seeds,
-    }
-    sheet = plan_sheet(axes, columns)
+    values = (prompts, adapters, weights, methods, seeds)
+    sheet = plan_sheet(dict(zip(AXES, values, strict=True)), columns)
     if not 32 <= cell <= 1024:
         raise ConfigError(f"cells of {cell} pixels are not between 32 and 1024")
     setups = [each.chosen() for each in sheet.setups()]
@@ -215,11 +209,16 @@ def grid(
     image = labelled_grid(rows, sheet.row_labels(), sheet.column_labels(), cell)
     if target is not None:
         facts = [[asdict(each) | pictures[each][1] for each in row] for row in sheet.rows]
-        stream = BytesIO()
-        image.save(stream, "PNG", pnginfo=_text(sheet, facts))
-        write_output(target, stream.getvalue())
-        image.info["path"] = str(target)
+        _write(target, image, _text(sheet, facts))
     return image
+
+
+def _write(target: Path, image: Image, text: PngImagePlugin.PngInfo) -> None:
+    """Write a sheet with its text; `image.info["path"]` then tells where it is."""
+    stream = BytesIO()
+    image.save(stream, "PNG", pnginfo=text)
+    write_output(target, stream.getvalue())
+    image.info["path"] = str(target)
 
 
 def _text(sheet: Sheet, facts: list[list[dict]]) -> PngImagePlugin.PngInfo:
