@@ -37,8 +37,9 @@ from rite_diffusion.config import merge, parse_assignments
 from rite_diffusion.evaluation.judge import load_judge
 from rite_diffusion.files.writing import cache_folder
 from rite_diffusion.generation.grid import labelled_grid
-from rite_diffusion.training.plan import configure, plan_training
+from rite_diffusion.training.plan import plan_training
 from rite_diffusion.training.run import run_training
+from rite_diffusion.training.settings import configure
 
 METHODS = ("lora", "pivotal", "custom_diffusion", "ed_lora")
 OPTIMIZERS = ("adamw", "scaled_adamw", "rite")

@@ -24,8 +24,9 @@ from rite_diffusion.config import parse_assignments
 from rite_diffusion.evaluation.judge import load_judge
 from rite_diffusion.generation.denoise import sample
 from rite_diffusion.generation.grid import labelled_grid
-from rite_diffusion.training.plan import configure, plan_training
+from rite_diffusion.training.plan import plan_training
 from rite_diffusion.training.run import run_training
+from rite_diffusion.training.settings import configure
 
 SEEDS = [100, 101, 102, 103]
 

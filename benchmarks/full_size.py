@@ -35,7 +35,7 @@ from rite_diffusion.adapters.verify import verify_in_diffusers  # noqa: E402
 from rite_diffusion.backbones.source import load_backbone  # noqa: E402
 from rite_diffusion.generation.denoise import sample  # noqa: E402
 from rite_diffusion.methods import PlainLora  # noqa: E402
-from rite_diffusion.training.plan import configure  # noqa: E402
+from rite_diffusion.training.settings import configure  # noqa: E402
 from rite_diffusion.training.trainer import build_optimizer  # noqa: E402
 
 BUILDERS = {

@@ -45,9 +45,10 @@ from rite_diffusion.files.writing import cache_folder
 from rite_diffusion.fusion.members import Member
 from rite_diffusion.fusion.report import report_on
 from rite_diffusion.fusion.sketch import load_sketch, sketch_path
-from rite_diffusion.training.plan import configure, plan_training
+from rite_diffusion.training.plan import plan_training
 from rite_diffusion.training.run import run_training
 from rite_diffusion.training.run_folder import RunFolder
+from rite_diffusion.training.settings import configure
 
 METHODS = {  # label -> method, weight of every adapter, settings
     "sum": ("concat", 1.0, {}),

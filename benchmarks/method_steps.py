@@ -17,7 +17,8 @@ from machine import write_result
 
 from rite_diffusion.methods import METHODS as MAKERS
 from rite_diffusion.photos.dataset import encode_photos
-from rite_diffusion.training.plan import configure, plan_training
+from rite_diffusion.training.plan import plan_training
+from rite_diffusion.training.settings import configure
 from rite_diffusion.training.trainer import Job, Trainer
 
 

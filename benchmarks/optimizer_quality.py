@@ -32,7 +32,8 @@ from rite_diffusion.methods import METHODS
 from rite_diffusion.photos.dataset import encode_photos
 from rite_diffusion.photos.images import to_tensor
 from rite_diffusion.training.job import Job
-from rite_diffusion.training.plan import Plan, configure, plan_training
+from rite_diffusion.training.plan import Plan, plan_training
+from rite_diffusion.training.settings import configure
 from rite_diffusion.training.trainer import train_steps
 
 # The lowest rate of each, as a power of ten; the sweep covers four decades from there.

@@ -42,8 +42,9 @@ from rite_diffusion.backbones.source import POCKET
 from rite_diffusion.backbones.stable_diffusion import StableDiffusion
 from rite_diffusion.methods.lora import PlainLora
 from rite_diffusion.training import trainer as loop
-from rite_diffusion.training.plan import configure, plan_training
+from rite_diffusion.training.plan import plan_training
 from rite_diffusion.training.run import run_training
+from rite_diffusion.training.settings import configure
 from rite_diffusion.training.trainer import StepReport
 
 NAME = "training_throughput"

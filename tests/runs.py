@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 import rite_diffusion as rite
-from rite_diffusion.training.plan import configure
+from rite_diffusion.training.settings import configure
 
 QUICK = {
     "steps": 3,

@@ -14,7 +14,7 @@ from rite_diffusion.backbones.fingerprint import fingerprint
 from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import AdapterError, BackboneError
 from rite_diffusion.methods import PlainLora
-from rite_diffusion.training.plan import configure
+from rite_diffusion.training.settings import configure
 
 SETTINGS = {"steps": 2, "batch": 2, "precision": "fp32", "previews": {"every": 0}}
 

@@ -10,7 +10,8 @@ from rite_diffusion.errors import ConfigError
 from rite_diffusion.methods import METHODS
 from rite_diffusion.methods.new_embeddings import new_placeholders
 from rite_diffusion.optim import OPTIMIZERS
-from rite_diffusion.training.plan import configure, plan_training
+from rite_diffusion.training.plan import plan_training
+from rite_diffusion.training.settings import configure
 from rite_diffusion.training.trainer import Job, train_steps
 from rite_diffusion.types import Concept, LoraPair
 from runs import QUICK, Stop, config_of, crash_at, same_run, train

@@ -17,7 +17,7 @@ from rite_diffusion.config import (
 from rite_diffusion.config.typed import TrainSettings
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.fusion.settings import FusionOptions, FusionSettings
-from rite_diffusion.training.plan import configure
+from rite_diffusion.training.settings import configure
 
 NEEDED = {"photos": "p", "trigger": "<t>", "class_noun": "dog"}
 

@@ -17,8 +17,9 @@ from rite_diffusion.methods.triggers import check_triggers
 from rite_diffusion.photos.dataset import balanced
 from rite_diffusion.photos.folder import read_folder
 from rite_diffusion.training.configured import step_batch
-from rite_diffusion.training.plan import Plan, PlanObserver, configure, find_pictures, plan_training
+from rite_diffusion.training.plan import Plan, PlanObserver, find_pictures, plan_training
 from rite_diffusion.training.plan import survey as survey_with
+from rite_diffusion.training.settings import configure
 from rite_diffusion.types import Concept
 from runs import QUICK, config_of, train
 

@@ -20,8 +20,9 @@ from rite_diffusion.photos.folder import read_folder
 from rite_diffusion.training import loss
 from rite_diffusion.training.configured import step_batch, step_loss
 from rite_diffusion.training.job import Job
-from rite_diffusion.training.plan import configure, plan_training
+from rite_diffusion.training.plan import plan_training
 from rite_diffusion.training.run import measure
+from rite_diffusion.training.settings import configure
 from rite_diffusion.training.trainer import StepReport, Trainer, build_optimizer, train_steps
 from rite_diffusion.types import Concept
 from runs import config_of, metrics, train

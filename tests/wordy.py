@@ -5,7 +5,7 @@ import torch
 from rite_diffusion.adapters import Adapter, AdapterInfo
 from rite_diffusion.methods import METHODS
 from rite_diffusion.photos.dataset import LatentSet
-from rite_diffusion.training.plan import configure
+from rite_diffusion.training.settings import configure
 from rite_diffusion.training.trainer import Job, Trainer
 from runs import QUICK
 

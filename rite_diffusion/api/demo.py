@@ -13,8 +13,9 @@ from rite_diffusion.evaluation.judge import load_judge
 from rite_diffusion.files.writing import folder_output
 from rite_diffusion.generation.denoise import sample
 from rite_diffusion.generation.grid import labelled_grid
-from rite_diffusion.training.plan import Plan, PlanObserver, configure, plan_training
+from rite_diffusion.training.plan import Plan, PlanObserver, plan_training
 from rite_diffusion.training.run import run_training
+from rite_diffusion.training.settings import configure
 from rite_diffusion.training.trainer import StepReport
 
 PROMPTS = [

@@ -6,8 +6,9 @@ from typing import Unpack
 
 from rite_diffusion.config.typed import TrainSettings
 from rite_diffusion.files.writing import folder_output
-from rite_diffusion.training.plan import configure, plan_training
+from rite_diffusion.training.plan import plan_training
 from rite_diffusion.training.run import default_run, run_training
+from rite_diffusion.training.settings import configure
 from rite_diffusion.training.trainer import StepReport
 
 

@@ -22,8 +22,9 @@ from rite_diffusion.api.fuse import Outcome
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.files.writing import printable
 from rite_diffusion.methods import METHODS
+from rite_diffusion.methods.triggers import captions_without_trigger
 from rite_diffusion.photos.folder import PhotoFolder
-from rite_diffusion.training.plan import Found, Plan, PlanObserver, captions_without_trigger
+from rite_diffusion.training.plan import Found, Plan, PlanObserver
 from rite_diffusion.training.rates import describe_course
 from rite_diffusion.training.run import Cost
 from rite_diffusion.training.trainer import StepReport
@@ -79,7 +80,8 @@ def describe_found(found: Found, config: TrainConfig) -> None:
     for photo in photos:
         if photo.white is not None and photo.white < FAINT:
             _line("faint mask", f"{photo.path.name}: {photo.white:.1%} of it is white")
-    for caption in captions_without_trigger(folder, config):
+    triggers = [concept.trigger for concept in config.concepts()]
+    for caption in captions_without_trigger(folder, triggers):
         _line("no trigger", f'"{caption}" does not contain the trigger')
     for one, other in folder.near_duplicates():
         _line("alike", f"{one} and {other}")

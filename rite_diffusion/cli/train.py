@@ -80,8 +80,9 @@ def _report_and_train(
     """Print the plan, then train, and return the adapter's path; None where nobody prints."""
     from rite_diffusion.cli import output
     from rite_diffusion.training import run
-    from rite_diffusion.training.plan import configure, plan_training
+    from rite_diffusion.training.plan import plan_training
     from rite_diffusion.training.processes import is_main_process
+    from rite_diffusion.training.settings import configure
 
     config = configure(settings, preset)
     if not is_main_process():  # another process of this run writes and prints

@@ -7,6 +7,7 @@ nearest known one.
 from rite_diffusion.config.schema import (
     AugmentSection,
     CaptionSection,
+    LoraSection,
     ObjectiveSection,
     OptimSection,
     PhotoSource,
@@ -32,6 +33,7 @@ from rite_diffusion.config.tree import (
 __all__ = [
     "AugmentSection",
     "CaptionSection",
+    "LoraSection",
     "ObjectiveSection",
     "OptimSection",
     "PhotoSource",

@@ -320,6 +320,12 @@ class TrainConfig(SourceSection):
         """Whether the text encoder's own layers learn, which `optim.lr_text_encoder` is for."""
         return self.lora.text_encoder and self.method != "custom_diffusion"
 
+    def with_rates(self, rate: float) -> "TrainConfig":
+        """With a rate for the denoiser and, if it trains, half of it for the text encoder."""
+        text_encoder = rate / 2 if self.trains_text_encoder else self.optim.lr_text_encoder
+        rates = {"lr_unet": rate, "lr_text_encoder": text_encoder}
+        return self.model_copy(update={"optim": self.optim.model_copy(update=rates)})
+
     def _tables(self) -> list[dict[str, Any]]:
         """Each photo folder's settings: its own, then its dataset's, then the general ones."""
         general = self.model_dump(include=set(SourceSection.model_fields))

@@ -1,11 +1,14 @@
 """Triggers as the base reads them: what a caption says, and what two concepts must not share."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 
 from rite_diffusion.backbones.learned_embeddings import split_at
+from rite_diffusion.backbones.prompt_syntax import read_prompt
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import ConfigError
+from rite_diffusion.photos.folder import PhotoFolder
 from rite_diffusion.types import Concept
 
 
@@ -35,6 +38,39 @@ def check_triggers(backbone: Backbone, concepts: Sequence[Concept]) -> None:
             f"{one.trigger} and {other.trigger} {how} to {backbone.name}, and would train into "
             "each other: use triggers that differ in more than upper and lower case."
         )
+
+
+def check_prompts(prompts: Sequence[str], triggers: Sequence[str]) -> None:
+    """Raise ConfigError for a prompt, with `{trigger}` for each, of syntax not supported."""
+    for prompt in prompts:
+        for trigger in triggers:
+            read_prompt(prompt.replace("{trigger}", trigger), triggers)
+
+
+def captions_without_trigger(folder: PhotoFolder, triggers: Sequence[str]) -> list[str]:
+    """Captions that teach no trigger."""
+    captions = [photo.caption for photo in folder.photos]
+    return [text for text in captions if not any(contains_word(text, each) for each in triggers)]
+
+
+def with_triggers_kept(
+    backbone: Backbone, folders: Sequence[PhotoFolder], triggers: Sequence[str]
+) -> tuple[list[PhotoFolder], list[tuple[str, str]]]:
+    """The folders with captions that keep their trigger, and each caption that would not have.
+
+    With such a caption come its triggers that the base's budget of tokens would have cut off.
+    """
+    moved: dict[str, str] = {}
+    result = []
+    for folder in folders:
+        photos = []
+        for photo in folder.photos:
+            caption, trigger = with_trigger_kept(backbone, photo.caption, triggers)
+            if trigger:
+                moved[photo.caption] = trigger
+            photos.append(replace(photo, caption=caption))
+        result.append(replace(folder, photos=photos))
+    return result, list(moved.items())
 
 
 def with_trigger_kept(

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from rite_diffusion.adapters.attach import detach, inject, read_pairs
 from rite_diffusion.adapters.names import module_name
 from rite_diffusion.backbones.protocols import Backbone
-from rite_diffusion.config import OptimSection, TrainConfig
+from rite_diffusion.config import LoraSection, OptimSection, TrainConfig
+from rite_diffusion.errors import ConfigError
 from rite_diffusion.methods.method import NAME
 from rite_diffusion.types import LoraPair
 
@@ -39,6 +40,22 @@ def adapted_paths(
     """Paths per component of the layers to adapt: of the attention, or of all `blocks`."""
     components = list(backbone.components) if text_encoder else [backbone.denoiser_name]
     return {name: backbone.lora_targets(name, layers == "blocks") for name in components}
+
+
+def check_rank(backbone: Backbone, lora: LoraSection) -> None:
+    """Raise ConfigError for a rank that the narrowest adapted layer cannot have."""
+    layers = [
+        backbone.components[part].get_submodule(path)
+        for part, paths in adapted_paths(backbone, lora.layers, lora.text_encoder).items()
+        for path in paths
+    ]
+    weights = [each.weight for each in layers if isinstance(each, nn.Linear | nn.Conv2d)]
+    widths = [min(len(weight), weight[0].numel()) for weight in weights]
+    if lora.rank > min(widths):
+        raise ConfigError(
+            f"lora.rank = {lora.rank} is more than the narrowest layer of {backbone.name} has "
+            f"({min(widths)}): choose a smaller rank."
+        )
 
 
 def parameter_groups(

@@ -14,9 +14,11 @@ from rite_diffusion.config import AugmentSection
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.photos.augment import View, views_of
 from rite_diffusion.photos.buckets import bucket_of, bucket_sizes
+from rite_diffusion.photos.folder import PhotoFolder
 from rite_diffusion.photos.images import mask_tensor, to_tensor
 from rite_diffusion.photos.latent_cache import cached_latents
-from rite_diffusion.types import Photo
+from rite_diffusion.seeding import Stream, generator
+from rite_diffusion.types import Concept, Photo
 
 LONGEST_SIDE = 4096  # pixels
 UNEVEN = 0.1  # most by which groups that are shown equally often differ, as a share
@@ -80,6 +82,29 @@ def balanced(groups: Sequence[Sequence[Photo]]) -> list[Photo]:
 def _divides(count: int, goal: int) -> bool:
     """Whether a whole multiple of a count is near enough to a goal."""
     return abs(round(goal / count) * count - goal) <= UNEVEN * goal
+
+
+def hold_out(
+    folders: Sequence[PhotoFolder], concepts: Sequence[Concept], count: int, seed: int
+) -> tuple[list[list[Photo]], list[Photo]]:
+    """Each concept's photos to train on, and `count` photos that a seeded draw holds out.
+
+    `concepts` has the concept of each folder. Raises ConfigError where nothing of one is left.
+    """
+    photos = [photo for folder in folders for photo in folder.photos]
+    order = torch.randperm(len(photos), generator=generator(seed, 0, Stream.HELD_OUT)).tolist()
+    held_out = [photos[place] for place in sorted(order[:count])]
+    paths = {photo.path for photo in held_out}
+    groups: dict[Concept, list[Photo]] = {concept: [] for concept in concepts}
+    for concept, folder in zip(concepts, folders, strict=True):
+        groups[concept] += [photo for photo in folder.photos if photo.path not in paths]
+    for concept, kept in groups.items():
+        if not kept:
+            raise ConfigError(
+                f"validation.photos = {count} leaves no photo of {concept.trigger} to train on: "
+                "hold out fewer."
+            )
+    return list(groups.values()), held_out
 
 
 def training_side(backbone: Backbone, resolution: int | None) -> int:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from rite_diffusion.config import fill, unknown_placeholder, words_of
+from rite_diffusion.config import PhotoSource, fill, unknown_placeholder, words_of
 from rite_diffusion.errors import PhotoFolderError
-from rite_diffusion.files.writing import reading
+from rite_diffusion.files.writing import reading, user_path
 from rite_diffusion.photos.images import open_upright, perceptual_hash
 from rite_diffusion.photos.listing import Picture, list_pictures
 from rite_diffusion.photos.masks import mask_of, white_share
@@ -69,8 +69,13 @@ def joined(folders: Sequence[PhotoFolder]) -> PhotoFolder:
     )
 
 
+def read_source(source: PhotoSource) -> PhotoFolder:
+    """The photos of one folder of a training; see `read_photos`."""
+    return read_folder(user_path(source.photos), source.concept, source.templates, source.repeats)
+
+
 def read_folder(
-    folder: Path, concept: Concept, templates: list[str], repeats: int = 1
+    folder: Path, concept: Concept, templates: Sequence[str], repeats: int = 1
 ) -> PhotoFolder:
     """A concept's photos, each shown `repeats` times an epoch; see `read_photos`."""
     return read_photos(folder, words_of(concept), templates, repeats)

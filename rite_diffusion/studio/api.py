@@ -157,7 +157,7 @@ def _training(studio: Studio) -> Callable:
     ) -> str:
         """Queue a training on photos or zips; settings are key=value lines; returns the run."""
         from rite_diffusion.studio.uploads import keep_photos
-        from rite_diffusion.training.plan import configure
+        from rite_diffusion.training.settings import configure
 
         space = studio.space(request)
         stem = name_from(name or class_noun, "run")

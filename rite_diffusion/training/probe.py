@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import TrainConfig
-from rite_diffusion.config.rates import with_rates
 from rite_diffusion.methods import Method
 from rite_diffusion.photos.dataset import LatentSet
 from rite_diffusion.training.job import Job
@@ -30,7 +29,7 @@ def probe_rates(
     short = config.optim.model_copy(update={"schedule": "constant", "warmup": 0})
     config = config.model_copy(update={"optim": short, "ema": 0.0})
     rates = [factor * default for factor in FACTORS]
-    return {rate: _trial(backbone, new_method, data, with_rates(config, rate)) for rate in rates}
+    return {rate: _trial(backbone, new_method, data, config.with_rates(rate)) for rate in rates}
 
 
 def _trial(

@@ -13,7 +13,6 @@ from rite_diffusion.adapters.adapter import shown_base
 from rite_diffusion.adapters.families import family_of_base
 from rite_diffusion.adapters.learned_embeddings import tokens_of
 from rite_diffusion.config import AugmentSection, fill, to_toml, without_paths, words_of
-from rite_diffusion.config.rates import with_rates
 from rite_diffusion.errors import BackboneError, ConfigError, RiteError, RunError
 from rite_diffusion.files.writing import user_path
 from rite_diffusion.generation.denoise import sample
@@ -158,7 +157,7 @@ def _with_rates(plan: Plan, run: RunFolder) -> Plan:
         plan.backbone, lambda each: METHODS[each.method](plan.backbone, each), data, config, default
     )
     run.log(f"probe: {', '.join(f'rate {r:g}: loss {value:.4f}' for r, value in losses.items())}")
-    config = with_rates(config, min(losses, key=lambda rate: losses[rate]))
+    config = config.with_rates(min(losses, key=lambda rate: losses[rate]))
     run.write_settings(to_toml(config), plan.inputs())
     return replace(plan, config=config)
 
@@ -237,7 +236,7 @@ def measure(plan: Plan) -> Cost:
     """The cost of the plan's second real step; nothing of it is kept."""
     config, reports = plan.config, list[StepReport]()
     if config.optim.lr_unet is None:
-        config = with_rates(config, optimizer_spec(config.optim.name).lr)
+        config = config.with_rates(optimizer_spec(config.optim.name).lr)
     short = replace(plan, config=config.model_copy(update={"steps": 2}), held_out=[])
     with _job(short) as job:
         train_steps(job, reports.append)

@@ -203,7 +203,7 @@ def _number_or_word(text: str) -> float | str:
 
 def _refuse_bad(tree: dict[str, Any]) -> None:
     """Raise ConfigError for settings that no run would take."""
-    from rite_diffusion.training.plan import configure
+    from rite_diffusion.training.settings import configure
 
     configure(tree)
 
