@@ -121,6 +121,28 @@ def test_an_interrupted_training_ends_with_the_same_weights(stop, tmp_path, monk
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
+def test_latents_stay_as_they_are_once_the_encoder_is_held():
+    training = autoencoder.Training(TINY, CPU)
+    pixels = held_out.as_pixels(held_out.scenes(2))
+    training.step(pixels, 0)
+    training.hold_encoder()
+    before = {name: each.clone() for name, each in training.average.named_parameters()}
+    training.step(pixels, 6)
+    changed = {
+        name
+        for name, each in training.average.named_parameters()
+        if not torch.allclose(each, before[name], rtol=0, atol=1e-9)
+    }
+    assert changed and all(name.startswith(("decoder", "post_quant_conv")) for name in changed)
+
+
+def test_a_denoiser_waits_for_latents_that_stay(tmp_path):
+    training = autoencoder.Training(TINY, CPU)
+    machine.save_state(tmp_path / "autoencoder.safetensors", 4, {}, training.modules)
+    with pytest.raises(SystemExit, match="until 6 pictures, 4 are seen"):
+        autoencoder.finished(tmp_path, TINY)
+
+
 def test_standardised_latents_decode_to_the_same_picture():
     network = tiny_autoencoder()
     pixels = held_out.as_pixels(held_out.scenes(4))

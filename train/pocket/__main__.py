@@ -8,8 +8,6 @@ import json
 from dataclasses import fields, replace
 from pathlib import Path
 
-from diffusers import AutoencoderKL
-
 from . import autoencoder, denoiser, emoji, held_out
 from .machine import this_machine
 
@@ -40,9 +38,12 @@ def run_autoencoder(work: Path, given: list[str]) -> None:
 
 
 def run_denoiser(work: Path, name: str, given: list[str]) -> None:
-    """Train the base `name` on the autoencoder in `work` and write it as a diffusers folder."""
+    """Train the base `name` on the autoencoder in `work` and write it as a diffusers folder.
+
+    It may start as soon as the autoencoder's encoder is held; the decoder is read at each start.
+    """
     settings, machine = _settings(denoiser.Settings(), given), this_machine()
-    network = AutoencoderKL.from_pretrained(work / "vae").to(machine.device).eval()
+    network = autoencoder.finished(work, autoencoder.Settings()).to(machine.device)
     denoiser.train(work, name, network, settings, machine)
 
 

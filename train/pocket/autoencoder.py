@@ -35,11 +35,11 @@ CROPS = 2  # of each picture
 class Settings:
     """One training of the autoencoder. Shares are of `pictures`, the length of the training."""
 
-    pictures: int = 300_000
+    pictures: int = 200_000
     batch: int = 8  # pictures, so CROPS times as many crops
     rate: float = 1.5e-3
     crop: int = 64  # pixels
-    whole_from: float = 0.8  # from this share on, whole pictures
+    whole_from: float = 0.8  # from this share on, whole pictures, and the decoder alone learns
     features: float = 0.05  # weight of the distance in random features
     critic: float = 0.02  # weight of the critic ...
     critic_from: float = 0.85  # ... from this share on
@@ -120,6 +120,13 @@ class Training:
         """The optimizers whose moments a state holds, by name."""
         return {"network": self.optimizer, "critic": self.critic_optimizer}
 
+    def hold_encoder(self) -> None:
+        """Keep the averaged encoder as it is: a denoiser may learn its latents from here on."""
+        for name in ("encoder", "quant_conv"):
+            part = self.network.get_submodule(name)
+            part.load_state_dict(self.average.get_submodule(name).state_dict())
+            part.requires_grad_(False)
+
     def reconstruct(self, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Reconstructions from latents with noise, and the latents."""
         with self.machine.autocast():
@@ -164,6 +171,8 @@ def train(work: Path, settings: Settings, machine: Machine) -> None:
     seen = load_state(path, training.optimizers, training.modules)
     progress = Progress("autoencoder", seen, settings.pictures)
     for pixels in batches(seen, settings, machine):
+        if seen >= settings.whole_from * settings.pictures:
+            training.hold_encoder()
         losses = training.step(pixels, seen)
         seen = min(seen + settings.batch, settings.pictures)
         if progress.is_due(seen):
@@ -192,9 +201,11 @@ def standardise(autoencoder: AutoencoderKL, pixels: Tensor) -> None:
 
 
 def finished(work: Path, settings: Settings) -> AutoencoderKL:
-    """The averaged autoencoder of a training, with standardised latents."""
+    """The averaged autoencoder of a training whose encoder is held, with standardised latents."""
     module = new_autoencoder(settings.widths, settings.latent_channels)
-    load_state(work / "autoencoder.safetensors", {}, {"average": module})
+    seen = load_state(work / "autoencoder.safetensors", {}, {"average": module})
+    if seen < (held := settings.whole_from * settings.pictures):
+        raise SystemExit(f"the encoder learns until {held:.0f} pictures, {seen} are seen: wait.")
     pictures = [images.world_scene(np.random.default_rng([SEED + 1, i])) for i in range(256)]
     standardise(module, held_out.as_pixels(np.stack(pictures)))
     return module.eval()
