@@ -22,6 +22,7 @@ from rite_diffusion.backbones.prompt_syntax import Section, as_written, read_pro
 from rite_diffusion.backbones.protocols import (
     Conditioning,
     Defaults,
+    Guidance,
     LearnedEmbedding,
     PredictionType,
 )
@@ -51,6 +52,7 @@ class StableDiffusion:
 
     multiple = 8
     denoiser_name = "unet"
+    guidance = Guidance()
     encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
 
     def __init__(
@@ -272,11 +274,19 @@ class StableDiffusion:
         """Whether the tokenizer holds the word whole, as it does what the model already knows."""
         return word.isalpha() and len(self.token_ids(word)) == 1
 
-    def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The UNet's prediction (B, C, h, w) for latents at timesteps (B,)."""
+    def denoise(
+        self,
+        noisy: Tensor,
+        times: Tensor,
+        conditioning: Conditioning,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """The UNet's prediction (B, C, h, w) for latents at times (B,)."""
         states = conditioning.states.to(self.dtype)
-        return self.unet(noisy.to(self.dtype), timesteps, encoder_hidden_states=states).sample
+        return self.unet(noisy.to(self.dtype), times, encoder_hidden_states=states).sample
 
-    def new_scheduler(self) -> DDIMScheduler | FlowSampler:
-        """A deterministic sampler on the model's own noise schedule."""
-        return sampler(self.prediction_type, self._scheduler_config)
+    def sampler(self, steps: int, cells: tuple[int, int]) -> DDIMScheduler | FlowSampler:
+        """A deterministic sampler on the model's own noise schedule, set to so many steps."""
+        scheduler = sampler(self.prediction_type, self._scheduler_config)
+        scheduler.set_timesteps(steps, device=self.device)
+        return scheduler
