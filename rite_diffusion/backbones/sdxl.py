@@ -33,7 +33,7 @@ class StableDiffusionXL(StableDiffusion):
     @property
     def text_encoder_2(self) -> Any:
         """The second text encoder, a CLIPTextModelWithProjection."""
-        return self._encoder("text_encoder_2")
+        return self.encoders["text_encoder_2"]
 
     @property
     def text_fingerprint(self) -> str:
