@@ -85,6 +85,7 @@ def marks(backbone: StableDiffusion) -> dict[str, object]:
         found[f"{part}, adapters"] = sorted(getattr(network, "peft_config", {}))
     facts = {name: str(getattr(backbone, name)) for name in FACTS}
     facts["released"] = str(backbone.encoders.released)
+    facts["limit"] = str(backbone.tokenizer.model_max_length)
     return found | facts | {"words": list(backbone.embeddings), "triggers": dict(backbone.triggers)}
 
 
