@@ -83,7 +83,7 @@ def _channels(base: nn.Module) -> int:
 
 def make_dora(layer: LoraLayer, name: str, pair: LoraPair) -> None:
     """Turn PEFT's LoRA of scale 1, which holds the pair's factors, into the pair's DoRA."""
-    base = layer.base_layer
+    base = layer.get_base_layer()
     assert isinstance(base, nn.Linear | nn.Conv2d)
     layer.lora_A[name] = DoraDown(layer.lora_A[name], base)
     layer.lora_B[name] = DoraUp(layer.lora_B[name], pair, base)

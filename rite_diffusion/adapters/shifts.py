@@ -42,7 +42,7 @@ def modules_of(backbone: Backbone) -> dict[str, nn.Module]:
     found = {}
     for component, root in backbone.components.items():
         for path, module in root.named_modules():
-            inner = module.base_layer if isinstance(module, LoraLayer) else module
+            inner = module.get_base_layer() if isinstance(module, LoraLayer) else module
             if not any(part in path for part in (".lora_", ".base_layer", "parametrizations")):
                 if isinstance(inner, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm):
                     found[module_name(component, path)] = inner

@@ -10,11 +10,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rite_diffusion.adapters.attach import places
+from rite_diffusion.adapters.attach import base_layer, places
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.fusion.second_moments import (
@@ -144,8 +143,7 @@ def watched(backbone: Backbone, names: Sequence[str]) -> dict[str, Watched]:
     for name in names:
         component, path = homes[name]
         called = backbone.components[component].get_submodule(path)
-        layer = called.base_layer if isinstance(called, LoraLayer) else called
-        found[name] = Watched(called, layer)
+        found[name] = Watched(called, base_layer(called))
     return found
 
 
