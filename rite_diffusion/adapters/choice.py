@@ -85,7 +85,7 @@ def _without_effect(chosen: Sequence[Chosen]) -> list[str]:
     return lines
 
 
-def literal_words(chosen: Sequence[Chosen]) -> list[str]:
+def protected_words(chosen: Sequence[Chosen]) -> list[str]:
     """The words of adapters that prompts take literally: learned ones and triggers."""
     words = [[*words_of(each.adapter), *each.adapter.info.triggers()] for each in chosen]
     return [word for own in words for word in own]

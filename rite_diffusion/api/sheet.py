@@ -18,8 +18,8 @@ from rite_diffusion.adapters.attach import attach, check_base, detach
 from rite_diffusion.adapters.choice import (
     Chosen,
     choose_adapters,
-    literal_words,
     notes,
+    protected_words,
     split_weight,
 )
 from rite_diffusion.api.bases import open_base
@@ -27,7 +27,7 @@ from rite_diffusion.api.fuse import with_plain_updates
 from rite_diffusion.api.sketch import with_sketches
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import ConfigError
-from rite_diffusion.files.writing import check_outputs, file_output, say_on_stderr, write_output
+from rite_diffusion.files.writing import check_outputs, file_output, print_to_stderr, write_output
 from rite_diffusion.fusion import FUSIONS
 from rite_diffusion.fusion.loss import described
 from rite_diffusion.fusion.members import Member, checked
@@ -174,7 +174,7 @@ def grid(
     out: str | Path | None = None,
     other_base: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    tell: Callable[[str], None] = say_on_stderr,
+    tell: Callable[[str], None] = print_to_stderr,
 ) -> Image:
     """A sheet of pictures of all combinations, `columns` (an axis of AXES) from left to right.
 
@@ -194,7 +194,7 @@ def grid(
         prompt="", negative=negative, steps=steps, guidance=guidance, width=width, height=height
     )
     for prompt in prompts:
-        replace(request, prompt=prompt).check(literal_words(every))
+        replace(request, prompt=prompt).check(protected_words(every))
     named = [chosen.adapter for chosen in every]
     target = None if out is None else file_output(out, ".png")
     if target is not None:

@@ -76,6 +76,11 @@ class Expansion:
             into += [*own, *[Chunk()] * (self._count - len(own))] * depth
         return torch.arange(start, len(self.layers)).view(depth, self._count)
 
+    @property
+    def encoded_length(self) -> int:
+        """Number of tokens in each prompt's states."""
+        return self._count * self.length
+
     def gathered(self, states: Tensor) -> Tensor:
         """States (N, length, width) as the prompts' (B, tokens, width), layer-wise (B, L, …)."""
         return self._taken(states, self._rows).flatten(2, 3).squeeze(1)

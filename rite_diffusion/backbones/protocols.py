@@ -117,12 +117,16 @@ class TextConditioner(Protocol):
         ...
 
     @property
-    def literal_words(self) -> Sequence[str]:
+    def protected_words(self) -> Sequence[str]:
         """The words that prompts take literally and whole: learned ones and triggers."""
         ...
 
     def token_count(self, prompt: str) -> int:
         """Number of the prompt's tokens, begin and end marks excluded."""
+        ...
+
+    def encoded_length(self, prompts: list[str]) -> int:
+        """Number of tokens in the states that `encode_prompts` returns, found without encoding."""
         ...
 
     def token_ids(self, text: str) -> list[int]:

@@ -222,11 +222,17 @@ class StableDiffusion:
         Prompts of one batch get as many chunks as the longest. ConfigError for syntax that is not
         supported.
         """
-        whole = self.literal_words
-        return self._encode(
-            [read_prompt(text, whole) for text in prompts],
-            partial(chunks_of, size=self.token_budget, whole=whole),
-        )
+        return self._encode(*self._read(prompts))
+
+    def encoded_length(self, prompts: list[str]) -> int:
+        """Number of tokens in the states that `encode_prompts` returns, found without encoding."""
+        return self._expanded(*self._read(prompts)).encoded_length
+
+    def _read(self, prompts: list[str]) -> tuple[list[list[Section]], Chunked]:
+        """The prompts' sections, and the function that divides them into chunks."""
+        whole = self.protected_words
+        sections = [read_prompt(text, whole) for text in prompts]
+        return sections, partial(chunks_of, size=self.token_budget, whole=whole)
 
     def encode_captions(self, captions: list[str]) -> Conditioning:
         """Conditioning of training captions: brackets are text, over-long captions are cut."""
@@ -251,7 +257,7 @@ class StableDiffusion:
         return [self.tokenizer]
 
     @property
-    def literal_words(self) -> list[str]:
+    def protected_words(self) -> list[str]:
         """The words that prompts take literally and whole: learned ones and adapters' triggers."""
         called = [word for words in self.triggers.values() for word in words]
         return list(dict.fromkeys([*self.embeddings, *called]))

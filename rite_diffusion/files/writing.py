@@ -38,7 +38,7 @@ def printable(text: str) -> str:
     return "".join(shown)
 
 
-def say_on_stderr(line: str) -> None:
+def print_to_stderr(line: str) -> None:
     """Print a line for people, apart from what a command prints."""
     print(printable(line), file=sys.stderr)
 
