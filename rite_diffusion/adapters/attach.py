@@ -58,7 +58,7 @@ def _weight(layer: nn.Module) -> nn.Parameter:
     return weight
 
 
-def places(backbone: Backbone) -> dict[str, tuple[str, str]]:
+def adaptable_layers(backbone: Backbone) -> dict[str, tuple[str, str]]:
     """The layers that LoRA can adapt, as module name in files -> (component, path)."""
     return {
         module_name(component, path): (component, path)
@@ -70,14 +70,14 @@ def places(backbone: Backbone) -> dict[str, tuple[str, str]]:
 
 def base_layers(backbone: Backbone) -> list[tuple[str, str]]:
     """(component, path) of every layer and norm; paths in CLIP include the level `text_model`."""
-    return [split_path(name) for name in (*places(backbone), *norm_names(backbone))]
+    return [split_path(name) for name in (*adaptable_layers(backbone), *norm_names(backbone))]
 
 
 def base_weights(backbone: Backbone) -> dict[str, Tensor]:
     """The base's weights that LoRA can adapt, as module name in files -> weight (out, in, …)."""
     return {
         name: _weight(base_layer(backbone.components[component].get_submodule(path))).detach()
-        for name, (component, path) in places(backbone).items()
+        for name, (component, path) in adaptable_layers(backbone).items()
     }
 
 
@@ -146,7 +146,7 @@ def check_fit(backbone: Backbone, adapter: Adapter) -> dict[str, tuple[str, str]
 
     AdapterError where the model lacks a module or has it in another shape.
     """
-    known = places(backbone)
+    known = adaptable_layers(backbone)
     missing = [pair.name for pair in adapter.pairs if pair.name not in known]
     if missing:
         raise AdapterError(
@@ -158,7 +158,7 @@ def check_fit(backbone: Backbone, adapter: Adapter) -> dict[str, tuple[str, str]
         component, path = known[pair.name]
         weight = _weight(base_layer(backbone.components[component].get_submodule(path)))
         shape = (pair.up.shape[0], *pair.down.shape[1:])
-        if without_ones(shape) != without_ones(tuple(weight.shape)):
+        if as_matrix_shape(shape) != as_matrix_shape(tuple(weight.shape)):
             raise AdapterError(
                 f"{pair.name} is for weights {shape}, {backbone.name} has {tuple(weight.shape)}: "
                 f"the adapter was made for another base model ({adapter.info.base or 'unnamed'})."
@@ -166,7 +166,7 @@ def check_fit(backbone: Backbone, adapter: Adapter) -> dict[str, tuple[str, str]
     return {pair.name: known[pair.name] for pair in adapter.pairs}
 
 
-def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+def as_matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """A weight's shape; that of a 1x1 convolution is given as a matrix's."""
     return shape[:2] if shape[2:] == (1, 1) else shape
 

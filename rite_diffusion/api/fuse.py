@@ -19,8 +19,8 @@ from rite_diffusion.errors import FusionError
 from rite_diffusion.files.writing import check_outputs, file_output, print_to_stderr, write_output
 from rite_diffusion.fusion.conflict_sheet import conflict_sheet
 from rite_diffusion.fusion.dora import as_plain, has_dora
-from rite_diffusion.fusion.loss import ALLOWED, described
-from rite_diffusion.fusion.members import Member, checked
+from rite_diffusion.fusion.loss import ALLOWED, describe_loss
+from rite_diffusion.fusion.members import Member, check_and_sort
 from rite_diffusion.fusion.merge import Merged, merge_with_loss, method_named
 from rite_diffusion.fusion.report import ConflictReport, report_on
 from rite_diffusion.fusion.settings import FusionOptions, FusionSettings, checked_settings
@@ -101,7 +101,7 @@ def check_loss(loss: float, settings: FusionSettings, allow_loss: bool) -> None:
     """Raise FusionError for a loss above both 1 % and `settings.error`, unless it is allowed."""
     if not allow_loss and loss > max(ALLOWED, settings.error or 0):
         raise FusionError(
-            f"cut in rank, the fused adapter has a {described(loss)}, more than {ALLOWED:.0%}: "
+            f"cut in rank, the fused adapter has a {describe_loss(loss)}, more than {ALLOWED:.0%}: "
             "raise --rank, or accept the loss with --allow-loss."
         )
 
@@ -232,7 +232,7 @@ def _solve_within_loss(
     fused = _solve(members, how, base, drawing, progress, measured)
     check_loss(fused.loss, how.settings, allow_loss)
     if fused.loss:
-        print_to_stderr(f"cut in rank: {described(fused.loss)}")
+        print_to_stderr(f"cut in rank: {describe_loss(fused.loss)}")
     return fused
 
 
@@ -256,7 +256,7 @@ def _merged(
 def _chosen_members(adapters: Sequence[str | Path]) -> list[Member]:
     """The adapters in the order of their content; what has no effect is told on stderr."""
     chosen = choose_adapters(adapters)
-    members = checked([Member(each.adapter, each.weight, each.path) for each in chosen])
+    members = check_and_sort([Member(each.adapter, each.weight, each.path) for each in chosen])
     for line in notes(chosen):
         print_to_stderr(line)
     return members

@@ -29,8 +29,8 @@ from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.files.writing import check_outputs, file_output, print_to_stderr, write_output
 from rite_diffusion.fusion import FUSIONS
-from rite_diffusion.fusion.loss import described
-from rite_diffusion.fusion.members import Member, checked
+from rite_diffusion.fusion.loss import describe_loss
+from rite_diffusion.fusion.members import Member, check_and_sort
 from rite_diffusion.fusion.merge import merge_with_loss, method_named
 from rite_diffusion.fusion.settings import FusionSettings
 from rite_diffusion.fusion.statistics import DEFAULT_DRAWING
@@ -260,7 +260,7 @@ def _present(
     """The adapters to attach with their weights: as they are, or one that a method fused."""
     if method in UNFUSED or len(chosen) < 2:
         return [(each.adapter, each.weight) for each in chosen]
-    members = checked([Member(each.adapter, each.weight, each.path) for each in chosen])
+    members = check_and_sort([Member(each.adapter, each.weight, each.path) for each in chosen])
     members = with_plain_updates(members, lambda: backbone)
     if FUSIONS[method].statistics:
         members = with_sketches(
@@ -268,7 +268,7 @@ def _present(
         )
     fused = merge_with_loss(members, method, FusionSettings())
     if fused.loss:
-        tell(f"{method} of {' + '.join(m.file.name for m in members)}: {described(fused.loss)}")
+        tell(f"{method} of {' + '.join(m.file.name for m in members)}: {describe_loss(fused.loss)}")
     return [(fused.adapter, 1.0)]
 
 

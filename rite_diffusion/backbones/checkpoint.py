@@ -174,7 +174,9 @@ def check_names(path: Path, faults: Mapping[str, Collection[str]]) -> None:
         )
 
 
-def filled(model: Model, part: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> Model:
+def load_weights(
+    model: Model, part: dict[str, Tensor], weights: dict[str, Tensor], path: Path
+) -> Model:
     """The model with `weights`, the file's `part` under the model's own names, in eval mode."""
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     kept = {tensor.data_ptr() for tensor in weights.values()}  # converters drop unknown names

@@ -19,7 +19,7 @@ def cross_attentions(unet: nn.Module) -> list[Attention]:
     ]
 
 
-def take_own_states(attentions: list[Attention]) -> None:
+def select_layer_states(attentions: list[Attention]) -> None:
     """Let cross-attention number l look at its own of layer-wise text states (B, L, tokens, width).
 
     Of states (B, tokens, width) all see the same, as ever. The hooks depend on their input alone,

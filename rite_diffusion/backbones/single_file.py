@@ -39,8 +39,8 @@ from rite_diffusion.backbones.checkpoint import (
     XL_OPEN_CLIP,
     Checkpoint,
     check_parts,
-    filled,
     layout_of,
+    load_weights,
     read_header,
 )
 from rite_diffusion.backbones.clip_tokenizer import clip_tokenizer
@@ -230,7 +230,7 @@ def _load_unet(checkpoint: Checkpoint, config: Config, dtype: torch.dtype) -> UN
     with init_empty_weights():
         model = UNet2DConditionModel(**config)
     weights = _converted(convert_ldm_unet_checkpoint, part, config, checkpoint.path)
-    return filled(model, part, weights, checkpoint.path)
+    return load_weights(model, part, weights, checkpoint.path)
 
 
 def _load_vae(checkpoint: Checkpoint, config: Config, dtype: torch.dtype) -> AutoencoderKL:
@@ -238,7 +238,7 @@ def _load_vae(checkpoint: Checkpoint, config: Config, dtype: torch.dtype) -> Aut
     with init_empty_weights():
         model = AutoencoderKL(**config)
     weights = _converted(convert_ldm_vae_checkpoint, part, config, checkpoint.path)
-    return filled(model, part, weights, checkpoint.path)
+    return load_weights(model, part, weights, checkpoint.path)
 
 
 def _converted(

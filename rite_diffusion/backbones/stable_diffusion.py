@@ -14,7 +14,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from rite_diffusion.backbones.chunks import chunks_of, cut_caption
-from rite_diffusion.backbones.cross_attention import cross_attentions, take_own_states
+from rite_diffusion.backbones.cross_attention import cross_attentions, select_layer_states
 from rite_diffusion.backbones.expansion import Chunked, Expansion
 from rite_diffusion.backbones.fingerprint import fingerprint
 from rite_diffusion.backbones.learned_embeddings import ids_of, positions_of, tokens_of, vectors_in
@@ -74,7 +74,7 @@ class StableDiffusion:
         self.embeddings: dict[str, LearnedEmbedding] = {}
         self.triggers: dict[str, Sequence[str]] = {}
         self.cross_attentions = cross_attentions(self.unet)
-        take_own_states(self.cross_attentions)
+        select_layer_states(self.cross_attentions)
         self.dtype: torch.dtype = self.unet.dtype
         self.latent_channels: int = self.unet.config.in_channels
         self.prediction_type: PredictionType = prediction_type(pipeline.scheduler, name)

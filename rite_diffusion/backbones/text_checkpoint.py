@@ -8,7 +8,13 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from rite_diffusion.backbones.checkpoint import CLIP, OPEN_CLIP, XL_OPEN_CLIP, Checkpoint, filled
+from rite_diffusion.backbones.checkpoint import (
+    CLIP,
+    OPEN_CLIP,
+    XL_OPEN_CLIP,
+    Checkpoint,
+    load_weights,
+)
 from rite_diffusion.errors import BackboneError
 
 Config = dict[str, Any]
@@ -78,7 +84,7 @@ def load_clip(
         model = CLIPTextModel(CLIPTextConfig(**config))
     # transformers >= 5.6 has no `text_model` level, and some old files have none either.
     flat = {name.removeprefix(start).removeprefix("text_model."): part[name] for name in part}
-    return filled(model, part, flat, checkpoint.path)
+    return load_weights(model, part, flat, checkpoint.path)
 
 
 def load_open_clip(checkpoint: Checkpoint, config: Config, dtype: torch.dtype) -> CLIPTextModel:
@@ -86,7 +92,7 @@ def load_open_clip(checkpoint: Checkpoint, config: Config, dtype: torch.dtype) -
     part, weights = _read_open_clip(checkpoint, config, dtype, OPEN_CLIP)
     with init_empty_weights():
         model = CLIPTextModel(CLIPTextConfig(**config))
-    return filled(model, part, weights, checkpoint.path)
+    return load_weights(model, part, weights, checkpoint.path)
 
 
 def load_projected_clip(
@@ -100,7 +106,7 @@ def load_projected_clip(
     }
     with init_empty_weights():
         model = CLIPTextModelWithProjection(CLIPTextConfig(**config))
-    return filled(model, part, nested, checkpoint.path)
+    return load_weights(model, part, nested, checkpoint.path)
 
 
 def _read_open_clip(

@@ -135,7 +135,7 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 
 @contextmanager
-def workplace(folder: Path) -> Iterator[Path]:
+def staging_folder(folder: Path) -> Iterator[Path]:
     """A new folder inside `folder`, made if need be, whose files are moved out when they are whole.
 
     It is removed at the end; if the block fails, folders that were made go too.
