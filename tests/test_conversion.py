@@ -322,7 +322,7 @@ def test_alpha_of_a_broken_configuration_is_refused(tmp_path):
     tensors = {f"unet.conv_in.lora_{f}.weight": torch.ones(1, 1) for f in "AB"}
     for stated, words in (
         ("{", "not JSON"),
-        ("[]", "no table"),
+        ("[]", "not a table"),
         ('{"unet.lora_alpha": "x"}', "'x'"),
     ):
         save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": stated})

@@ -84,7 +84,7 @@ def test_break_begins_a_section_inside_brackets_too():
         ("a [cat|dog]", "would change"),
         ("(a [(cat:1.2)|dog]:1.1)", "would change"),
         ("a cat AND a dog", "AND"),
-        ("(a:1.2.3)", "'1.2.3' is no number"),
+        ("(a:1.2.3)", "'1.2.3' is not a number"),
     ],
 )
 def test_syntax_that_is_not_supported_is_refused(prompt, remedy):

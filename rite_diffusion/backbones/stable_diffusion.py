@@ -35,8 +35,7 @@ PROJECTIONS = {
     "text_encoder": _CLIP,
     "text_encoder_2": _CLIP,
 }
-# Beside the attention, the linear layers and convolutions of the UNet's blocks: what LyCORIS calls
-# LoCon adapts.
+# The other linear layers and convolutions of the UNet's blocks, which LoCon (LyCORIS) adapts too.
 BLOCKS = (
     "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut",
     "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv",
@@ -46,7 +45,7 @@ BLOCKS = (
 class StableDiffusion:
     """A Stable Diffusion model behind the Backbone protocol; its weights are frozen.
 
-    `reopen` reads the pipeline again, for encoders that were released and are needed once more.
+    `reopen` loads the pipeline again, for encoders that were released and are needed again.
     """
 
     multiple = 8
@@ -90,20 +89,20 @@ class StableDiffusion:
             for name in self.encoder_names
         }
         if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
-            pipeline.vae.float()  # SDXL's overflows in half precision
+            pipeline.vae.float()  # SDXL's autoencoder overflows in half precision
         return encoders
 
     @property
     def components(self) -> dict[str, nn.Module]:
-        """The UNet and the text encoders; of released ones perhaps without their weights."""
+        """The UNet and the text encoders; released encoders may be without weights."""
         names = [name for name in self.encoder_names if name != "vae"]
         there = {n: self._encoders[n] if n in self._released else self._encoder(n) for n in names}
         return {"unet": self.unet, **there}
 
     def release(self, names: Sequence[str]) -> None:
-        """Let encoders leave the device's memory for the computer's, on a CPU altogether.
+        """Move encoders from the device to the CPU's memory, or on a CPU out of memory.
 
-        They are back as soon as something is to be encoded or decoded.
+        They are loaded again when something is encoded or decoded.
         """
         place = "meta" if self.device.type == "cpu" else "cpu"
         self._released |= set(names)
@@ -112,11 +111,11 @@ class StableDiffusion:
                 self._encoders[name].to(place)
 
     def recall(self) -> None:
-        """Let released encoders be `components` like others, which come back when looked at."""
+        """Load released encoders again as soon as `components` is used."""
         self._released.clear()
 
     def _encoder(self, name: str) -> Any:
-        """An encoder on the device, brought back where it was released."""
+        """An encoder on the device, loaded again where it was released."""
         if self._encoders[name].device.type == "meta":
             fresh = self._prepared(self._reopen())
             gone = [key for key, each in self._encoders.items() if each.device.type == "meta"]
@@ -127,7 +126,7 @@ class StableDiffusion:
 
     @property
     def vae(self) -> Any:
-        """The autoencoder between pictures and latents, an AutoencoderKL."""
+        """The autoencoder, an AutoencoderKL."""
         return self._encoder("vae")
 
     @property
@@ -142,14 +141,14 @@ class StableDiffusion:
 
     @property
     def token_budget(self) -> int:
-        """Tokens that a caption, or a chunk of a prompt, may have, without begin and end marks."""
+        """Most tokens of a caption or of a prompt's chunk, without begin and end marks."""
         names = [name for name in self.encoder_names if name != "vae"]
         positions = [self._encoders[name].config.max_position_embeddings for name in names]
         lengths = [tokenizer.model_max_length for tokenizer in self._tokenizers]
         return min(*positions, *lengths) - 2
 
     def encoder_fingerprint(self) -> str:
-        """First 16 hex digits of a SHA-256 over the autoencoder's encoding half."""
+        """First 16 hex digits of a SHA-256 over the autoencoder's encoder, and its dtype."""
         digest = hashlib.sha256(str(self.vae.config.scaling_factor).encode())
         for name, weight in self.vae.state_dict().items():
             if not name.startswith(("decoder.", "post_quant_conv.")):
@@ -175,9 +174,9 @@ class StableDiffusion:
         return digest.hexdigest()[:16]
 
     def lora_targets(self, component: str, blocks: bool = False) -> list[str]:
-        """Paths of the q, k, v and output projections of every attention of a component.
+        """Paths of the q, k, v and output projections of every attention in a component.
 
-        With `blocks`, also those of the other layers of the UNet's blocks.
+        With `blocks`, also the paths of the other layers in the UNet's blocks.
         """
         wanted = PROJECTIONS[component]
         if blocks and component == "unet":
@@ -187,23 +186,23 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Latents (B, C, h, w), the posterior's mean, of pictures (B, 3, H, W) in [-1, 1]."""
+        """Latents (B, C, h, w), means of the posterior, of pictures (B, 3, H, W) in [-1, 1]."""
         pixels = pixels.to(self.device, self.vae.dtype)
         return self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
 
     def checkpoint_gradients(self, wanted: bool) -> None:
-        """Recompute the UNet's activations in the backward pass instead of keeping them."""
+        """Turn gradient checkpointing of the UNet on or off."""
         if wanted:
             self.unet.enable_gradient_checkpointing()
         else:
             self.unet.disable_gradient_checkpointing()
 
     def compile_denoiser(self, wanted: bool) -> None:
-        """Run the UNet through `torch.compile`, or as it is."""
+        """Turn `torch.compile` of the UNet on or off."""
         if wanted:
             self.unet.compile()
         else:
-            self.unet._compiled_call_impl = None  # torch has no public way back
+            self.unet._compiled_call_impl = None  # PyTorch has no public call to undo `compile`
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -219,8 +218,8 @@ class StableDiffusion:
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """Conditioning of prompts as users write them: of any length, with weights and BREAK.
 
-        Prompts of one batch get as many chunks as the longest. ConfigError for syntax that is not
-        supported.
+        All prompts of a batch have as many chunks as the longest. ConfigError for syntax that is
+        not supported.
         """
         return self._encode(*self._read(prompts))
 
@@ -235,14 +234,14 @@ class StableDiffusion:
         return sections, partial(chunks_of, size=self.token_budget, whole=whole)
 
     def encode_captions(self, captions: list[str]) -> Conditioning:
-        """Conditioning of training captions: brackets are text, over-long captions are cut."""
+        """Conditioning of captions, without prompt syntax; tokens beyond the budget are cut off."""
         chunked = partial(cut_caption, size=self.token_budget)
         return self._encode([as_written(text) for text in captions], chunked)
 
     def _encode(self, prompts: list[list[Section]], chunked: Chunked) -> Conditioning:
         """The text encoder's last hidden states (B, tokens, width).
 
-        (B, layers, tokens, width) where a prompt says a word that differs from layer to layer.
+        They are (B, layers, tokens, width) where a prompt contains a layer-wise embedding.
         """
         expansion = self._expanded(prompts, chunked)
         states = expansion.encode(self.text_encoder, 0).last_hidden_state
@@ -258,7 +257,7 @@ class StableDiffusion:
 
     @property
     def protected_words(self) -> list[str]:
-        """The words that prompts take literally and whole: learned ones and adapters' triggers."""
+        """Words that prompts keep whole and without syntax: learned embeddings and triggers."""
         called = [word for words in self.triggers.values() for word in words]
         return list(dict.fromkeys([*self.embeddings, *called]))
 
@@ -271,11 +270,11 @@ class StableDiffusion:
         return len(tokens_of(self.tokenizer, prompt, vectors_in([prompt], self.embeddings))[0])
 
     def token_positions(self, prompt: str, word: str) -> list[int]:
-        """Where a word's tokens stand in the encoded prompt, at its first mention."""
+        """Positions of a word's tokens in the encoded prompt, at its first mention."""
         return positions_of(self.tokenizer, prompt, word, self.embeddings, self.token_budget)
 
     def is_known_word(self, word: str) -> bool:
-        """Whether the tokenizer holds the word whole, as it does what the model already knows."""
+        """Whether the tokenizer has the word as a single token."""
         return word.isalpha() and len(self.token_ids(word)) == 1
 
     def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -284,5 +283,5 @@ class StableDiffusion:
         return self.unet(noisy.to(self.dtype), timesteps, encoder_hidden_states=states).sample
 
     def new_scheduler(self) -> DDIMScheduler | FlowSampler:
-        """A deterministic sampler on the model's own noise schedule."""
+        """A deterministic sampler for the model's noise schedule."""
         return sampler(self.prediction_type, self._scheduler_config)

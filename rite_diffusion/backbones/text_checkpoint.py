@@ -19,7 +19,7 @@ from rite_diffusion.errors import BackboneError
 
 Config = dict[str, Any]
 
-END = 49407  # the token that closes a prompt and whose state is the pooled one
+END = 49407  # the end mark, whose state is the pooled state
 
 _OPEN_NAMES = {
     "token_embedding.": "embeddings.token_embedding.",
@@ -34,7 +34,7 @@ _OPEN_NAMES = {
 
 
 def clip_config(checkpoint: Checkpoint, start: str = CLIP) -> Config:
-    """Arguments of CLIPTextConfig for OpenAI's CLIP, whose heads have 64 channels."""
+    """Arguments of CLIPTextConfig for OpenAI's CLIP; its heads have 64 channels."""
     stem = start + ("text_model." if checkpoint.has(f"{start}text_model.") else "")
     tokens, width = checkpoint.shape(f"{stem}embeddings.token_embedding.weight")
     positions, _ = checkpoint.shape(f"{stem}embeddings.position_embedding.weight")
@@ -50,7 +50,7 @@ def clip_config(checkpoint: Checkpoint, start: str = CLIP) -> Config:
 
 
 def open_clip_config(checkpoint: Checkpoint, start: str) -> Config:
-    """Arguments of CLIPTextConfig for OpenCLIP; SD2 does without its last layer."""
+    """Arguments of CLIPTextConfig for OpenCLIP; SD2 does not use its last layer."""
     tokens, width = checkpoint.shape(f"{start}token_embedding.weight")
     positions, _ = checkpoint.shape(f"{start}positional_embedding")
     layers = checkpoint.length(start + "transformer.resblocks.{}.")
@@ -70,7 +70,7 @@ def open_clip_config(checkpoint: Checkpoint, start: str) -> Config:
 
 
 def text_config(checkpoint: Checkpoint, start: str) -> Config:
-    """Arguments of CLIPTextConfig for the text encoder whose tensors' names begin so."""
+    """Arguments of CLIPTextConfig for the text encoder whose tensors' names start with `start`."""
     is_open = start in (OPEN_CLIP, XL_OPEN_CLIP)
     return open_clip_config(checkpoint, start) if is_open else clip_config(checkpoint, start)
 
@@ -112,7 +112,7 @@ def load_projected_clip(
 def _read_open_clip(
     checkpoint: Checkpoint, config: Config, dtype: torch.dtype, start: str
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The used part of a file, and the same under transformers' names."""
+    """The tensors that are used, under the file's names and under transformers' names."""
     used = (None, *range(config["num_hidden_layers"]))
     read = checkpoint.read(start, dtype)
     part = {name: tensor for name, tensor in read.items() if _layer(name) in used}
@@ -128,13 +128,13 @@ def _layer(name: str) -> int | None:
 
 
 def _open_clip_weights(name: str, tensor: Tensor, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """One of OpenCLIP's tensors under transformers' names: q, k and v are one there."""
+    """An OpenCLIP tensor under transformers' names; it is split where it holds q, k and v."""
     if name == "text_projection":
         return {"text_projection.weight": tensor.T}
     name = re.sub(r"^transformer\.resblocks\.", "encoder.layers.", name)
     if found := re.fullmatch(r"(.+)\.attn\.in_proj_(weight|bias)", name):
         if len(tensor) % 3:
-            raise BackboneError(f"{checkpoint.path}: {name} is no q, k and v in one")
+            raise BackboneError(f"{checkpoint.path}: {name} cannot be split into q, k and v")
         parts = zip("qkv", tensor.chunk(3), strict=True)
         return {f"{found[1]}.self_attn.{key}_proj.{found[2]}": value for key, value in parts}
     for theirs, ours in _OPEN_NAMES.items():
