@@ -89,7 +89,9 @@ def clip(kind=CLIPTextModel, width=16):
 
 def t5():
     return T5EncoderModel(
-        T5Config(vocab_size=len(tokenizer()), d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        T5Config(
+            vocab_size=len(tokenizer()), d_model=32, d_kv=8, d_ff=16, num_layers=1, num_heads=2
+        )
     )
 
 

@@ -89,13 +89,13 @@ def with_statistics_of(
     names = sketched_layers(backbone, [member.adapter for member in members])
     with out_of_memory_explained():
         seen = measure_concepts(backbone, [fused] * len(members), prompts, names, drawing, progress)
-    return [_seeing(member, grams) for member, grams in zip(members, seen, strict=True)]
+    return [_seeing(member, moments) for member, moments in zip(members, seen, strict=True)]
 
 
-def _seeing(member: Member, grams: SecondMoments) -> Member:
+def _seeing(member: Member, moments: SecondMoments) -> Member:
     """The member with other statistics of its concept; those of the base stay."""
     assert member.sketch is not None  # taken of each alone before
-    return replace(member, sketch=replace(member.sketch, concept=grams))
+    return replace(member, sketch=replace(member.sketch, concept=moments))
 
 
 def _with_file(member: Member) -> Member:
@@ -104,7 +104,7 @@ def _with_file(member: Member) -> Member:
     if not path.is_file():
         return member
     sketch = load_sketch(path)
-    if sketch.facts.adapter != member.digest:
+    if sketch.metadata.adapter != member.digest:
         raise FusionError(
             f"{path} was made from another version of {member.file.name}: "
             f"make it again with `rite sketch {member.file} --overwrite`, or delete it."

@@ -185,7 +185,7 @@ class FlowTransformer(ABC):
         )
 
     @property
-    def literal_words(self) -> list[str]:
+    def protected_words(self) -> list[str]:
         """The words that prompts take literally and whole: adapters' triggers."""
         return [word for words in self.triggers.values() for word in words]
 
