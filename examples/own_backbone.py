@@ -41,7 +41,7 @@ class ToyBackbone:
     """The members of ImageCodec, TextConditioner, Denoiser and AdapterHost."""
 
     # AdapterHost: where adapters go, and what files record of the base
-    name, fingerprint, denoiser_name, support = "toy", "toy", "unet", Support()
+    name, fingerprint, denoiser_name, family, support = "toy", "toy", "unet", "toy", Support()
     # ImageCodec
     resolution, multiple, latent_channels, pixels_per_latent = 16, 1, 3, 1
     # Denoiser

@@ -78,6 +78,11 @@ class Adapter:
         """The pairs' module names."""
         return [pair.name for pair in self.pairs]
 
+    @property
+    def is_of_flow(self) -> bool:
+        """Whether it is for a flow transformer."""
+        return any(name.startswith("lora_transformer_") for name in self.modules())
+
     def modules(self) -> set[str]:
         """Names of all modules that it changes, by a pair or a shift."""
         return {each.name for each in (*self.pairs, *self.shifts)}

@@ -50,9 +50,9 @@ def family_of(adapter: Adapter) -> Family | None:
     return next((family for pair in adapter.pairs if (family := _by_width(pair))), None)
 
 
-def family_of_base(backbone: Backbone) -> Family:
+def family_of_base(backbone: Backbone) -> str:
     """The family of a base model."""
-    return "sdxl" if "text_encoder_2" in backbone.components else "sd"
+    return backbone.family
 
 
 def family_of_file(header: Mapping[str, str], keys: Iterable[str]) -> Family | None:

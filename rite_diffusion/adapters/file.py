@@ -1,5 +1,6 @@
 """The adapter file: one `.safetensors` with kohya's names, learned embeddings and metadata.
 
+Of a flow transformer it has diffusers' names and no alphas, which diffusers and ComfyUI both read.
 ComfyUI, A1111 and diffusers read it where it holds no learned embeddings. Files of all dialects are
 read, and checked completely.
 """
@@ -25,8 +26,9 @@ def save_adapter(path: str | Path, adapter: Adapter) -> None:
 
     AdapterError where a tensor is not finite.
     """
-    tensors = kohya.tensors_of(adapter) | embeddings.own_tensors(adapter)
-    write_tensors(Path(path), tensors, kohya.header_of(adapter))
+    own = diffusers if adapter.is_of_flow else kohya
+    tensors = own.tensors_of(adapter) | embeddings.own_tensors(adapter)
+    write_tensors(Path(path), tensors, own.header_of(adapter))
 
 
 def load_adapter(path: str | Path) -> Adapter:

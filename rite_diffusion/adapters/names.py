@@ -12,7 +12,12 @@ from typing import Literal
 
 from rite_diffusion.errors import AdapterError
 
-PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
+PREFIXES = {
+    "unet": "lora_unet_",
+    "text_encoder": "lora_te_",
+    "text_encoder_2": "lora_te2_",
+    "transformer": "lora_transformer_",
+}
 
 Family = Literal["sd", "sdxl"]
 
@@ -22,9 +27,18 @@ final_layer_norm in_layers input_blocks k_proj label_emb layer_norm1 layer_norm2
 mid_block middle_block out_layers out_proj output_blocks position_embedding proj_in proj_out
 q_proj self_attn skip_connection text_model text_projection time_emb_proj time_embed
 time_embedding to_k to_out to_q to_v token_embedding transformer_blocks up_blocks v_proj""".split()
+# The same of flow transformers.
+_LONG += """adaLN_modulation add_k_proj add_q_proj add_v_proj all_final_layer all_x_embedder
+cap_embedder context_embedder context_refiner feed_forward ff_context final_layer img_in img_mlp
+img_mod layerwise_blocks linear_3 linear_in linear_out noise_refiner norm1_context norm_out
+proj_mlp refiner_blocks single_transformer_blocks t_embedder text_embedder text_fusion time_embed
+time_mod_proj time_text_embed timestep_embedder to_add_out to_gate to_qkv_mlp_proj txt_in txt_mlp
+txt_mod x_embedder""".split()
 _SHORT = """attentions attn1 attn2 conv conv1 conv2 downsamplers embeddings encoder fc1 fc2 ff
 layers mlp net norm norm1 norm2 norm3 op out proj resnets upsamplers""".split()
-_WORD = re.compile(rf"(?:{'|'.join([*_LONG, *_SHORT])}|\d+)(?=_|$)")
+_SHORT += "attention attn down gate linear projector up w1 w2 w3 2-1".split()
+_PARTS = sorted({*_LONG, *_SHORT}, key=len, reverse=True)
+_WORD = re.compile(rf"(?:{'|'.join(_PARTS)}|\d+)(?=_|$)")
 
 _RESNET = {
     "norm1": "in_layers_0",
@@ -53,7 +67,9 @@ def module_name(component: str, path: str) -> str:
     transformers >= 5.6 dropped the level `text_model` from CLIP's paths; names keep it.
     """
     flat = path.replace(".", "_")
-    if component != "unet" and flat.startswith(("encoder_", "embeddings_", "final_layer_norm")):
+    if component.startswith("text") and flat.startswith(
+        ("encoder_", "embeddings_", "final_layer_norm")
+    ):
         flat = f"text_model_{flat}"
     return PREFIXES[component] + flat
 
@@ -63,7 +79,7 @@ def split_name(name: str) -> tuple[str, str]:
     for component, prefix in PREFIXES.items():
         if name.startswith(prefix):
             return component, name.removeprefix(prefix)
-    raise AdapterError(f"module '{name}' belongs to no component of Stable Diffusion")
+    raise AdapterError(f"module '{name}' belongs to no component of a base model")
 
 
 def split_path(name: str) -> tuple[str, str]:
@@ -73,10 +89,12 @@ def split_path(name: str) -> tuple[str, str]:
 
 
 def dotted(flat: str) -> str:
-    """The dotted path of a flat one; AdapterError where a part is not Stable Diffusion's."""
+    """The dotted path of a flat one; AdapterError where a part is of no known base model."""
     path = ".".join(_WORD.findall(flat))
     if path.replace(".", "_") != flat:
-        raise AdapterError(f"'{flat}' is not a module of Stable Diffusion, so its path is unknown")
+        raise AdapterError(
+            f"'{flat}' is not a module of a known base model, so its path is unknown"
+        )
     return path
 
 

@@ -220,6 +220,7 @@ class AdapterHost(Protocol):
     name: str
     fingerprint: str
     denoiser_name: str  # which of the components is the denoiser: `unet`, `transformer`
+    family: str  # whose layers it has: `sd`, `sdxl`, `z-image`, ...
     support: Support
 
     @property

@@ -15,6 +15,7 @@ from rite_diffusion.backbones.stable_diffusion import Pipeline, StableDiffusion
 class StableDiffusionXL(StableDiffusion):
     """An SDXL model behind the Backbone protocol; its weights are frozen."""
 
+    family = "sdxl"
     encoder_names = ("vae", "text_encoder", "text_encoder_2")
 
     def __init__(

@@ -52,6 +52,7 @@ class StableDiffusion:
 
     multiple = 8
     denoiser_name = "unet"
+    family = "sd"
     guidance = Guidance()
     support = Support()
     encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")

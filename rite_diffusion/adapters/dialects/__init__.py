@@ -23,8 +23,11 @@ from rite_diffusion.adapters.dialects import (
     peft_settings,
 )
 from rite_diffusion.adapters.families import family_of_file
+from rite_diffusion.adapters.names import split_name
+from rite_diffusion.adapters.native import NATIVE, flow_family, flow_name, with_parts
 from rite_diffusion.adapters.storage import dtype_of
 from rite_diffusion.errors import AdapterError
+from rite_diffusion.types import LoraPair
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,7 @@ def interpret(
             unknown.append(key)
             continue
         dialect, name, role = place
+        name = flow_name(name)
         if role in modules.setdefault(name, {}):
             raise AdapterError(f"the file holds the {role} of module {name} twice (second: {key})")
         modules[name][role] = value
@@ -90,10 +94,21 @@ def interpret(
         )
     peft_settings.check_modules(configs, modules)
     pairs, shifts, findings = assemble(modules, peft_settings.stated_scale(configs))
+    pairs, flow = _of_flow(pairs, info_of(header).family)
     dialect = ", ".join(name for name, _ in dialects.most_common()) or "embedding"
     info = info_of(header)
-    info = replace(info, family=info.family or family_of_file(header, tensors) or "")
+    found = family_of_file(header, tensors) if flow is None else flow
+    info = replace(info, family=info.family or found or "")
     notes = findings.notes()
     return Adapter(
         pairs, info, tokens, dialect, notes, shifts, dtype_of(tensors), foreign_metadata(header)
     )
+
+
+def _of_flow(pairs: list[LoraPair], stated: str) -> tuple[list[LoraPair], str | None]:
+    """Pairs by diffusers' names, and the family where they are a flow transformer's, else None."""
+    own = [pair for pair in pairs if split_name(pair.name)[0] == "transformer"]
+    if not own:
+        return pairs, None
+    family = stated if stated in NATIVE else flow_family(own)
+    return with_parts(pairs, family) if family else pairs, family

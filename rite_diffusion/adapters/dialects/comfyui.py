@@ -11,9 +11,11 @@ from pathlib import Path
 from torch import Tensor
 
 from rite_diffusion.adapters.adapter import Adapter
-from rite_diffusion.adapters.dialects import kohya
+from rite_diffusion.adapters.dialects import kohya, peft
+from rite_diffusion.adapters.dialects.diffusers import at_scale_one
 from rite_diffusion.adapters.families import family_of
 from rite_diffusion.adapters.names import Family, dotted, from_sgm, module_name, split_name, to_sgm
+from rite_diffusion.adapters.native import by_native_name, known_family
 from rite_diffusion.adapters.storage import write_tensors
 
 _SGM, _LYCORIS = "diffusion_model.", "lycoris_"
@@ -50,7 +52,18 @@ def stem_of(name: str, family: Family) -> str:
 
 
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors of a file with the adapter's pairs and shifts."""
+    """The tensors of a file with the adapter's pairs and shifts.
+
+    For a flow transformer with PEFT's suffixes and the scale in `lora_B`: with `.alpha` beside
+    them diffusers 0.42 refuses FLUX.2's files.
+    """
+    if adapter.is_of_flow:
+        native = by_native_name(adapter.pairs, known_family(adapter))
+        return {
+            key: value
+            for path, pair in native.items()
+            for key, value in peft.pair_tensors(_SGM + path, at_scale_one(pair)).items()
+        }
     family = family_of(adapter) or "sd"
     tensors = {
         key: value

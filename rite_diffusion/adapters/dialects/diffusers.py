@@ -37,6 +37,8 @@ def _path(component: str, path: str) -> str:
     """Today's path of a module; until 2023-09 LoRA layers were part of attention processors."""
     path = path.replace(".processor.", ".")
     leaf = path.rpartition(".")[2]
+    if component == "transformer":
+        return path
     if component == "unet":
         return f"{path}.0" if leaf == "to_out" else path
     return path.removesuffix(leaf) + _OLD_ATTENTION.get(leaf, leaf)
@@ -67,11 +69,12 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     tensors = {}
     for pair in adapter.pairs:
         component, flat = split_name(pair.name)
-        tensors |= peft.pair_tensors(f"{component}.{dotted(flat)}", _at_scale_one(pair))
+        tensors |= peft.pair_tensors(f"{component}.{dotted(flat)}", at_scale_one(pair))
     return tensors
 
 
-def _at_scale_one(pair: LoraPair) -> LoraPair:
+def at_scale_one(pair: LoraPair) -> LoraPair:
+    """The pair with its scale multiplied into `up`."""
     return LoraPair(pair.name, pair.down, pair.up * pair.scale, 1.0, pair.magnitude)
 
 
@@ -79,7 +82,7 @@ def header_of(adapter: Adapter) -> dict[str, str]:
     """Other tools' entries, our metadata, and a PEFT configuration of scale 1 per component."""
     stated = {}
     for component in PREFIXES:
-        pairs = [_at_scale_one(p) for p in adapter.pairs if split_name(p.name)[0] == component]
+        pairs = [at_scale_one(p) for p in adapter.pairs if split_name(p.name)[0] == component]
         if pairs:
             config = peft.config_of(pairs, [peft.path_of(pair.name) for pair in pairs])
             stated |= {f"{component}.{key}": value for key, value in config.items()}

@@ -31,6 +31,7 @@ from rite_diffusion.adapters.names import (
     split_name,
     to_sgm,
 )
+from rite_diffusion.adapters.native import by_native_name, known_family
 from rite_diffusion.adapters.storage import write_tensors
 from rite_diffusion.types import LoraPair, Shift
 
@@ -103,6 +104,8 @@ def shift_tensors(shifts: Sequence[Shift], stem: Callable[[str], str]) -> dict[s
 
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     """The tensors of a file with the adapter's pairs and shifts."""
+    if adapter.is_of_flow:
+        return _flow_tensors(adapter)
     family = family_of(adapter) or "sd"
     tensors = {
         key: value
@@ -110,6 +113,15 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
         for key, value in pair_tensors(stem_of(pair.name, family), pair)
     }
     return tensors | shift_tensors(adapter.shifts, partial(stem_of, family=family))
+
+
+def _flow_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """The tensors of a flow transformer's file, by the names of its original code."""
+    return {
+        key: value
+        for path, pair in by_native_name(adapter.pairs, known_family(adapter)).items()
+        for key, value in pair_tensors(PREFIXES["unet"] + path.replace(".", "_"), pair)
+    }
 
 
 def header_of(adapter: Adapter) -> dict[str, str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from rite_diffusion.adapters.adapter import Adapter, metadata_of
 from rite_diffusion.adapters.dialects.peft_settings import Config, check_config
 from rite_diffusion.adapters.names import PREFIXES, dotted, module_name, split_name
+from rite_diffusion.adapters.native import is_of_flow
 from rite_diffusion.adapters.storage import read_tensors, write_tensors
 from rite_diffusion.errors import AdapterError
 from rite_diffusion.files.writing import write_atomically
@@ -41,7 +42,9 @@ def component_of(path: str) -> str:
     named = [component for component in PREFIXES if path.startswith(f"{component}.")]
     if named:
         return named[0]
-    return "unet" if path.startswith(_UNET_ROOTS) else "text_encoder"
+    if path.startswith(_UNET_ROOTS):
+        return "unet"
+    return "transformer" if is_of_flow(path.replace(".", "_")) else "text_encoder"
 
 
 def module_of(stem: str) -> str | None:
