@@ -36,25 +36,41 @@ PredictionType = Literal["epsilon", "v_prediction", "flow"]
 
 
 @dataclass(frozen=True)
-class NoiseSchedule:
-    """The forward process of a model: x_t = signal x_0 + sigma noise, at T timesteps.
+class Levels:
+    """Noise levels of a batch: x_t = signal x_0 + sigma noise."""
 
-    Noise increases with the timestep.
+    signal: Tensor  # (B,)
+    sigma: Tensor  # (B,)
+    times: Tensor  # (B,) the denoiser's time input
+    snr: Tensor  # (B,) (signal / sigma)^2
+
+
+class NoiseSchedule(Protocol):
+    """The forward process of a model, from clean latents at place 0 to noise at place 1."""
+
+    def levels(self, places: Tensor, cells: tuple[int, int], shift: float | None = None) -> Levels:
+        """The noise levels at places (B,) in [0, 1), for latents of `cells` (height, width).
+
+        `shift` replaces a flow's own shift towards noise; ConfigError for schedules without one.
+        """
+        ...
+
+
+def classifier_free(uncond: Tensor, cond: Tensor, guidance: float) -> Tensor:
+    """The guided prediction: uncond + w (cond - uncond) (Ho & Salimans 2022)."""
+    return uncond + guidance * (cond - uncond)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a guidance scale acts on a model.
+
+    `classifier_free`: `combine` joins the predictions for the negative prompt and the prompt.
+    `embedded`: the scale is an input of the model. `none`: a distilled model without a scale.
     """
 
-    signal: Tensor  # (T,)
-    sigma: Tensor  # (T,)
-    times: Tensor  # (T,) the denoiser's time input
-    snr: Tensor  # (T,) (signal / sigma)^2
-
-    def __len__(self) -> int:
-        """The number of timesteps T."""
-        return len(self.times)
-
-    def to(self, device: device) -> NoiseSchedule:
-        """The schedule on a device."""
-        tables = (self.signal, self.sigma, self.times, self.snr)
-        return NoiseSchedule(*(table.to(device) for table in tables))
+    kind: Literal["classifier_free", "embedded", "none"] = "classifier_free"
+    combine: Callable[[Tensor, Tensor, float], Tensor] = classifier_free
 
 
 class ImageCodec(Protocol):
@@ -152,15 +168,29 @@ class Denoiser(Protocol):
     """The network that predicts, and the noise schedule that it was trained with."""
 
     prediction_type: PredictionType
-    noise_schedule: NoiseSchedule
+    guidance: Guidance
     defaults: Defaults
 
-    def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The prediction (B, C, h, w) for latents at times (B,) of the noise schedule."""
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        """The forward process that the network was trained with."""
         ...
 
-    def new_scheduler(self) -> Any:
-        """A fresh diffusers scheduler for sampling."""
+    def denoise(
+        self,
+        noisy: Tensor,
+        times: Tensor,
+        conditioning: Conditioning,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """The prediction (B, C, h, w) for latents at times (B,) of the noise schedule.
+
+        `guidance` is the scale for models with embedded guidance, by default that of training.
+        """
+        ...
+
+    def sampler(self, steps: int, cells: tuple[int, int]) -> Any:
+        """A new diffusers scheduler set to `steps`, for latents of `cells` (height, width)."""
         ...
 
     def checkpoint_gradients(self, wanted: bool) -> None:

@@ -7,8 +7,8 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from rite_diffusion.backbones.protocols import NoiseSchedule, PredictionType
-from rite_diffusion.errors import BackboneError
+from rite_diffusion.backbones.protocols import Levels, PredictionType
+from rite_diffusion.errors import BackboneError, ConfigError
 
 KINDS: tuple[PredictionType, ...] = ("epsilon", "v_prediction")  # of schedules in discrete steps
 UNSUPPORTED = ("use_dynamic_shifting", "invert_sigmas")  # of a flow's configuration
@@ -28,29 +28,55 @@ def prediction_type(scheduler: Any, name: str) -> PredictionType:
     return kind
 
 
-def noise_schedule(scheduler: Any, name: str) -> NoiseSchedule:
+@dataclass(frozen=True)
+class TableSchedule:
+    """A noise schedule of T discrete timesteps; noise increases with the timestep."""
+
+    signal: Tensor  # (T,)
+    sigma: Tensor  # (T,)
+    times: Tensor  # (T,) the denoiser's time input
+    snr: Tensor  # (T,) (signal / sigma)^2
+
+    def __len__(self) -> int:
+        """The number of timesteps T."""
+        return len(self.times)
+
+    def to(self, device: torch.device) -> "TableSchedule":
+        """The schedule on a device."""
+        tables = (self.signal, self.sigma, self.times, self.snr)
+        return TableSchedule(*(table.to(device) for table in tables))
+
+    def levels(self, places: Tensor, cells: tuple[int, int], shift: float | None = None) -> Levels:
+        """The noise levels of the timesteps at places (B,) in [0, 1), for latents of any size."""
+        if shift is not None:
+            raise ConfigError("objective.shift is for bases with a continuous flow: leave it out.")
+        at = (places * len(self)).long().clamp(max=len(self) - 1).to(self.times.device)
+        return Levels(self.signal[at], self.sigma[at], self.times[at], self.snr[at])
+
+
+def noise_schedule(scheduler: Any, name: str) -> TableSchedule:
     """The noise schedule of a diffusers scheduler that `prediction_type` accepts."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return _flow_schedule(scheduler, name)
     return ddpm_schedule(scheduler.alphas_cumprod)
 
 
-def ddpm_schedule(shares: Tensor) -> NoiseSchedule:
+def ddpm_schedule(shares: Tensor) -> TableSchedule:
     """The schedule x_t = sqrt(a) x_0 + sqrt(1 - a) noise (Ho et al. 2020, Eq. 4) of `shares` a."""
     snr = shares / (1 - shares).clamp(min=1e-8)
-    return NoiseSchedule(shares.sqrt(), (1 - shares).sqrt(), torch.arange(len(shares)), snr)
+    return TableSchedule(shares.sqrt(), (1 - shares).sqrt(), torch.arange(len(shares)), snr)
 
 
-def flow_schedule(sigmas: Tensor, length: int) -> NoiseSchedule:
+def flow_schedule(sigmas: Tensor, length: int) -> TableSchedule:
     """The schedule x_t = (1 - sigma) x_0 + sigma noise (Liu et al. 2023) of sigmas (T,) in (0, 1].
 
     The denoiser's time input is sigma * length.
     """
     signal = 1 - sigmas
-    return NoiseSchedule(signal, sigmas, sigmas * length, (signal / sigmas).square())
+    return TableSchedule(signal, sigmas, sigmas * length, (signal / sigmas).square())
 
 
-def _flow_schedule(scheduler: FlowMatchEulerDiscreteScheduler, name: str) -> NoiseSchedule:
+def _flow_schedule(scheduler: FlowMatchEulerDiscreteScheduler, name: str) -> TableSchedule:
     odd = [key for key in UNSUPPORTED if scheduler.config[key]]
     if odd:
         raise BackboneError(f"{name} has a flow schedule with {odd[0]}, which is not supported")

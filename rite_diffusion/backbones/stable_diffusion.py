@@ -1,6 +1,5 @@
 """Stable Diffusion 1.x and 2.x, and the pocket base: one CLIP text encoder, UNet, autoencoder."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from rite_diffusion.backbones.chunks import chunks_of, cut_caption
 from rite_diffusion.backbones.cross_attention import cross_attentions, select_layer_states
+from rite_diffusion.backbones.encoders import Encoders, autoencoder_digest, text_digest
 from rite_diffusion.backbones.expansion import Chunked, Expansion
 from rite_diffusion.backbones.fingerprint import fingerprint
 from rite_diffusion.backbones.learned_embeddings import ids_of, positions_of, tokens_of, vectors_in
@@ -22,6 +22,7 @@ from rite_diffusion.backbones.prompt_syntax import Section, as_written, read_pro
 from rite_diffusion.backbones.protocols import (
     Conditioning,
     Defaults,
+    Guidance,
     LearnedEmbedding,
     PredictionType,
 )
@@ -50,6 +51,7 @@ class StableDiffusion:
 
     multiple = 8
     denoiser_name = "unet"
+    guidance = Guidance()
     encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
 
     def __init__(
@@ -66,9 +68,7 @@ class StableDiffusion:
         self.device = device
         self.attention = attention
         self.unet = pipeline.unet.requires_grad_(False).eval().to(device)
-        self._encoders = self._prepared(pipeline)
-        self._released = set[str]()
-        self._reopen = reopen
+        self.encoders = Encoders(pipeline, self.encoder_names, device, reopen)
         self.tokenizer = pipeline.tokenizer
         self.embeddings: dict[str, LearnedEmbedding] = {}
         self.triggers: dict[str, Sequence[str]] = {}
@@ -82,96 +82,61 @@ class StableDiffusion:
         self.resolution: int = self.unet.config.sample_size * self.pixels_per_latent
         self.fingerprint = fingerprint([self.unet.conv_in.weight, self.unet.conv_out.weight])
 
-    def _prepared(self, pipeline: Pipeline) -> dict[str, Any]:
-        """The pipeline's autoencoder and text encoders on the device."""
-        encoders = {
-            name: getattr(pipeline, name).requires_grad_(False).eval().to(self.device)
-            for name in self.encoder_names
-        }
-        if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
-            pipeline.vae.float()  # SDXL's autoencoder overflows in half precision
-        return encoders
-
     @property
     def components(self) -> dict[str, nn.Module]:
         """The UNet and the text encoders; released encoders may be without weights."""
-        names = [name for name in self.encoder_names if name != "vae"]
-        there = {n: self._encoders[n] if n in self._released else self._encoder(n) for n in names}
-        return {"unet": self.unet, **there}
+        encoders = self.encoders
+        return {"unet": self.unet} | {
+            name: encoders.as_it_is(name) if name in encoders.released else encoders[name]
+            for name in encoders.text_names
+        }
 
     def release(self, names: Sequence[str]) -> None:
         """Move encoders from the device to the CPU's memory, or on a CPU out of memory.
 
         They are loaded again when something is encoded or decoded.
         """
-        place = "meta" if self.device.type == "cpu" else "cpu"
-        self._released |= set(names)
-        for name in names:
-            if self._encoders[name].device.type != "meta":
-                self._encoders[name].to(place)
+        self.encoders.release(names)
 
     def recall(self) -> None:
         """Load released encoders again as soon as `components` is used."""
-        self._released.clear()
-
-    def _encoder(self, name: str) -> Any:
-        """An encoder on the device, loaded again where it was released."""
-        if self._encoders[name].device.type == "meta":
-            fresh = self._prepared(self._reopen())
-            gone = [key for key, each in self._encoders.items() if each.device.type == "meta"]
-            self._encoders |= {key: fresh[key] for key in gone}
-        elif self._encoders[name].device.type != self.device.type:
-            self._encoders[name].to(self.device)
-        return self._encoders[name]
+        self.encoders.recall()
 
     @property
     def vae(self) -> Any:
         """The autoencoder, an AutoencoderKL."""
-        return self._encoder("vae")
+        return self.encoders["vae"]
 
     @property
     def text_encoder(self) -> Any:
         """The first text encoder, a CLIPTextModel."""
-        return self._encoder("text_encoder")
+        return self.encoders["text_encoder"]
 
     @property
     def pixels_per_latent(self) -> int:
         """Pixels along one side of a latent cell."""
-        return 2 ** (len(self._encoders["vae"].config.block_out_channels) - 1)
+        return 2 ** (len(self.encoders.as_it_is("vae").config.block_out_channels) - 1)
 
     @property
     def token_budget(self) -> int:
         """Most tokens of a caption or of a prompt's chunk, without begin and end marks."""
-        names = [name for name in self.encoder_names if name != "vae"]
-        positions = [self._encoders[name].config.max_position_embeddings for name in names]
+        encoders = [self.encoders.as_it_is(name) for name in self.encoders.text_names]
+        positions = [encoder.config.max_position_embeddings for encoder in encoders]
         lengths = [tokenizer.model_max_length for tokenizer in self._tokenizers]
         return min(*positions, *lengths) - 2
 
     def encoder_fingerprint(self) -> str:
         """First 16 hex digits of a SHA-256 over the autoencoder's encoder, and its dtype."""
-        digest = hashlib.sha256(str(self.vae.config.scaling_factor).encode())
-        for name, weight in self.vae.state_dict().items():
-            if not name.startswith(("decoder.", "post_quant_conv.")):
-                digest.update(weight.detach().cpu().float().numpy().tobytes())
-        return f"{digest.hexdigest()[:16]}-{self.vae.dtype}".replace("torch.", "")
+        return autoencoder_digest(self.vae)
 
     @property
     def text_fingerprint(self) -> str:
-        """First 16 hex digits of a SHA-256 over the text encoders and tokenizers, and the dtype."""
+        """An id of text encoders, tokenizers and the dtype, the same for equal weights."""
         return f"{self._text_digest}-{self.dtype}".replace("torch.", "")
 
     @cached_property
     def _text_digest(self) -> str:
-        digest = hashlib.sha256()
-        for name, encoder in self._encoders.items():
-            if name == "vae":
-                continue
-            tokenizer = getattr(self, name.replace("text_encoder", "tokenizer"))
-            facts = [encoder.config.to_json_string(), tokenizer.special_tokens_map]
-            digest.update(f"{facts} {sorted(tokenizer.get_vocab().items())}".encode())
-            for weight in encoder.state_dict().values():
-                digest.update(weight.cpu().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:16]
+        return text_digest(self.encoders)
 
     def lora_targets(self, component: str, blocks: bool = False) -> list[str]:
         """Paths of the q, k, v and output projections of every attention in a component.
@@ -277,11 +242,19 @@ class StableDiffusion:
         """Whether the tokenizer has the word as a single token."""
         return word.isalpha() and len(self.token_ids(word)) == 1
 
-    def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The UNet's prediction (B, C, h, w) for latents at timesteps (B,)."""
+    def denoise(
+        self,
+        noisy: Tensor,
+        times: Tensor,
+        conditioning: Conditioning,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """The UNet's prediction (B, C, h, w) for latents at times (B,)."""
         states = conditioning.states.to(self.dtype)
-        return self.unet(noisy.to(self.dtype), timesteps, encoder_hidden_states=states).sample
+        return self.unet(noisy.to(self.dtype), times, encoder_hidden_states=states).sample
 
-    def new_scheduler(self) -> DDIMScheduler | FlowSampler:
-        """A deterministic sampler for the model's noise schedule."""
-        return sampler(self.prediction_type, self._scheduler_config)
+    def sampler(self, steps: int, cells: tuple[int, int]) -> DDIMScheduler | FlowSampler:
+        """A deterministic sampler for the model's noise schedule, set to `steps`."""
+        scheduler = sampler(self.prediction_type, self._scheduler_config)
+        scheduler.set_timesteps(steps, device=self.device)
+        return scheduler

@@ -113,6 +113,14 @@ class Trainer:
         average_gradients(accelerator, self.parameters)
         return mean_over_processes(accelerator, value)
 
+    def snapshot(self, step: int) -> Snapshot:
+        """The state after so many steps."""
+        return take(step, self.optimizer, self.average, self.precision)
+
+    def put_back(self, snapshot: Snapshot) -> None:
+        """Go on from a snapshot; RunError for one of another model or method."""
+        put_back(snapshot, self.optimizer, self.average, self.precision)
+
     def validation(self) -> float | None:
         """The loss on the held-out photos, None without any."""
         job = self.job
@@ -150,7 +158,7 @@ def train_steps(
     """
     config, trainer = job.config, Trainer(job, between=stop)
     if resume is not None:
-        put_back(resume, trainer.optimizer, trainer.average)
+        trainer.put_back(resume)
         if resume.step >= config.steps:  # all steps were done, but the adapter was not written
             with trainer.average.swapped_in():
                 save(resume, True)
@@ -182,7 +190,7 @@ def train_steps(
             validation = trainer.validation() if validated else None
             on_step(StepReport(step + 1, loss, rate, speed, skipped, validation))
         if last or is_checkpoint(step + 1, config) or save_now():
-            snapshot = take(step + 1, trainer.optimizer, trainer.average)
+            snapshot = trainer.snapshot(step + 1)
             with trainer.average.swapped_in():
                 save(snapshot, last)
         if last:
