@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import rite_diffusion as rite
-from rite_diffusion.backbones.protocols import Conditioning, Defaults, Guidance
+from rite_diffusion.backbones.protocols import Conditioning, Defaults, Guidance, Support
 from rite_diffusion.backbones.schedule import TableSchedule
 from rite_diffusion.generation.denoise import sample
 
@@ -41,7 +41,7 @@ class ToyBackbone:
     """The members of ImageCodec, TextConditioner, Denoiser and AdapterHost."""
 
     # AdapterHost: where adapters go, and what files record of the base
-    name, fingerprint, denoiser_name = "toy", "toy", "unet"
+    name, fingerprint, denoiser_name, support = "toy", "toy", "unet", Support()
     # ImageCodec
     resolution, multiple, latent_channels, pixels_per_latent = 16, 1, 3, 1
     # Denoiser

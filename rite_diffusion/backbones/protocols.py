@@ -164,6 +164,18 @@ class Defaults:
     guidance: float = 7.5  # classifier-free guidance scale
 
 
+@dataclass(frozen=True)
+class Support:
+    """What can be trained on a model.
+
+    `distilled` says what to train on instead of a few-step model; empty where that is this one.
+    """
+
+    methods: frozenset[str] | None = None  # None: all
+    text_encoder: bool = True  # whether text encoders can be adapted
+    distilled: str = ""
+
+
 class Denoiser(Protocol):
     """The network that predicts, and the noise schedule that it was trained with."""
 
@@ -208,6 +220,7 @@ class AdapterHost(Protocol):
     name: str
     fingerprint: str
     denoiser_name: str  # which of the components is the denoiser: `unet`, `transformer`
+    support: Support
 
     @property
     def components(self) -> dict[str, nn.Module]:

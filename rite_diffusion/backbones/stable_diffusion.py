@@ -25,6 +25,7 @@ from rite_diffusion.backbones.protocols import (
     Guidance,
     LearnedEmbedding,
     PredictionType,
+    Support,
 )
 from rite_diffusion.backbones.schedule import FlowSampler, noise_schedule, prediction_type, sampler
 
@@ -52,6 +53,7 @@ class StableDiffusion:
     multiple = 8
     denoiser_name = "unet"
     guidance = Guidance()
+    support = Support()
     encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
 
     def __init__(
