@@ -189,8 +189,8 @@ class FlowTransformer(ABC):
     def token_positions(self, prompt: str, word: str) -> list[int]:
         """No positions: ConfigError, as no attention map of a word can be had."""
         raise ConfigError(
-            f"{self.name} has no cross-attention, so it cannot be found where it sees '{word}': give "
-            "boxes as numbers, and masks as files."
+            f"{self.name} has no cross-attention to find '{word}' by: give boxes as numbers, and "
+            "masks as files."
         )
 
     @property
