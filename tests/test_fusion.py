@@ -309,7 +309,7 @@ BAD = {
     "weight 0: leave it out": lambda: [Member(random_adapter(0), 0.0, Path("a"))],
     "trained on tiny and a": lambda: pair_of(random_adapter(0), other_base(random_adapter(1))),
     "different base models": lambda: pair_of(random_adapter(0), other_shape(random_adapter(1))),
-    "answer to '<0>'": lambda: pair_of(random_adapter(0), same_trigger(random_adapter(1))),
+    "the trigger '<0>'": lambda: pair_of(random_adapter(0), same_trigger(random_adapter(1))),
 }
 
 
@@ -338,7 +338,7 @@ def test_methods_and_settings_are_checked():
         with pytest.raises(FusionError, match=next(iter(bad))):
             checked_settings(bad)
     bare = [Member(random_adapter(seed), 1.0, Path("a")) for seed in range(2)]
-    with pytest.raises(FusionError, match="says nothing of"):
+    with pytest.raises(FusionError, match="has no statistics for"):
         merge(bare, "gram", PLAIN)
 
 

@@ -162,7 +162,7 @@ def test_an_adapter_of_several_concepts_answers_to_each():
     both = replace(both, info=replace(both.info, trigger="<cat>, <dog>", class_noun="cat, dog"))
     other = random_adapter(1)
     other = replace(other, info=replace(other.info, trigger="<dog>"))
-    with pytest.raises(FusionError, match="both answer to '<dog>'"):
+    with pytest.raises(FusionError, match="both have the trigger '<dog>'"):
         merge([Member(both, 1.0, Path("a")), Member(other, 1.0, Path("b"))], "concat", PLAIN)
 
 

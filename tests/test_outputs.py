@@ -201,7 +201,7 @@ def test_a_folder_may_have_dots_in_its_name(tmp_path):
 
 @pytest.mark.parametrize("text", ["a\0b", "x" * 300, "~nobody-here/x"])
 def test_what_can_be_no_path_is_said_so(text):
-    with pytest.raises(PathError, match="is no path"):
+    with pytest.raises(PathError, match="is not a path"):
         user_path(text)
 
 

@@ -71,7 +71,7 @@ def test_every_cell_is_the_picture_of_its_parameters(adapters, tiny_folder, tmp_
      ({"seeds": []}, ConfigError, "no seed"),
      ({"methods": ["grim"]}, FusionError, "no method 'grim'"),
      ({"adapters": ["nowhere.safetensors"]}, AdapterError, "no adapter file"),
-     ({"out": "sheet.jpg"}, OutputError, "is no .png"),
+     ({"out": "sheet.jpg"}, OutputError, "is not a .png"),
      ({"seeds": range(3000)}, ConfigError, "more than 2500")],
 )  # fmt: skip
 def test_sheets_that_cannot_be_are_refused(change, error, words):

@@ -152,7 +152,7 @@ def test_fusing_adds_them_up_or_says_why_not(file):
     for index, shift in enumerate(one.shifts):
         share = 0.5 if index == 0 else 0.5 + 2 * 2
         torch.testing.assert_close(found[shift.name, shift.parameter], share * shift.values)
-    with pytest.raises(FusionError, match="'ties' cannot tell apart: choose one of concat"):
+    with pytest.raises(FusionError, match="'ties' cannot fuse: choose one of concat"):
         merge(members, "ties", FusionSettings())
     alone = merge(members[:1], "ties", FusionSettings())
     wanted = {(s.name, s.parameter): 0.5 * s.values for s in one.shifts}

@@ -162,7 +162,7 @@ def test_files_that_are_no_sketch_are_refused(tmp_path):
     with pytest.raises(FusionError, match="is damaged"):
         load_sketch(path)
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(FusionError, match="is no sketch"):
+    with pytest.raises(FusionError, match="is not a sketch"):
         load_sketch(path)
     save_file({"a": torch.zeros(1)}, path, {"rite_sketch": "1", "layers": "{"})
     with pytest.raises(FusionError, match="is incomplete"):

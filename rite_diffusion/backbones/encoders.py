@@ -1,4 +1,4 @@
-"""The encoders of a pipeline, which leave memory while nothing is encoded and come back."""
+"""A pipeline's encoders, which can be released from memory and loaded again when used."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-LARGE = 2**32  # bytes of a text encoder beyond which a digest takes a sample of each weight
-SAMPLE = 2**16  # values of a weight in that sample
+LARGE = 2**32  # bytes; the digest of a larger text encoder samples each weight
+SAMPLE = 2**16  # values in such a sample
 
 
 class Encoders:
-    """A pipeline's autoencoder and text encoders, frozen, on one device.
+    """A pipeline's autoencoder and text encoders by name, frozen, on one device.
 
-    `reopen` reads the pipeline again, for encoders that were released on a CPU and are needed.
+    `reopen` loads the pipeline again, for encoders that were released on a CPU and are needed.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class Encoders:
             encoder.float()  # SDXL's autoencoder overflows in half precision
 
     def as_it_is(self, name: str) -> Any:
-        """An encoder wherever it is, perhaps without its weights."""
+        """An encoder on its current device; on "meta" it has no weights."""
         return getattr(self.pipeline, name)
 
     def __getitem__(self, name: str) -> Any:
-        """An encoder on the device, brought back where it was released."""
+        """An encoder on the device, loaded again where it was released."""
         if self.as_it_is(name).device.type == "meta":
             fresh = self._reopen()
             for each in self.names:
@@ -59,7 +59,7 @@ class Encoders:
         return [name for name in self.names if name != "vae"]
 
     def release(self, names: Sequence[str]) -> None:
-        """Let encoders leave the device's memory for the computer's, on a CPU altogether."""
+        """Move encoders from the device to the CPU's memory, or on a CPU out of memory."""
         place = "meta" if self.device.type == "cpu" else "cpu"
         self.released |= set(names)
         for name in names:
@@ -67,21 +67,21 @@ class Encoders:
                 self.as_it_is(name).to(place)
 
     def recall(self) -> None:
-        """Let released encoders count as present; they come back when they are looked at."""
+        """Mark no encoder as released; each is loaded again when it is used."""
         self.released.clear()
 
 
 def text_digest(encoders: Encoders) -> str:
     """First 16 hex digits of a SHA-256 over the text encoders and their tokenizers.
 
-    Of an encoder larger than 4 GiB it takes 65,536 values of each weight.
+    For an encoder larger than 4 GiB it covers 65,536 values of each weight.
     """
     digest = hashlib.sha256()
     for name in encoders.text_names:
         encoder = encoders[name]
         tokenizer = encoders.as_it_is(name.replace("text_encoder", "tokenizer"))
-        facts = [encoder.config.to_json_string(), tokenizer.special_tokens_map]
-        digest.update(f"{facts} {sorted(tokenizer.get_vocab().items())}".encode())
+        described = [encoder.config.to_json_string(), tokenizer.special_tokens_map]
+        digest.update(f"{described} {sorted(tokenizer.get_vocab().items())}".encode())
         weights = encoder.state_dict().values()
         is_large = sum(weight.nbytes for weight in weights) > LARGE
         for weight in weights:
@@ -93,7 +93,7 @@ def text_digest(encoders: Encoders) -> str:
 
 
 def autoencoder_digest(vae: Any) -> str:
-    """First 16 hex digits of a SHA-256 over an autoencoder's encoding half, and its type."""
+    """First 16 hex digits of a SHA-256 over an autoencoder's encoder, and its dtype."""
     digest = hashlib.sha256(str(vae.config.get("scaling_factor")).encode())
     for name, weight in vae.state_dict().items():
         if not name.startswith(("decoder.", "post_quant_conv.")):

@@ -41,23 +41,23 @@ class Levels:
 
     signal: Tensor  # (B,)
     sigma: Tensor  # (B,)
-    times: Tensor  # (B,) what the model is told
+    times: Tensor  # (B,) the denoiser's time input
     snr: Tensor  # (B,) (signal / sigma)^2
 
 
 class NoiseSchedule(Protocol):
-    """The forward process of a model, from clean pictures at place 0 to noise at place 1."""
+    """The forward process of a model, from clean latents at place 0 to noise at place 1."""
 
     def levels(self, places: Tensor, cells: tuple[int, int], shift: float | None = None) -> Levels:
         """The noise levels at places (B,) in [0, 1), for latents of `cells` (height, width).
 
-        `shift` replaces a flow's own shift towards noise; ConfigError where there is none.
+        `shift` replaces a flow's own shift towards noise; ConfigError for schedules without one.
         """
         ...
 
 
 def classifier_free(uncond: Tensor, cond: Tensor, guidance: float) -> Tensor:
-    """Uncond + w (cond - uncond) (Ho & Salimans 2022)."""
+    """The guided prediction: uncond + w (cond - uncond) (Ho & Salimans 2022)."""
     return uncond + guidance * (cond - uncond)
 
 
@@ -65,8 +65,8 @@ def classifier_free(uncond: Tensor, cond: Tensor, guidance: float) -> Tensor:
 class Guidance:
     """How a guidance scale acts on a model.
 
-    `classifier_free` takes a second prediction, of the negative prompt, and `combine` joins the
-    two. `embedded`: the model is told the scale. `none`: a distilled model has one built in.
+    `classifier_free`: `combine` joins the predictions for the negative prompt and the prompt.
+    `embedded`: the scale is an input of the model. `none`: a distilled model without a scale.
     """
 
     kind: Literal["classifier_free", "embedded", "none"] = "classifier_free"
@@ -185,7 +185,7 @@ class Denoiser(Protocol):
 
     @property
     def noise_schedule(self) -> NoiseSchedule:
-        """The forward process that the network was trained on."""
+        """The forward process that the network was trained with."""
         ...
 
     def denoise(
@@ -197,12 +197,12 @@ class Denoiser(Protocol):
     ) -> Tensor:
         """The prediction (B, C, h, w) for latents at times (B,) of the noise schedule.
 
-        `guidance` is for models with an embedded one, and defaults to that of training.
+        `guidance` is the scale for models with embedded guidance, by default that of training.
         """
         ...
 
     def sampler(self, steps: int, cells: tuple[int, int]) -> Any:
-        """A fresh diffusers scheduler, set to so many steps for latents of (height, width)."""
+        """A new diffusers scheduler set to `steps`, for latents of `cells` (height, width)."""
         ...
 
     def checkpoint_gradients(self, wanted: bool) -> None:

@@ -30,11 +30,11 @@ def prediction_type(scheduler: Any, name: str) -> PredictionType:
 
 @dataclass(frozen=True)
 class TableSchedule:
-    """A noise schedule of T discrete timesteps; later ones have more noise."""
+    """A noise schedule of T discrete timesteps; noise increases with the timestep."""
 
     signal: Tensor  # (T,)
     sigma: Tensor  # (T,)
-    times: Tensor  # (T,) what the model is told
+    times: Tensor  # (T,) the denoiser's time input
     snr: Tensor  # (T,) (signal / sigma)^2
 
     def __len__(self) -> int:
@@ -47,7 +47,7 @@ class TableSchedule:
         return TableSchedule(*(table.to(device) for table in tables))
 
     def levels(self, places: Tensor, cells: tuple[int, int], shift: float | None = None) -> Levels:
-        """The levels of the timesteps at places (B,) in [0, 1); they are the same at every size."""
+        """The noise levels of the timesteps at places (B,) in [0, 1), for latents of any size."""
         if shift is not None:
             raise ConfigError("objective.shift is for bases with a continuous flow: leave it out.")
         at = (places * len(self)).long().clamp(max=len(self) - 1).to(self.times.device)
@@ -55,20 +55,20 @@ class TableSchedule:
 
 
 def noise_schedule(scheduler: Any, name: str) -> TableSchedule:
-    """The schedule of a diffusers scheduler that `prediction_type` accepts."""
+    """The noise schedule of a diffusers scheduler that `prediction_type` accepts."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return _flow_schedule(scheduler, name)
     return ddpm_schedule(scheduler.alphas_cumprod)
 
 
 def ddpm_schedule(shares: Tensor) -> TableSchedule:
-    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, Eq. 4), from the a_t (T,)."""
+    """The schedule x_t = sqrt(a) x_0 + sqrt(1 - a) noise (Ho et al. 2020, Eq. 4) of `shares` a."""
     snr = shares / (1 - shares).clamp(min=1e-8)
     return TableSchedule(shares.sqrt(), (1 - shares).sqrt(), torch.arange(len(shares)), snr)
 
 
 def flow_schedule(sigmas: Tensor, length: int) -> TableSchedule:
-    """x_t = (1 - sigma) x_0 + sigma noise (Liu et al. 2023), from sigmas (T,) in (0, 1].
+    """The schedule x_t = (1 - sigma) x_0 + sigma noise (Liu et al. 2023) of sigmas (T,) in (0, 1].
 
     The denoiser's time input is sigma * length.
     """

@@ -154,10 +154,10 @@ def _pipeline_class(base: str, index: Path) -> type[DiffusionPipeline]:
         raise BackboneError(f"{index} cannot be read ({error}): get the model again") from None
     if not isinstance(name, str) or name not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise BackboneError(f"{base} is a {name}, this toolkit opens {known}")
+        raise BackboneError(f"{base} is a {name}; this toolkit opens {known}")
     if not libraries <= LIBRARIES:
         foreign = ", ".join(sorted(str(each) for each in libraries - LIBRARIES))
-        raise BackboneError(f"{base} wants code from {foreign}, which is never run")
+        raise BackboneError(f"{base} needs code from {foreign}, which is never run")
     return getattr(diffusers, name)
 
 

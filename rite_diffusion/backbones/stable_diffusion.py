@@ -47,7 +47,7 @@ BLOCKS = (
 class StableDiffusion:
     """A Stable Diffusion model behind the Backbone protocol; its weights are frozen.
 
-    `reopen` reads the pipeline again, for encoders that were released and are needed.
+    `reopen` loads the pipeline again, for encoders that were released and are needed again.
     """
 
     multiple = 8
@@ -87,7 +87,7 @@ class StableDiffusion:
 
     @property
     def components(self) -> dict[str, nn.Module]:
-        """The UNet and the text encoders; of released ones perhaps without their weights."""
+        """The UNet and the text encoders; released encoders may be without weights."""
         encoders = self.encoders
         return {"unet": self.unet} | {
             name: encoders.as_it_is(name) if name in encoders.released else encoders[name]
@@ -102,12 +102,12 @@ class StableDiffusion:
         self.encoders.release(names)
 
     def recall(self) -> None:
-        """Let released encoders be `components` like others, which come back when looked at."""
+        """Load released encoders again as soon as `components` is used."""
         self.encoders.recall()
 
     @property
     def vae(self) -> Any:
-        """The autoencoder between pictures and latents, an AutoencoderKL."""
+        """The autoencoder, an AutoencoderKL."""
         return self.encoders["vae"]
 
     @property
@@ -122,19 +122,19 @@ class StableDiffusion:
 
     @property
     def token_budget(self) -> int:
-        """Tokens that a caption, or a chunk of a prompt, may have, without begin and end marks."""
+        """Most tokens of a caption or of a prompt's chunk, without begin and end marks."""
         encoders = [self.encoders.as_it_is(name) for name in self.encoders.text_names]
         positions = [encoder.config.max_position_embeddings for encoder in encoders]
         lengths = [tokenizer.model_max_length for tokenizer in self._tokenizers]
         return min(*positions, *lengths) - 2
 
     def encoder_fingerprint(self) -> str:
-        """First 16 hex digits of a SHA-256 over the autoencoder's encoding half, and its type."""
+        """First 16 hex digits of a SHA-256 over the autoencoder's encoder, and its dtype."""
         return autoencoder_digest(self.vae)
 
     @property
     def text_fingerprint(self) -> str:
-        """First 16 hex digits of a SHA-256 over the text encoders and tokenizers, and the dtype."""
+        """An id of text encoders, tokenizers and the dtype, the same for equal weights."""
         return f"{self._text_digest}-{self.dtype}".replace("torch.", "")
 
     @cached_property
@@ -257,7 +257,7 @@ class StableDiffusion:
         return self.unet(noisy.to(self.dtype), times, encoder_hidden_states=states).sample
 
     def sampler(self, steps: int, cells: tuple[int, int]) -> DDIMScheduler | FlowSampler:
-        """A deterministic sampler on the model's own noise schedule, set to so many steps."""
+        """A deterministic sampler for the model's noise schedule, set to `steps`."""
         scheduler = sampler(self.prediction_type, self._scheduler_config)
         scheduler.set_timesteps(steps, device=self.device)
         return scheduler

@@ -1,4 +1,4 @@
-"""The adapters of a fusion: which may be fused, in which order, and what is known of them."""
+"""The adapters of a fusion, checked and sorted, and their layers."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -20,32 +20,32 @@ from rite_diffusion.types import LoraPair
 
 @dataclass(frozen=True)
 class Member:
-    """An adapter in a fusion, at its weight, with the statistics that its concept gave."""
+    """An adapter in a fusion, its weight, and the statistics of its concept."""
 
     adapter: Adapter
     weight: float
     file: Path
     sketch: Sketch | None = None
-    plain: Adapter | None = None  # where the adapter holds DoRA layers: those as plain updates
+    plain: Adapter | None = None  # of an adapter with DoRA layers: the same with plain updates
 
     @cached_property
     def digest(self) -> str:
-        """Hash of the adapter's tensors."""
+        """Digest of the adapter's tensors."""
         return digest_of(self.adapter)
 
     @cached_property
     def pairs(self) -> dict[str, LoraPair]:
-        """Layer name -> the adapter's pair there."""
+        """The adapter's pairs by layer name."""
         return {pair.name: pair for pair in (self.plain or self.adapter).pairs}
 
     @property
     def label(self) -> str:
-        """The trigger, or the file's name where there is none."""
+        """The trigger, or the file's name where there is no trigger."""
         return self.adapter.info.trigger or self.file.name
 
 
 def digest_of(adapter: Adapter) -> str:
-    """First 16 hex digits of a SHA-256 over pairs, shifts and tokens, ordered by name."""
+    """First 16 hex digits of a SHA-256 over pairs, shifts and embeddings, sorted by name."""
     digest = hashlib.sha256()
     for pair in sorted(adapter.pairs, key=lambda pair: pair.name):
         digest.update(f"{pair.name} {pair.scale!r} {tuple(pair.down.shape)}".encode())
@@ -64,7 +64,11 @@ def _content(values: Tensor) -> bytes:
 
 
 def check_and_sort(members: Sequence[Member]) -> list[Member]:
-    """The members in an order that depends on their content alone; FusionError where they clash."""
+    """The members sorted by trigger and digest, so that the order of arguments does not matter.
+
+    FusionError where there are none, two are the same or share a trigger, a weight is 0, or bases
+    or shapes differ.
+    """
     if not members:
         raise FusionError("no adapters to fuse: pass their files.")
     _refuse_repetition(members)
@@ -89,8 +93,8 @@ def _refuse_repetition(members: Sequence[Member]) -> None:
         for trigger in member.adapter.info.triggers():
             if trigger in triggers:
                 raise FusionError(
-                    f"{member.file} and {triggers[trigger]} both answer to '{trigger}', and no "
-                    "prompt could tell them apart: train one of them with another trigger."
+                    f"{member.file} and {triggers[trigger]} both have the trigger '{trigger}', so "
+                    "no prompt could call only one: train one of them with another trigger."
                 )
             triggers[trigger] = member.file
 
@@ -121,9 +125,9 @@ def _refuse_other_shapes(members: Sequence[Member]) -> None:
 
 
 def layers(members: Sequence[Member]) -> Iterator[tuple[Layer, torch.Size]]:
-    """Every layer that a member adapts, with the shape (in,) or (in, k, k) of its kernels.
+    """Every layer that a member adapts, with the shape (in,) or (in, k, k) of its kernel.
 
-    Of a 1x1 convolution, which some files hold as a matrix, it is that of the first adapter.
+    A 1x1 convolution, which some files store as a matrix, has the shape in the first adapter.
     """
     for name in sorted({name for member in members for name in member.pairs}):
         example = next(m.pairs[name] for m in members if name in m.pairs)

@@ -1,9 +1,9 @@
-"""The sketch file: what flows into each layer when an adapter draws its concept.
+"""The sketch file: second moments of each layer's inputs while an adapter draws its concept.
 
-`dog.sketch.safetensors` beside `dog.safetensors` lets anyone fuse the adapter without sampling.
+With `dog.sketch.safetensors` beside `dog.safetensors` the adapter is fused without sampling.
 
     <concept|base>.<layer>.basis    (k, inputs) half precision, orthonormal rows
-    <concept|base>.<layer>.values   (k,) what each direction has beyond the tail
+    <concept|base>.<layer>.values   (k,) eigenvalues minus the tail
     <concept|base>.<layer>.tail     scalar
 
 `base` holds the same for ordinary prompts without the adapter. Layers that share their inputs are
@@ -30,7 +30,7 @@ KIND = "rite_sketch"
 
 @dataclass(frozen=True)
 class SketchMetadata:
-    """What a sketch was made of."""
+    """The metadata of a sketch."""
 
     adapter: str  # digest of the adapter's tensors
     base_fingerprint: str
@@ -40,7 +40,7 @@ class SketchMetadata:
 
 @dataclass(frozen=True)
 class Sketch:
-    """Gram matrices by layer with an adapter in place and its prompts, and without."""
+    """Second moments by layer: `concept` with an adapter and its prompts, `base` without."""
 
     concept: SecondMoments
     base: SecondMoments
@@ -48,7 +48,7 @@ class Sketch:
 
 
 def sketch_path(adapter: Path) -> Path:
-    """Where an adapter's sketch lies: `dog.safetensors` -> `dog.sketch.safetensors`."""
+    """The path of an adapter's sketch: `dog.safetensors` -> `dog.sketch.safetensors`."""
     return adapter.with_name(adapter.name.removesuffix(".safetensors") + SUFFIX)
 
 
@@ -77,7 +77,7 @@ def _tensors(home: str, moment: SecondMoment) -> dict[str, Tensor]:
 
 
 def load_sketch(path: Path) -> Sketch:
-    """The sketch in a file; FusionError where it is none."""
+    """The sketch in a file; FusionError where the file is damaged or not a sketch."""
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
@@ -87,7 +87,7 @@ def load_sketch(path: Path) -> Sketch:
             f"{path} is damaged: {error}. Make it again with `rite sketch`."
         ) from None
     if KIND not in header:
-        raise FusionError(f"{path} is no sketch. Make one with `rite sketch`.")
+        raise FusionError(f"{path} is not a sketch. Make one with `rite sketch`.")
     try:
         layers = json.loads(header["layers"])
         homes = {home: rows for side in layers.values() for home, rows in side.values()}
@@ -109,7 +109,7 @@ def load_sketch(path: Path) -> Sketch:
 
 
 def _second_moment(tensors: dict[str, Tensor], home: str, rows: int) -> SecondMoment:
-    """A stored Gram; rounding to half precision bent the basis, QR straightens it."""
+    """A stored second moment; QR makes the basis orthonormal again after rounding to half."""
     basis, values = tensors[f"{home}.basis"].double(), tensors[f"{home}.values"].double()
     tail = float(tensors[f"{home}.tail"])
     fits = basis.ndim == 2 and values.shape == basis.shape[:1] and len(basis) <= basis.shape[1]

@@ -1,4 +1,4 @@
-"""What flow transformers of all families share; a family says the rest in a module of its own."""
+"""The base class of flow transformers; each family is a subclass in a module of its own."""
 
 import re
 from abc import ABC, abstractmethod
@@ -47,8 +47,8 @@ def chat_tokens(tokenizer: Any, **options: Any) -> int:
 class FlowTransformer(ABC):
     """A flow-matching transformer behind the Backbone protocol; its weights are frozen.
 
-    Latents are (B, C, h, w) with whatever scaling the family has; how they become tokens is known
-    to `denoise` alone. `reopen` reads the pipeline again, for encoders that were released.
+    Latents are (B, C, h, w) in the family's own scaling; only `denoise` converts them to tokens.
+    `reopen` loads the pipeline again, for encoders that were released.
     """
 
     family: ClassVar[str]
@@ -189,8 +189,8 @@ class FlowTransformer(ABC):
     def token_positions(self, prompt: str, word: str) -> list[int]:
         """No positions: ConfigError, as no attention map of a word can be had."""
         raise ConfigError(
-            f"{self.name} has no cross-attention, so where it sees '{word}' cannot be told: give "
-            "boxes as numbers, and masks as files."
+            f"{self.name} has no cross-attention to find '{word}' by: give boxes as numbers, and "
+            "masks as files."
         )
 
     @property
@@ -219,7 +219,7 @@ class FlowTransformer(ABC):
         return scheduler_shift(self.config, tokens)
 
     def sampling_mu(self, tokens: int, steps: int) -> float:
-        """The mu that a scheduler with dynamic shifting is told."""
+        """The mu for a scheduler with dynamic shifting."""
         return scheduler_mu(self.config, tokens)
 
     def sampler(self, steps: int, cells: tuple[int, int]) -> FlowSampler:
@@ -232,7 +232,7 @@ class FlowTransformer(ABC):
         return scheduler
 
     def sigmas(self, steps: int) -> list[float] | None:
-        """The levels of a sampler before they are shifted; None: the scheduler's."""
+        """The sampler's noise levels before the shift; None: the scheduler's own."""
         return torch.linspace(1, 1 / steps, steps).tolist()
 
     def checkpoint_gradients(self, wanted: bool) -> None:

@@ -2,8 +2,8 @@
 
 Per layer, L-BFGS on sum_i E_i|(D - D_i) x|^2 from D = 0 as in the authors' release: rate 1, history
 25, strong Wolfe search, 500 iterations in the text encoder and for keys and values of the
-cross-attentions, 50 elsewhere, the best update kept. The release reads stored features; here the
-roots of the Gram matrices stand for them, which is the same objective.
+cross-attentions, 50 elsewhere; the best update is returned. The release uses stored features, this
+code roots of the second moments, with the same objective.
 """
 
 import torch
@@ -22,9 +22,9 @@ def iterations(name: str) -> int:
 
 
 def gradient(layer: Layer, settings: FusionSettings) -> Factors:
-    """The best update that L-BFGS found, at the sum of the ranks.
+    """The best update of L-BFGS, of the sum of the ranks.
 
-    Gradients lie in the span of the ups, and so does every step: a basis of it loses nothing.
+    Gradients, and so all steps, are in the span of the ups: its basis gives the exact factors.
     """
     parts = with_statistics(layer)
     basis, _ = torch.linalg.qr(torch.cat([part.factors.up for part in parts], 1))
