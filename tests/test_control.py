@@ -97,7 +97,7 @@ def test_a_fresh_controlnet_changes_nothing(tiny, networks, pose):
     assert torch.equal(drawn(tiny, f"{networks / 'silent'}={pose}"), drawn(tiny))
 
 
-def test_several_conditions_add_up_and_leave_no_trace(tiny, networks, pose):
+def test_several_conditions_add_up_and_restore_the_denoiser(tiny, networks, pose):
     before = sample(tiny, ["a cat"], [1], steps=2)
     texts = [f"{networks / 'net'}={pose}", f"{networks / 'adapter'}={pose}"]
     both = drawn(tiny, *texts)
@@ -126,13 +126,13 @@ def test_conditions_and_regions_go_together(tiny_folder, networks, pose, tmp_pat
     [("net", "is not"), ("net=", "is not"), ("=a.png", "is not"), ("net={text}", "not a picture"),
      ("net=nowhere.png", "no good"), ("net={pose}:3", "at most 2"), ("net={pose}:0", "above 0")],
 )  # fmt: skip
-def test_conditions_that_cannot_be_are_refused(text, words, pose, tmp_path):
+def test_invalid_conditions_are_refused(text, words, pose, tmp_path):
     (tmp_path / "a.txt").write_text("no picture")
     with pytest.raises(ConfigError, match=words):
         parse_control(text.format(pose=pose, text=tmp_path / "a.txt"))
 
 
-def test_networks_that_do_not_fit_are_refused(tiny, networks, pose, tmp_path):
+def test_control_networks_of_another_family_are_refused(tiny, networks, pose, tmp_path):
     T2IAdapter(channels=[32, 32, 32, 32], num_res_blocks=1).save_pretrained(tmp_path / "other")
     with pytest.raises(ConfigError, match="choose a network for this kind of base"):
         drawn(tiny, f"{tmp_path / 'other'}={pose}")

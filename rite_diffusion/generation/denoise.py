@@ -1,4 +1,4 @@
-"""Pictures of prompts by classifier-free guidance, each a function of its own seed."""
+"""The denoising loop, with classifier-free guidance; each picture depends on its own seed."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,7 +14,7 @@ Predict = Callable[[Tensor, Tensor], Tensor]  # (latents (B, C, h, w), timestep)
 
 
 def initial_noise(backbone: Backbone, seeds: Sequence[int], width: int, height: int) -> Tensor:
-    """Noise (B, C, h, w), each picture's drawn on the CPU from its own seed."""
+    """Standard normal noise (B, C, h, w), drawn on the CPU from each picture's own seed."""
     scale = backbone.pixels_per_latent
     shape = (backbone.latent_channels, height // scale, width // scale)
     draws = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -37,7 +37,7 @@ def guided_prediction(
 
 
 def guided(backbone: Backbone, prompts: list[str], negative: str, guidance: float) -> Predict:
-    """What predicts with classifier-free guidance, for one prompt per picture."""
+    """A predictor with classifier-free guidance, for one prompt per picture."""
     with torch.no_grad():
         conditioning = backbone.encode_prompts([negative] * len(prompts) + prompts)
     return partial(
@@ -46,7 +46,7 @@ def guided(backbone: Backbone, prompts: list[str], negative: str, guidance: floa
 
 
 def conditional(backbone: Backbone, prompts: list[str]) -> Predict:
-    """What predicts from the prompts alone, without guidance; one prompt per picture."""
+    """A predictor conditioned on the prompts without guidance; one prompt per picture."""
     with torch.no_grad():
         conditioning = backbone.encode_prompts(prompts)
     return lambda latents, timestep: backbone.denoise(
@@ -64,9 +64,9 @@ def denoising(
     width: int | None = None,
     height: int | None = None,
 ) -> Iterator[Tensor]:
-    """After each step, what the model takes the final latents (B, C, h, w) to be.
+    """The estimate of the final latents (B, C, h, w) after each step; the last are the result.
 
-    The last are the pictures' own. Sides are in pixels.
+    `width` and `height` are in pixels and default to the base's resolution.
     """
     side = backbone.resolution
     latents = initial_noise(backbone, seeds, width or side, height or side)
@@ -91,12 +91,12 @@ def sample(
     width: int | None = None,
     height: int | None = None,
 ) -> list[Image]:
-    """One picture per prompt and seed, all in one batch; sides in pixels."""
+    """One picture per pair of prompt and seed, drawn in one batch; sides are in pixels."""
     predict = guided(backbone, prompts, negative, guidance)
     *_, latents = denoising(backbone, predict, seeds, steps=steps, width=width, height=height)
-    return pictures(backbone, latents)
+    return decode_pictures(backbone, latents)
 
 
-def pictures(backbone: Backbone, latents: Tensor) -> list[Image]:
-    """The pictures of latents (B, C, h, w)."""
+def decode_pictures(backbone: Backbone, latents: Tensor) -> list[Image]:
+    """The pictures decoded from latents (B, C, h, w)."""
     return [to_image(pixels) for pixels in backbone.decode(latents)]

@@ -1,4 +1,4 @@
-"""The loss of a batch."""
+"""The training loss of a batch."""
 
 from torch import Tensor
 
@@ -25,13 +25,13 @@ def diffusion_loss(
 ) -> Tensor:
     """The mean loss of a batch, a scalar (Ho et al. 2020, Alg. 1, on latents).
 
-    A method gives the captions' conditioning and may add a penalty; without one the backbone
-    encodes them.
+    `objective` sets the loss function and the weights of timesteps. A `method` encodes the captions
+    and may add a penalty; without one the backbone encodes them.
     """
     goal, kind, schedule = objective, backbone.prediction_type, backbone.noise_schedule
     at = batch.timesteps
     signal, sigma, snr = schedule.signal[at], schedule.sigma[at], schedule.snr[at]  # (B,) each
-    noisy = add_noise(batch.latents, batch.seen, signal, sigma)
+    noisy = add_noise(batch.latents, batch.input_noise, signal, sigma)
     encode = method.conditioning if method else backbone.encode_captions
     conditioning = encode(batch.captions)
     prediction = backbone.denoise(noisy, schedule.times[at], conditioning)
