@@ -57,7 +57,7 @@ def reference(kind, backbone, tiny_folder, image, network, **options):
     """Latents of diffusers' own pipeline, from the same noise."""
     part = "controlnet" if kind is StableDiffusionControlNetPipeline else "adapter"
     pipeline = kind.from_pretrained(tiny_folder, safety_checker=None, **{part: network})
-    pipeline.scheduler = backbone.new_scheduler()
+    pipeline.scheduler = backbone.sampler(STEPS, (8, 8))
     pipeline.set_progress_bar_config(disable=True)
     noise = initial_noise(backbone, [SEED], 64, 64)
     return pipeline(

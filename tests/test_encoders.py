@@ -32,7 +32,7 @@ def planned(photos, **settings):
 
 def encoders(backbone):
     """The encoders as they lie, without calling them back."""
-    return backbone._encoders
+    return {name: backbone.encoders.as_it_is(name) for name in backbone.encoders.names}
 
 
 def job_of(plan):
@@ -102,7 +102,7 @@ def test_after_a_run_adapters_attach_to_the_text_encoder_again(photos, pocket):
 
 
 def test_released_encoders_move_to_main_memory_on_other_devices(own_pocket):
-    own_pocket.device = torch.device("meta")  # stands in for an accelerator
+    own_pocket.encoders.device = torch.device("meta")  # stands in for an accelerator
     own_pocket.release(["vae"])
     assert encoders(own_pocket)["vae"].device.type == "cpu"
     assert own_pocket.vae.device.type == "meta"

@@ -12,7 +12,7 @@ import rite_diffusion as rite
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NOTEBOOKS = sorted((EXAMPLES / "notebooks").glob("*.ipynb"))
-# In place of the parameters. Statistics for `gram` take minutes: they are tested elsewhere.
+# In place of the parameters. Statistics for `gram` take a minute: a slow test has them.
 QUICK = {"steps": 2, "drawing_steps": 2, "prior": {"weight": 0}, "method": "concat"}
 
 
@@ -20,8 +20,11 @@ def code_cells(notebook):
     return [cell for cell in json.loads(notebook.read_text())["cells"] if "outputs" in cell]
 
 
-def run_cells(cells):
-    """Execute code cells; returns their names, and the value of each cell's last expression."""
+def run_cells(cells, quick):
+    """Execute code cells with `quick` in place of the parameters.
+
+    Returns their names, and the value of each cell's last expression.
+    """
     names, shown = {"__name__": "__main__"}, []
     for cell in cells:
         tree = ast.parse("".join(cell["source"]))
@@ -31,7 +34,7 @@ def run_cells(cells):
             shown.append(eval(compile(ast.Expression(last.value), "<notebook>", "eval"), names))
         if "parameters" in cell["metadata"].get("tags", []):
             assert {"steps", "drawing_steps", "prior"} <= names.keys()
-            names |= {name: value for name, value in QUICK.items() if name in names}
+            names |= {name: value for name, value in quick.items() if name in names}
     return names, shown
 
 
@@ -55,9 +58,16 @@ def test_notebooks_are_stored_without_outputs(notebook):
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run_and_show_pictures(notebook, beside_photos):
-    names, shown = run_cells(code_cells(notebook))
+    names, shown = run_cells(code_cells(notebook), QUICK)
     pictures = [value for value in shown if isinstance(value, Image.Image)]
     assert pictures and all(len(picture.getcolors(1 << 20)) > 50 for picture in pictures)
     concepts = {"train": "<robot>", "generate": "<robot>", "fuse": "<robot>, <unicorn>"}
     adapter = names["both" if notebook.stem == "fuse" else "adapter"]
     assert rite.inspect(adapter).info.trigger == concepts[notebook.stem]
+
+
+@pytest.mark.slow
+def test_the_notebook_of_fusing_runs_with_its_own_method(beside_photos):
+    notebook = EXAMPLES / "notebooks/fuse.ipynb"
+    names, _ = run_cells(code_cells(notebook), {k: v for k, v in QUICK.items() if k != "method"})
+    assert rite.inspect(names["both"]).info.method == "fused: gram"

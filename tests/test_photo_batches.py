@@ -24,7 +24,6 @@ SIZES = [(64, 64), (96, 48), (40, 88)]
 BASE = SimpleNamespace(
     multiple=16,
     device="cpu",
-    noise_schedule=range(1000),
     triggers={"own": ["<thing>"]},
     token_budget=75,
     token_count=lambda text: len(text.split()),

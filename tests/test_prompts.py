@@ -289,9 +289,10 @@ def test_a_plain_adapters_trigger_may_hold_brackets(tiny):
 
 
 @pytest.mark.parametrize("length", [20, 77])
-def test_the_token_limit_is_the_smaller_of_encoder_and_tokenizer(pocket, length):
+def test_the_token_limit_is_the_smaller_of_encoder_and_tokenizer(pocket, length, monkeypatch):
     """A tokenizer without a limit of its own does not decide; a shorter one does."""
-    pocket.tokenizer.model_max_length = length if length < 32 else int(1e30)
+    limit = length if length < 32 else int(1e30)
+    monkeypatch.setattr(pocket.tokenizer, "model_max_length", limit)
     assert pocket.token_budget == min(length, 32) - 2
     assert pocket.encode_prompts(["a cat"]).states.shape[1] == min(length, 32)
 

@@ -21,7 +21,7 @@ from rite_diffusion.backbones.schedule import (
     sampler,
 )
 from rite_diffusion.backbones.source import load_backbone
-from rite_diffusion.errors import BackboneError
+from rite_diffusion.errors import BackboneError, ConfigError
 from rite_diffusion.generation.denoise import denoising, guided
 from rite_diffusion.methods import PlainLora
 from rite_diffusion.photos.dataset import encode_photos
@@ -55,6 +55,18 @@ def test_a_ddpm_schedule_has_the_schedulers_own_coefficients():
     ours = add_noise(latents, noise, schedule.signal[at], schedule.sigma[at])
     torch.testing.assert_close(ours, DDIMScheduler().add_noise(latents, noise, at))
     torch.testing.assert_close(schedule.snr, (schedule.signal / schedule.sigma) ** 2)
+
+
+def test_places_are_floored_to_a_tables_timesteps():
+    schedule = noise_schedule(DDIMScheduler(), "it")
+    places = torch.tensor([0.0, 0.4999, 0.5, 0.9999999])
+    levels = schedule.levels(places, (8, 8))
+    assert levels.times.tolist() == [0, 499, 500, 999]
+    for name in ("signal", "sigma", "snr"):
+        table = getattr(schedule, name)
+        assert torch.equal(getattr(levels, name), table[levels.times])
+    with pytest.raises(ConfigError, match=r"objective\.shift is for bases with a continuous flow"):
+        schedule.levels(places, (8, 8), shift=2.0)
 
 
 def test_a_flow_schedule_has_the_schedulers_own_coefficients():
@@ -132,7 +144,7 @@ def test_the_flow_loss_equals_its_equations(flow_folder, photos):
     batch = step_batch(backbone, data, config, 3)
     errors = []
     for i in range(config.batch):
-        share = (batch.timesteps[i].item() + 1) / 1000
+        share = (int(batch.places[i] * 1000) + 1) / 1000
         sigma = 3 * share / (1 + 2 * share)
         noisy = (1 - sigma) * batch.latents[i] + sigma * batch.noise[i]
         time, states = torch.tensor([1000 * sigma]), backbone.encode_prompts([batch.captions[i]])

@@ -146,16 +146,15 @@ def attention_scores(
     layer's map is scaled to [0, 1] first. Raises NoSubject where all cells are alike.
     """
     latents = backbone.encode_images(pixels[None])
-    schedule = backbone.noise_schedule
-    count, length = len(LEVELS) * DRAWS, len(schedule)
-    at = torch.tensor([int(level * length) for level in LEVELS for _ in range(DRAWS)])
-    at = at.to(backbone.device)
+    count, (height, width) = len(LEVELS) * DRAWS, latents.shape[-2:]
+    places = torch.tensor([level for level in LEVELS for _ in range(DRAWS)], dtype=torch.float64)
+    at = backbone.noise_schedule.levels(places, (height, width))
     noise = torch.randn((count, *latents.shape[1:]), generator=generator(0)).to(latents)
     clean = latents.expand(count, -1, -1, -1)
-    noisy = add_noise(clean, noise, schedule.signal[at], schedule.sigma[at])
+    noisy = add_noise(clean, noise, at.signal, at.sigma)
     recorder = AttentionRecorder(backbone.cross_attentions)
     try:
-        backbone.denoise(noisy, schedule.times[at], backbone.encode_captions([prompt] * count))
+        backbone.denoise(noisy, at.times, backbone.encode_captions([prompt] * count))
         maps = recorder.maps(list(range(count)), [positions] * count, *latents.shape[-2:])
     finally:
         recorder.remove()

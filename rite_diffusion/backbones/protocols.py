@@ -38,25 +38,41 @@ PredictionType = Literal["epsilon", "v_prediction", "flow"]
 
 
 @dataclass(frozen=True)
-class NoiseSchedule:
-    """The forward process of a model: x_t = signal x_0 + sigma noise, at T timesteps.
+class Levels:
+    """Noise levels of a batch: x_t = signal x_0 + sigma noise."""
 
-    Later timesteps have more noise.
+    signal: Tensor  # (B,)
+    sigma: Tensor  # (B,)
+    times: Tensor  # (B,) what the model is told
+    snr: Tensor  # (B,) (signal / sigma)^2
+
+
+class NoiseSchedule(Protocol):
+    """The forward process of a model, from clean pictures at place 0 to noise at place 1."""
+
+    def levels(self, places: Tensor, cells: tuple[int, int], shift: float | None = None) -> Levels:
+        """The noise levels at places (B,) in [0, 1), for latents of `cells` (height, width).
+
+        `shift` replaces a flow's own shift towards noise; ConfigError where there is none.
+        """
+        ...
+
+
+def classifier_free(uncond: Tensor, cond: Tensor, guidance: float) -> Tensor:
+    """Uncond + w (cond - uncond) (Ho & Salimans 2022)."""
+    return uncond + guidance * (cond - uncond)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a guidance scale acts on a model.
+
+    `classifier_free` takes a second prediction, of the negative prompt, and `combine` joins the
+    two. `embedded`: the model is told the scale. `none`: a distilled model has one built in.
     """
 
-    signal: Tensor  # (T,)
-    sigma: Tensor  # (T,)
-    times: Tensor  # (T,) what the model is told
-    snr: Tensor  # (T,) (signal / sigma)^2
-
-    def __len__(self) -> int:
-        """The number of timesteps T."""
-        return len(self.times)
-
-    def to(self, device: device) -> NoiseSchedule:
-        """The schedule on a device."""
-        tables = (self.signal, self.sigma, self.times, self.snr)
-        return NoiseSchedule(*(table.to(device) for table in tables))
+    kind: Literal["classifier_free", "embedded", "none"] = "classifier_free"
+    combine: Callable[[Tensor, Tensor, float], Tensor] = classifier_free
 
 
 class ImageCodec(Protocol):
@@ -146,19 +162,45 @@ class Defaults:
     guidance: float = 7.5  # classifier-free guidance scale
 
 
+@dataclass(frozen=True)
+class Support:
+    """What can be trained on a model.
+
+    `distilled` says what to train on instead of a few-step model; empty where that is this one.
+    """
+
+    methods: frozenset[str] | None = None  # None: all
+    text_encoder: bool = True  # whether text encoders can be adapted
+    distilled: str = ""
+
+
 class Denoiser(Protocol):
     """The network that predicts, with the noise that it was trained on."""
 
     prediction_type: PredictionType
-    noise_schedule: NoiseSchedule
+    guidance: Guidance
     defaults: Defaults
 
-    def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The prediction (B, C, h, w) for latents at times (B,) of the noise schedule."""
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        """The forward process that the network was trained on."""
         ...
 
-    def new_scheduler(self) -> Any:
-        """A fresh diffusers scheduler for sampling."""
+    def denoise(
+        self,
+        noisy: Tensor,
+        times: Tensor,
+        conditioning: Conditioning,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """The prediction (B, C, h, w) for latents at times (B,) of the noise schedule.
+
+        `guidance` is for models with an embedded one, and defaults to that of training.
+        """
+        ...
+
+    def sampler(self, steps: int, cells: tuple[int, int]) -> Any:
+        """A fresh diffusers scheduler, set to so many steps for latents of (height, width)."""
         ...
 
     def checkpoint_gradients(self, wanted: bool) -> None:
@@ -176,6 +218,7 @@ class AdapterHost(Protocol):
     name: str
     fingerprint: str
     denoiser_name: str  # which of the components is the denoiser: `unet`, `transformer`
+    support: Support
 
     @property
     def components(self) -> dict[str, nn.Module]:

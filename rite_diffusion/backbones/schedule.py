@@ -7,8 +7,8 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from rite_diffusion.backbones.protocols import NoiseSchedule, PredictionType
-from rite_diffusion.errors import BackboneError
+from rite_diffusion.backbones.protocols import Levels, PredictionType
+from rite_diffusion.errors import BackboneError, ConfigError
 
 KINDS: tuple[PredictionType, ...] = ("epsilon", "v_prediction")  # of schedules in discrete steps
 UNSUPPORTED = ("use_dynamic_shifting", "invert_sigmas")  # of a flow's configuration
@@ -28,29 +28,55 @@ def prediction_type(scheduler: Any, name: str) -> PredictionType:
     return kind
 
 
-def noise_schedule(scheduler: Any, name: str) -> NoiseSchedule:
+@dataclass(frozen=True)
+class TableSchedule:
+    """A noise schedule of T discrete timesteps; later ones have more noise."""
+
+    signal: Tensor  # (T,)
+    sigma: Tensor  # (T,)
+    times: Tensor  # (T,) what the model is told
+    snr: Tensor  # (T,) (signal / sigma)^2
+
+    def __len__(self) -> int:
+        """The number of timesteps T."""
+        return len(self.times)
+
+    def to(self, device: torch.device) -> "TableSchedule":
+        """The schedule on a device."""
+        tables = (self.signal, self.sigma, self.times, self.snr)
+        return TableSchedule(*(table.to(device) for table in tables))
+
+    def levels(self, places: Tensor, cells: tuple[int, int], shift: float | None = None) -> Levels:
+        """The levels of the timesteps at places (B,) in [0, 1); they are the same at every size."""
+        if shift is not None:
+            raise ConfigError("objective.shift is for bases with a continuous flow: leave it out.")
+        at = (places * len(self)).long().clamp(max=len(self) - 1).to(self.times.device)
+        return Levels(self.signal[at], self.sigma[at], self.times[at], self.snr[at])
+
+
+def noise_schedule(scheduler: Any, name: str) -> TableSchedule:
     """The schedule of a diffusers scheduler that `prediction_type` accepts."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return _flow_schedule(scheduler, name)
     return ddpm_schedule(scheduler.alphas_cumprod)
 
 
-def ddpm_schedule(shares: Tensor) -> NoiseSchedule:
+def ddpm_schedule(shares: Tensor) -> TableSchedule:
     """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, Eq. 4), from the a_t (T,)."""
     snr = shares / (1 - shares).clamp(min=1e-8)
-    return NoiseSchedule(shares.sqrt(), (1 - shares).sqrt(), torch.arange(len(shares)), snr)
+    return TableSchedule(shares.sqrt(), (1 - shares).sqrt(), torch.arange(len(shares)), snr)
 
 
-def flow_schedule(sigmas: Tensor, length: int) -> NoiseSchedule:
+def flow_schedule(sigmas: Tensor, length: int) -> TableSchedule:
     """x_t = (1 - sigma) x_0 + sigma noise (Liu et al. 2023), from sigmas (T,) in (0, 1].
 
     The model is told sigma times `length`.
     """
     signal = 1 - sigmas
-    return NoiseSchedule(signal, sigmas, sigmas * length, (signal / sigmas).square())
+    return TableSchedule(signal, sigmas, sigmas * length, (signal / sigmas).square())
 
 
-def _flow_schedule(scheduler: FlowMatchEulerDiscreteScheduler, name: str) -> NoiseSchedule:
+def _flow_schedule(scheduler: FlowMatchEulerDiscreteScheduler, name: str) -> TableSchedule:
     odd = [key for key in UNSUPPORTED if scheduler.config[key]]
     if odd:
         raise BackboneError(f"{name} has a flow schedule with {odd[0]}, which is not supported")

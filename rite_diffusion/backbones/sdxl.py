@@ -33,7 +33,7 @@ class StableDiffusionXL(StableDiffusion):
     @property
     def text_encoder_2(self) -> Any:
         """The second text encoder, a CLIPTextModelWithProjection."""
-        return self._encoder("text_encoder_2")
+        return self.encoders["text_encoder_2"]
 
     @property
     def text_fingerprint(self) -> str:
@@ -70,8 +70,14 @@ class StableDiffusionXL(StableDiffusion):
     def _tokenizers(self) -> list[Any]:
         return [self.tokenizer, self.tokenizer_2]
 
-    def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The UNet's prediction (B, C, h, w) for latents at timesteps (B,).
+    def denoise(
+        self,
+        noisy: Tensor,
+        times: Tensor,
+        conditioning: Conditioning,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """The UNet's prediction (B, C, h, w) for latents at times (B,).
 
         It is told that the picture was never larger than this, and not cropped.
         """
@@ -83,7 +89,7 @@ class StableDiffusionXL(StableDiffusion):
         }
         return self.unet(
             noisy.to(self.dtype),
-            timesteps,
+            times,
             encoder_hidden_states=conditioning.states.to(self.dtype),
             added_cond_kwargs=added,
         ).sample

@@ -1,19 +1,20 @@
 """From what a user calls a base model to an open backbone: pocket, folder, file or hub id."""
 
+import importlib
 import json
 import threading
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 
 from rite_diffusion.backbones.protocols import Backbone, Defaults
-from rite_diffusion.backbones.sdxl import StableDiffusionXL
-from rite_diffusion.backbones.stable_diffusion import Pipeline, StableDiffusion
 from rite_diffusion.errors import BackboneError
 from rite_diffusion.files.writing import user_path
 
@@ -27,9 +28,20 @@ POCKET = Path(__file__).parent / "pocket" / "weights"
 OWN_DEFAULTS = {"pocket": Defaults(guidance=3.0)}  # at which its pictures look best
 PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
-PIPELINES = {
-    "StableDiffusionPipeline": StableDiffusionPipeline,
-    "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
+# The class of a diffusers pipeline, and the module and class that make a backbone of it; imported
+# when one of its models is opened.
+FAMILIES = {
+    "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
+    "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
+    "ZImagePipeline": ("flow.z_image", "ZImage"),
+    "Flux2KleinPipeline": ("flow.flux2", "Flux2"),
+    "Flux2Pipeline": ("flow.flux2", "Flux2"),
+    "FluxPipeline": ("flow.flux", "Flux"),
+    "ChromaPipeline": ("flow.chroma", "Chroma"),
+    "QwenImagePipeline": ("flow.qwen_image", "QwenImage"),
+    "StableDiffusion3Pipeline": ("flow.sd3", "StableDiffusion3"),
+    "Krea2Pipeline": ("flow.krea2", "Krea2"),
+    "Lumina2Pipeline": ("flow.lumina2", "Lumina2"),
 }
 LIBRARIES = {"diffusers", "transformers", "stable_diffusion", None}  # that a model's parts are of
 
@@ -57,10 +69,15 @@ def load_backbone(
     precision = precision or ("fp16" if device.type == "cuda" else "fp32")
     reopen = partial(open_pipeline, base, DTYPES[precision])
     pipeline = reopen()
-    xl = isinstance(pipeline, StableDiffusionXLPipeline)
-    kind = StableDiffusionXL if xl else StableDiffusion
-    attention, own = choose_attention(pipeline), OWN_DEFAULTS.get(base, Defaults())
+    kind = family_of(pipeline)
+    attention, own = choose_attention(pipeline), OWN_DEFAULTS.get(base)
     return kind(pipeline, base, device, attention, reopen, own)
+
+
+def family_of(pipeline: DiffusionPipeline) -> Any:
+    """The class that makes a backbone of a pipeline."""
+    module, name = FAMILIES[type(pipeline).__name__]
+    return getattr(importlib.import_module(f"rite_diffusion.backbones.{module}"), name)
 
 
 def usable_precision(wanted: str, device: torch.device) -> tuple[str, str]:
@@ -73,7 +90,7 @@ def usable_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     return wanted, ""
 
 
-def choose_attention(pipeline: Pipeline) -> str:
+def choose_attention(pipeline: DiffusionPipeline) -> str:
     """The attention backend now in use: xformers where CUDA is there and it works, else SDPA.
 
     Of an xformers that does not work, the reason is told.
@@ -88,13 +105,13 @@ def choose_attention(pipeline: Pipeline) -> str:
     return "xformers"
 
 
-def open_pipeline(base: str, dtype: torch.dtype) -> Pipeline:
+def open_pipeline(base: str, dtype: torch.dtype) -> DiffusionPipeline:
     """The diffusers pipeline of a base model; threads take turns."""
     with _LOADING:
         return _open(base, dtype)
 
 
-def _open(base: str, dtype: torch.dtype) -> Pipeline:
+def _open(base: str, dtype: torch.dtype) -> DiffusionPipeline:
     if base == "pocket":
         return _from_folder(POCKET, dtype)
     path = user_path(base)
@@ -112,7 +129,7 @@ def _open(base: str, dtype: torch.dtype) -> Pipeline:
     return _from_hub(base, dtype)
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> Pipeline:
+def _from_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     index = folder / "model_index.json"
     if not index.is_file():
         raise BackboneError(
@@ -126,24 +143,30 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Pipeline:
         raise BackboneError(f"{folder} does not open as Stable Diffusion: {error}") from None
 
 
-def _pipeline_class(base: str, index: Path) -> type[Pipeline]:
+def _pipeline_class(base: str, index: Path) -> type[DiffusionPipeline]:
     """The pipeline that a model_index.json calls for; BackboneError for foreign classes or code."""
     try:
         parts = json.loads(index.read_text(encoding="utf-8"))
         name = parts["_class_name"]
-        libraries = {value[0] for value in parts.values() if isinstance(value, list)}
+        libraries = {library for value in parts.values() for library in _library_of(value)}
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise BackboneError(f"{index} cannot be read ({error}): get the model again") from None
-    if not isinstance(name, str) or name not in PIPELINES:
-        known = ", ".join(PIPELINES)
+    if not isinstance(name, str) or name not in FAMILIES:
+        known = ", ".join(FAMILIES)
         raise BackboneError(f"{base} is a {name}, this toolkit opens {known}")
     if not libraries <= LIBRARIES:
         foreign = ", ".join(sorted(str(each) for each in libraries - LIBRARIES))
         raise BackboneError(f"{base} wants code from {foreign}, which is never run")
-    return PIPELINES[name]
+    return getattr(diffusers, name)
 
 
-def _from_hub(name: str, dtype: torch.dtype) -> Pipeline:
+def _library_of(entry: Any) -> list[str | None]:
+    """The library of a part, which is listed as [library, class]; nothing of other entries."""
+    is_part = isinstance(entry, list) and len(entry) == 2
+    return entry[:1] if is_part and all(isinstance(e, str | None) for e in entry) else []
+
+
+def _from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -165,8 +188,10 @@ def _from_hub(name: str, dtype: torch.dtype) -> Pipeline:
         ) from None
 
 
-def _pretrained(kind: type[Pipeline], source: str, dtype: torch.dtype, **options) -> Pipeline:
-    if kind is StableDiffusionPipeline:  # SDXL's has no safety checker to leave out
+def _pretrained(
+    kind: type[DiffusionPipeline], source: str, dtype: torch.dtype, **options
+) -> DiffusionPipeline:
+    if kind.__name__ == "StableDiffusionPipeline":  # SDXL's has no safety checker to leave out
         options |= {
             "safety_checker": None,
             "feature_extractor": None,

@@ -1,6 +1,5 @@
 """Stable Diffusion 1.x and 2.x, and the pocket base: one CLIP text encoder, UNet, autoencoder."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from rite_diffusion.backbones.chunks import chunks_of, cut_caption
 from rite_diffusion.backbones.cross_attention import cross_attentions, take_own_states
+from rite_diffusion.backbones.encoders import Encoders, autoencoder_digest, text_digest
 from rite_diffusion.backbones.expansion import Chunked, Expansion
 from rite_diffusion.backbones.fingerprint import fingerprint
 from rite_diffusion.backbones.learned_embeddings import ids_of, positions_of, tokens_of, vectors_in
@@ -22,8 +22,10 @@ from rite_diffusion.backbones.prompt_syntax import Section, as_written, read_pro
 from rite_diffusion.backbones.protocols import (
     Conditioning,
     Defaults,
+    Guidance,
     LearnedEmbedding,
     PredictionType,
+    Support,
 )
 from rite_diffusion.backbones.schedule import FlowSampler, noise_schedule, prediction_type, sampler
 
@@ -46,11 +48,13 @@ BLOCKS = (
 class StableDiffusion:
     """A Stable Diffusion model behind the Backbone protocol; its weights are frozen.
 
-    `reopen` reads the pipeline again, for encoders that were released and are needed once more.
+    `reopen` reads the pipeline again, for encoders that were released and are needed.
     """
 
     multiple = 8
     denoiser_name = "unet"
+    guidance = Guidance()
+    support = Support()
     encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
 
     def __init__(
@@ -67,9 +71,7 @@ class StableDiffusion:
         self.device = device
         self.attention = attention
         self.unet = pipeline.unet.requires_grad_(False).eval().to(device)
-        self._encoders = self._prepared(pipeline)
-        self._released = set[str]()
-        self._reopen = reopen
+        self.encoders = Encoders(pipeline, self.encoder_names, device, reopen)
         self.tokenizer = pipeline.tokenizer
         self.embeddings: dict[str, LearnedEmbedding] = {}
         self.triggers: dict[str, Sequence[str]] = {}
@@ -83,78 +85,52 @@ class StableDiffusion:
         self.resolution: int = self.unet.config.sample_size * self.pixels_per_latent
         self.fingerprint = fingerprint([self.unet.conv_in.weight, self.unet.conv_out.weight])
 
-    def _prepared(self, pipeline: Pipeline) -> dict[str, Any]:
-        """The pipeline's autoencoder and text encoders on the device."""
-        encoders = {
-            name: getattr(pipeline, name).requires_grad_(False).eval().to(self.device)
-            for name in self.encoder_names
-        }
-        if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
-            pipeline.vae.float()  # SDXL's overflows in half precision
-        return encoders
-
     @property
     def components(self) -> dict[str, nn.Module]:
         """The UNet and the text encoders; of released ones perhaps without their weights."""
-        names = [name for name in self.encoder_names if name != "vae"]
-        there = {n: self._encoders[n] if n in self._released else self._encoder(n) for n in names}
-        return {"unet": self.unet, **there}
+        encoders = self.encoders
+        return {"unet": self.unet} | {
+            name: encoders.as_it_is(name) if name in encoders.released else encoders[name]
+            for name in encoders.text_names
+        }
 
     def release(self, names: Sequence[str]) -> None:
         """Let encoders leave the device's memory for the computer's, on a CPU altogether.
 
         They are back as soon as something is to be encoded or decoded.
         """
-        place = "meta" if self.device.type == "cpu" else "cpu"
-        self._released |= set(names)
-        for name in names:
-            if self._encoders[name].device.type != "meta":
-                self._encoders[name].to(place)
+        self.encoders.release(names)
 
     def recall(self) -> None:
         """Let released encoders be `components` like others, which come back when looked at."""
-        self._released.clear()
-
-    def _encoder(self, name: str) -> Any:
-        """An encoder on the device, brought back where it was released."""
-        if self._encoders[name].device.type == "meta":
-            fresh = self._prepared(self._reopen())
-            gone = [key for key, each in self._encoders.items() if each.device.type == "meta"]
-            self._encoders |= {key: fresh[key] for key in gone}
-        elif self._encoders[name].device.type != self.device.type:
-            self._encoders[name].to(self.device)
-        return self._encoders[name]
+        self.encoders.recall()
 
     @property
     def vae(self) -> Any:
         """The autoencoder between pictures and latents, an AutoencoderKL."""
-        return self._encoder("vae")
+        return self.encoders["vae"]
 
     @property
     def text_encoder(self) -> Any:
         """The first text encoder, a CLIPTextModel."""
-        return self._encoder("text_encoder")
+        return self.encoders["text_encoder"]
 
     @property
     def pixels_per_latent(self) -> int:
         """Pixels along one side of a latent cell."""
-        return 2 ** (len(self._encoders["vae"].config.block_out_channels) - 1)
+        return 2 ** (len(self.encoders.as_it_is("vae").config.block_out_channels) - 1)
 
     @property
     def token_budget(self) -> int:
         """Tokens that a caption, or a chunk of a prompt, may have, without begin and end marks."""
-        names = [name for name in self.encoder_names if name != "vae"]
-        positions = [self._encoders[name].config.max_position_embeddings for name in names]
+        encoders = [self.encoders.as_it_is(name) for name in self.encoders.text_names]
+        positions = [encoder.config.max_position_embeddings for encoder in encoders]
         lengths = [tokenizer.model_max_length for tokenizer in self._tokenizers]
         return min(*positions, *lengths) - 2
 
     def encoder_fingerprint(self) -> str:
-        """First 16 hex digits of a SHA-256 over the autoencoder's encoding half."""
-        digest = hashlib.sha256(str(self.vae.config.scaling_factor).encode())
-        for name, weight in self.vae.state_dict().items():
-            if not name.startswith(("decoder.", "post_quant_conv.")):
-                digest.update(weight.detach().cpu().float().numpy().tobytes())
-        return f"{digest.hexdigest()[:16]}-{self.vae.dtype}".replace("torch.", "")
+        """First 16 hex digits of a SHA-256 over the autoencoder's encoding half, and its type."""
+        return autoencoder_digest(self.vae)
 
     @property
     def text_fingerprint(self) -> str:
@@ -163,16 +139,7 @@ class StableDiffusion:
 
     @cached_property
     def _text_digest(self) -> str:
-        digest = hashlib.sha256()
-        for name, encoder in self._encoders.items():
-            if name == "vae":
-                continue
-            tokenizer = getattr(self, name.replace("text_encoder", "tokenizer"))
-            facts = [encoder.config.to_json_string(), tokenizer.special_tokens_map]
-            digest.update(f"{facts} {sorted(tokenizer.get_vocab().items())}".encode())
-            for weight in encoder.state_dict().values():
-                digest.update(weight.cpu().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:16]
+        return text_digest(self.encoders)
 
     def lora_targets(self, component: str, blocks: bool = False) -> list[str]:
         """Paths of the q, k, v and output projections of every attention of a component.
@@ -272,11 +239,19 @@ class StableDiffusion:
         """Whether the tokenizer holds the word whole, as it does what the model already knows."""
         return word.isalpha() and len(self.token_ids(word)) == 1
 
-    def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The UNet's prediction (B, C, h, w) for latents at timesteps (B,)."""
+    def denoise(
+        self,
+        noisy: Tensor,
+        times: Tensor,
+        conditioning: Conditioning,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """The UNet's prediction (B, C, h, w) for latents at times (B,)."""
         states = conditioning.states.to(self.dtype)
-        return self.unet(noisy.to(self.dtype), timesteps, encoder_hidden_states=states).sample
+        return self.unet(noisy.to(self.dtype), times, encoder_hidden_states=states).sample
 
-    def new_scheduler(self) -> DDIMScheduler | FlowSampler:
-        """A deterministic sampler on the model's own noise schedule."""
-        return sampler(self.prediction_type, self._scheduler_config)
+    def sampler(self, steps: int, cells: tuple[int, int]) -> DDIMScheduler | FlowSampler:
+        """A deterministic sampler on the model's own noise schedule, set to so many steps."""
+        scheduler = sampler(self.prediction_type, self._scheduler_config)
+        scheduler.set_timesteps(steps, device=self.device)
+        return scheduler

@@ -149,6 +149,12 @@ class ObjectiveSection(Section):
     )
     timestep_mean: float = Field(default=0.0, description="of logit_normal")
     timestep_deviation: float = Field(default=1.0, gt=0, description="of logit_normal")
+    shift: float | None = Field(
+        default=None, gt=0, description="flow: towards noise; default: the base's, by picture size"
+    )
+    guidance: float | None = Field(
+        default=None, ge=0, description="bases with embedded guidance: the scale while training"
+    )
     noise_offset: float = Field(
         default=0.0, ge=0, le=1, description="share of noise that is one value per channel"
     )

@@ -1,4 +1,4 @@
-"""The denoising loop, with classifier-free guidance; each picture depends on its own seed."""
+"""The denoising loop, with guidance; each picture depends on its own seed."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -29,17 +29,27 @@ def guided_prediction(
     conditioning: Conditioning,
     guidance: float,
 ) -> Tensor:
-    """Uncond + w (cond - uncond) (Ho & Salimans 2022); conditioning is [uncond; cond], (2B, …)."""
+    """The prediction (B, C, h, w) with guidance; conditioning is of `guidance_prompts`."""
+    if backbone.guidance.kind != "classifier_free":
+        times = timestep.expand(len(latents))
+        return backbone.denoise(latents, times, conditioning, guidance).float()
     both = torch.cat([latents, latents])
     prediction = backbone.denoise(both, timestep.expand(len(both)), conditioning).float()
     uncond, cond = prediction.chunk(2)
-    return uncond + guidance * (cond - uncond)
+    return backbone.guidance.combine(uncond, cond, guidance)
+
+
+def guidance_prompts(backbone: Backbone, prompts: list[str], negative: str) -> list[str]:
+    """The prompts to encode for guidance: [negatives; prompts], or the prompts only."""
+    if backbone.guidance.kind != "classifier_free":
+        return prompts
+    return [negative] * len(prompts) + prompts
 
 
 def guided(backbone: Backbone, prompts: list[str], negative: str, guidance: float) -> Predict:
-    """A predictor with classifier-free guidance, for one prompt per picture."""
+    """A predictor with guidance, for one prompt per picture."""
     with torch.no_grad():
-        conditioning = backbone.encode_prompts([negative] * len(prompts) + prompts)
+        conditioning = backbone.encode_prompts(guidance_prompts(backbone, prompts, negative))
     return partial(
         guided_prediction, backbone=backbone, conditioning=conditioning, guidance=guidance
     )
@@ -70,8 +80,8 @@ def denoising(
     """
     side = backbone.resolution
     latents = initial_noise(backbone, seeds, width or side, height or side)
-    scheduler = backbone.new_scheduler()
-    scheduler.set_timesteps(steps, device=backbone.device)
+    rows, columns = latents.shape[-2:]
+    scheduler = backbone.sampler(steps, (rows, columns))
     latents = latents * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         prediction = predict(scheduler.scale_model_input(latents, timestep), timestep)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rite_diffusion.adapters.attach import lora_layers
 from rite_diffusion.backbones.protocols import Backbone, Conditioning
 from rite_diffusion.generation.attached import Attached, scaled_by
-from rite_diffusion.generation.denoise import Predict, guided_prediction
+from rite_diffusion.generation.denoise import Predict, guidance_prompts, guided_prediction
 from rite_diffusion.generation.regions import Region, adapter_weights, region_shares
 
 
@@ -158,7 +158,8 @@ def encode_parts(
     parts = []
     for (prompt, negative), row in zip(texts, factors, strict=True):
         with scaled_by(backbone, adapters, row):
-            parts.append(backbone.encode_prompts([negative] * count + [prompt] * count))
+            asked = guidance_prompts(backbone, [prompt] * count, negative)
+            parts.append(backbone.encode_prompts(asked))
     joined = Conditioning(concatenated_states([part.states for part in parts]), parts[0].extra)
     return joined, [part.states.shape[-2] for part in parts]
 

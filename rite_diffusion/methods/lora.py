@@ -4,12 +4,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from rite_diffusion._version import __version__
 from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
 from rite_diffusion.adapters.adapter import shown_base
-from rite_diffusion.backbones.ordered import rows_of
+from rite_diffusion.backbones.conditioning import joined, rows
 from rite_diffusion.backbones.protocols import Backbone, Conditioning
 from rite_diffusion.backbones.text_cache import cached_conditioning
 from rite_diffusion.config import TrainConfig
@@ -52,10 +50,10 @@ class PlainLora(Method):
         """
         distinct = list(dict.fromkeys(captions))
         if self.text_is_frozen:
-            encoded = _joined([self._frozen_states(text) for text in distinct])
+            encoded = joined([self._frozen_states(text) for text in distinct])
         else:
             encoded = self.backbone.encode_captions(distinct)
-        return _repeated(encoded, [distinct.index(text) for text in captions])
+        return rows(encoded, [distinct.index(text) for text in captions])
 
     def pairs(self) -> list[LoraPair]:
         """The pairs in training."""
@@ -117,15 +115,3 @@ class Lora:
     def remove(self) -> None:
         """Remove the pairs from the backbone."""
         self._weights.remove()
-
-
-def _joined(parts: list[Conditioning]) -> Conditioning:
-    """The conditioning of all the parts' prompts, in order."""
-    extra = {name: torch.cat([part.extra[name] for part in parts]) for name in parts[0].extra}
-    return Conditioning(torch.cat([part.states for part in parts]), extra)
-
-
-def _repeated(encoded: Conditioning, places: list[int]) -> Conditioning:
-    """The conditioning of the prompts at these indices, which may repeat."""
-    extra = {name: rows_of(values, places) for name, values in encoded.extra.items()}
-    return Conditioning(rows_of(encoded.states, places), extra)

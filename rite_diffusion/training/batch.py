@@ -11,7 +11,7 @@ from rite_diffusion.methods.triggers import with_trigger_kept
 from rite_diffusion.photos.buckets import batch_indices
 from rite_diffusion.photos.dataset import LatentSet
 from rite_diffusion.seeding import Stream, generator
-from rite_diffusion.training.objective import offset_noise, perturb, stratified_timesteps
+from rite_diffusion.training.objective import offset_noise, perturb, stratified_places
 
 DEFAULT_OBJECTIVE, DEFAULT_CAPTIONS = ObjectiveSection(), CaptionSection()
 
@@ -25,7 +25,7 @@ class Batch:
     latents: Tensor  # (B, C, h, w)
     noise: Tensor  # of the same shape
     input_noise: Tensor  # noise of the model's input; differs with input perturbation
-    timesteps: Tensor  # (B,) indices into the noise schedule
+    places: Tensor  # (B,) in [0, 1), in the noise schedule
     weights: Tensor  # (B,) of the samples' losses
     masks: Tensor | None  # (B, 1, h, w) weights of the latent cells' errors in [0, 1]
 
@@ -40,7 +40,7 @@ class Batch:
                 self.latents[part],
                 self.noise[part],
                 self.input_noise[part],
-                self.timesteps[part],
+                self.places[part],
                 self.weights[part],
                 self.masks[part] if self.masks is not None else None,
             )
@@ -73,11 +73,8 @@ def draw_batch(
     texts = shuffle_parts(texts, captions, stream(Stream.CAPTION_SHUFFLE))
     texts = drop_captions(texts, captions.dropout, stream(Stream.CAPTION_DROPOUT))
     density = (goal.timestep_mean, goal.timestep_deviation)
-    timesteps = stratified_timesteps(
-        size,
-        len(backbone.noise_schedule),
-        stream(Stream.TIMESTEPS),
-        density if goal.timesteps == "logit_normal" else None,
+    places = stratified_places(
+        size, stream(Stream.TIMESTEPS), density if goal.timesteps == "logit_normal" else None
     )
     noise = torch.randn((size, *latents_shape(data, indices)), generator=stream(Stream.NOISE))
     if goal.noise_offset:
@@ -85,7 +82,7 @@ def draw_batch(
     input_noise = noise
     if goal.input_perturbation:
         input_noise = perturb(noise, goal.input_perturbation, stream(Stream.INPUT_PERTURBATION))
-    return make_batch(backbone, data, indices, texts, noise, input_noise, timesteps)
+    return make_batch(backbone, data, indices, texts, noise, input_noise, places)
 
 
 def latents_shape(data: LatentSet, indices: list[int]) -> torch.Size:
@@ -100,7 +97,7 @@ def make_batch(
     captions: list[str],
     noise: Tensor,
     input_noise: Tensor,
-    timesteps: Tensor,
+    places: Tensor,
 ) -> Batch:
     """The batch of samples of one shape, on the backbone's device.
 
@@ -116,7 +113,7 @@ def make_batch(
         torch.stack([data.latents[row] for row in rows]).to(backbone.device),
         noise.to(backbone.device),
         input_noise.to(backbone.device),
-        timesteps.to(backbone.device),
+        places.to(backbone.device),
         torch.tensor([data.weights[index] for index in indices], device=backbone.device),
         None if masks is None else masks.to(backbone.device),
     )

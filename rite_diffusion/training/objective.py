@@ -72,10 +72,10 @@ def timestep_weight(kind: PredictionType, snr: Tensor, weighting: str, gamma: fl
     return wanted / divisors[kind].clamp(min=1e-8)
 
 
-def stratified_timesteps(
-    count: int, length: int, generator: torch.Generator, logit_normal: tuple[float, float] | None
+def stratified_places(
+    count: int, generator: torch.Generator, logit_normal: tuple[float, float] | None
 ) -> Tensor:
-    """Timesteps (count,) in [0, length), one from each of `count` equally likely parts, shuffled.
+    """Places (count,) in [0, 1), one from each of `count` equally likely parts, shuffled.
 
     Uniform, or of the logit-normal density with (mean, deviation) (Esser et al. 2024, Sec. 3.1).
     """
@@ -84,7 +84,7 @@ def stratified_timesteps(
     if logit_normal is not None:
         mean, deviation = logit_normal
         places = torch.sigmoid(mean + deviation * torch.special.ndtri(places.clamp(min=1e-6)))
-    return (places * length).long().clamp(max=length - 1)
+    return places
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Mixed precision (Micikevicius et al. 2018): half-precision arithmetic, weights in fp32."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,22 @@ class MixedPrecision:
             return
         self._scaler.step(optimizer)
         self._scaler.update()
+
+    def state(self) -> dict[str, Tensor]:
+        """The loss scale and the steps since it last changed; empty unless in fp16."""
+        if self._scaler is None:
+            return {}
+        state = self._scaler.state_dict()
+        return {
+            "scale": torch.tensor(state["scale"]),
+            "growth": torch.tensor(state["_growth_tracker"]),
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Restore a `state`; an empty one, as of older checkpoints, changes nothing."""
+        if self._scaler is not None and state:
+            kept = {"scale": state["scale"].item(), "_growth_tracker": int(state["growth"])}
+            self._scaler.load_state_dict(self._scaler.state_dict() | kept)
 
     @property
     def handles_overflow(self) -> bool:

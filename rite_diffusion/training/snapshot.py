@@ -11,13 +11,15 @@ from torch.optim import Optimizer
 
 from rite_diffusion.errors import RunError
 from rite_diffusion.training.average import WeightAverage
+from rite_diffusion.training.precision import MixedPrecision
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """The state after `step` steps.
 
-    Keys are `weights/<name>`, `average/<name>` and `optimizer/<name>/<key>`.
+    Keys are `weights/<name>`, `average/<name>`, `optimizer/<name>/<key>` and, in fp16,
+    `precision/<key>`.
     """
 
     step: int
@@ -40,10 +42,13 @@ def packed(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
-def take_snapshot(step: int, optimizer: Optimizer, average: WeightAverage) -> Snapshot:
-    """A copy of parameters, optimizer state and averages after `step` steps."""
+def take_snapshot(
+    step: int, optimizer: Optimizer, average: WeightAverage, precision: MixedPrecision
+) -> Snapshot:
+    """A copy of parameters, optimizer state, averages and loss scale after `step` steps."""
     state = optimizer.state_dict()["state"]
     tensors = {f"average/{name}": packed(value) for name, value in average.state().items()}
+    tensors |= {f"precision/{name}": value for name, value in precision.state().items()}
     for name, index, parameter in _named_state(optimizer):
         tensors[f"weights/{name}"] = packed(parameter)
         for key, value in state.get(index, {}).items():
@@ -53,8 +58,10 @@ def take_snapshot(step: int, optimizer: Optimizer, average: WeightAverage) -> Sn
 
 
 @torch.no_grad()
-def restore_snapshot(snapshot: Snapshot, optimizer: Optimizer, average: WeightAverage) -> None:
-    """Load a snapshot into optimizer and averages; RunError where its weights do not fit."""
+def restore_snapshot(
+    snapshot: Snapshot, optimizer: Optimizer, average: WeightAverage, precision: MixedPrecision
+) -> None:
+    """Load a snapshot into optimizer, averages and loss scale; RunError where it does not fit."""
     named = _named_state(optimizer)
     wanted = {f"weights/{name}": tuple(parameter.shape) for name, _, parameter in named}
     found = {k: tuple(v.shape) for k, v in snapshot.tensors.items() if k.startswith("weights/")}
@@ -67,10 +74,14 @@ def restore_snapshot(snapshot: Snapshot, optimizer: Optimizer, average: WeightAv
     state: dict[int, dict[str, Tensor]] = {}
     for name, index, parameter in named:
         parameter.copy_(snapshot.tensors[f"weights/{name}"])
-        prefix = f"optimizer/{name}/"
-        own = {k: v for k, v in snapshot.tensors.items() if k.startswith(prefix)}
-        if own:
-            state[index] = {key.removeprefix(prefix): value for key, value in own.items()}
+        if own := _part(snapshot, f"optimizer/{name}/"):
+            state[index] = own
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    averages = {k: v for k, v in snapshot.tensors.items() if k.startswith("average/")}
-    average.load({key.removeprefix("average/"): value for key, value in averages.items()})
+    average.load(_part(snapshot, "average/"))
+    precision.load(_part(snapshot, "precision/"))
+
+
+def _part(snapshot: Snapshot, prefix: str) -> dict[str, Tensor]:
+    """The tensors whose keys start with a prefix, without it."""
+    named = snapshot.tensors.items()
+    return {key.removeprefix(prefix): value for key, value in named if key.startswith(prefix)}

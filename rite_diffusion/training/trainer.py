@@ -113,6 +113,14 @@ class Trainer:
         average_gradients(accelerator, self.parameters)
         return mean_over_processes(accelerator, value)
 
+    def snapshot(self, step: int) -> Snapshot:
+        """The snapshot after `step` steps."""
+        return take_snapshot(step, self.optimizer, self.average, self.precision)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Load a snapshot; RunError for one of another model or method."""
+        restore_snapshot(snapshot, self.optimizer, self.average, self.precision)
+
     def validation(self) -> float | None:
         """The loss on the held-out photos, None where there are none."""
         job = self.job
@@ -149,7 +157,7 @@ def train_steps(
     """
     config, trainer = job.config, Trainer(job, between=stop)
     if resume is not None:
-        restore_snapshot(resume, trainer.optimizer, trainer.average)
+        trainer.restore(resume)
         if resume.step >= config.steps:  # all steps were done, but the adapter was not written
             with trainer.average.swapped_in():
                 save(resume, True)
@@ -181,7 +189,7 @@ def train_steps(
             validation = trainer.validation() if validated else None
             on_step(StepReport(step + 1, loss, rate, speed, skipped, validation))
         if last or is_checkpoint(step + 1, config) or save_now():
-            snapshot = take_snapshot(step + 1, trainer.optimizer, trainer.average)
+            snapshot = trainer.snapshot(step + 1)
             with trainer.average.swapped_in():
                 save(snapshot, last)
         if last:

@@ -1,0 +1,49 @@
+"""Z-Image (Tongyi-MAI 2025): one stream of text and picture, a Qwen3 text encoder."""
+
+import torch
+from torch import Tensor
+
+from rite_diffusion.backbones.conditioning import own_states, padded
+from rite_diffusion.backbones.flow.schedule import TIMES
+from rite_diffusion.backbones.flow.transformer import FlowTransformer
+from rite_diffusion.backbones.protocols import Conditioning, Defaults
+
+
+class ZImage(FlowTransformer):
+    """Z-Image: its transformer is told 1 - sigma and predicts the negative velocity."""
+
+    family = "z-image"
+    block_prefixes = ("layers.",)
+    attention_layers = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
+    other_layers = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+    ends = ("all_x_embedder.2-1", "all_final_layer.2-1.linear")
+    own_defaults = Defaults(steps=50, guidance=5.0)
+
+    @property
+    def template_tokens(self) -> int:
+        """Tokens of the chat template around a prompt."""
+        empty = [{"role": "user", "content": ""}]
+        text = self.tokenizer.apply_chat_template(
+            empty, tokenize=False, add_generation_prompt=True, enable_thinking=True
+        )
+        return len(self.tokenizer(text).input_ids)
+
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """The states that enter the text encoder's last layer, padding removed."""
+        states, _ = self.pipeline.encode_prompt(
+            prompts, self.device, False, max_sequence_length=self.tokens
+        )
+        return padded(states)
+
+    def denoise(
+        self,
+        noisy: Tensor,
+        times: Tensor,
+        conditioning: Conditioning,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """The velocity noise - x_0 (B, C, h, w) at times (B,) in [0, 1000]."""
+        pictures = list(noisy.to(self.dtype).unsqueeze(2).unbind(0))
+        texts = [states.to(self.dtype) for states in own_states(conditioning)]
+        output = self.transformer(pictures, 1 - times / TIMES, texts, return_dict=False)[0]
+        return -torch.stack(list(output)).squeeze(2)
