@@ -59,7 +59,7 @@ class ToyBackbone:
             signal, sigma, torch.arange(STEPS), (signal / sigma).square()
         )
         self.embeddings, self.triggers, self.token_tables = {}, {}, [self.table]
-        self.token_budget, self.literal_words, self.text_fingerprint = 64, (), "toy"
+        self.token_budget, self.protected_words, self.text_fingerprint = 64, (), "toy"
 
     @property
     def components(self):
@@ -89,6 +89,10 @@ class ToyBackbone:
     def token_count(self, prompt):
         """How many of the budget a prompt takes."""
         return len(self.token_ids(prompt))
+
+    def encoded_length(self, prompts):
+        """The mean of a prompt stands in one place."""
+        return 1
 
     def encode_captions(self, captions):
         """The mean of each caption's embeddings."""

@@ -13,7 +13,14 @@ from safetensors.torch import load_file, save_file
 from predictions import prediction, prediction_in_diffusers
 from random_adapters import random_adapter
 from rite_diffusion.adapters import Adapter, AdapterInfo, load_adapter, save_adapter
-from rite_diffusion.adapters.attach import attach, detach, inject, places, read_pairs, set_weight
+from rite_diffusion.adapters.attach import (
+    adaptable_layers,
+    attach,
+    detach,
+    inject,
+    read_pairs,
+    set_weight,
+)
 from rite_diffusion.adapters.storage import write_tensors
 from rite_diffusion.backbones.source import POCKET, load_backbone
 from rite_diffusion.errors import AdapterError
@@ -55,7 +62,7 @@ def test_attached_equals_merged(pocket):
     attach(pocket, adapter, "a", 0.7)
     attached = prediction(pocket)
     merged = load_backbone("pocket")
-    homes = places(merged)
+    homes = adaptable_layers(merged)
     for pair in adapter.pairs:
         component, path = homes[pair.name]
         weight = merged.components[component].get_submodule(path).weight

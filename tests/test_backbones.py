@@ -99,8 +99,8 @@ def test_the_pocket_bases_fingerprint_matches_in_every_precision(pocket, precisi
 
 CHANGES = {
     "is a FluxPipeline": {"_class_name": "FluxPipeline"},
-    "wants code from os": {"unet": ["os", "system"]},
-    "wants code from pipeline": {"_class_name": "StableDiffusionPipeline", "x": ["pipeline", "X"]},
+    "needs code from os": {"unet": ["os", "system"]},
+    "needs code from pipeline": {"_class_name": "StableDiffusionPipeline", "x": ["pipeline", "X"]},
     r"is a \['pipeline', 'Mine'\]": {"_class_name": ["pipeline", "Mine"]},
 }
 

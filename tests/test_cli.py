@@ -128,7 +128,7 @@ BAD = {
     "endless rate": (["train", "{photos}", "--lr", "inf"], "optim.lr"),
     "negative steps": (["train", "{photos}", "--steps", "-3"], "'steps' = -3"),
     "no adapter": (["generate", "x", "--adapter", "nope.safetensors"], "no adapter file"),
-    "not an adapter": (["inspect", "{photos}/0.png"], "no safetensors file"),
+    "not an adapter": (["inspect", "{photos}/0.png"], "not a safetensors file"),
 }
 
 

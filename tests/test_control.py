@@ -1,3 +1,5 @@
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,8 @@ from rite_diffusion.errors import BackboneError, ConfigError
 from rite_diffusion.generation.control import load_controls, parse_control, under_control
 from rite_diffusion.generation.denoise import denoising, guided, initial_noise, sample
 from rite_diffusion.generation.metadata import read_parameters
+from rite_diffusion.generation.picture import draw_picture, resolve_request
+from rite_diffusion.generation.request import PictureRequest
 
 PROMPT, NEGATIVE, STEPS, GUIDANCE, SEED = "a red cat", "dark", 2, 3.0, 7
 
@@ -108,6 +112,31 @@ def test_several_conditions_add_up_and_restore_the_denoiser(tiny, networks, pose
     assert np.array_equal(
         np.asarray(before[0]), np.asarray(sample(tiny, ["a cat"], [1], steps=2)[0])
     )
+
+
+@contextmanager
+def counted(module):
+    """A list that grows by one entry for each call of the module."""
+    calls = []
+    handle = module.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def test_the_text_encoder_runs_once_for_each_batch_of_prompts(tiny, networks, pose):
+    condition = f"{networks / 'net'}={pose}"
+    with counted(tiny.text_encoder) as calls:
+        drawn(tiny, condition)
+    assert len(calls) == 1  # [negative prompt, prompt]
+    request = PictureRequest(
+        prompt="a park", regions=["0,0,0.5,1: a cat"], controls=[condition], steps=1
+    )
+    controls = load_controls(tiny, [parse_control(condition)], 64, 64)
+    with counted(tiny.text_encoder) as calls:
+        draw_picture(tiny, resolve_request(tiny, request), controls=controls)
+    assert len(calls) == 2  # the picture's batch and the region's
 
 
 def test_conditions_and_regions_go_together(tiny_folder, networks, pose, tmp_path):

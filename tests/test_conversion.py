@@ -14,7 +14,7 @@ import rite_diffusion as rite
 from predictions import prediction, prediction_of
 from random_adapters import ATTENTION, LAYERS, varied_adapter
 from rite_diffusion.adapters import Adapter, AdapterInfo, load_adapter, save_adapter
-from rite_diffusion.adapters.attach import attach, base_weights, detach, places
+from rite_diffusion.adapters.attach import adaptable_layers, attach, base_weights, detach
 from rite_diffusion.adapters.delta import adapted_weight
 from rite_diffusion.adapters.dialects import DIALECTS
 from rite_diffusion.adapters.dialects.published import load_published
@@ -284,7 +284,7 @@ def test_an_adapter_of_another_base_is_refused_by_name(tmp_path, tiny_folder, ti
 @pytest.mark.parametrize(
     ("size", "words"),
     [(100_000_001, "header of 100,000,001 bytes; the format allows 100,000,000"),
-     (100_000_200, "no safetensors file or cut off")],
+     (100_000_200, "not a safetensors file, or it is cut off")],
 )  # fmt: skip
 def test_a_header_of_forbidden_size_is_refused_without_reading_it(tmp_path, size, words):
     path = tmp_path / "a.safetensors"
@@ -321,8 +321,8 @@ def test_a_refused_adapter_leaves_the_pipeline_as_it_was(tmp_path, tiny_folder):
 def test_alpha_of_a_broken_configuration_is_refused(tmp_path):
     tensors = {f"unet.conv_in.lora_{f}.weight": torch.ones(1, 1) for f in "AB"}
     for stated, words in (
-        ("{", "no JSON"),
-        ("[]", "no table"),
+        ("{", "not JSON"),
+        ("[]", "not a table"),
         ('{"unet.lora_alpha": "x"}', "'x'"),
     ):
         save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": stated})
@@ -330,11 +330,11 @@ def test_alpha_of_a_broken_configuration_is_refused(tmp_path):
             load_adapter(tmp_path / "a.safetensors")
     pattern = {"unet.lora_alpha": 1, "unet.alpha_pattern": {"(a+)+$": 2}}
     save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(pattern)})
-    with pytest.raises(AdapterError, match="no module's name"):
+    with pytest.raises(AdapterError, match="not a module's name"):
         load_adapter(tmp_path / "a.safetensors")
 
 
-def test_places_are_keyed_by_the_module_names_of_files(tiny_folder):
-    assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj" in places(
+def test_adaptable_layers_are_keyed_by_the_module_names_of_files(tiny_folder):
+    assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj" in adaptable_layers(
         shared_base(str(tiny_folder))
     )

@@ -187,7 +187,7 @@ def test_tokens_survive_saving_and_name_nothing_on_the_disk(tmp_path):
     assert found.tokens.keys() == tokens.keys()
     assert all(torch.equal(found.tokens[word], tokens[word]) for word in tokens)
     for word in ("../../etc/passwd", "a/b", "..", "", "x\0y", ".hidden", "c:\\x"):
-        with pytest.raises(AdapterError, match="no word"):
+        with pytest.raises(AdapterError, match="cannot be the word"):
             save_adapter(
                 tmp_path / "b.safetensors", Adapter([], adapter.info, {word: tokens["<cat>"]})
             )
@@ -218,7 +218,7 @@ TWICE = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.
 REFUSED = {
     "are zero": lambda t: {k: torch.zeros_like(v) if "up" in k else v for k, v in t.items()},
     "NaN or infinity": lambda t: {k: v * torch.inf if "up" in k else v for k, v in t.items()},
-    "is there twice": lambda t: t | {TWICE: torch.randn(4, 10)},
+    "twice": lambda t: t | {TWICE: torch.randn(4, 10)},
     "1 of 25 tensors are unknown": lambda t: t | {"lora_unet_x.lora_bias": torch.zeros(2)},
     "OFT or BOFT": lambda t: t | {"lora_unet_x.oft_blocks": torch.zeros(2, 3, 3)},
     "GLoRA": lambda t: t | {"lora_unet_x.a1.weight": torch.zeros(2, 3)},
@@ -230,8 +230,8 @@ REFUSED = {
     "not floating": lambda t: {k: v.int() if "up" in k else v for k, v in t.items()},
     "not one per output": lambda t: t | {f"{BLOCK}_attn1_to_q.dora_scale": torch.ones(1, 10)},
     "without its 'hada_w1_b'": lambda t: t | {f"{BLOCK}_attn1_to_v.hada_w1_a": torch.ones(3, 2)},
-    "LoRA and LoHa at once": lambda t: t | {f"{BLOCK}_attn1_to_q.hada_w1_a": torch.ones(3, 2)},
-    "no vector": lambda t: t | {f"{BLOCK}_attn1_to_q.diff_b": torch.ones(3, 2)},
+    "of LoRA and LoHa, which": lambda t: t | {f"{BLOCK}_attn1_to_q.hada_w1_a": torch.ones(3, 2)},
+    "not a vector": lambda t: t | {f"{BLOCK}_attn1_to_q.diff_b": torch.ones(3, 2)},
 }  # fmt: skip
 
 

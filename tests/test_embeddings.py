@@ -83,7 +83,7 @@ def test_embedding_files_convert_without_replacing_files(tmp_path):
 
 BROKEN = {
     "2 embeddings": {"string_to_param": {"*": ROWS, "+": ROWS}},
-    "are no tensors": {"string_to_param": {"*": "x"}},
+    "are not tensors": {"string_to_param": {"*": "x"}},
     "where weights by name should be": {"string_to_param": [ROWS]},
     "NaN or infinity": {"<dog>": ROWS * torch.inf},
     "no known layout": {"dog": ROWS, "cat": ROWS},

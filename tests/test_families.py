@@ -167,7 +167,7 @@ def test_diffusers_own_code_reads_every_name_of_a_kohya_file(tmp_path, family):
 @pytest.mark.parametrize("to", ["kohya", "comfyui"])
 def test_names_that_depend_on_an_unknown_base_are_not_guessed(tmp_path, to):
     save_adapter(tmp_path / "a.safetensors", adapter_of(SHARED))
-    with pytest.raises(AdapterError, match=r"the file does not tell .*--base"):
+    with pytest.raises(AdapterError, match=r"the file does not state .*--base"):
         rite.convert(tmp_path / "a.safetensors", to)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
     for free in ("diffusers", "peft"):  # these call modules alike in all models

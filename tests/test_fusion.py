@@ -10,9 +10,9 @@ from fusion_layers import (
     SHAPES,
     dense,
     random_adapter,
-    random_gram,
     random_layer,
     random_member,
+    random_second_moment,
     random_sketch,
 )
 from rite_diffusion.adapters import Adapter, load_adapter, save_adapter
@@ -141,7 +141,7 @@ def test_true_rank_drops_what_is_zero_to_rounding():
 
 
 def test_truncation_on_inputs_is_the_svd_of_the_weighted_update():
-    factors, inputs = random_factors(), random_gram(20, 3, rows=40)
+    factors, inputs = random_factors(), random_second_moment(20, 3, rows=40)
     values, vectors = inputs.values, inputs.basis
     root = (vectors.mT * values.sqrt()) @ vectors
     left, singular, right = torch.linalg.svd(factors.dense() @ root, full_matrices=False)
@@ -161,7 +161,7 @@ def test_truncation_on_inputs_is_the_svd_of_the_weighted_update():
 def normal_equations(layer: Layer, settings: FusionSettings) -> torch.Tensor:
     """The dense minimiser of `gram`'s objective."""
 
-    grams = [part.gram.matrix() for part in layer.parts]
+    grams = [part.second_moment.matrix() for part in layer.parts]
     total = sum(grams) + settings.preserve * layer.base.matrix()
     ridge = settings.ridge * total.trace() / len(total)
     wanted = sum(p.factors.dense() @ g for p, g in zip(layer.parts, grams, strict=True))
@@ -174,7 +174,10 @@ def normal_equations(layer: Layer, settings: FusionSettings) -> torch.Tensor:
 def test_gram_equals_a_dense_solve_of_the_normal_equations(width, preserve, full):
     layer = random_layer(3, width=width)
     if full:
-        parts = [replace(p, gram=full_second_moment(p.gram.matrix(), 1)) for p in layer.parts]
+        parts = [
+            replace(p, second_moment=full_second_moment(p.second_moment.matrix(), 1))
+            for p in layer.parts
+        ]
         layer = replace(layer, parts=parts)
     settings = FusionSettings(preserve=preserve, ridge=1e-4)
     fused = gram(layer, settings)
@@ -186,8 +189,8 @@ def test_gram_equals_a_dense_solve_of_the_normal_equations(width, preserve, full
     assert torch.equal(fused.up, ups)
 
 
-def test_the_mean_of_grams_is_the_mean_of_their_matrices():
-    grams = [random_gram(30, seed) for seed in range(3)]
+def test_the_mean_of_second_moments_is_the_mean_of_their_matrices():
+    grams = [random_second_moment(30, seed) for seed in range(3)]
     expected = torch.stack([gram.matrix() for gram in grams]).mean(0)
     mixed = [full_second_moment(grams[0].matrix(), 12), *grams[1:]]
     for each in (grams, mixed):
@@ -208,12 +211,12 @@ def test_concepts_with_inputs_of_their_own_do_not_disturb_each_other():
     parts = []
     for index in range(3):
         factors = random_factors(rank=2, seed=index)
-        inputs = random_gram(20, index, rows=4)  # 4 directions each: 12 of 20
+        inputs = random_second_moment(20, index, rows=4)  # 4 directions each: 12 of 20
         parts.append(Part(str(index), factors, inputs))
     layer = Layer("x", parts, None)
     fused = gram(layer, FusionSettings(ridge=1e-9))
     for part in parts:
-        seen = part.gram.root().mT
+        seen = part.second_moment.root().mT
         torch.testing.assert_close(fused.dense() @ seen, part.factors.dense() @ seen,
                                    rtol=1e-3, atol=1e-4)  # fmt: skip
 
@@ -231,7 +234,7 @@ def test_truncating_gram_weighs_errors_by_the_inputs():
     whole = gram(layer, PLAIN)
     cut = FUSIONS["gram"].cut(layer, whole, FusionSettings(rank=3))
     plain = to_rank(whole, 3)
-    moments = SecondMomentSum([p.gram for p in layer.parts], [1.0] * 3, 1e-3)
+    moments = SecondMomentSum([p.second_moment for p in layer.parts], [1.0] * 3, 1e-3)
 
     def loss(update):
         off = update.dense() - whole.dense()
@@ -255,7 +258,7 @@ def test_custom_diffusion_keeps_each_concept_on_its_directions():
     ridge = PLAIN.ridge * layer.base.trace / 40
     for part in layer.parts:
         directions = layer.base.power(
-            distinct_directions(part.gram, layer.base, ridge, 4), 0.5, ridge
+            distinct_directions(part.second_moment, layer.base, ridge, 4), 0.5, ridge
         )
         torch.testing.assert_close(
             fused.dense() @ directions.mT, part.factors.dense() @ directions.mT
@@ -363,8 +366,8 @@ def test_a_layer_without_a_concepts_update_changes_little_on_its_inputs():
     assert (fused @ inputs).norm() < 0.7 * (summed @ inputs).norm()
 
 
-def test_a_truncated_gram_keeps_the_trace():
-    whole = random_gram(30, 5)
+def test_a_truncated_second_moment_keeps_the_trace():
+    whole = random_second_moment(30, 5)
     for keep in (2, 6, 40):
         cut = truncated(whole, keep)
         assert len(cut.values) <= keep and cut.trace == pytest.approx(whole.trace)

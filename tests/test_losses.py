@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import rite_diffusion as rite
 from random_adapters import random_adapter
 from rite_diffusion.adapters import AdapterInfo, load_adapter, save_adapter
-from rite_diffusion.adapters.attach import places
+from rite_diffusion.adapters.attach import adaptable_layers
 from rite_diffusion.adapters.delta import delta_weight
 from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import AdapterError, FusionError
@@ -31,7 +31,7 @@ def lycoris_file(path: Path, backbone, module: type, seed: int, ends, **settings
     """A file of LyCORIS's own modules on the base's layers; returns delta W by module name."""
     torch.manual_seed(seed)
     tensors, deltas = {}, {}
-    for name, (component, inner) in places(backbone).items():
+    for name, (component, inner) in adaptable_layers(backbone).items():
         if not name.endswith(ends):
             continue
         layer = backbone.components[component].get_submodule(inner)
@@ -65,7 +65,7 @@ def test_a_picture_equals_that_of_the_literal_updates(made_by_lycoris, tiny_fold
     [drawn] = rite.generate("a cat", adapters=files, base=str(tiny_folder), **ONE)
     backbone = load_backbone(str(tiny_folder))
     [plain] = sample(backbone, ["a cat"], [0], **ONE)
-    for name, (component, path) in places(backbone).items():
+    for name, (component, path) in adaptable_layers(backbone).items():
         weight = backbone.components[component].get_submodule(path).weight
         for _, deltas in made_by_lycoris.values():
             if name in deltas:

@@ -176,7 +176,7 @@ def test_training_can_leave_a_sketch(photos, tiny_folder, tmp_path, command):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     path = tmp_path / "run/adapter.safetensors"
-    assert load_sketch(sketch_path(path)).facts.adapter == digest_of(load_adapter(path))
+    assert load_sketch(sketch_path(path)).metadata.adapter == digest_of(load_adapter(path))
 
 
 def test_running_out_of_memory_for_statistics_says_what_helps(

@@ -220,12 +220,12 @@ def test_peft_types_other_than_lora_are_refused_by_name(tmp_path, kind):
 
 
 CONTRADICTIONS = {
-    "says rank 8": {"r": 8},
-    "says rank 3": {"rank_pattern": {"to_q": 3}},
+    "has rank 8": {"r": 8},
+    "has rank 3": {"rank_pattern": {"to_q": 3}},
     "use_dora=True": {"use_dora": True},
     "lora_bias=True": {"lora_bias": True},
-    "is no module's name": {"alpha_pattern": {"(a+)+$": 2}},
-    "is no table": {"alpha_pattern": [2]},
+    "is not a module's name": {"alpha_pattern": {"(a+)+$": 2}},
+    "is not a table": {"alpha_pattern": [2]},
     "alpha of .* is 'two'": {"lora_alpha": "two"},
 }
 

@@ -84,7 +84,7 @@ def test_break_begins_a_section_inside_brackets_too():
         ("a [cat|dog]", "would change"),
         ("(a [(cat:1.2)|dog]:1.1)", "would change"),
         ("a cat AND a dog", "AND"),
-        ("(a:1.2.3)", "'1.2.3' is no number"),
+        ("(a:1.2.3)", "'1.2.3' is not a number"),
     ],
 )
 def test_syntax_that_is_not_supported_is_refused(prompt, remedy):
@@ -233,6 +233,16 @@ def test_long_prompts_are_their_chunks_one_after_the_other(backbone):
 
 
 @torch.no_grad()
+def test_the_length_of_states_is_known_without_encoding(backbone):
+    for prompts in (
+        ["a cat"],
+        ["", "a cat BREAK a dog"],
+        ["(a fluffy cat, " * 2 * backbone.token_budget, "a [dog]"],
+    ):
+        states = backbone.encode_prompts(prompts).states
+        assert backbone.encoded_length(prompts) == states.shape[-2]
+
+
 def test_weights_multiply_states_and_keep_each_chunks_mean(backbone):
     """Literally what A1111 documents as the original emphasis."""
     two = len(encoders(backbone)) > 1

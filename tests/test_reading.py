@@ -192,9 +192,7 @@ def test_an_alpha_without_factors_is_ignored_with_a_note(tmp_path):
     tensors |= {f"{name}.alpha": torch.tensor(4), f"{BLOCK}_attn1_to_k.alpha": torch.tensor(4)}
     save_file(tensors, tmp_path / "a.safetensors")
     adapter = load_adapter(tmp_path / "a.safetensors")
-    assert adapter.names() == [name] and adapter.notes == (
-        "1 alphas belong to no factors: left out",
-    )
+    assert adapter.names() == [name] and adapter.notes == ("1 alphas have no factors: left out",)
 
 
 @pytest.mark.parametrize("size", [0x0280, 0x0380, 0x4B50, 0x013C])

@@ -246,7 +246,7 @@ WRONG_TENSORS = {
     "foreign text": ({TO_STATES: (64, 96)}, "text of width 96, its CLIP gives 64"),
     "vocabulary": ({TOKENS: (49407, 64)}, "knows 49407 tokens, CLIP's tokenizer 49408"),
     "prompt length": ({POSITIONS: (32, 64)}, "reads 32 tokens, CLIP's tokenizer gives 77"),
-    "heads": ({TOKENS: (49408, 200), TO_STATES: (64, 200)}, "width 200 is no multiple of 64"),
+    "heads": ({TOKENS: (49408, 200), TO_STATES: (64, 200)}, "width 200 is not a multiple of 64"),
     "odd width": (
         {f"{VAE}encoder.down.0.block.0.conv1.weight": (48, 32, 3, 3)},
         "not all multiples of 32",

@@ -162,7 +162,7 @@ def test_an_embedding_name_of_two_adapters_is_renamed(tmp_path, pocket, capsys):
     [image] = rite.generate("a <dog> beside a <dog-3>", adapters=files, steps=1)
     assert image.size == (64, 64) and "is called <Dog-3>" in capsys.readouterr().err
     attach(pocket, chosen[0].adapter, "a")
-    with pytest.raises(AdapterError, match="'a' has the word '<DOG>' already"):
+    with pytest.raises(AdapterError, match="'a' already has the word '<DOG>'"):
         attach(pocket, Adapter([], AdapterInfo(), {"<DOG>": rows[1]}), "b")
 
 

@@ -1,10 +1,10 @@
-"""What adapter files call a model's modules.
+"""Names of a model's modules in adapter files.
 
 Inside the toolkit a module's name is `<component's prefix><diffusers path, dots as underscores>`,
 the same for every model: `lora_unet_down_blocks_1_attentions_0_…_to_q`, `lora_te2_text_model_…`.
-Files of other tools spell it otherwise; SDXL files use the UNet's names in Stability's own code
-("SGM"): `input_blocks_4_1_…`. Every Stable Diffusion has two residual blocks per level, so that a
-level spans three input blocks and three output blocks.
+Other tools' files have other names; SDXL files use the UNet's names in Stability's own code
+("SGM"): `input_blocks_4_1_…`. Every Stable Diffusion has two residual blocks per level, so a level
+has three input blocks and three output blocks.
 """
 
 import re
@@ -16,7 +16,7 @@ PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": 
 
 Family = Literal["sd", "sdxl"]
 
-# Names within a path that hold an underscore themselves, and those that do not.
+# Parts of a path with an underscore in them, and parts without.
 _LONG = """add_embedding conv_in conv_norm_out conv_out conv_shortcut down_blocks emb_layers
 final_layer_norm in_layers input_blocks k_proj label_emb layer_norm1 layer_norm2 linear_1 linear_2
 mid_block middle_block out_layers out_proj output_blocks position_embedding proj_in proj_out
@@ -48,9 +48,9 @@ _FROM_STEMS = {theirs: ours for ours, theirs in _STEMS.items()}
 
 
 def module_name(component: str, path: str) -> str:
-    """The toolkit's name of the module at a path, dotted or flat, of a component.
+    """The toolkit's name of a component's module at a path, dotted or flat.
 
-    transformers >= 5.6 dropped the level `text_model` from CLIP; names keep it.
+    transformers >= 5.6 dropped the level `text_model` from CLIP's paths; names keep it.
     """
     flat = path.replace(".", "_")
     if component != "unet" and flat.startswith(("encoder_", "embeddings_", "final_layer_norm")):
@@ -63,7 +63,7 @@ def split_name(name: str) -> tuple[str, str]:
     for component, prefix in PREFIXES.items():
         if name.startswith(prefix):
             return component, name.removeprefix(prefix)
-    raise AdapterError(f"module '{name}' is of no component of Stable Diffusion")
+    raise AdapterError(f"module '{name}' belongs to no component of Stable Diffusion")
 
 
 def split_path(name: str) -> tuple[str, str]:
@@ -73,15 +73,15 @@ def split_path(name: str) -> tuple[str, str]:
 
 
 def dotted(flat: str) -> str:
-    """The dotted path of a flat one: AdapterError where a part is none of Stable Diffusion's."""
+    """The dotted path of a flat one; AdapterError where a part is not Stable Diffusion's."""
     path = ".".join(_WORD.findall(flat))
     if path.replace(".", "_") != flat:
-        raise AdapterError(f"'{flat}' is no module of Stable Diffusion, so its path is not known")
+        raise AdapterError(f"'{flat}' is not a module of Stable Diffusion, so its path is unknown")
     return path
 
 
 def to_sgm(flat: str, family: Family) -> str:
-    """The SGM name, flat, of a UNet module; names without a counterpart stay."""
+    """The flat SGM name of a UNet module; a name without a counterpart is returned as it is."""
     if flat in _STEMS:
         return _STEMS[flat]
     if found := re.fullmatch(r"mid_block_(resnets|attentions)_(\d)_(.+)", flat):
@@ -101,7 +101,7 @@ def to_sgm(flat: str, family: Family) -> str:
 
 
 def from_sgm(flat: str) -> str:
-    """The diffusers name, flat, of a UNet module that may be named as in SGM."""
+    """The flat diffusers name of a UNet module named as in SGM; other names stay as they are."""
     if flat in _FROM_STEMS:
         return _FROM_STEMS[flat]
     if found := re.fullmatch(r"middle_block_([012])_(.+)", flat):

@@ -28,7 +28,7 @@ def _shown_prompt(member: Member) -> str:
     triggers = member.adapter.info.triggers()
     if not triggers:
         assert member.sketch is not None  # made with prompts of its own
-        return member.sketch.facts.prompts.splitlines()[0]
+        return member.sketch.metadata.prompts.splitlines()[0]
     return f"a {triggers[0]} on a blue background"
 
 

@@ -26,8 +26,8 @@ from rite_diffusion.files.writing import (
     check_outputs,
     file_output,
     folder_output,
+    staging_folder,
     user_path,
-    workplace,
 )
 from rite_diffusion.fusion.loss import ALLOWED, cut_adapter
 from rite_diffusion.generation.denoise import sample
@@ -117,7 +117,7 @@ def _write_all(
     base: str | None,
 ) -> list[Verification]:
     """Write an export and the `files` of its embeddings, all or none; returns its checks."""
-    with workplace(target.parent) as folder:
+    with staging_folder(target.parent) as folder:
         checks = _write(adapter, to, folder / target.name, backbone, base)
         made = embeddings.write(folder / "embeddings", adapter)
         (folder / target.name).replace(target)

@@ -16,11 +16,11 @@ from rite_diffusion.api.concept_pictures import draw_concepts
 from rite_diffusion.api.sketch import with_sketches, with_statistics_of
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import FusionError
-from rite_diffusion.files.writing import check_outputs, file_output, say_on_stderr, write_output
+from rite_diffusion.files.writing import check_outputs, file_output, print_to_stderr, write_output
 from rite_diffusion.fusion.conflict_sheet import conflict_sheet
 from rite_diffusion.fusion.dora import as_plain, has_dora
-from rite_diffusion.fusion.loss import ALLOWED, described
-from rite_diffusion.fusion.members import Member, checked
+from rite_diffusion.fusion.loss import ALLOWED, describe_loss
+from rite_diffusion.fusion.members import Member, check_and_sort
 from rite_diffusion.fusion.merge import Merged, merge_with_loss, method_named
 from rite_diffusion.fusion.report import ConflictReport, report_on
 from rite_diffusion.fusion.settings import FusionOptions, FusionSettings, checked_settings
@@ -75,9 +75,7 @@ def fuse(
     members = _chosen_members(adapters)
     check_outputs(*_named(out, target), sources=_files(members), overwrite=overwrite)
     measured = how.needs_statistics and len(members) > 1
-    fused = _solve(members, how, base, drawing, progress, measured)
-    check_loss(fused.loss, how.settings, allow_loss)
-    tell_loss(fused.loss)
+    fused = _solve_within_loss(members, how, base, drawing, progress, measured, allow_loss)
     save_adapter(target, fused.adapter)
     return target
 
@@ -99,17 +97,11 @@ def fused_adapter(
     return Merged(fused.adapter, fused.loss)
 
 
-def tell_loss(loss: float) -> None:
-    """Say on stderr what a limit on the rank cut off, where it did."""
-    if loss:
-        say_on_stderr(f"cut in rank: {described(loss)}")
-
-
 def check_loss(loss: float, settings: FusionSettings, allow_loss: bool) -> None:
-    """FusionError where more is cut off than may be, or than `error` asks for."""
+    """Raise FusionError for a loss above both 1 % and `settings.error`, unless it is allowed."""
     if not allow_loss and loss > max(ALLOWED, settings.error or 0):
         raise FusionError(
-            f"cut in rank, the fused adapter has a {described(loss)}, more than {ALLOWED:.0%}: "
+            f"cut in rank, the fused adapter has a {describe_loss(loss)}, more than {ALLOWED:.0%}: "
             "raise --rank, or accept the loss with --allow-loss."
         )
 
@@ -137,9 +129,9 @@ def fuse_and_report(
     members = _chosen_members(adapters)
     outputs = _named(out, target, figures, sheet)
     check_outputs(*outputs, sources=_files(members), overwrite=overwrite)
-    fused = _solve(members, how, base, drawing, progress, measured=True)
-    check_loss(fused.loss, how.settings, allow_loss)
-    tell_loss(fused.loss)
+    fused = _solve_within_loss(
+        members, how, base, drawing, progress, measured=True, allow_loss=allow_loss
+    )
     report = report_on(fused.members, fused.adapter)
     pictures = draw_concepts(fused.open_backbone(), fused.members, fused.adapter, drawing.seed)
     drawn = BytesIO()
@@ -227,6 +219,23 @@ def _solve(
     return _Fused(fused.adapter, fused.loss, members, open_backbone)
 
 
+def _solve_within_loss(
+    members: list[Member],
+    how: _How,
+    base: str | Backbone | None,
+    drawing: Drawing,
+    progress: Callable[[int, int], None],
+    measured: bool,
+    allow_loss: bool,
+) -> _Fused:
+    """What `_solve` returns; the loss is checked, and printed on stderr where there is one."""
+    fused = _solve(members, how, base, drawing, progress, measured)
+    check_loss(fused.loss, how.settings, allow_loss)
+    if fused.loss:
+        print_to_stderr(f"cut in rank: {describe_loss(fused.loss)}")
+    return fused
+
+
 def _merged(
     members: list[Member],
     method: str,
@@ -247,9 +256,9 @@ def _merged(
 def _chosen_members(adapters: Sequence[str | Path]) -> list[Member]:
     """The adapters in the order of their content; what has no effect is told on stderr."""
     chosen = choose_adapters(adapters)
-    members = checked([Member(each.adapter, each.weight, each.path) for each in chosen])
+    members = check_and_sort([Member(each.adapter, each.weight, each.path) for each in chosen])
     for line in notes(chosen):
-        say_on_stderr(line)
+        print_to_stderr(line)
     return members
 
 

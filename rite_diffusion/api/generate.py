@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from rite_diffusion.adapters.choice import choose_adapters, literal_words, notes
+from rite_diffusion.adapters.choice import choose_adapters, notes, protected_words
 from rite_diffusion.api.bases import open_with_adapters
-from rite_diffusion.files.writing import say_on_stderr, write_output
+from rite_diffusion.files.writing import print_to_stderr, write_output
 from rite_diffusion.generation.attached import as_attached
 from rite_diffusion.generation.composition import SUM
 from rite_diffusion.generation.control import load_controls, parse_control
@@ -72,12 +72,12 @@ def draw(
 ) -> list[Image]:
     """`num` pictures of a request, with consecutive seeds; arguments are those of `generate`."""
     chosen = choose_adapters(adapters)
-    request.check(literal_words(chosen), num)
+    request.check(protected_words(chosen), num)
     conditions = [parse_control(text) for text in request.controls]
     read = [each.path for each in (*chosen, *conditions)]
     target = None if out is None else picture_target(out, num, read)
     for line in notes(chosen):
-        say_on_stderr(line)
+        print_to_stderr(line)
     attached = as_attached(chosen)
     parts = parse_regions(request.regions, request.prompt)
     # Raises for a wrong number of weights before the base is opened.

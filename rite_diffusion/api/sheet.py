@@ -18,8 +18,8 @@ from rite_diffusion.adapters.attach import attach, check_base, detach
 from rite_diffusion.adapters.choice import (
     Chosen,
     choose_adapters,
-    literal_words,
     notes,
+    protected_words,
     split_weight,
 )
 from rite_diffusion.api.bases import open_base
@@ -27,10 +27,10 @@ from rite_diffusion.api.fuse import with_plain_updates
 from rite_diffusion.api.sketch import with_sketches
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import ConfigError
-from rite_diffusion.files.writing import check_outputs, file_output, say_on_stderr, write_output
+from rite_diffusion.files.writing import check_outputs, file_output, print_to_stderr, write_output
 from rite_diffusion.fusion import FUSIONS
-from rite_diffusion.fusion.loss import described
-from rite_diffusion.fusion.members import Member, checked
+from rite_diffusion.fusion.loss import describe_loss
+from rite_diffusion.fusion.members import Member, check_and_sort
 from rite_diffusion.fusion.merge import merge_with_loss, method_named
 from rite_diffusion.fusion.settings import FusionSettings
 from rite_diffusion.fusion.statistics import DEFAULT_DRAWING
@@ -175,7 +175,7 @@ def grid(
     out: str | Path | None = None,
     other_base: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    on_note: Callable[[str], None] = say_on_stderr,
+    on_note: Callable[[str], None] = print_to_stderr,
 ) -> Image:
     """A sheet of pictures of all combinations of the arguments.
 
@@ -199,7 +199,7 @@ def grid(
         prompt="", negative=negative, steps=steps, guidance=guidance, width=width, height=height
     )
     for prompt in prompts:
-        replace(request, prompt=prompt).check(literal_words(every))
+        replace(request, prompt=prompt).check(protected_words(every))
     named = [chosen.adapter for chosen in every]
     target = None if out is None else file_output(out, ".png")
     if target is not None:
@@ -265,7 +265,7 @@ def _adapters_to_attach(
     """The adapters to attach, with weights: the chosen ones, or the one that a method fuses."""
     if method in UNFUSED or len(chosen) < 2:
         return [(each.adapter, each.weight) for each in chosen]
-    members = checked([Member(each.adapter, each.weight, each.path) for each in chosen])
+    members = check_and_sort([Member(each.adapter, each.weight, each.path) for each in chosen])
     members = with_plain_updates(members, lambda: backbone)
     if FUSIONS[method].statistics:
         members = with_sketches(
@@ -273,7 +273,8 @@ def _adapters_to_attach(
         )
     fused = merge_with_loss(members, method, FusionSettings())
     if fused.loss:
-        on_note(f"{method} of {' + '.join(m.file.name for m in members)}: {described(fused.loss)}")
+        names = " + ".join(member.file.name for member in members)
+        on_note(f"{method} of {names}: {describe_loss(fused.loss)}")
     return [(fused.adapter, 1.0)]
 
 

@@ -94,13 +94,13 @@ def with_statistics_of(
         found = measure_concepts(
             backbone, [fused] * len(members), prompts, names, drawing, progress
         )
-    return [_with_moments(member, grams) for member, grams in zip(members, found, strict=True)]
+    return [_with_moments(member, moments) for member, moments in zip(members, found, strict=True)]
 
 
-def _with_moments(member: Member, grams: SecondMoments) -> Member:
+def _with_moments(member: Member, moments: SecondMoments) -> Member:
     """The member with other second moments of its concept; the base's stay."""
     assert member.sketch is not None  # measured with each adapter alone before
-    return replace(member, sketch=replace(member.sketch, concept=grams))
+    return replace(member, sketch=replace(member.sketch, concept=moments))
 
 
 def _with_file(member: Member) -> Member:
@@ -109,7 +109,7 @@ def _with_file(member: Member) -> Member:
     if not path.is_file():
         return member
     sketch = load_sketch(path)
-    if sketch.facts.adapter != member.digest:
+    if sketch.metadata.adapter != member.digest:
         raise FusionError(
             f"{path} was made from another version of {member.file.name}: "
             f"make it again with `rite sketch {member.file} --overwrite`, or delete it."

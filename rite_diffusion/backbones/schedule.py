@@ -1,4 +1,4 @@
-"""The noise schedule of a base model, read from its scheduler, and the sampler that follows it."""
+"""A base model's noise schedule, read from its scheduler, and a sampler for it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ UNSUPPORTED = ("use_dynamic_shifting", "invert_sigmas")  # of a flow's configura
 
 
 def prediction_type(scheduler: Any, name: str) -> PredictionType:
-    """What the model of a diffusers scheduler predicts; BackboneError for what none here learns."""
+    """The prediction type of a diffusers scheduler's model; BackboneError if unsupported."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return "flow"
     kind = scheduler.config.get("prediction_type")
@@ -70,7 +70,7 @@ def ddpm_schedule(shares: Tensor) -> TableSchedule:
 def flow_schedule(sigmas: Tensor, length: int) -> TableSchedule:
     """x_t = (1 - sigma) x_0 + sigma noise (Liu et al. 2023), from sigmas (T,) in (0, 1].
 
-    The model is told sigma times `length`.
+    The denoiser's time input is sigma * length.
     """
     signal = 1 - sigmas
     return TableSchedule(signal, sigmas, sigmas * length, (signal / sigmas).square())
@@ -80,12 +80,12 @@ def _flow_schedule(scheduler: FlowMatchEulerDiscreteScheduler, name: str) -> Tab
     odd = [key for key in UNSUPPORTED if scheduler.config[key]]
     if odd:
         raise BackboneError(f"{name} has a flow schedule with {odd[0]}, which is not supported")
-    rising = torch.as_tensor(scheduler.sigmas).flip(0)  # diffusers has the noisiest first
+    rising = torch.as_tensor(scheduler.sigmas).flip(0)  # diffusers lists the noisiest first
     return flow_schedule(rising, scheduler.config["num_train_timesteps"])
 
 
 def sampler(kind: PredictionType, config: Any) -> "DDIMScheduler | FlowSampler":
-    """A deterministic sampler on the model's own schedule: DDIM (Song et al. 2021), or Euler."""
+    """A deterministic sampler for the model's schedule: Euler for flows, else DDIM (Song 2021)."""
     if kind == "flow":
         scheduler = FlowSampler.from_config(config, stochastic_sampling=False)
         assert isinstance(scheduler, FlowSampler)
@@ -97,23 +97,23 @@ def sampler(kind: PredictionType, config: Any) -> "DDIMScheduler | FlowSampler":
 
 @dataclass
 class FlowStep:
-    """What one step of a flow makes: latents with less noise, and where they are heading."""
+    """The result of a sampler's step: the next latents x_{t-1}, and the estimate of x_0."""
 
     prev_sample: Tensor
     pred_original_sample: Tensor
 
 
 class FlowSampler(FlowMatchEulerDiscreteScheduler):
-    """Euler steps along a rectified flow, called as DDIM's are."""
+    """Euler's method for a rectified flow, with the interface of diffusers' DDIMScheduler."""
 
     init_noise_sigma = 1.0
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """The latents as the model sees them."""
+        """The latents unchanged: a flow model takes them as they are."""
         return sample
 
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> FlowStep:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The step from a timestep to the next; x_0 = x_t - sigma v for a velocity v."""
+        """One step to the next timestep; x_0 = x_t - sigma v for the velocity v = model_output."""
         sigma = timestep / self.config["num_train_timesteps"]
-        [made] = super().step(model_output, timestep, sample, return_dict=False)  # pyright: ignore[reportArgumentType]
-        return FlowStep(made, sample - sigma * model_output)
+        [latents] = super().step(model_output, timestep, sample, return_dict=False)  # pyright: ignore[reportArgumentType]
+        return FlowStep(latents, sample - sigma * model_output)

@@ -1,4 +1,4 @@
-"""From what a user calls a base model to an open backbone: pocket, folder, file or hub id."""
+"""Loading a base model by the name that a user gives: pocket, folder, file or hub id."""
 
 import importlib
 import json
@@ -18,14 +18,14 @@ from rite_diffusion.backbones.protocols import Backbone, Defaults
 from rite_diffusion.errors import BackboneError
 from rite_diffusion.files.writing import user_path
 
-# Both libraries draw progress bars and warn of what is no concern of this toolkit's user; warnings
-# while they load are held back where the package is imported.
+# Both libraries print progress bars and warnings that do not help this toolkit's users; warnings at
+# their import are turned off in this package's __init__.
 for _library in (transformers.utils.logging, diffusers.utils.logging):
     _library.set_verbosity_error()
     _library.disable_progress_bar()
 
 POCKET = Path(__file__).parent / "pocket" / "weights"
-OWN_DEFAULTS = {"pocket": Defaults(guidance=3.0)}  # at which its pictures look best
+OWN_DEFAULTS = {"pocket": Defaults(guidance=3.0)}  # best for its pictures
 PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
 # The class of a diffusers pipeline, and the module and class that make a backbone of it; imported
@@ -43,7 +43,7 @@ FAMILIES = {
     "Krea2Pipeline": ("flow.krea2", "Krea2"),
     "Lumina2Pipeline": ("flow.lumina2", "Lumina2"),
 }
-LIBRARIES = {"diffusers", "transformers", "stable_diffusion", None}  # that a model's parts are of
+LIBRARIES = {"diffusers", "transformers", "stable_diffusion", None}  # of a pipeline's parts
 
 _LOADING = threading.Lock()  # diffusers and transformers patch torch's modules while they load
 
@@ -60,10 +60,11 @@ def default_device() -> torch.device:
 def load_backbone(
     base: str, precision: str | None = None, device: torch.device | None = None
 ) -> Backbone:
-    """The base model behind a name: `pocket`, a diffusers folder, a `.safetensors` or a hub id.
+    """The base model `pocket`, or that of a diffusers folder, a `.safetensors` file or a hub id.
 
-    Weights are read in `precision` (fp32, fp16, bf16), by default fp16 on CUDA and fp32 elsewhere.
-    No pickle is opened and no code from a hub is run. Raises BackboneError where there is none.
+    Weights are loaded in `precision` (fp32, fp16, bf16), by default fp16 on CUDA and fp32
+    elsewhere. Pickles are not opened and code from a hub is not run. Raises BackboneError where
+    there is no such model or it is not supported.
     """
     device = device or default_device()
     precision = precision or ("fp16" if device.type == "cuda" else "fp32")
@@ -81,7 +82,7 @@ def family_of(pipeline: DiffusionPipeline) -> Any:
 
 
 def usable_precision(wanted: str, device: torch.device) -> tuple[str, str]:
-    """The precision that a device can train in, and why it is not the wanted one, or ""."""
+    """The precision for training on a device, and why it is not the wanted one, or ""."""
     if wanted == "fp16" and device.type == "cpu":
         return "fp32", "precision fp32: fp16 does not train on a CPU"
     on_cuda = wanted == "bf16" and device.type == "cuda"
@@ -93,7 +94,7 @@ def usable_precision(wanted: str, device: torch.device) -> tuple[str, str]:
 def choose_attention(pipeline: DiffusionPipeline) -> str:
     """The attention backend now in use: xformers where CUDA is there and it works, else SDPA.
 
-    Of an xformers that does not work, the reason is told.
+    Else that is PyTorch's SDPA, followed by the reason why xformers does not work on this GPU.
     """
     if not torch.cuda.is_available():
         return "sdpa"

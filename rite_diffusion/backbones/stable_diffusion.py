@@ -13,7 +13,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from rite_diffusion.backbones.chunks import chunks_of, cut_caption
-from rite_diffusion.backbones.cross_attention import cross_attentions, take_own_states
+from rite_diffusion.backbones.cross_attention import cross_attentions, select_layer_states
 from rite_diffusion.backbones.encoders import Encoders, autoencoder_digest, text_digest
 from rite_diffusion.backbones.expansion import Chunked, Expansion
 from rite_diffusion.backbones.fingerprint import fingerprint
@@ -37,8 +37,7 @@ PROJECTIONS = {
     "text_encoder": _CLIP,
     "text_encoder_2": _CLIP,
 }
-# Beside the attention, the linear layers and convolutions of the UNet's blocks: what LyCORIS calls
-# LoCon adapts.
+# The other linear layers and convolutions of the UNet's blocks, which LoCon (LyCORIS) adapts too.
 BLOCKS = (
     "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut",
     "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv",
@@ -76,7 +75,7 @@ class StableDiffusion:
         self.embeddings: dict[str, LearnedEmbedding] = {}
         self.triggers: dict[str, Sequence[str]] = {}
         self.cross_attentions = cross_attentions(self.unet)
-        take_own_states(self.cross_attentions)
+        select_layer_states(self.cross_attentions)
         self.dtype: torch.dtype = self.unet.dtype
         self.latent_channels: int = self.unet.config.in_channels
         self.prediction_type: PredictionType = prediction_type(pipeline.scheduler, name)
@@ -95,9 +94,9 @@ class StableDiffusion:
         }
 
     def release(self, names: Sequence[str]) -> None:
-        """Let encoders leave the device's memory for the computer's, on a CPU altogether.
+        """Move encoders from the device to the CPU's memory, or on a CPU out of memory.
 
-        They are back as soon as something is to be encoded or decoded.
+        They are loaded again when something is encoded or decoded.
         """
         self.encoders.release(names)
 
@@ -142,9 +141,9 @@ class StableDiffusion:
         return text_digest(self.encoders)
 
     def lora_targets(self, component: str, blocks: bool = False) -> list[str]:
-        """Paths of the q, k, v and output projections of every attention of a component.
+        """Paths of the q, k, v and output projections of every attention in a component.
 
-        With `blocks`, also those of the other layers of the UNet's blocks.
+        With `blocks`, also the paths of the other layers in the UNet's blocks.
         """
         wanted = PROJECTIONS[component]
         if blocks and component == "unet":
@@ -154,23 +153,23 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Latents (B, C, h, w), the posterior's mean, of pictures (B, 3, H, W) in [-1, 1]."""
+        """Latents (B, C, h, w), means of the posterior, of pictures (B, 3, H, W) in [-1, 1]."""
         pixels = pixels.to(self.device, self.vae.dtype)
         return self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
 
     def checkpoint_gradients(self, wanted: bool) -> None:
-        """Recompute the UNet's activations in the backward pass instead of keeping them."""
+        """Turn gradient checkpointing of the UNet on or off."""
         if wanted:
             self.unet.enable_gradient_checkpointing()
         else:
             self.unet.disable_gradient_checkpointing()
 
     def compile_denoiser(self, wanted: bool) -> None:
-        """Run the UNet through `torch.compile`, or as it is."""
+        """Turn `torch.compile` of the UNet on or off."""
         if wanted:
             self.unet.compile()
         else:
-            self.unet._compiled_call_impl = None  # torch has no public way back
+            self.unet._compiled_call_impl = None  # PyTorch has no public call to undo `compile`
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -186,24 +185,30 @@ class StableDiffusion:
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """Conditioning of prompts as users write them: of any length, with weights and BREAK.
 
-        Prompts of one batch get as many chunks as the longest. ConfigError for syntax that is not
-        supported.
+        All prompts of a batch have as many chunks as the longest. ConfigError for syntax that is
+        not supported.
         """
-        whole = self.literal_words
-        return self._encode(
-            [read_prompt(text, whole) for text in prompts],
-            partial(chunks_of, size=self.token_budget, whole=whole),
-        )
+        return self._encode(*self._read(prompts))
+
+    def encoded_length(self, prompts: list[str]) -> int:
+        """Number of tokens in the states that `encode_prompts` returns, found without encoding."""
+        return self._expanded(*self._read(prompts)).encoded_length
+
+    def _read(self, prompts: list[str]) -> tuple[list[list[Section]], Chunked]:
+        """The prompts' sections, and the function that divides them into chunks."""
+        whole = self.protected_words
+        sections = [read_prompt(text, whole) for text in prompts]
+        return sections, partial(chunks_of, size=self.token_budget, whole=whole)
 
     def encode_captions(self, captions: list[str]) -> Conditioning:
-        """Conditioning of training captions: brackets are text, over-long captions are cut."""
+        """Conditioning of captions, without prompt syntax; tokens beyond the budget are cut off."""
         chunked = partial(cut_caption, size=self.token_budget)
         return self._encode([as_written(text) for text in captions], chunked)
 
     def _encode(self, prompts: list[list[Section]], chunked: Chunked) -> Conditioning:
         """The text encoder's last hidden states (B, tokens, width).
 
-        (B, layers, tokens, width) where a prompt says a word that differs from layer to layer.
+        They are (B, layers, tokens, width) where a prompt contains a layer-wise embedding.
         """
         expansion = self._expanded(prompts, chunked)
         states = expansion.encode(self.text_encoder, 0).last_hidden_state
@@ -218,8 +223,8 @@ class StableDiffusion:
         return [self.tokenizer]
 
     @property
-    def literal_words(self) -> list[str]:
-        """The words that prompts take literally and whole: learned ones and adapters' triggers."""
+    def protected_words(self) -> list[str]:
+        """Words that prompts keep whole and without syntax: learned embeddings and triggers."""
         called = [word for words in self.triggers.values() for word in words]
         return list(dict.fromkeys([*self.embeddings, *called]))
 
@@ -232,11 +237,11 @@ class StableDiffusion:
         return len(tokens_of(self.tokenizer, prompt, vectors_in([prompt], self.embeddings))[0])
 
     def token_positions(self, prompt: str, word: str) -> list[int]:
-        """Where a word's tokens stand in the encoded prompt, at its first mention."""
+        """Positions of a word's tokens in the encoded prompt, at its first mention."""
         return positions_of(self.tokenizer, prompt, word, self.embeddings, self.token_budget)
 
     def is_known_word(self, word: str) -> bool:
-        """Whether the tokenizer holds the word whole, as it does what the model already knows."""
+        """Whether the tokenizer has the word as a single token."""
         return word.isalpha() and len(self.token_ids(word)) == 1
 
     def denoise(

@@ -38,7 +38,7 @@ def printable(text: str) -> str:
     return "".join(shown)
 
 
-def say_on_stderr(line: str) -> None:
+def print_to_stderr(line: str) -> None:
     """Print a line for people, apart from what a command prints."""
     print(printable(line), file=sys.stderr)
 
@@ -135,7 +135,7 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 
 @contextmanager
-def workplace(folder: Path) -> Iterator[Path]:
+def staging_folder(folder: Path) -> Iterator[Path]:
     """A new folder inside `folder`, made if need be, whose files are moved out when they are whole.
 
     It is removed at the end; if the block fails, folders that were made go too.

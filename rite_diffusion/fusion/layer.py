@@ -37,7 +37,7 @@ class Part:
 
     concept: str  # hash of the adapter's tensors
     factors: Factors  # of rank 0 where the adapter leaves the layer alone
-    gram: AnySecondMoment | None  # None: no statistics
+    second_moment: AnySecondMoment | None  # None: no statistics
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def flat(pair: LoraPair, weight: float) -> Factors:
     return Factors(pair.up.detach().double().flatten(1), pair.scale * weight * down)
 
 
-def nothing(like: Factors) -> Factors:
+def zero_update(like: Factors) -> Factors:
     """The update of rank 0 for the same weight."""
     return Factors(like.up[:, :0], like.down[:0])
 
@@ -82,7 +82,7 @@ def as_pair(name: str, factors: Factors, kernel: torch.Size) -> LoraPair:
     return LoraPair(name, down, up[:, :, None, None] if len(kernel) == 3 else up, 1.0)
 
 
-def output_energy(factors: Factors, gram: AnySecondMoment) -> float:
+def output_energy(factors: Factors, moment: AnySecondMoment) -> float:
     """E|D x|^2 of an update D = up @ down over the inputs of a Gram: tr(D G D^T)."""
-    inner = gram.times(factors.down) @ factors.down.mT  # (r, r)
+    inner = moment.times(factors.down) @ factors.down.mT  # (r, r)
     return ((factors.up.mT @ factors.up) * inner).sum().clamp(min=0).item()

@@ -32,7 +32,7 @@ class Loss:
         return (self.lost / self.size) ** 0.5 if self.lost and self.size else 0.0
 
 
-def described(loss: float) -> str:
+def describe_loss(loss: float) -> str:
     """A loss in words."""
     return f"relative error {loss:.2g} of all layers' updates"
 

@@ -9,7 +9,7 @@ from rite_diffusion.adapters.names import module_name
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.fusion.members import digest_of
 from rite_diffusion.fusion.prompts import ordinary_prompts
-from rite_diffusion.fusion.sketch import Sketch, SketchFacts
+from rite_diffusion.fusion.sketch import Sketch, SketchMetadata
 from rite_diffusion.fusion.statistics import Drawing, SecondMoments, collect
 
 NAME = "sketched"
@@ -71,14 +71,14 @@ def measure(
     )
     base = collect(backbone, ordinary, names, drawing, lambda done, _: progress(own + done, total))
     return [
-        Sketch(concept, base, facts(backbone, adapter, each))
+        Sketch(concept, base, sketch_metadata(backbone, adapter, each))
         for adapter, concept, each in zip(adapters, concepts, prompts, strict=True)
     ]
 
 
-def facts(backbone: Backbone, adapter: Adapter, prompts: Sequence[str]) -> SketchFacts:
+def sketch_metadata(backbone: Backbone, adapter: Adapter, prompts: Sequence[str]) -> SketchMetadata:
     """What a sketch's header says."""
-    return SketchFacts(
+    return SketchMetadata(
         adapter=digest_of(adapter),
         base_fingerprint=backbone.fingerprint,
         prompts="\n".join(prompts),

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from rite_diffusion.adapters import Adapter
-from rite_diffusion.adapters.attach import is_other_base, without_ones
+from rite_diffusion.adapters.attach import as_matrix_shape, is_other_base
 from rite_diffusion.errors import FusionError
-from rite_diffusion.fusion.layer import Layer, Part, flat, nothing
+from rite_diffusion.fusion.layer import Layer, Part, flat, zero_update
 from rite_diffusion.fusion.second_moments import mean
 from rite_diffusion.fusion.sketch import Sketch
 from rite_diffusion.types import LoraPair
@@ -63,7 +63,7 @@ def _content(values: Tensor) -> bytes:
     return values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def checked(members: Sequence[Member]) -> list[Member]:
+def check_and_sort(members: Sequence[Member]) -> list[Member]:
     """The members in an order that depends on their content alone; FusionError where they clash."""
     if not members:
         raise FusionError("no adapters to fuse: pass their files.")
@@ -111,7 +111,7 @@ def _refuse_other_shapes(members: Sequence[Member]) -> None:
     shapes: dict[str, tuple[tuple[int, ...], Path]] = {}
     for member in members:
         for pair in member.adapter.pairs:
-            shape = without_ones((pair.up.shape[0], *pair.down.shape[1:]))
+            shape = as_matrix_shape((pair.up.shape[0], *pair.down.shape[1:]))
             other, file = shapes.setdefault(pair.name, (shape, member.file))
             if shape != other:
                 raise FusionError(
@@ -127,7 +127,7 @@ def layers(members: Sequence[Member]) -> Iterator[tuple[Layer, torch.Size]]:
     """
     for name in sorted({name for member in members for name in member.pairs}):
         example = next(m.pairs[name] for m in members if name in m.pairs)
-        empty = nothing(flat(example, 1.0))
+        empty = zero_update(flat(example, 1.0))
         parts = [
             Part(
                 member.digest,

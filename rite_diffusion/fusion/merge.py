@@ -14,7 +14,7 @@ from rite_diffusion.fusion import FUSIONS, Fusion
 from rite_diffusion.fusion.embeddings import merge_tokens
 from rite_diffusion.fusion.layer import as_pair
 from rite_diffusion.fusion.loss import Loss
-from rite_diffusion.fusion.members import Member, checked, layers
+from rite_diffusion.fusion.members import Member, check_and_sort, layers
 from rite_diffusion.fusion.settings import FusionSettings
 from rite_diffusion.fusion.shifts import merge_shifts
 from rite_diffusion.types import LoraPair
@@ -49,7 +49,7 @@ def merge(members: Sequence[Member], name: str, settings: FusionSettings) -> Ada
 
 def merge_with_loss(members: Sequence[Member], name: str, settings: FusionSettings) -> Merged:
     """What `merge` makes, and what was cut off."""
-    members = checked(members)
+    members = check_and_sort(members)
     method = method_named(name) if len(members) > 1 else _ALONE
     pairs, loss = list[LoraPair](), Loss()
     for layer, kernel in layers(members):

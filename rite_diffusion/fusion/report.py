@@ -18,7 +18,7 @@ from statistics import median
 
 from rite_diffusion.adapters import Adapter
 from rite_diffusion.fusion.layer import Factors, Layer, Part, flat, output_energy, stack
-from rite_diffusion.fusion.members import Member, checked, layers
+from rite_diffusion.fusion.members import Member, check_and_sort, layers
 from rite_diffusion.fusion.methods.gram import with_statistics
 from rite_diffusion.fusion.second_moments import AnySecondMoment
 
@@ -67,7 +67,7 @@ class ConflictReport:
 
 def report_on(members: Sequence[Member], fused: Adapter) -> ConflictReport:
     """The conflicts of members that all have sketches, before and after they were fused."""
-    members = checked(members)
+    members = check_and_sort(members)
     made = {pair.name: flat(pair, 1.0) for pair in fused.pairs}
     found = [layer_conflict(layer, made[layer.name]) for layer, _ in layers(members)]
     count = range(len(members))
@@ -88,9 +88,9 @@ def layer_conflict(layer: Layer, fused: Factors) -> LayerConflict:
     with_statistics(layer)
     parts = layer.parts
     total = stack([part.factors for part in parts])
-    own = [_rms_output(part.factors, part.gram) for part in parts]
+    own = [_rms_output(part.factors, part.second_moment) for part in parts]
     crosstalk = [
-        [_ratio(_rms_output(other.factors, part.gram), alone) for other in parts]
+        [_ratio(_rms_output(other.factors, part.second_moment), alone) for other in parts]
         for part, alone in zip(parts, own, strict=True)
     ]
     usual = [value for value in own if value > 0]
@@ -105,14 +105,14 @@ def layer_conflict(layer: Layer, fused: Factors) -> LayerConflict:
     )
 
 
-def _rms_output(factors: Factors, gram: AnySecondMoment | None) -> float:
+def _rms_output(factors: Factors, moment: AnySecondMoment | None) -> float:
     """Root mean square output of an update; 0 where nothing is known of the inputs."""
-    return output_energy(factors, gram) ** 0.5 if gram is not None else 0.0
+    return output_energy(factors, moment) ** 0.5 if moment is not None else 0.0
 
 
 def _error(update: Factors, part: Part, alone: float) -> float:
     negative = Factors(-part.factors.up, part.factors.down)
-    return _ratio(_rms_output(stack([update, negative]), part.gram), alone)
+    return _ratio(_rms_output(stack([update, negative]), part.second_moment), alone)
 
 
 def _ratio(value: float, of: float) -> float:

@@ -122,24 +122,26 @@ def from_eigen(
     return SecondMoment(basis[:count], values[:count] - tail, tail, rows)
 
 
-def truncated(gram: AnySecondMoment, keep: int) -> SecondMoment:
+def truncated(moment: AnySecondMoment, keep: int) -> SecondMoment:
     """The same Gram with at most `keep` directions; the rest goes into the tail."""
-    whole = gram.spectral
+    whole = moment.spectral
     outside = whole.width - len(whole.values)
     rest = outside * whole.tail
     return from_eigen(whole.basis, whole.values + whole.tail, rest, whole.rows, keep)
 
 
-def mean(grams: Sequence[AnySecondMoment]) -> AnySecondMoment:
+def mean(moments: Sequence[AnySecondMoment]) -> AnySecondMoment:
     """The mean of Grams; one that many share, as of one base, is not summed again."""
-    first, rows = grams[0], sum(gram.rows for gram in grams)
-    if all(_same(gram, first) for gram in grams[1:]):
+    first, rows = moments[0], sum(moment.rows for moment in moments)
+    if all(_same(moment, first) for moment in moments[1:]):
         return first
-    if any(isinstance(gram, FullSecondMoment) for gram in grams):
-        return full_second_moment(torch.stack([gram.matrix() for gram in grams]).mean(0), rows)
-    roots = torch.cat([gram.spectral.root() for gram in grams]) / len(grams) ** 0.5
+    if any(isinstance(moment, FullSecondMoment) for moment in moments):
+        return full_second_moment(
+            torch.stack([moment.matrix() for moment in moments]).mean(0), rows
+        )
+    roots = torch.cat([moment.spectral.root() for moment in moments]) / len(moments) ** 0.5
     _, singular, basis = torch.linalg.svd(roots, full_matrices=False)
-    tail = sum(gram.spectral.tail for gram in grams) / len(grams)
+    tail = sum(moment.spectral.tail for moment in moments) / len(moments)
     return SecondMoment(basis, singular.square(), tail, rows)
 
 
@@ -157,17 +159,21 @@ class SecondMomentSum:
     S = R^T R + tail I, so that no such matrix is made.
     """
 
-    def __init__(self, grams: Sequence[AnySecondMoment], weights: Sequence[float], ridge: float):
-        pairs = list(zip(grams, weights, strict=True))
-        width = grams[0].width
-        floor = ridge * sum(weight * gram.trace for gram, weight in pairs) / width
-        few = [gram for gram in grams if isinstance(gram, SecondMoment)]
-        self.low_rank = len(few) == len(grams) and sum(len(g.values) for g in few) < width // 2
+    def __init__(self, moments: Sequence[AnySecondMoment], weights: Sequence[float], ridge: float):
+        pairs = list(zip(moments, weights, strict=True))
+        width = moments[0].width
+        floor = ridge * sum(weight * moment.trace for moment, weight in pairs) / width
+        few = [moment for moment in moments if isinstance(moment, SecondMoment)]
+        self.low_rank = len(few) == len(moments) and sum(len(g.values) for g in few) < width // 2
         if self.low_rank:
-            self.roots = torch.cat([weight**0.5 * gram.spectral.root() for gram, weight in pairs])
-            self.tail = floor + sum(weight * gram.spectral.tail for gram, weight in pairs)
+            self.roots = torch.cat(
+                [weight**0.5 * moment.spectral.root() for moment, weight in pairs]
+            )
+            self.tail = floor + sum(weight * moment.spectral.tail for moment, weight in pairs)
         else:
-            self.matrix = sum((weight * gram.matrix() for gram, weight in pairs), torch.zeros(()))
+            self.matrix = sum(
+                (weight * moment.matrix() for moment, weight in pairs), torch.zeros(())
+            )
             self.matrix.diagonal().add_(floor)
 
     def times(self, rows: Tensor) -> Tensor:

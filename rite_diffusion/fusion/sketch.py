@@ -29,7 +29,7 @@ KIND = "rite_sketch"
 
 
 @dataclass(frozen=True)
-class SketchFacts:
+class SketchMetadata:
     """What a sketch was made of."""
 
     adapter: str  # digest of the adapter's tensors
@@ -44,7 +44,7 @@ class Sketch:
 
     concept: SecondMoments
     base: SecondMoments
-    facts: SketchFacts
+    metadata: SketchMetadata
 
 
 def sketch_path(adapter: Path) -> Path:
@@ -56,23 +56,23 @@ def save_sketch(path: Path, sketch: Sketch, keep: int) -> None:
     """Write a sketch atomically, with at most `keep` directions per layer."""
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict[str, list]] = {}
-    for side, grams in (("concept", sketch.concept), ("base", sketch.base)):
+    for side, moments in (("concept", sketch.concept), ("base", sketch.base)):
         homes: dict[int, str] = {}
         layers[side] = {}
-        for name, gram in grams.items():
-            home = homes.setdefault(id(gram), f"{side}.{name}")
-            layers[side][name] = [home, gram.rows]
+        for name, moment in moments.items():
+            home = homes.setdefault(id(moment), f"{side}.{name}")
+            layers[side][name] = [home, moment.rows]
             if home == f"{side}.{name}":
-                tensors |= _tensors(home, truncated(gram, keep))
-    header = {KIND: "1", "layers": json.dumps(layers)} | asdict(sketch.facts)
+                tensors |= _tensors(home, truncated(moment, keep))
+    header = {KIND: "1", "layers": json.dumps(layers)} | asdict(sketch.metadata)
     write_output(path, save(tensors, header))
 
 
-def _tensors(home: str, gram: SecondMoment) -> dict[str, Tensor]:
+def _tensors(home: str, moment: SecondMoment) -> dict[str, Tensor]:
     return {
-        f"{home}.basis": gram.basis.half().contiguous(),
-        f"{home}.values": gram.values.float().contiguous(),
-        f"{home}.tail": torch.tensor(gram.tail),
+        f"{home}.basis": moment.basis.half().contiguous(),
+        f"{home}.values": moment.values.float().contiguous(),
+        f"{home}.tail": torch.tensor(moment.tail),
     }
 
 
@@ -91,20 +91,24 @@ def load_sketch(path: Path) -> Sketch:
     try:
         layers = json.loads(header["layers"])
         homes = {home: rows for side in layers.values() for home, rows in side.values()}
-        grams: SecondMoments = {home: _gram(tensors, home, rows) for home, rows in homes.items()}
+        moments: SecondMoments = {
+            home: _second_moment(tensors, home, rows) for home, rows in homes.items()
+        }
         sides: dict[str, SecondMoments] = {
-            side: {name: grams[home] for name, (home, _) in layers[side].items()}
+            side: {name: moments[home] for name, (home, _) in layers[side].items()}
             for side in ("concept", "base")
         }
-        facts = SketchFacts(**{field.name: header[field.name] for field in fields(SketchFacts)})
+        metadata = SketchMetadata(
+            **{field.name: header[field.name] for field in fields(SketchMetadata)}
+        )
     except (KeyError, ValueError, TypeError) as error:
         raise FusionError(
             f"{path} is incomplete ({error}). Make it again with `rite sketch`."
         ) from None
-    return Sketch(sides["concept"], sides["base"], facts)
+    return Sketch(sides["concept"], sides["base"], metadata)
 
 
-def _gram(tensors: dict[str, Tensor], home: str, rows: int) -> SecondMoment:
+def _second_moment(tensors: dict[str, Tensor], home: str, rows: int) -> SecondMoment:
     """A stored Gram; rounding to half precision bent the basis, QR straightens it."""
     basis, values = tensors[f"{home}.basis"].double(), tensors[f"{home}.values"].double()
     tail = float(tensors[f"{home}.tail"])

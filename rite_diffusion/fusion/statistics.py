@@ -10,11 +10,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rite_diffusion.adapters.attach import places
+from rite_diffusion.adapters.attach import adaptable_layers, base_layer
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.fusion.second_moments import (
@@ -52,7 +51,7 @@ class ExactSum:
             self.total += chunk.mT @ chunk
         self.rows += len(inputs)
 
-    def gram(self) -> FullSecondMoment:
+    def second_moment(self) -> FullSecondMoment:
         """The mean of x x^T."""
         return full_second_moment(self.total.cpu().double() / self.rows, self.rows)
 
@@ -80,7 +79,7 @@ class SketchSum:
             self.energy += chunk.double().square().sum().item()
         self.rows += len(inputs)
 
-    def gram(self) -> SecondMoment:
+    def second_moment(self) -> SecondMoment:
         """The mean of x x^T: leading directions, the rest of the trace as a tail."""
         seen, test = self.seen.cpu().double(), self.test.cpu().double()
         inner = test.mT @ seen
@@ -139,13 +138,12 @@ class Watched:
 
 def watched(backbone: Backbone, names: Sequence[str]) -> dict[str, Watched]:
     """The layers of these names, whether or not LoRA wraps them."""
-    homes = places(backbone)
+    homes = adaptable_layers(backbone)
     found = {}
     for name in names:
         component, path = homes[name]
         called = backbone.components[component].get_submodule(path)
-        layer = called.base_layer if isinstance(called, LoraLayer) else called
-        found[name] = Watched(called, layer)
+        found[name] = Watched(called, base_layer(called))
     return found
 
 
@@ -191,7 +189,7 @@ def _draw(backbone: Backbone, prompt: str, seed: int, steps: int) -> None:
         pass
 
 
-def leaders(
+def shared_inputs(
     backbone: Backbone, layers: dict[str, Watched], prompts: Sequence[str]
 ) -> dict[str, str]:
     """Layer name -> the first layer that is given the very same tensors and unfolds them alike.
@@ -225,7 +223,7 @@ def collect(
 ) -> SecondMoments:
     """The Gram of each named layer while the backbone, as it is now, draws the prompts."""
     layers = watched(backbone, names)
-    led = leaders(backbone, layers, prompts)
+    shared = shared_inputs(backbone, layers, prompts)
     sums: dict[str, ExactSum | SketchSum] = {}
 
     def see(name: str, layer: nn.Module, inputs: Tensor) -> None:
@@ -234,11 +232,11 @@ def collect(
                 sums[name] = running_sum(layer, rows.shape[1], rows.device)
             sums[name].add(rows)
 
-    with _watch({name: layers[name] for name in sorted(set(led.values()))}, see):
+    with _watch({name: layers[name] for name in sorted(set(shared.values()))}, see):
         total = len(prompts) * drawing.pictures
         for index in range(total):
             prompt = prompts[index // drawing.pictures]
             _draw(backbone, prompt, drawing.seed + index, drawing.steps)
             progress(index + 1, total)
-    grams = {name: total.gram() for name, total in sums.items()}
-    return {name: grams[led[name]] for name in names if name in led}
+    found = {name: total.second_moment() for name, total in sums.items()}
+    return {name: found[shared[name]] for name in names if name in shared}

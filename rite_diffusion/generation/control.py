@@ -128,7 +128,7 @@ def under_control(
     """
     if not controls:
         return predict
-    tokens = backbone.encode_prompts(list(texts)).states.shape[-2]
+    tokens = backbone.encoded_length(list(texts))
     features = [_features(each) for each in controls]
 
     def hook(module: nn.Module, arguments: tuple, keywords: dict[str, Any]):

@@ -41,7 +41,7 @@ def resolve_request(
             raise ConfigError(
                 f"side {side} is not a multiple of {backbone.multiple} up to {LONGEST_SIDE}"
             )
-    request.check(backbone.literal_words)
+    request.check(backbone.protected_words)
     guidance = backbone.defaults.guidance if request.guidance is None else request.guidance
     return Parameters(
         prompt=request.prompt,

@@ -128,7 +128,7 @@ def regional(backbone: Backbone, plan: RegionPlan, adapters: Sequence[Attached])
         inside = set(denoiser.modules())
         for index, adapter in enumerate(adapters):
             for layer in lora_layers(backbone, adapter.name).values():
-                if layer in inside:
+                if layer in inside:  # PEFT mixes adapters per sample at most, not per cell
                     handle = layer.lora_B[adapter.name].register_forward_hook(_scaled(plan, index))
                     stack.callback(handle.remove)
         yield

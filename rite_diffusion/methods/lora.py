@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from rite_diffusion._version import __version__
 from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
-from rite_diffusion.adapters.adapter import shown_base
+from rite_diffusion.adapters.adapter import base_name
 from rite_diffusion.backbones.conditioning import joined, rows
 from rite_diffusion.backbones.protocols import Backbone, Conditioning
 from rite_diffusion.backbones.text_cache import cached_conditioning
@@ -104,7 +104,7 @@ class Lora:
         info = AdapterInfo(
             trigger=trigger,
             class_noun=class_noun,
-            base=shown_base(self.backbone.name),
+            base=base_name(self.backbone.name),
             base_fingerprint=self.backbone.fingerprint,
             method="lora",
             version=__version__,

@@ -44,7 +44,7 @@ class LoraRite(LoraOptimizer):
     decay and divides them by the number of rows; it bounds the norm of all unmagnified gradients
     together, drops a factor's gradient whose root mean square is above a bound, and leaves the
     escaped mass out. The last three are options here, with the release's defaults. Unlike either,
-    a factor does not move along directions in which its partner nearly vanishes (`careful_basis`).
+    a factor does not move along directions in which its partner nearly vanishes (`svd_basis`).
 
     Parameters must not be changed between steps other than by this optimizer; where they are, the
     moments are carried into a basis that is off by that change.
@@ -85,7 +85,7 @@ class LoraRite(LoraOptimizer):
                 rank, escape = value[0].shape[1], stack.group["escape"]
                 stack.state = [new_state(v, rank, escape) for v in value]
             sides += [Side(stack, part, value[part], gradient[part]) for part in range(2)]
-        batches = alike(sides)
+        batches = batches_of(sides)
         for batch in batches:
             unmagnify(batch)
         squares = [side.square_norm for side in sides]
@@ -108,7 +108,9 @@ class Side:
     gradient: Tensor  # once `unmagnify` has run: in the basis of the partner
     basis: Tensor = field(init=False)  # this factor's own W (n, r, r): X W is orthonormal
     back: Tensor = field(init=False)  # W^{-T} (n, r, r)
-    doubtful: Tensor = field(init=False)  # indices of pairs whose factor is nearly rank-deficient
+    ill_conditioned: Tensor = field(
+        init=False
+    )  # indices of pairs whose factor is nearly rank-deficient
     outer: Tensor = field(init=False)  # gradient^T gradient / m (n, r, r)
 
     @property
@@ -157,7 +159,7 @@ def new_state(values: Tensor, rank: int, escape: bool) -> dict[str, Tensor]:
     return state | ({"escaped": values.new_zeros(n)} if escape else {})
 
 
-def alike(sides: list[Side]) -> list[list[Side]]:
+def batches_of(sides: list[Side]) -> list[list[Side]]:
     """The sides, down and up of a pair in turn, by rank, step and settings.
 
     The r x r work of such a batch is done at once, whatever the layers' sizes.
@@ -170,7 +172,7 @@ def alike(sides: list[Side]) -> list[list[Side]]:
     return list(batches.values())
 
 
-def split(matrices: Tensor, batch: list[Side]) -> list[Tensor]:
+def by_side(matrices: Tensor, batch: list[Side]) -> list[Tensor]:
     """Matrices (all pairs of the batch, r, r) by side."""
     return list(matrices.split([len(side.values) for side in batch]))
 
@@ -184,21 +186,21 @@ def partners(batch: list[Side]) -> list[Side]:
 def unmagnify(batch: list[Side]) -> None:
     """Express every gradient in the basis of its partner (Sec. 3.1); fill what is left open."""
     grams = torch.cat([side.products(side.values, side.values) for side in batch])
-    *bases, rough = basis_of_gram(grams)
+    *bases, rough = cholesky_basis(grams)
     some = bool(rough.any())  # the one time that a device is waited for
-    for side, *own, mask in zip(batch, *(split(m, batch) for m in [*bases, rough]), strict=True):
+    for side, *own, mask in zip(batch, *(by_side(m, batch) for m in [*bases, rough]), strict=True):
         side.basis, side.back = own
-        side.doubtful = (mask if some else mask[:0]).nonzero().squeeze(-1)
-        if len(side.doubtful):
-            careful = careful_basis(side.rows(side.values[side.doubtful]))
-            side.basis[side.doubtful], side.back[side.doubtful] = careful
+        side.ill_conditioned = (mask if some else mask[:0]).nonzero().squeeze(-1)
+        if len(side.ill_conditioned):
+            careful = svd_basis(side.rows(side.values[side.ill_conditioned]))
+            side.basis[side.ill_conditioned], side.back[side.ill_conditioned] = careful
     for side, partner in zip(batch, partners(batch), strict=True):
         side.gradient = side.times(side.gradient, partner.basis)
         side.outer = side.products(side.gradient, side.gradient) / side.length
         skip_large(side)
 
 
-def basis_of_gram(grams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def cholesky_basis(grams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """W and W^{-T} (n, r, r) by Cholesky factors of Gram matrices; where (n,) they are rough."""
     factor, failed = torch.linalg.cholesky_ex(grams, upper=True)
     pivots = factor.diagonal(dim1=-2, dim2=-1)
@@ -209,7 +211,7 @@ def basis_of_gram(grams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return basis, factor.mT.contiguous(), rough
 
 
-def careful_basis(rows: Tensor) -> tuple[Tensor, Tensor]:
+def svd_basis(rows: Tensor) -> tuple[Tensor, Tensor]:
     """W and W^{-T} of rows (n, m, r) by singular values: for any condition and any rank.
 
     Where columns depend on each other, both leave the lost directions out as a pseudo-inverse does;
@@ -258,9 +260,9 @@ def move(batch: list[Side], norm: Tensor | float) -> None:
     back = torch.cat([side.state["back"] for side in other])
     outer = torch.cat([side.outer for side in batch])
     turn = (overlap @ basis).mT  # P
-    for partner, own in zip(other, split(turn, batch), strict=True):
-        if len(partner.doubtful):
-            own[partner.doubtful] = shorten(own[partner.doubtful])
+    for partner, own in zip(other, by_side(turn, batch), strict=True):
+        if len(partner.ill_conditioned):
+            own[partner.ill_conditioned] = nearest_contraction(own[partner.ill_conditioned])
     second = torch.cat([side.state["second"] for side in batch])
     turned = turn @ second @ turn.mT
     escaped = carry_escaped(batch, second, turned, beta2) if group["escape"] else None
@@ -271,7 +273,7 @@ def move(batch: list[Side], norm: Tensor | float) -> None:
     carry = back @ (basis @ turn).mT
     keep = 1 - group["lr"] * group["weight_decay"]
     for side, v, a, c in zip(
-        batch, split(second, batch), split(apply, batch), split(carry, batch), strict=True
+        batch, by_side(second, batch), by_side(apply, batch), by_side(carry, batch), strict=True
     ):
         momentum = side.times(side.state["momentum"], c)
         side.add_times(momentum, side.gradient, a, beta1)
@@ -282,7 +284,7 @@ def move(batch: list[Side], norm: Tensor | float) -> None:
         side.state.update(new, overlap=overlap_of(side, old, written))
 
 
-def shorten(turns: Tensor) -> Tensor:
+def nearest_contraction(turns: Tensor) -> Tensor:
     """The nearest matrices (n, r, r) that lengthen nothing."""
     left, sizes, right = torch.linalg.svd(turns)
     return left * sizes.clamp(max=1)[:, None, :] @ right
@@ -291,7 +293,7 @@ def shorten(turns: Tensor) -> Tensor:
 def overlap_of(side: Side, old: Tensor, new: Tensor) -> Tensor:
     """H = (X W)^T X' (n, r, r) of a factor's old and new values."""
     overlap = side.basis.mT @ side.products(old, new)
-    bad = side.doubtful
+    bad = side.ill_conditioned
     if len(bad):
         before, after = (precise(side.rows(each[bad])) for each in (old, new))
         overlap[bad] = ((before @ precise(side.basis[bad])).mT @ after).to(overlap)
@@ -302,7 +304,7 @@ def carry_escaped(batch: list[Side], second: Tensor, turned: Tensor, beta2: floa
     """The escaped mass (n,) with what this turn of the basis adds; kept in the state."""
     past = torch.cat([side.state["escaped"] for side in batch])
     escaped = beta2 * (past + escaped_mass(second, turned))
-    for side, own in zip(batch, split(escaped, batch), strict=True):
+    for side, own in zip(batch, by_side(escaped, batch), strict=True):
         side.state["escaped"] = own
     return escaped
 

@@ -17,9 +17,9 @@ WIDEST = 1.5  # error at which a bar is full
 def fusion_html(made: "FusionPreview | Merged") -> str:
     """HTML of the loss by a limited rank, and of the conflict report where there is one."""
     from rite_diffusion.api.fuse import FusionPreview
-    from rite_diffusion.fusion.loss import described
+    from rite_diffusion.fusion.loss import describe_loss
 
-    cut = f"<p>Cut in rank: {described(made.loss)}.</p>" if made.loss else ""
+    cut = f"<p>Cut in rank: {describe_loss(made.loss)}.</p>" if made.loss else ""
     return cut + (report_html(made.report) if isinstance(made, FusionPreview) else "")
 
 

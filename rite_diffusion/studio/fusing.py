@@ -133,7 +133,7 @@ def _has_sketch(file: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        return load_sketch(path).facts.adapter == digest_of(load_adapter(file))
+        return load_sketch(path).metadata.adapter == digest_of(load_adapter(file))
     except FusionError:  # damaged: made again
         return False
 

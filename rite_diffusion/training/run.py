@@ -9,7 +9,7 @@ import torch
 
 from rite_diffusion._version import __version__
 from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
-from rite_diffusion.adapters.adapter import shown_base
+from rite_diffusion.adapters.adapter import base_name
 from rite_diffusion.adapters.families import family_of_base
 from rite_diffusion.adapters.learned_embeddings import tokens_of
 from rite_diffusion.config import AugmentSection, fill, to_toml, without_paths, words_of
@@ -51,7 +51,7 @@ class Stopped(RiteError):
 def _adapter(plan: Plan, method: Method, step: int) -> Adapter:
     """The adapter after `step` steps; its header holds no absolute paths."""
     config, concepts = plan.config, plan.config.concepts()
-    base = shown_base(config.base)
+    base = base_name(config.base)
     info = AdapterInfo(
         trigger=", ".join(concept.trigger for concept in concepts),
         class_noun=", ".join(concept.class_noun for concept in concepts),

@@ -4,13 +4,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 from torch.nn import functional as F
 
 from rite_diffusion.backbones.flow.flux import TRAINING_GUIDANCE
 from rite_diffusion.backbones.flow.schedule import TIMES, scheduler_shift
-from rite_diffusion.backbones.flow.transformer import FlowTransformer
+from rite_diffusion.backbones.flow.transformer import FlowTransformer, chat_tokens
 from rite_diffusion.backbones.protocols import Conditioning, Defaults, Guidance
 
 
@@ -78,6 +79,20 @@ class Flux2(FlowTransformer):
         mean, deviation = self._statistics()
         latents = latents.to(self.vae.dtype) * deviation + mean
         return self.vae.decode(F.pixel_shuffle(latents, 2), return_dict=False)[0]
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer; that of dev lies within a processor."""
+        found = self.pipeline.tokenizer
+        return getattr(found, "tokenizer", found)
+
+    @property
+    def template_tokens(self) -> int:
+        """Tokens of the chat template around a prompt, with dev's system message."""
+        if not self._is_told_guidance:
+            return chat_tokens(self.tokenizer, enable_thinking=False)
+        message = format_input([""], self.pipeline.system_message)[0]
+        return len(self.tokenizer.apply_chat_template(message, tokenize=True))
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """States of several layers side by side, of a fixed number of tokens, padding attended."""

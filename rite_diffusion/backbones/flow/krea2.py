@@ -35,7 +35,10 @@ class Krea2(FilmCodec):
     @property
     def template_tokens(self) -> int:
         """Tokens after the prompt: those before it are not counted."""
-        return self.pipeline.prompt_template_encode_num_suffix_tokens
+        pipeline = self.pipeline
+        before = len(self.tokenizer(pipeline.prompt_template_encode_prefix).input_ids)
+        counted = before - pipeline.prompt_template_encode_start_idx
+        return counted + pipeline.prompt_template_encode_num_suffix_tokens
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """States (B, tokens, layers width) of a fixed number of tokens, with a mask."""

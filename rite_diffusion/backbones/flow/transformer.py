@@ -35,6 +35,15 @@ def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
     return F.pixel_shuffle(tokens.mT.unflatten(2, (height // 2, width // 2)), 2)
 
 
+def chat_tokens(tokenizer: Any, **options: Any) -> int:
+    """Tokens of a chat template around an empty message of the user."""
+    empty = [{"role": "user", "content": ""}]
+    text = tokenizer.apply_chat_template(
+        empty, tokenize=False, add_generation_prompt=True, **options
+    )
+    return len(tokenizer(text).input_ids)
+
+
 class FlowTransformer(ABC):
     """A flow-matching transformer behind the Backbone protocol; its weights are frozen.
 
@@ -185,7 +194,7 @@ class FlowTransformer(ABC):
         )
 
     @property
-    def literal_words(self) -> list[str]:
+    def protected_words(self) -> list[str]:
         """The words that prompts take literally and whole: adapters' triggers."""
         return [word for words in self.triggers.values() for word in words]
 

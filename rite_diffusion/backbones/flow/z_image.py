@@ -5,7 +5,7 @@ from torch import Tensor
 
 from rite_diffusion.backbones.conditioning import own_states, padded
 from rite_diffusion.backbones.flow.schedule import TIMES
-from rite_diffusion.backbones.flow.transformer import FlowTransformer
+from rite_diffusion.backbones.flow.transformer import FlowTransformer, chat_tokens
 from rite_diffusion.backbones.protocols import Conditioning, Defaults
 
 
@@ -22,11 +22,7 @@ class ZImage(FlowTransformer):
     @property
     def template_tokens(self) -> int:
         """Tokens of the chat template around a prompt."""
-        empty = [{"role": "user", "content": ""}]
-        text = self.tokenizer.apply_chat_template(
-            empty, tokenize=False, add_generation_prompt=True, enable_thinking=True
-        )
-        return len(self.tokenizer(text).input_ids)
+        return chat_tokens(self.tokenizer, enable_thinking=True)
 
     def encode(self, prompts: list[str]) -> Conditioning:
         """The states that enter the text encoder's last layer, padding removed."""

@@ -32,9 +32,9 @@ def custom_diffusion(layer: Layer, settings: FusionSettings) -> Factors:
     parts = with_statistics(layer)
     count = min(settings.constraints, max(1, base.width // (2 * len(parts))))
     white = [
-        distinct_directions(part.gram, base, ridge, count)
+        distinct_directions(part.second_moment, base, ridge, count)
         for part in parts
-        if part.gram is not None
+        if part.second_moment is not None
     ]
     blocks = [
         base.power(part.factors.down, 0.5, ridge) @ directions.mT  # (r_i, s_i)
@@ -46,8 +46,8 @@ def custom_diffusion(layer: Layer, settings: FusionSettings) -> Factors:
 
 
 def distinct_directions(
-    gram: AnySecondMoment, base: SecondMoment, ridge: float, count: int
+    moment: AnySecondMoment, base: SecondMoment, ridge: float, count: int
 ) -> Tensor:
     """Leading directions (s, inputs) of a concept's whitened inputs, orthonormal."""
-    whitened = base.power(gram.spectral.root(), -0.5, ridge)
+    whitened = base.power(moment.spectral.root(), -0.5, ridge)
     return torch.linalg.svd(whitened, full_matrices=False).Vh[:count]

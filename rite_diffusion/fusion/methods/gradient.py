@@ -35,8 +35,12 @@ def gradient(layer: Layer, settings: FusionSettings) -> Factors:
 def minimise(parts: list[Part], steps: int) -> Tensor:
     """The dense update (out, inputs) with the least loss in `steps` iterations."""
     update = torch.zeros_like(parts[0].factors.dense(), requires_grad=True)
-    wanted = [(part.factors.dense(), part.gram.spectral) for part in parts if part.gram is not None]
-    roots = [gram.root().mT for _, gram in wanted]
+    wanted = [
+        (part.factors.dense(), part.second_moment.spectral)
+        for part in parts
+        if part.second_moment is not None
+    ]
+    roots = [moment.root().mT for _, moment in wanted]
     optimizer = torch.optim.LBFGS(
         [update], lr=1, max_iter=steps, history_size=25, line_search_fn="strong_wolfe",
         tolerance_grad=1e-16, tolerance_change=1e-16,
@@ -47,9 +51,9 @@ def minimise(parts: list[Part], steps: int) -> Tensor:
         nonlocal best
         optimizer.zero_grad()
         loss = torch.zeros((), dtype=update.dtype)
-        for (target, gram), root in zip(wanted, roots, strict=True):
+        for (target, moment), root in zip(wanted, roots, strict=True):
             off = update - target
-            loss = loss + (off @ root).square().sum() + gram.tail * off.square().sum()
+            loss = loss + (off @ root).square().sum() + moment.tail * off.square().sum()
         loss.backward()
         if loss.item() < best[0]:
             best = loss.item(), update.detach().clone()

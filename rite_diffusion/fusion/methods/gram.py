@@ -41,24 +41,24 @@ def cut_on_inputs(layer: Layer, fused: Factors, settings: FusionSettings) -> Fac
 
 
 def _times_gram(part: Part) -> torch.Tensor:
-    assert part.gram is not None  # with_statistics
-    return part.gram.times(part.factors.down)
+    assert part.second_moment is not None  # with_statistics
+    return part.second_moment.times(part.factors.down)
 
 
 def with_statistics(layer: Layer) -> list[Part]:
     """The parts whose inputs are known; FusionError where one that has an update has none."""
-    missing = [part for part in layer.parts if part.gram is None and part.factors.rank]
+    missing = [part for part in layer.parts if part.second_moment is None and part.factors.rank]
     if missing:
         raise FusionError(
             f"the sketch of an adapter says nothing of {layer.name}, which the adapter changes: "
             "make the sketch again with `rite sketch`."
         )
-    return [part for part in layer.parts if part.gram is not None]
+    return [part for part in layer.parts if part.second_moment is not None]
 
 
 def moments_of(layer: Layer, parts: list[Part], settings: FusionSettings) -> SecondMomentSum:
     """S of the equations above."""
-    grams = [part.gram for part in parts if part.gram is not None]
+    grams = [part.second_moment for part in parts if part.second_moment is not None]
     weights = [1.0] * len(grams)
     if layer.base is not None:
         grams.append(layer.base)
@@ -69,7 +69,9 @@ def moments_of(layer: Layer, parts: list[Part], settings: FusionSettings) -> Sec
 def objective(layer: Layer, fused: Factors) -> float:
     """Sum_i E_i|(D - D_i) x|^2 of a fused update D."""
     return sum(
-        output_energy(stack([fused, Factors(-part.factors.up, part.factors.down)]), part.gram)
+        output_energy(
+            stack([fused, Factors(-part.factors.up, part.factors.down)]), part.second_moment
+        )
         for part in with_statistics(layer)
-        if part.gram is not None
+        if part.second_moment is not None
     )
