@@ -17,7 +17,7 @@ from rite_diffusion.errors import BackboneError, ConfigError
 from rite_diffusion.generation.control import load_controls, parse_control, under_control
 from rite_diffusion.generation.denoise import denoising, guided, initial_noise, sample
 from rite_diffusion.generation.metadata import read_parameters
-from rite_diffusion.generation.picture import picture, resolved
+from rite_diffusion.generation.picture import draw_picture, resolve_request
 from rite_diffusion.generation.request import PictureRequest
 
 PROMPT, NEGATIVE, STEPS, GUIDANCE, SEED = "a red cat", "dark", 2, 3.0, 7
@@ -101,7 +101,7 @@ def test_a_fresh_controlnet_changes_nothing(tiny, networks, pose):
     assert torch.equal(drawn(tiny, f"{networks / 'silent'}={pose}"), drawn(tiny))
 
 
-def test_several_conditions_add_up_and_leave_no_trace(tiny, networks, pose):
+def test_several_conditions_add_up_and_restore_the_denoiser(tiny, networks, pose):
     before = sample(tiny, ["a cat"], [1], steps=2)
     texts = [f"{networks / 'net'}={pose}", f"{networks / 'adapter'}={pose}"]
     both = drawn(tiny, *texts)
@@ -135,7 +135,7 @@ def test_the_text_encoder_runs_once_for_each_batch_of_prompts(tiny, networks, po
     )
     controls = load_controls(tiny, [parse_control(condition)], 64, 64)
     with counted(tiny.text_encoder) as calls:
-        picture(tiny, resolved(tiny, request), controls=controls)
+        draw_picture(tiny, resolve_request(tiny, request), controls=controls)
     assert len(calls) == 2  # the picture's batch and the region's
 
 
@@ -155,13 +155,13 @@ def test_conditions_and_regions_go_together(tiny_folder, networks, pose, tmp_pat
     [("net", "is not"), ("net=", "is not"), ("=a.png", "is not"), ("net={text}", "not a picture"),
      ("net=nowhere.png", "no good"), ("net={pose}:3", "at most 2"), ("net={pose}:0", "above 0")],
 )  # fmt: skip
-def test_conditions_that_cannot_be_are_refused(text, words, pose, tmp_path):
+def test_invalid_conditions_are_refused(text, words, pose, tmp_path):
     (tmp_path / "a.txt").write_text("no picture")
     with pytest.raises(ConfigError, match=words):
         parse_control(text.format(pose=pose, text=tmp_path / "a.txt"))
 
 
-def test_networks_that_do_not_fit_are_refused(tiny, networks, pose, tmp_path):
+def test_control_networks_of_another_family_are_refused(tiny, networks, pose, tmp_path):
     T2IAdapter(channels=[32, 32, 32, 32], num_res_blocks=1).save_pretrained(tmp_path / "other")
     with pytest.raises(ConfigError, match="choose a network for this kind of base"):
         drawn(tiny, f"{tmp_path / 'other'}={pose}")

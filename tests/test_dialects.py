@@ -100,7 +100,7 @@ SPELLINGS = {
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
-def test_spellings_in_the_wild(spelling):
+def test_key_spellings_of_published_files_are_read(spelling):
     stem, down, up = SPELLINGS[spelling]
     text = "clip" in stem or "lora_te" in stem
     path = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_out.0"
@@ -137,7 +137,7 @@ def test_a_file_of_mixed_suffixes_is_read_whole(tmp_path):
     assert adapter.notes == ("3 modules state no alpha: taken as alpha = rank (scale 1)",)
 
 
-def test_alpha_and_rslora_of_a_configuration_count(tmp_path):
+def test_alpha_and_rslora_of_a_peft_configuration_are_used(tmp_path):
     original = mixed_adapter()
     ranks = {"attn2.to_out.0": 6, "mid_block.resnets.1.conv1": 3, "conv": 2, "proj_in": 2}
     config = {"r": 4, "lora_alpha": 8, "alpha_pattern": {"attn2.to_out.0": 3.0, "conv1": 6},
@@ -247,7 +247,7 @@ def test_broken_content_is_refused_by_its_reason(tmp_path, words):
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_no_damage_makes_anything_but_an_adapter_error(tmp_path_factory, data):
+def test_damaged_files_raise_only_adapter_errors(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("fuzz") / "a.safetensors"
     save_adapter(path, mixed_adapter())
     content = bytearray(path.read_bytes())
@@ -268,7 +268,7 @@ def test_no_damage_makes_anything_but_an_adapter_error(tmp_path_factory, data):
     st.none() | st.booleans() | st.integers() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
     max_leaves=6), max_size=4))  # fmt: skip
-def test_no_header_makes_anything_but_an_adapter_error(tmp_path_factory, header):
+def test_damaged_headers_raise_only_adapter_errors(tmp_path_factory, header):
     path = tmp_path_factory.mktemp("fuzz") / "a.safetensors"
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 64)

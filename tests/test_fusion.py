@@ -48,7 +48,7 @@ def settings_for(method: str) -> FusionSettings:
     return FusionSettings(rank=4) if method == "svd" else PLAIN
 
 
-def test_one_adapter_at_weight_1_comes_back():
+def test_fusing_one_adapter_at_weight_1_returns_it():
     adapter = random_adapter(0, rank=5, alpha=1.5)
     for method in FUSIONS:
         fused = merge([Member(adapter, 1.0, Path("a"))], method, PLAIN)
@@ -84,7 +84,7 @@ def test_weighted_stores_shared_directions_once():
 
 
 @pytest.mark.parametrize("method", FUSIONS)
-def test_order_changes_nothing(method, monkeypatch):
+def test_fusing_does_not_depend_on_the_order_of_adapters(method, monkeypatch):
     # A difference in rounding would spread within the first steps of L-BFGS.
     monkeypatch.setattr(sys.modules[gradient.__module__], "iterations", lambda name: 8)
     members = [random_member(seed, rank=seed + 1) for seed in range(3)]
@@ -198,7 +198,7 @@ def test_the_mean_of_second_moments_is_the_mean_of_their_matrices():
     assert mean([grams[0], truncated(grams[0], 40)]) is grams[0]
 
 
-def test_gram_is_no_worse_than_l_bfgs():
+def test_gram_error_is_at_most_that_of_l_bfgs():
     for seed in range(3):
         layer = random_layer(3, seed=seed)
         exact = gram(layer, FusionSettings(preserve=0.0, ridge=1e-9))
@@ -221,7 +221,7 @@ def test_concepts_with_inputs_of_their_own_do_not_disturb_each_other():
                                    rtol=1e-3, atol=1e-4)  # fmt: skip
 
 
-def test_preserving_keeps_ordinary_inputs_quiet():
+def test_preserving_reduces_the_update_on_other_inputs():
     layer = random_layer(2)
     quiet = [
         output_energy(gram(layer, FusionSettings(preserve=p)), layer.base) for p in (0, 1, 100)
@@ -229,7 +229,7 @@ def test_preserving_keeps_ordinary_inputs_quiet():
     assert quiet[0] > quiet[1] > quiet[2]
 
 
-def test_a_rank_keeps_the_outputs_that_the_inputs_ask_for():
+def test_truncating_gram_weighs_errors_by_the_inputs():
     layer = random_layer(3)
     whole = gram(layer, PLAIN)
     cut = FUSIONS["gram"].cut(layer, whole, FusionSettings(rank=3))
@@ -319,7 +319,7 @@ def test_adapters_that_cannot_be_fused_are_refused(words):
         merge(BAD[words](), "concat", PLAIN)
 
 
-def test_methods_and_settings_are_checked():
+def test_unknown_methods_and_invalid_settings_of_fusing_are_refused():
     members = [random_member(0), random_member(1)]
     with pytest.raises(FusionError, match="no method 'grim'"):
         merge(members, "grim", PLAIN)
@@ -350,14 +350,14 @@ def test_a_negative_weight_subtracts():
         torch.testing.assert_close(fused[name], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_tokens_of_several_adapters_are_put_together():
+def test_fused_file_has_the_embeddings_of_all_adapters():
     one, two = {"<a>": torch.ones(2)}, {"<b>": torch.zeros(2), "<a>": torch.ones(2)}
     assert list(merge_tokens([two, one])) == ["<a>", "<b>"]
     with pytest.raises(FusionError, match="different embeddings of '<a>'"):
         merge_tokens([one, {"<a>": torch.zeros(2)}])
 
 
-def test_a_layer_that_one_adapter_leaves_alone_stays_quiet_on_its_inputs():
+def test_a_layer_without_a_concepts_update_changes_little_on_its_inputs():
     name = NAMES[0]
     loud, silent = random_member(0, names=(name,)), random_member(1, names=NAMES[1:])
     fused = dense(merge([loud, silent], "gram", FusionSettings(preserve=0, ridge=1e-6)))[name]

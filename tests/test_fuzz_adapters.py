@@ -136,7 +136,7 @@ QUICK = settings(
 
 @QUICK
 @given(content=st.dictionaries(st.sampled_from(sorted(STEMS)), module(), min_size=1, max_size=3))
-def test_a_file_is_refused_or_means_what_it_spells_out(tmp_path, content):
+def test_a_fuzzed_file_is_refused_or_read_literally(tmp_path, content):
     tensors = {stem + suffix: t for stem, parts in content.items() for suffix, t in parts.items()}
     path = tmp_path / "a.safetensors"
     save_file(tensors, path)

@@ -25,7 +25,7 @@ def _draws():
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
-def test_the_target_recovers_the_latents(kind):
+def test_the_clean_latents_can_be_recovered_from_each_target(kind):
     latents, noise = _draws()
     signal, sigma = SHARES.sqrt(), (1 - SHARES).sqrt()
     if kind == "flow":
@@ -61,7 +61,7 @@ def test_a_mask_weighs_cells_and_is_normalised_per_picture():
     assert masked_mean(error.expand(2, 3, 4, 4), masks).tolist() == [0.0, 20.5]
 
 
-def test_no_weighting_weighs_all_alike():
+def test_no_weighting_gives_weight_1():
     assert timestep_weight("epsilon", SNR, "none", 5.0).tolist() == [1, 1, 1]
 
 

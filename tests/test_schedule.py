@@ -69,7 +69,7 @@ def test_places_are_floored_to_a_tables_timesteps():
         schedule.levels(places, (8, 8), shift=2.0)
 
 
-def test_a_flow_schedule_is_the_schedulers_from_clean_to_noise():
+def test_a_flow_schedule_has_the_schedulers_own_coefficients():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     assert prediction_type(scheduler, "it") == "flow"
     schedule = noise_schedule(scheduler, "it")
@@ -85,7 +85,7 @@ def test_a_flow_schedule_is_the_schedulers_from_clean_to_noise():
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_a_perfect_flow_model_is_followed_to_the_picture(shift):
+def test_sampling_a_perfect_flow_model_gives_its_picture(shift):
     clean, noise = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
     steps = sampler("flow", FlowMatchEulerDiscreteScheduler(shift=shift).config)
     steps.set_timesteps(5)
@@ -136,7 +136,7 @@ def test_a_flow_model_learns_its_photos(flow_folder, photos):
     method.remove()
 
 
-def test_the_loss_of_a_flow_is_that_of_its_equations(flow_folder, photos):
+def test_the_flow_loss_equals_its_equations(flow_folder, photos):
     plan = plan_training(config_of(photos, base=flow_folder, resolution=64, precision="fp32"))
     backbone, config = plan.backbone, plan.config
     data = encode_photos(backbone, plan.photos, plan.encoding)
@@ -171,7 +171,7 @@ def test_a_flow_base_trains_with_previews_and_draws(flow_folder, photos, tmp_pat
 
 @pytest.mark.parametrize("weighting", ["min_snr", "debiased"])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
-def test_a_weight_is_that_of_the_clean_latents_error(kind, weighting):
+def test_timestep_weights_are_those_of_the_clean_latents_error(kind, weighting):
     """An error of the prediction, times its weight, is the clean latents' times theirs."""
     shares = torch.tensor([0.99, 0.6, 0.05], dtype=torch.float64)
     schedule = flow_schedule(1 - shares, 1000) if kind == "flow" else ddpm_schedule(shares)

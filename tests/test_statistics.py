@@ -48,7 +48,7 @@ def test_the_sketch_is_exact_where_inputs_span_few_directions(monkeypatch):
     torch.testing.assert_close(total.second_moment().matrix(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_sketch_keeps_the_trace_and_the_loud_directions(monkeypatch):
+def test_the_sketch_keeps_the_trace_and_the_largest_directions(monkeypatch):
     monkeypatch.setattr(statistics, "SKETCH_WIDTH", 24)
     inputs = torch.randn(300, 60) * torch.logspace(0, -2, 60)
     total = SketchSum(60, CPU)
@@ -63,7 +63,7 @@ def test_the_sketch_keeps_the_trace_and_the_loud_directions(monkeypatch):
     [nn.Linear(6, 5), nn.Conv2d(6, 5, 1), nn.Conv2d(6, 5, 3, padding=1, stride=2)],
     ids=["linear", "1x1", "3x3"],
 )
-def test_rows_times_the_flat_weight_are_the_layers_output(layer):
+def test_input_rows_times_the_flattened_weight_equal_the_layers_output(layer):
     shape = (2, 9, 6) if isinstance(layer, nn.Linear) else (2, 6, 8, 8)
     inputs = torch.randn(shape)
     rows = torch.cat(list(input_rows(layer, inputs)))
@@ -111,7 +111,7 @@ def test_layers_with_one_input_share_one_second_moment(tiny):
     assert moments[block + "q"] is moments[block + "v"]
 
 
-def test_words_of_every_layer_give_every_layer_statistics_of_its_own(tiny):
+def test_layer_wise_embeddings_give_each_layer_its_own_statistics(tiny):
     names = [name for name in sketched_layers(tiny, []) if "attn2_to_k" in name]
     width = tiny.text_encoder.get_input_embeddings().embedding_dim
     words = {"<t>": torch.randn(len(names), 2, width)}

@@ -1,4 +1,4 @@
-"""Plain LoRA (Hu et al. 2021) on the attention of denoiser and text encoder, or on more layers."""
+"""LoRA (Hu et al. 2021) on the attention of denoiser and text encoder, or on more layers."""
 
 from functools import lru_cache, partial
 from pathlib import Path
@@ -21,11 +21,11 @@ from rite_diffusion.methods.weights import (
 )
 from rite_diffusion.types import LoraPair
 
-CAPTIONS_KEPT = 256  # states that stay in memory where the text encoder does not train
+CAPTIONS_KEPT = 256  # captions whose states stay in memory if the text encoder does not train
 
 
 class PlainLora(Method):
-    """Pairs on the layers that `lora.layers` names; each component has its own learning rate."""
+    """LoRA pairs on the layers of `lora.layers`; each component has its own learning rate."""
 
     def __init__(self, backbone: Backbone, config: TrainConfig):
         super().__init__(backbone, config)
@@ -44,9 +44,9 @@ class PlainLora(Method):
         return not self.config.lora.text_encoder
 
     def conditioning(self, captions: list[str]) -> Conditioning:
-        """The text encoder's states of the captions, of equal ones encoded once.
+        """The text encoder's states of the captions; equal captions are encoded once.
 
-        Where the text encoder does not train, the states of past captions are kept.
+        If the text encoder does not train, states are cached.
         """
         distinct = list(dict.fromkeys(captions))
         if self.text_is_frozen:
@@ -60,16 +60,17 @@ class PlainLora(Method):
         return self._weights.pairs()
 
     def remove(self) -> None:
-        """Take the LoRA layers out."""
+        """Remove the LoRA layers."""
         self._weights.remove()
         super().remove()
 
 
 class Lora:
-    """LoRA pairs in a backbone, for a training loop of one's own; `remove` takes them out.
+    """LoRA pairs injected into a backbone (Hu et al. 2021), for a training loop of one's own.
 
-    `layers` is "attention" or "blocks", all layers of the denoiser's blocks; scale = alpha / rank,
-    `alpha` defaults to the rank. Fresh pairs change nothing: `up` is zero.
+    `layers` is "attention", or "blocks" for all layers of the denoiser's blocks; `text_encoder`
+    adapts the text encoders' attention too. scale = alpha / rank; `alpha` defaults to `rank`.
+    `down` is drawn by `seed` and `up` is zero, so that new pairs change nothing.
     """
 
     def __init__(
@@ -87,15 +88,18 @@ class Lora:
         self._weights = LoraWeights(backbone, paths, rank=rank, alpha=alpha, seed=seed)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """A torch parameter group for each component, with names; rates are the optimizer's."""
+        """A torch parameter group for each component: `name`, and `params` as (name, parameter)."""
         return [{"name": name, "params": list(own)} for name, own in self._weights.named.items()]
 
     def pairs(self) -> list[LoraPair]:
-        """The live pairs."""
+        """The pairs; their tensors are the parameters in training."""
         return self._weights.pairs()
 
     def save(self, path: str | Path, *, trigger: str, class_noun: str = "") -> Path:
-        """Write the pairs as an adapter file, `.safetensors`, and return its path."""
+        """Write the pairs as an adapter file, `.safetensors`, and return its path.
+
+        Raises RiteError where it cannot be written.
+        """
         target = user_path(path)
         info = AdapterInfo(
             trigger=trigger,
@@ -109,5 +113,5 @@ class Lora:
         return target
 
     def remove(self) -> None:
-        """Take the pairs out of the backbone again."""
+        """Remove the pairs from the backbone."""
         self._weights.remove()

@@ -1,4 +1,4 @@
-"""The loss of a batch."""
+"""The training loss of a batch."""
 
 from torch import Tensor
 
@@ -25,13 +25,13 @@ def diffusion_loss(
 ) -> Tensor:
     """The mean loss of a batch, a scalar (Ho et al. 2020, Alg. 1, on latents).
 
-    A method gives the captions' conditioning and may add a penalty; without one the backbone
-    encodes them.
+    `objective` sets the loss function and the weights of timesteps. A `method` encodes the captions
+    and may add a penalty; without one the backbone encodes them.
     """
     goal, kind = objective, backbone.prediction_type
     height, width = batch.latents.shape[-2:]
     at = backbone.noise_schedule.levels(batch.places, (height, width), goal.shift)
-    noisy = add_noise(batch.latents, batch.seen, at.signal, at.sigma)
+    noisy = add_noise(batch.latents, batch.input_noise, at.signal, at.sigma)
     encode = method.conditioning if method else backbone.encode_captions
     conditioning = encode(batch.captions)
     prediction = backbone.denoise(noisy, at.times, conditioning, goal.guidance)

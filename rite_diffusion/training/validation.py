@@ -1,4 +1,4 @@
-"""The loss on held-out photos: always the same timesteps and noise, so that its curve is smooth."""
+"""The validation loss: always at the same timesteps and noise, for a smooth curve."""
 
 import math
 
