@@ -98,7 +98,7 @@ def test_the_pocket_bases_fingerprint_matches_in_every_precision(pocket, precisi
 
 
 CHANGES = {
-    "is a FluxPipeline": {"_class_name": "FluxPipeline"},
+    "is a PixArtAlphaPipeline": {"_class_name": "PixArtAlphaPipeline"},
     "needs code from os": {"unet": ["os", "system"]},
     "needs code from pipeline": {"_class_name": "StableDiffusionPipeline", "x": ["pipeline", "X"]},
     r"is a \['pipeline', 'Mine'\]": {"_class_name": ["pipeline", "Mine"]},

@@ -224,7 +224,7 @@ REFUSED = {
     "GLoRA": lambda t: t | {"lora_unet_x.a1.weight": torch.zeros(2, 3)},
     "IA3": lambda t: t | {"lora_unet_x.on_input": torch.tensor(True)},
     "VeRA": lambda t: t | {"unet.x.vera_lambda_b": torch.zeros(3)},
-    "diffusion transformer": lambda t: t | {"transformer.x.lora_A.weight": torch.zeros(3, 3)},
+    "T5 text encoder": lambda t: t | {"text_encoder_3.x.lora_A.weight": torch.zeros(3, 3)},
     "not one per output (12)": lambda t: t | {f"{BLOCK}_attn1_to_q.dora_scale": torch.tensor(1.)},
     "has 2 values": lambda t: t | {f"{BLOCK}_attn1_to_q.alpha": torch.ones(2)},
     "not floating": lambda t: {k: v.int() if "up" in k else v for k, v in t.items()},

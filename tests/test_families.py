@@ -141,8 +141,8 @@ def test_only_resnets_and_samplers_have_sdxl_names_of_their_own(tmp_path, to, st
 
 
 def test_the_family_comes_from_the_given_base():
-    for parts, family in ((["unet", "text_encoder_2"], "sdxl"), (["unet", "text_encoder"], "sd")):
-        backbone = SimpleNamespace(components=dict.fromkeys(parts))
+    for family in ("sdxl", "sd"):
+        backbone = SimpleNamespace(family=family)
         wanted = _as_wanted(adapter_of(SHARED), "kohya", backbone, None)
         assert family_of(wanted) == family
 

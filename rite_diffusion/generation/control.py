@@ -79,6 +79,8 @@ def load_controls(
 
     BackboneError where a network cannot be opened, ConfigError where it is not for this base.
     """
+    if wanted and not backbone.cross_attentions:
+        raise ConfigError(f"condition pictures are for Stable Diffusion, {backbone.name} is not.")
     return [_control(backbone, each, width, height) for each in wanted]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rite_diffusion.adapters.attach import lora_layers
 from rite_diffusion.backbones.protocols import Backbone, Conditioning
 from rite_diffusion.generation.attached import Attached, scaled_by
-from rite_diffusion.generation.denoise import Predict, guidance_prompts, guided_prediction
+from rite_diffusion.generation.denoise import Predict, guidance_prompts, guided, guided_prediction
 from rite_diffusion.generation.regions import Region, adapter_weights, region_shares
 
 
@@ -177,6 +177,36 @@ def concatenated_states(states: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(states), -2)
 
 
+def mixed(
+    backbone: Backbone,
+    texts: Sequence[tuple[str, str]],
+    shares: Tensor,
+    guidance: float,
+    count: int,
+    adapters: Sequence[Attached],
+    factors: list[list[float]],
+) -> Predict:
+    """A predictor that mixes each part's prediction by its shares (parts, height, width).
+
+    Every part, of a (prompt, negative prompt), is predicted alone for the whole picture, with its
+    own adapter factors (MultiDiffusion, Bar-Tal et al. 2023, with shares instead of masks).
+    """
+    predictors = []
+    for (prompt, negative), row in zip(texts, factors, strict=True):
+        with scaled_by(backbone, adapters, row):
+            predictors.append(guided(backbone, [prompt] * count, negative, guidance))
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        result = torch.zeros_like(latents)
+        for alone, row, share in zip(predictors, factors, shares.to(latents), strict=True):
+            if share.any():
+                with scaled_by(backbone, adapters, row):
+                    result += share * alone(latents, timestep)
+        return result
+
+    return predict
+
+
 def regionally_guided(
     backbone: Backbone,
     prompt: str,
@@ -192,13 +222,17 @@ def regionally_guided(
     """A predictor of a picture of the prompt with regions, for a batch of `count`.
 
     A region without a negative prompt takes the picture's. Sides are in pixels. The denoiser is
-    changed only during each prediction.
+    changed only during each prediction. Where text enters by other ways than cross-attention, the
+    parts' predictions are mixed.
     """
     factors = adapter_weights(regions, prompt, [adapter.triggers for adapter in adapters])
     texts = [(prompt, negative)]
     texts += [(region.prompt, region.negative or negative) for region in regions]
-    conditioning, lengths = encode_parts(backbone, texts, count, adapters, factors)
     scale = backbone.pixels_per_latent
+    if not backbone.cross_attentions:
+        shares = region_shares(regions, height // scale, width // scale)
+        return mixed(backbone, texts, shares, guidance, count, adapters, factors)
+    conditioning, lengths = encode_parts(backbone, texts, count, adapters, factors)
     plan = RegionPlan(regions, height // scale, width // scale, factors, lengths)
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:

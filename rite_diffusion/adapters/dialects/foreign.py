@@ -4,7 +4,7 @@ import re
 from collections.abc import Collection
 
 _MERGE = "merge it into its base with the tool that made it and pass that as --base"
-_OTHER_BASE = "this toolkit adapts Stable Diffusion 1, 2 and XL"
+_OTHER_BASE = "this toolkit adapts denoisers and text encoders"
 
 # Pattern of a tensor's name -> what it is, and the remedy.
 _KINDS = {
@@ -22,9 +22,9 @@ _KINDS = {
         "convert it with `rite convert FILE --published-pickle --base BASE`",
     ),
     r"^lora_(controlnet|unet_lllite)|controlnet|lllite": ("of a ControlNet", _OTHER_BASE),
-    r"^(transformer\.|text_encoder_3\.|lora_te3)|double_blocks|single_blocks|joint_blocks|t5xxl": (
-        "of a diffusion transformer (FLUX, SD3 and others)",
-        _OTHER_BASE,
+    r"^(text_encoder_3\.|lora_te3)|t5xxl": (
+        "of a T5 text encoder",
+        "this toolkit adapts denoisers and CLIP's text encoders",
     ),
     r"^(model\.diffusion_model|cond_stage_model|first_stage_model)\.": (
         "a whole model, not an adapter",

@@ -145,6 +145,10 @@ class FlowTransformer(ABC):
             self.encoders[name]  # brought back where it was released
         return self.encode(list(prompts))
 
+    def encoded_length(self, prompts: list[str]) -> int:
+        """Tokens of the conditioning of a batch of prompts."""
+        return self.encode_prompts(prompts).states.shape[1]
+
     def encode_captions(self, captions: list[str]) -> Conditioning:
         """Conditioning of training captions."""
         return self.encode_prompts(captions)
