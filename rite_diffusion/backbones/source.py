@@ -67,7 +67,10 @@ def load_backbone(
     there is no such model or it is not supported.
     """
     device = device or default_device()
-    precision = precision or ("fp16" if device.type == "cuda" else "fp32")
+    flows = is_flow(base)
+    precision = precision or default_precision(device, flows)
+    if flows and precision == "fp16":
+        raise BackboneError(f"{base} overflows in fp16, as flow transformers do: use bf16 or fp32.")
     reopen = partial(open_pipeline, base, DTYPES[precision])
     pipeline = reopen()
     kind = family_of(pipeline)
@@ -75,10 +78,51 @@ def load_backbone(
     return kind(pipeline, base, device, attention, reopen, own)
 
 
+def default_precision(device: torch.device, flows: bool) -> str:
+    """The precision of a base's weights where none is wanted; `flows`: of a flow transformer."""
+    if device.type == "cpu" or (device.type != "cuda" and not flows):
+        return "fp32"
+    return "bf16" if flows else "fp16"
+
+
+def pipeline_name(base: str) -> str | None:
+    """The pipeline class that a folder's or a hub model's index names, before it is opened.
+
+    None for other kinds of bases, and where there is no index.
+    """
+    path = POCKET if base == "pocket" else user_path(base)
+    index = path / "model_index.json"
+    try:
+        if not path.exists() and base.count("/") == 1:
+            from huggingface_hub import hf_hub_download
+
+            index = Path(hf_hub_download(base, "model_index.json"))
+        return json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def is_flow(base: str) -> bool:
+    """Whether a base is known for a flow transformer before it is opened."""
+    module, _ = FAMILIES.get(pipeline_name(base) or "", ("", ""))
+    return module.startswith("flow.")
+
+
+def family_name(base: str) -> str | None:
+    """A base's family, such as `z-image`, before it is opened; None where that is not known."""
+    name = pipeline_name(base)
+    return family_class(name).family if name in FAMILIES else None
+
+
+def family_class(name: str) -> Any:
+    """The class that makes a backbone of a pipeline of this class name."""
+    module, kind = FAMILIES[name]
+    return getattr(importlib.import_module(f"rite_diffusion.backbones.{module}"), kind)
+
+
 def family_of(pipeline: DiffusionPipeline) -> Any:
     """The class that makes a backbone of a pipeline."""
-    module, name = FAMILIES[type(pipeline).__name__]
-    return getattr(importlib.import_module(f"rite_diffusion.backbones.{module}"), name)
+    return family_class(type(pipeline).__name__)
 
 
 def usable_precision(wanted: str, device: torch.device) -> tuple[str, str]:

@@ -28,7 +28,10 @@ class LoraSection(Section):
     )
     text_encoder: bool = Field(default=True, description="adapt the text encoder's attention too")
     layers: Literal["attention", "blocks"] = Field(
-        default="attention", description="or all layers of the UNet's blocks, convolutions too"
+        default="attention", description="or all layers of the denoiser's blocks, convolutions too"
+    )
+    distilled: bool = Field(
+        default=False, description="train on a distilled few-step base all the same"
     )
 
 

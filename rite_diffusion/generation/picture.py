@@ -42,6 +42,8 @@ def resolve_request(
                 f"side {side} is not a multiple of {backbone.multiple} up to {LONGEST_SIDE}"
             )
     request.check(backbone.protected_words)
+    if request.negative and backbone.guidance.kind != "classifier_free":
+        raise ConfigError(f"{backbone.name} has no negative prompt: leave it out.")
     guidance = backbone.defaults.guidance if request.guidance is None else request.guidance
     return Parameters(
         prompt=request.prompt,

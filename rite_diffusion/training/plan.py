@@ -9,6 +9,7 @@ from rite_diffusion.backbones.source import default_device, load_backbone, usabl
 from rite_diffusion.config import TrainConfig, fill
 from rite_diffusion.files.writing import cache_folder
 from rite_diffusion.generation.class_pictures import class_pictures
+from rite_diffusion.methods.support import check_support
 from rite_diffusion.methods.triggers import (
     check_prompts,
     check_triggers,
@@ -142,6 +143,7 @@ def plan_without_drawing(config: TrainConfig, found: FoundPictures) -> Plan:
     precision, fallback = usable_precision(config.precision, device)
     backbone = load_backbone(config.base, precision, device)
     triggers = [concept.trigger for concept in config.concepts()]
+    check_support(backbone, config)
     check_triggers(backbone, config.concepts())
     check_prompts(config.previews.prompts, triggers)
     check_rank(backbone, config.lora)

@@ -73,6 +73,7 @@ def _write_previews(plan: Plan, run: RunFolder, step: int) -> None:
     """Draw every preview prompt for every concept; a failure is logged, and the run goes on."""
     previews, concepts = plan.config.previews, plan.config.concepts()
     prompts = [fill(prompt, words_of(c)) for c in concepts for prompt in previews.prompts]
+    side = plan.config.resolution
     for index, prompt in enumerate(prompts):
         try:
             [image] = sample(
@@ -81,6 +82,8 @@ def _write_previews(plan: Plan, run: RunFolder, step: int) -> None:
                 [previews.seed],
                 steps=previews.steps,
                 guidance=previews.guidance,
+                width=side,
+                height=side,
             )
         except RuntimeError as error:
             if not is_out_of_memory(error):

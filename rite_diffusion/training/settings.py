@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rite_diffusion.backbones.source import family_name, is_flow
 from rite_diffusion.config import TrainConfig, load_preset, merge, preset_names, resolve
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.methods import METHODS
@@ -14,8 +15,9 @@ PAIR_RATES = ("lr", "lr_unet", "lr_text_encoder")
 def configure(settings: Mapping[str, Any], preset: str | None = None) -> TrainConfig:
     """The resolved settings of a training: `settings` over a preset, with every rate set.
 
-    The preset defaults to `pocket` on the pocket base and to `sd15` elsewhere, or to the method's,
-    such as `pocket-pivotal`, where there is one. A preset's rates belong to its optimizer: with
+    The preset defaults to `pocket` on the pocket base, to the family's on a flow transformer, such
+    as `z-image`, and to `sd15` elsewhere, or to the method's, such as `pocket-pivotal`, where there
+    is one. A preset's rates belong to its optimizer: with
     another optimizer and no rate given, that one's default applies, except to learned embeddings,
     which AdamW trains. With `optim.lr = "auto"` the rates stay None until the probe. Raises
     ConfigError for unknown or invalid settings.
@@ -63,7 +65,14 @@ def unused_rate_note(config: TrainConfig) -> str:
     )
 
 
+def _base_preset(base: Any) -> str:
+    """The preset of a base's family where there is one, else that of Stable Diffusion 1."""
+    family = family_name(base) if isinstance(base, str) and is_flow(base) else None
+    return family if family in preset_names() else "sd15"
+
+
 def _default_preset(settings: Mapping[str, Any]) -> str:
-    base = "pocket" if settings.get("base", "pocket") == "pocket" else "sd15"
+    wanted = settings.get("base", "pocket")
+    base = "pocket" if wanted == "pocket" else _base_preset(wanted)
     own = f"{base}-{settings.get('method', 'lora')}"
     return own if own in preset_names() else base

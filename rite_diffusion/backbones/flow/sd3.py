@@ -25,6 +25,11 @@ class StableDiffusion3(FlowTransformer):
     own_defaults = Defaults(steps=28, guidance=7.0)
 
     @property
+    def resolution(self) -> int:
+        """Pixels of the native side, which its positions are a table for."""
+        return self.transformer.config.sample_size * self.pixels_per_latent
+
+    @property
     def tokenizer(self):
         """T5's tokenizer; CLIP's where the model was opened without T5."""
         return self.pipeline.tokenizer_3 or self.pipeline.tokenizer
