@@ -1,16 +1,15 @@
 """Conformance of the flow-matching families: one more family is one more row of `PIPELINES`."""
 
-from functools import cache
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional as F
 
+from flow_bases import SIDE, family, latents_of, opened
 from flow_models import PIPELINES, flux, flux2_dev, klein, krea2, with_random_weights
 from rite_diffusion.adapters.attach import detach, inject
 from rite_diffusion.backbones.conditioning import joined
-from rite_diffusion.backbones.source import family_of
 from rite_diffusion.backbones.text_cache import cached_conditioning
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.generation.denoise import denoising, guided
@@ -18,32 +17,16 @@ from rite_diffusion.photos.dataset import LatentSet
 from rite_diffusion.training.batch import draw_batch
 from rite_diffusion.training.loss import diffusion_loss
 
-SIDE, STEPS, SEED = 64, 3, 5
+STEPS, SEED = 3, 5
 PROMPT, NEGATIVE = "a cat on a blue background", "a dog"
 INVERTED = ("z-image", "lumina2")  # told 1 - sigma, and the velocity is negative
 FIXED = ("flux", "flux2", "sd3")  # padding counts, so a prompt always has the same length
 PACKED = ("flux", "chroma", "qwen-image", "krea2")  # pipelines that take latents as tokens
 
 
-def opened(pipeline, name="tiny"):
-    return family_of(pipeline)(pipeline, name, torch.device("cpu"), "sdpa", lambda: None)
-
-
-@cache
-def family(name):
-    torch.manual_seed(0)
-    return opened(with_random_weights(PIPELINES[name]()), name)
-
-
 @pytest.fixture(params=PIPELINES)
 def base(request):
     return family(request.param)
-
-
-def latents_of(base, count=1, seed=SEED):
-    cells = SIDE // base.pixels_per_latent
-    shape = (count, base.latent_channels, cells, cells)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 # --- drawing -----------------------------------------------------------------------------------

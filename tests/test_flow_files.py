@@ -6,28 +6,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from flow_bases import adapter_on, family
 from flow_models import PIPELINES
-from rite_diffusion.adapters import Adapter, AdapterInfo, load_adapter, save_adapter
+from rite_diffusion.adapters import load_adapter, save_adapter
 from rite_diffusion.adapters.delta import delta_weight
 from rite_diffusion.adapters.dialects import DIALECTS
 from rite_diffusion.adapters.flow_rules import original_place, read_original
 from rite_diffusion.adapters.names import dotted, module_name
 from rite_diffusion.adapters.verify import attached_pairs
 from rite_diffusion.errors import AdapterError
-from rite_diffusion.types import LoraPair
-from test_flow_families import family
-
-
-def adapter_on(base, paths=None, stated=True, seed=0):
-    """A random adapter of unequal ranks and scales on a base's layers."""
-    torch.manual_seed(seed)
-    pairs = []
-    for number, path in enumerate(paths or base.lora_targets("transformer", blocks=True)):
-        weight = base.transformer.get_submodule(path).weight
-        rank = 1 + number % 3
-        down, up = torch.randn(rank, weight.shape[1]), torch.randn(weight.shape[0], rank)
-        pairs.append(LoraPair(module_name("transformer", path), down, up, 0.5 + number % 4))
-    return Adapter(pairs, AdapterInfo(trigger="<x>", family=base.family if stated else ""))
 
 
 def deltas(adapter):

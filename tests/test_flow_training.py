@@ -7,18 +7,20 @@ import torch
 from safetensors.torch import load_file
 
 import rite_diffusion as rite
+from flow_bases import adapter_on, family, latents_of
 from flow_models import PIPELINES, flux, with_random_weights
+from rite_diffusion.adapters import save_adapter
 from rite_diffusion.adapters.attach import attach
 from rite_diffusion.backbones.source import family_name, load_backbone
 from rite_diffusion.config import from_toml
 from rite_diffusion.errors import BackboneError, ConfigError
+from rite_diffusion.fusion.statistics import Drawing
 from rite_diffusion.generation.denoise import sample
 from rite_diffusion.methods.lora import Lora
 from rite_diffusion.optim import LoraRite
 from rite_diffusion.photos.dataset import LatentSet
 from rite_diffusion.training.batch import draw_batch
 from rite_diffusion.training.loss import diffusion_loss
-from test_flow_families import family, latents_of
 
 QUICK = {
     "steps": 4, "resolution": 64, "precision": "fp32", "prior": {"weight": 0},
@@ -185,3 +187,34 @@ def test_the_index_alone_tells_a_flow(folders, tmp_path):
     (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "Krea2Pipeline"}))
     assert family_name(str(tmp_path)) == "krea2"
     assert family_name(str(tmp_path / "none")) is None
+
+
+@pytest.mark.parametrize("target", ["diffusers", "comfyui", "kohya", "peft"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_an_adapter_converts_to_every_dialect_and_is_verified(name, target, tmp_path):
+    base = family(name)
+    save_adapter(tmp_path / "a.safetensors", adapter_on(base))
+    export = rite.convert(tmp_path / "a.safetensors", target, tmp_path / f"b-{target}.safetensors"
+                          if target != "peft" else tmp_path / "b")  # fmt: skip
+    [check] = export.checks
+    assert check.modules == len(base.lora_targets("transformer", blocks=True))
+    assert check.difference < 1e-5
+
+
+def test_two_adapters_are_fused(folders, photos, tmp_path):
+    """With the layers' second moments; the fused file keeps each one's update where it acts."""
+    base = folders("sd3")
+    adapters = [
+        rite.train(
+            photos, base=base, out=tmp_path / word, trigger=f"<{word}>", class_noun="toy", **QUICK
+        )
+        for word in ("one", "two")
+    ]
+    fused = rite.fuse(
+        adapters, base=base, out=tmp_path / "f.safetensors", drawing=Drawing(steps=2),
+        allow_loss=True,
+    )  # fmt: skip
+    found = rite.inspect(fused)
+    assert found.info.trigger == "<one>, <two>" and found.info.family == "sd3"
+    assert len(found.pairs) == len(rite.inspect(adapters[0]).pairs)
+    rite.generate("<one> and <two>", base=base, adapters=[fused], steps=1, width=64, height=64)

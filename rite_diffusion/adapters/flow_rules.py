@@ -150,23 +150,29 @@ def read_original(
     used: set[str] = set()
     result = {}
     for path, _ in known:
-        place = original_place(family, path)
+        place = (path, 0) if target == "diffusers" else original_place(family, path)
         if place is None:
             raise AdapterError(f"{target} has no known name for {path}: convert to diffusers")
-        stem = f"diffusion_model.{place[0]}"
-        if target == "kohya":
-            stem = f"lora_unet_{place[0].replace('.', '_')}"
+        stem = _stem(place[0], target)
         keys = _keys(stem, tensors)
         used |= keys.keys() | {f"{stem}.alpha"}
         down, up = keys.values()
         alpha = tensors.get(f"{stem}.alpha")
         whole = up.float() @ down.float() * (1.0 if alpha is None else float(alpha) / len(down))
-        result[path] = whole[_rows(family, place, known, len(whole))]
+        is_whole = target == "diffusers"
+        result[path] = whole if is_whole else whole[_rows(family, place, known, len(whole))]
     unread = sorted(set(tensors) - used - {key for key in tensors if "magnitude" in key})
     unread = [key for key in unread if not key.endswith(".dora_scale")]
     if unread:
         raise AdapterError(f"{target} looks up none of {len(unread)} tensors (first: {unread[0]})")
     return result
+
+
+def _stem(path: str, target: str) -> str:
+    """The stem that a tool looks up for a path."""
+    if target == "kohya":
+        return f"lora_unet_{path.replace('.', '_')}"
+    return f"diffusion_model.{path}" if target == "comfyui" else f"transformer.{path}"
 
 
 def _keys(stem: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,9 @@ from rite_diffusion.adapters.delta import delta_weight, relative_difference
 from rite_diffusion.adapters.dialects import comfyui, kohya
 from rite_diffusion.adapters.dialects.peft import path_of
 from rite_diffusion.adapters.families import family_of
-from rite_diffusion.adapters.names import PREFIXES, module_name, split_name
+from rite_diffusion.adapters.flow_rules import read_original
+from rite_diffusion.adapters.names import PREFIXES, dotted, module_name, split_name
+from rite_diffusion.adapters.native import known_family
 from rite_diffusion.adapters.rules import (
     Layer,
     Reading,
@@ -46,6 +48,9 @@ class Verification:
 def check_family(adapter: Adapter, target: str) -> None:
     """AdapterError where the target's names depend on the family of the base, which is unknown."""
     stem_of = {"kohya": kohya.stem_of, "comfyui": comfyui.stem_of}.get(target)
+    if adapter.is_of_flow and stem_of is not None:
+        known_family(adapter)
+        return
     if stem_of is None or family_of(adapter) is not None:
         return
     unclear = [n for n in adapter.names() if stem_of(n, "sd") != stem_of(n, "sdxl")]
@@ -64,6 +69,8 @@ def verify_by_map(
 
     AdapterError where a tensor is not read, or the update differs from the original's.
     """
+    if original.is_of_flow:
+        return _verify_flow(original, path, target)
     family = family_of(original) or "sd"
     known = MAPS[target](layers or published_layers(family), family)
     tensors, _ = read_tensors(path)
@@ -77,6 +84,21 @@ def verify_by_map(
     _compare_vectors(original, read, target)
     pairs = {module_name(*layer): pair for layer, pair in read.pairs.items()}
     return compare(original, pairs, f"{target}'s map of names")
+
+
+def _verify_flow(original: Adapter, path: Path, target: str) -> Verification:
+    """The same for a flow transformer, whose layers may be fused in the file."""
+    tensors, _ = read_tensors(path)
+    pairs = [(dotted(split_name(pair.name)[1]), pair) for pair in original.pairs]
+    family = known_family(original) if target != "diffusers" else ""
+    read = read_original(tensors, family, target, pairs)
+    worst = max(relative_difference(read[path], delta_weight(pair)) for path, pair in pairs)
+    if not worst <= TOLERANCE[original.dtype]:
+        raise AdapterError(
+            f"{target} reads the update with a relative difference of {worst:.2g}: the export "
+            "would not act as the original and was not written."
+        )
+    return Verification(f"{target}'s map of names", len(pairs), worst)
 
 
 def _compare_vectors(original: Adapter, read: Reading, target: str) -> None:
