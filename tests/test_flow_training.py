@@ -11,6 +11,7 @@ from flow_bases import adapter_on, family, latents_of
 from flow_models import PIPELINES, flux, with_random_weights
 from rite_diffusion.adapters import save_adapter
 from rite_diffusion.adapters.attach import attach
+from rite_diffusion.adapters.names import dotted
 from rite_diffusion.backbones.source import family_name, load_backbone
 from rite_diffusion.config import from_toml
 from rite_diffusion.errors import BackboneError, ConfigError
@@ -147,6 +148,43 @@ def test_a_distilled_base_is_refused_unless_it_is_wanted(photos, tmp_path):
         rite.train(photos, out=tmp_path / "run", **ABOUT, **settings)
     wanted = settings | {"lora": {"text_encoder": False, "rank": 2, "distilled": True}}
     assert rite.train(photos, out=tmp_path / "run", **ABOUT, **wanted).exists()
+
+
+def test_an_assistant_acts_in_training_and_not_in_previews(photos, tmp_path):
+    """Its update is part of the base that is trained on, and of nothing else."""
+    torch.manual_seed(0)
+    with_random_weights(PIPELINES["z-image"]()).save_pretrained(tmp_path / "turbo")
+    base = str(tmp_path / "turbo")
+    backbone = load_backbone(base)
+    assert backbone.guidance.kind == "none" and "train on Z-Image" in backbone.support.distilled
+    save_adapter(tmp_path / "assistant.safetensors", adapter_on(backbone))
+    common = QUICK | ABOUT | {"base": base, "previews": {"every": 4, "steps": 1}}
+
+    def trained(name, **lora):
+        return rite.train(photos, out=tmp_path / name, **common | {"lora": common["lora"] | lora})
+
+    with pytest.raises(ConfigError, match=r"training adapter \(lora\.assistant\)"):
+        trained("refused")
+    plain = trained("plain", distilled=True, rank=2)
+    helped = trained("helped", assistant=str(tmp_path / "assistant.safetensors"))
+    one, other = load_file(plain), load_file(helped)
+    assert one.keys() == other.keys()  # nothing of the assistant is in the result
+    assert any(not torch.equal(one[key], other[key]) for key in one if "lora_B" in key)
+    merged = load_backbone(base)  # the same training on the base with the assistant merged into it
+    with torch.no_grad():
+        for pair in adapter_on(backbone).pairs:
+            path = dotted(pair.name.removeprefix("lora_transformer_"))
+            weight = merged.transformer.get_submodule(path).weight
+            weight += pair.scale * pair.up @ pair.down
+    merged.pipeline.save_pretrained(tmp_path / "merged-turbo")
+    on_merged = common | {"base": str(tmp_path / "merged-turbo")}
+    on_merged["lora"] = common["lora"] | {"distilled": True}
+    wanted = load_file(rite.train(photos, out=tmp_path / "merged", **on_merged))
+    assert all(torch.allclose(other[key], wanted[key], rtol=1e-3, atol=1e-4) for key in other)
+    metadata = rite.inspect(helped).info.config
+    assert 'assistant = "assistant.safetensors"' in metadata and str(tmp_path) not in metadata
+    drawn = sample(backbone, ["a photo of <thing> on the beach"], [0], steps=1, width=64, height=64)
+    assert drawn[0].size == (64, 64)
 
 
 def test_an_adapter_of_another_family_is_refused(folders, photos, tmp_path):

@@ -253,6 +253,17 @@ def _activate(backbone: Backbone) -> None:
         set_adapter(root, _adapter_names(root), inference_mode=True)
 
 
+def train_beside(backbone: Backbone, frozen: str, trained: str) -> None:
+    """Make two adapters act at once, the first without gradients and the second with them."""
+    for root in backbone.components.values():
+        names = [name for name in (frozen, trained) if name in _adapter_names(root)]
+        if names:
+            set_adapter(root, names)
+    for layer in lora_layers(backbone, frozen).values():
+        for factor in (layer.lora_A[frozen], layer.lora_B[frozen]):
+            factor.requires_grad_(False)
+
+
 def detach(backbone: Backbone, name: str) -> None:
     """Remove an adapter; a layer without other adapters is the base's own again."""
     for root in backbone.components.values():

@@ -48,14 +48,22 @@ SDXL = Layout(
 
 # Prefixes of other kinds of files -> what the file is and what to do.
 _REMEDY = "pass a Stable Diffusion checkpoint"
+_WHOLE = "pass the hub id or the diffusers folder of the whole model, with its text encoder"
 FOREIGN = {
     "control_model.": f"a ControlNet; {_REMEDY}",
     "conditioner.embedders.0.model.": f"SDXL's refiner; {_REMEDY}",
     "lora_": "a LoRA adapter; pass it as an adapter and its base model as the base",
     "down_blocks.": "a diffusers UNet alone; pass the folder that holds model_index.json",
-    "double_blocks.": f"a Flux file; {_REMEDY}",
-    f"{UNET}double_blocks.": f"a Flux file; {_REMEDY}",
-    f"{UNET}joint_blocks.": f"an SD3 file; {_REMEDY}",
+} | {
+    f"{start}{block}": f"{kind}; {_WHOLE}"
+    for start in ("", UNET, "diffusion_model.")
+    for block, kind in {
+        "double_blocks.": "a Flux file",
+        "joint_blocks.": "an SD3 file",
+        "transformer_blocks.0.img_mod.": "a Qwen-Image file",
+        "layers.0.attention.": "a Z-Image or Lumina file",
+        "blocks.0.attn.wq.": "a Krea 2 file",
+    }.items()
 }
 
 # Tensors that a pipeline does not need.

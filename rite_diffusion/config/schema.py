@@ -30,8 +30,12 @@ class LoraSection(Section):
     layers: Literal["attention", "blocks"] = Field(
         default="attention", description="or all layers of the denoiser's blocks, convolutions too"
     )
+    assistant: str | None = Field(
+        default=None,
+        description="an adapter that acts while this one trains, for distilled few-step bases",
+    )
     distilled: bool = Field(
-        default=False, description="train on a distilled few-step base all the same"
+        default=False, description="train on a distilled base without an assistant all the same"
     )
 
 

@@ -140,4 +140,6 @@ def without_paths(config: TrainConfig) -> TrainConfig:
     for table in tables:
         for key in {"photos", "class_photos"} & table.keys():
             table[key] = Path(table[key]).name
+    if "assistant" in tree["lora"]:
+        tree["lora"]["assistant"] = Path(tree["lora"]["assistant"]).name
     return resolve(tree)

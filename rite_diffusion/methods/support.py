@@ -25,8 +25,9 @@ def check_support(backbone: Backbone, config: TrainConfig) -> None:
             f"lora.text_encoder = true: the text encoder of {backbone.name} ({backbone.family}) is "
             "not adapted. Set it to false, or use the family's preset."
         )
-    if support.distilled and not config.lora.distilled:
+    if support.distilled and not (config.lora.distilled or config.lora.assistant):
         raise ConfigError(
-            f"{backbone.name} is distilled to few steps: a LoRA trained on it mostly "
-            f"undoes that. Instead {support.distilled}, or set lora.distilled = true."
+            f"{backbone.name} is distilled to few steps: a LoRA trained on it mostly undoes that. "
+            f"Instead {support.distilled}, give a training adapter (lora.assistant), or set "
+            "lora.distilled = true."
         )

@@ -30,6 +30,7 @@ from rite_diffusion.photos.dataset import (
     training_side,
 )
 from rite_diffusion.photos.folder import PhotoFolder, joined, read_source
+from rite_diffusion.training.assistant import load_assistant
 from rite_diffusion.training.processes import ignored_variables_note, process_device
 from rite_diffusion.training.resume import inputs_of
 from rite_diffusion.training.settings import unused_rate_note
@@ -147,6 +148,7 @@ def plan_without_drawing(config: TrainConfig, found: FoundPictures) -> Plan:
     check_triggers(backbone, config.concepts())
     check_prompts(config.previews.prompts, triggers)
     check_rank(backbone, config.lora)
+    load_assistant(backbone, config)
     side = training_side(backbone, config.resolution)
     config = config.model_copy(update={"resolution": side, "precision": precision})
     folders, moved = with_triggers_kept(backbone, found.folders, triggers)

@@ -19,6 +19,7 @@ from rite_diffusion.generation.denoise import sample
 from rite_diffusion.methods import METHODS, Method
 from rite_diffusion.optim import optimizer_spec
 from rite_diffusion.photos.dataset import encode_photos
+from rite_diffusion.training.assistant import act_together, assisted, unassisted
 from rite_diffusion.training.interrupt import stop_on_signal
 from rite_diffusion.training.job import Job, release_encoders
 from rite_diffusion.training.lock import is_in_use
@@ -183,7 +184,8 @@ def _train(
         track(report)
         due = config.previews.every and step % config.previews.every == 0
         if run.take_request("sample") or due:
-            _write_previews(plan, run, step)
+            with unassisted(plan.backbone, config):
+                _write_previews(plan, run, step)
             release_encoders(job)
         on_step(report)
 
@@ -219,12 +221,14 @@ def _job(plan: Plan) -> Iterator[Job]:
     data = encode_photos(backbone, plan.photos, plan.encoding)
     plain = replace(plan.encoding, augment=AugmentSection())
     held_out = encode_photos(backbone, plan.held_out, plain) if plan.held_out else None
-    method = METHODS[config.method](backbone, config)
-    try:
-        yield Job(backbone, method, data, config, held_out)
-    finally:
-        method.remove()
-        backbone.recall()
+    with assisted(backbone, config):
+        method = METHODS[config.method](backbone, config)
+        act_together(backbone, config)
+        try:
+            yield Job(backbone, method, data, config, held_out)
+        finally:
+            method.remove()
+            backbone.recall()
 
 
 @dataclass(frozen=True)

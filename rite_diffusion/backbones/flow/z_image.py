@@ -1,12 +1,15 @@
 """Z-Image (Tongyi-MAI 2025): one stream of text and picture, a Qwen3 text encoder."""
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from rite_diffusion.backbones.conditioning import own_states, padded
 from rite_diffusion.backbones.flow.schedule import TIMES
 from rite_diffusion.backbones.flow.transformer import FlowTransformer, chat_tokens
-from rite_diffusion.backbones.protocols import Conditioning, Defaults
+from rite_diffusion.backbones.protocols import Conditioning, Defaults, Guidance
 
 
 class ZImage(FlowTransformer):
@@ -18,6 +21,13 @@ class ZImage(FlowTransformer):
     other_layers = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     ends = ("all_x_embedder.2-1", "all_final_layer.2-1.linear")
     own_defaults = Defaults(steps=50, guidance=5.0)
+
+    def __init__(self, pipeline: Any, name: str, *arguments: Any, **options: Any):
+        super().__init__(pipeline, name, *arguments, **options)
+        if "turbo" in name.lower():  # nothing in the model's own files tells
+            self.guidance = Guidance("none")
+            self.defaults = Defaults(steps=9, guidance=1.0)
+            self.support = replace(self.support, distilled="train on Z-Image")
 
     @property
     def template_tokens(self) -> int:
