@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import rite_diffusion as rite
 from flow_bases import adapter_on, family, latents_of
@@ -256,3 +256,19 @@ def test_two_adapters_are_fused(folders, photos, tmp_path):
     assert found.info.trigger == "<one>, <two>" and found.info.family == "sd3"
     assert len(found.pairs) == len(rite.inspect(adapters[0]).pairs)
     rite.generate("<one> and <two>", base=base, adapters=[fused], steps=1, width=64, height=64)
+
+
+@pytest.mark.parametrize(
+    ("key", "words"),
+    [
+        ("double_blocks.0.img_attn.qkv.weight", "a Flux file"),
+        ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "an SD3 file"),
+        ("layers.0.attention.qkv.weight", "a Z-Image or Lumina file"),
+        ("blocks.0.attn.wq.weight", "a Krea 2 file"),
+        ("transformer_blocks.0.img_mod.1.weight", "a Qwen-Image file"),
+    ],
+)
+def test_a_denoiser_alone_says_what_is_missing(key, words, tmp_path):
+    save_file({key: torch.zeros(2, 2)}, tmp_path / "flow.safetensors")
+    with pytest.raises(BackboneError, match=f"this is {words}.*hub id or the diffusers folder"):
+        load_backbone(str(tmp_path / "flow.safetensors"))

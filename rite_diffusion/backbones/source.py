@@ -97,9 +97,10 @@ def pipeline_name(base: str) -> str | None:
             from huggingface_hub import hf_hub_download
 
             index = Path(hf_hub_download(base, "model_index.json"))
-        return json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    return name if isinstance(name, str) else None
 
 
 def is_flow(base: str) -> bool:
