@@ -270,5 +270,5 @@ def test_two_adapters_are_fused(folders, photos, tmp_path):
 )
 def test_a_denoiser_alone_says_what_is_missing(key, words, tmp_path):
     save_file({key: torch.zeros(2, 2)}, tmp_path / "flow.safetensors")
-    with pytest.raises(BackboneError, match=f"this is {words}.*hub id or the diffusers folder"):
+    with pytest.raises(BackboneError, match=f"this is {words}.*FILE.safetensors@MODEL"):
         load_backbone(str(tmp_path / "flow.safetensors"))

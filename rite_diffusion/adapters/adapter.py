@@ -90,7 +90,8 @@ class Adapter:
 
 def base_name(base: str) -> str:
     """A base model's name for a header; of a path only the last part, as folders are private."""
-    return Path(base).name if Path(base).exists() else base
+    parts = base.split("@")
+    return "@".join(Path(part).name if Path(part).exists() else part for part in parts)
 
 
 def metadata_of(adapter: Adapter) -> dict[str, str]:

@@ -48,7 +48,7 @@ SDXL = Layout(
 
 # Prefixes of other kinds of files -> what the file is and what to do.
 _REMEDY = "pass a Stable Diffusion checkpoint"
-_WHOLE = "pass the hub id or the diffusers folder of the whole model, with its text encoder"
+_WHOLE = "name the whole model too, by hub id or diffusers folder: FILE.safetensors@MODEL"
 FOREIGN = {
     "control_model.": f"a ControlNet; {_REMEDY}",
     "conditioner.embedders.0.model.": f"SDXL's refiner; {_REMEDY}",

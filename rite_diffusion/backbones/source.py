@@ -13,6 +13,7 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 
 from rite_diffusion.backbones.protocols import Backbone, Defaults
 from rite_diffusion.errors import BackboneError
@@ -90,13 +91,8 @@ def pipeline_name(base: str) -> str | None:
 
     None for other kinds of bases, and where there is no index.
     """
-    path = POCKET if base == "pocket" else user_path(base)
-    index = path / "model_index.json"
     try:
-        if not path.exists() and base.count("/") == 1:
-            from huggingface_hub import hf_hub_download
-
-            index = Path(hf_hub_download(base, "model_index.json"))
+        index = _index_of(denoiser_and_whole(base)[1])
         name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -160,6 +156,9 @@ def open_pipeline(base: str, dtype: torch.dtype) -> DiffusionPipeline:
 def _open(base: str, dtype: torch.dtype) -> DiffusionPipeline:
     if base == "pocket":
         return _from_folder(POCKET, dtype)
+    file, whole = denoiser_and_whole(base)
+    if file is not None:
+        return _with_denoiser(file, whole, dtype)
     path = user_path(base)
     if path.suffix.lower() in PICKLES:
         raise BackboneError(
@@ -173,6 +172,52 @@ def _open(base: str, dtype: torch.dtype) -> DiffusionPipeline:
 
         return load_single_file(path, dtype=dtype)
     return _from_hub(base, dtype)
+
+
+def denoiser_and_whole(base: str) -> tuple[Path | None, str]:
+    """The file of `FILE.safetensors@MODEL` and its model; None and the base for other bases."""
+    file, _, whole = base.partition(".safetensors@")
+    return (user_path(f"{file}.safetensors"), whole) if whole else (None, base)
+
+
+def _with_denoiser(file: Path, whole: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """A model with the denoiser of a file, in the original layout or diffusers'.
+
+    Of the model's own denoiser only the configuration is read.
+    """
+    name = pipeline_name(whole)
+    if name not in FAMILIES or not is_flow(whole):
+        raise BackboneError(
+            f"{whole} is not a flow transformer's folder or hub id, whose other parts could go "
+            f"with {file.name}."
+        )
+    if not file.is_file():
+        raise BackboneError(f"{file} does not exist.")
+    source = str(user_path(whole)) if user_path(whole).is_dir() else whole
+    try:
+        denoiser = denoiser_class(source).from_single_file(
+            str(file), config=source, subfolder="transformer", torch_dtype=dtype
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BackboneError(f"{file} does not fit {whole}'s denoiser: {reason}") from None
+    return _pretrained(getattr(diffusers, name), source, dtype, transformer=denoiser)
+
+
+def denoiser_class(source: str) -> Any:
+    """The class of the transformer in a folder's or a hub model's index."""
+    parts = json.loads(_index_of(source).read_text(encoding="utf-8"))
+    return getattr(diffusers, parts["transformer"][1])
+
+
+def _index_of(base: str) -> Path:
+    """The path of a base's model_index.json, downloaded where the base is a hub id."""
+    path = POCKET if base == "pocket" else user_path(base)
+    if not path.exists() and base.count("/") == 1:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(base, "model_index.json"))
+    return path / "model_index.json"
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
