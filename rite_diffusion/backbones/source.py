@@ -66,8 +66,8 @@ def load_backbone(
     `FILE.safetensors@MODEL` is a flow transformer whose denoiser is in the file and whose other
     parts are those of a folder or hub id. Weights are loaded in `precision` (fp32, fp16, bf16), by
     default fp16 on CUDA and fp32 elsewhere; flow transformers, which overflow in fp16, in bf16
-    except on a CPU. Pickles are not opened and code from a hub is not run. Raises BackboneError where
-    there is no such model or it is not supported.
+    except on a CPU. Pickles are not opened and code from a hub is not run. Raises BackboneError
+    where there is no such model or it is not supported.
     """
     device = device or default_device()
     flows = is_flow(base)
