@@ -201,7 +201,7 @@ BAD = {
     "'trim' = 'x'": ["{0}", "{1}", "--set", "trim=x"],
     "'rank' = 0": ["{0}", "{1}", "--rank", "0"],
     "is what is read": ["{0}", "{1}", "--out", "{0}"],
-    "no .safetensors file": ["{0}", "{1}", "--out", "f.bin"],
+    "is not a .safetensors file": ["{0}", "{1}", "--out", "f.bin"],
     "pass its path as --base": ["{0}", "{1}"],
     "rank or an error": ["{0}", "{1}", "--method", "svd"],
 }

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 ProgressCallback = Callable[[str, float], None]  # text, and the share done from 0 to 1
 OLD = 24 * 3600  # seconds after which an unsaved draft is deleted
 BACKGROUND = "on a blue background"
+STEPS: int | None = None  # of a picture for statistics; None: as `rite sketch` has them
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ def _measure(
 ) -> None:
     """Write the sketches that are missing or out of date beside the adapters."""
     from rite_diffusion.api import sketch as sketching
+    from rite_diffusion.fusion.statistics import Drawing
 
     missing = [card for card in fusion.cards if not _has_sketch(card.path)]
     for card in missing:
@@ -113,7 +115,13 @@ def _measure(
     with studio.engine.exclusive_base(space, "", [card.base for card in fusion.cards]) as backbone:
         for index, card in enumerate(missing):
             count = partial(_count_pictures, progress, card.name, index, len(missing))
-            sketching.sketch(card.path, base=backbone, overwrite=True, progress=count)
+            sketching.sketch(
+                card.path,
+                base=backbone,
+                drawing=Drawing() if STEPS is None else Drawing(steps=STEPS),
+                overwrite=True,
+                progress=count,
+            )
 
 
 def _count_pictures(
