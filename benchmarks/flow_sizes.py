@@ -57,7 +57,9 @@ MODELS = {
         | {"qk_norm": "rms_norm", "pos_embed_max_size": 192, "sample_size": 128},
         (4096, 333),
     ),
-    "Lumina 2": ("Lumina2Pipeline", "Lumina2Transformer2DModel", {}, (2304, 256)),
+    "Lumina 2": (
+        "Lumina2Pipeline", "Lumina2Transformer2DModel", {"cap_feat_dim": 2304}, (2304, 256),
+    ),
 }  # fmt: skip
 
 

@@ -129,3 +129,19 @@ def test_a_cached_hub_model_opens_offline(name, request, tmp_path, monkeypatch):
     assert backbone.fingerprint == load_backbone(str(request.getfixturevalue(name))).fingerprint
     with pytest.raises(BackboneError, match="'someone/other' is neither here nor on the hub"):
         load_backbone("someone/other")
+
+
+def test_a_gated_model_says_how_to_get_it(monkeypatch):
+    import httpx
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    def refused(*_, **__):
+        request = httpx.Request("GET", "https://huggingface.co/some/gated")
+        raise GatedRepoError("401", response=httpx.Response(401, request=request))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refused)
+    with pytest.raises(
+        BackboneError, match=r"accept its licence at https://huggingface\.co/some/g"
+    ):
+        load_backbone("some/gated")

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from flow_bases import SIDE, family, latents_of, opened
 from flow_models import PIPELINES, flux, flux2_dev, klein, krea2, with_random_weights
 from rite_diffusion.adapters.attach import detach, inject
-from rite_diffusion.backbones.conditioning import joined
+from rite_diffusion.backbones.conditioning import KeptConditioning, joined
+from rite_diffusion.backbones.protocols import Conditioning
 from rite_diffusion.backbones.text_cache import cached_conditioning
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.generation.denoise import denoising, guided
@@ -235,6 +236,21 @@ def test_captions_of_the_cache_equal_fresh_ones(base, tmp_path):
     noisy, times = latents_of(base, count=2), torch.tensor([300.0, 700.0])
     ours, theirs = (base.denoise(noisy, times, each) for each in (kept, fresh))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+def test_kept_conditioning_is_bounded_by_its_bytes():
+    asked = []
+
+    def encode(prompt):
+        asked.append(prompt)
+        return Conditioning(torch.zeros(1, 4, 4), {"pooled": torch.zeros(1, 4)})  # 80 bytes
+
+    kept = KeptConditioning(encode, 170)
+    for prompt in ("a", "b", "a", "c", "a", "b"):  # c takes the place of b
+        kept(prompt)
+    assert asked == ["a", "b", "c", "b"]
+    one = KeptConditioning(encode, 10)
+    assert one("x") is one("x")  # the last one stays whatever its size
 
 
 def test_a_budget_of_tokens_is_what_the_encoder_keeps(base):

@@ -1,6 +1,7 @@
 """Conditioning of several prompts put together, whatever their lengths."""
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -49,3 +50,28 @@ def rows(encoded: Conditioning, places: Sequence[int]) -> Conditioning:
     """The conditioning of the prompts at these places, which may repeat."""
     extra = {name: rows_of(values, places) for name, values in encoded.extra.items()}
     return Conditioning(rows_of(encoded.states, places), extra)
+
+
+class KeptConditioning:
+    """The conditioning of prompts, the latest used kept in memory up to so many bytes."""
+
+    def __init__(self, encode: Callable[[str], Conditioning], most: int):
+        self._encode, self._most = encode, most
+        self._kept: OrderedDict[str, Conditioning] = OrderedDict()
+        self._bytes = 0
+
+    def __call__(self, prompt: str) -> Conditioning:
+        """The conditioning of a prompt, encoded where it is not kept."""
+        found = self._kept.pop(prompt, None)
+        if found is None:
+            found = self._encode(prompt)
+            self._bytes += _size(found)
+        self._kept[prompt] = found
+        while self._bytes > self._most and len(self._kept) > 1:
+            _, oldest = self._kept.popitem(last=False)
+            self._bytes -= _size(oldest)
+        return found
+
+
+def _size(conditioning: Conditioning) -> int:
+    return sum(each.nbytes for each in (conditioning.states, *conditioning.extra.values()))

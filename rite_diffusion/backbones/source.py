@@ -77,7 +77,8 @@ def load_backbone(
     reopen = partial(open_pipeline, base, DTYPES[precision])
     pipeline = reopen()
     kind = family_of(pipeline)
-    attention, own = choose_attention(pipeline), OWN_DEFAULTS.get(base)
+    attention = "sdpa" if flows else choose_attention(pipeline)
+    own = OWN_DEFAULTS.get(base)
     return kind(pipeline, base, device, attention, reopen, own)
 
 
@@ -213,12 +214,13 @@ def denoiser_class(source: str) -> Any:
 
 
 def _index_of(base: str) -> Path:
-    """The path of a base's model_index.json, downloaded where the base is a hub id."""
+    """The path of a base's model_index.json; of a hub id that in the cache, or downloaded."""
     path = POCKET if base == "pocket" else user_path(base)
     if not path.exists() and base.count("/") == 1:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-        return Path(hf_hub_download(base, "model_index.json"))
+        found = try_to_load_from_cache(base, "model_index.json")
+        return Path(found if isinstance(found, str) else hf_hub_download(base, "model_index.json"))
     return path / "model_index.json"
 
 
@@ -261,7 +263,7 @@ def _library_of(entry: Any) -> list[str | None]:
 
 def _from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     remedy = "Pass 'pocket', a diffusers folder, a .safetensors file or a hub id (owner/model)."
@@ -274,6 +276,11 @@ def _from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     try:
         kind = _pipeline_class(name, Path(hf_hub_download(name, "model_index.json")))
         return _pretrained(kind, name, dtype)
+    except GatedRepoError:
+        raise BackboneError(
+            f"base model '{name}' is gated: accept its licence at https://huggingface.co/{name}, "
+            "log in with `hf auth login`, and try again."
+        ) from None
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BackboneError(

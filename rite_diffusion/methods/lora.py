@@ -1,13 +1,13 @@
 """LoRA (Hu et al. 2021) on the attention of denoiser and text encoder, or on more layers."""
 
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from rite_diffusion._version import __version__
 from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
 from rite_diffusion.adapters.adapter import base_name
-from rite_diffusion.backbones.conditioning import joined, rows
+from rite_diffusion.backbones.conditioning import KeptConditioning, joined, rows
 from rite_diffusion.backbones.protocols import Backbone, Conditioning
 from rite_diffusion.backbones.text_cache import cached_conditioning
 from rite_diffusion.config import TrainConfig
@@ -21,7 +21,7 @@ from rite_diffusion.methods.weights import (
 )
 from rite_diffusion.types import LoraPair
 
-CAPTIONS_KEPT = 256  # captions whose states stay in memory if the text encoder does not train
+BYTES_KEPT = 2**28  # of captions' states in memory if the text encoder does not train
 
 
 class PlainLora(Method):
@@ -32,7 +32,7 @@ class PlainLora(Method):
         self._weights = lora_weights(backbone, config)
         folder = cache_folder() / "captions" if config.cache else None
         encode = partial(cached_conditioning, backbone, folder=folder)
-        self._frozen_states = lru_cache(CAPTIONS_KEPT)(encode)
+        self._frozen_states = KeptConditioning(encode, BYTES_KEPT)
 
     def groups(self) -> list[dict]:
         """A group for the UNet's pairs and one for each text encoder's."""

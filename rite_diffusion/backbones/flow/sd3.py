@@ -19,7 +19,7 @@ class StableDiffusion3(FlowTransformer):
         "attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0",
     )  # fmt: skip
     other_layers = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
-    ends = ("context_embedder", "proj_out")
+    ends = ("pos_embed.proj", "proj_out")
     encoder_names = ("vae", "text_encoder", "text_encoder_2", "text_encoder_3")
     tokens = 256
     own_defaults = Defaults(steps=28, guidance=7.0)
