@@ -244,6 +244,7 @@ def describe_adapter(path: Path, adapter: Adapter) -> None:
     counts = {
         "UNet": sum(pair.name.startswith("lora_unet_") for pair in adapter.pairs),
         "text encoder": sum(pair.name.startswith("lora_te") for pair in adapter.pairs),
+        "transformer": sum(pair.name.startswith("lora_transformer") for pair in adapter.pairs),
     }
     _say(f"{'file':<17}{path} ({path.stat().st_size / 1e6:.2f} MB)")
     for key, value in facts.items():
@@ -326,7 +327,7 @@ def describe_conflicts(outcome: Outcome) -> None:
 
 def describe_export(export: Export) -> None:
     """Print the files of a conversion and the results of its checks."""
-    _line("read", f"{len(export.adapter.pairs)} modules in {export.adapter.dialect}'s names")
+    _line("read", f"{len(export.adapter.pairs)} modules by the names of {export.adapter.dialect}")
     for note in export.adapter.notes:
         _line("note", note)
     read = dtype_name(export.adapter.dtype)

@@ -50,7 +50,8 @@ def _short(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width:
 
 def layer_label(name: str) -> str:
     """A layer's name without the parts that all names have."""
-    words = name.removeprefix("lora_unet_").removeprefix("lora_te_text_model_encoder_")
+    words = name.removeprefix("lora_unet_").removeprefix("lora_transformer_")
+    words = words.removeprefix("lora_te_text_model_encoder_")
     text = words.replace("transformer_blocks_0_", "").replace("_to_out_0", "_to_out")
     return f"text {text}" if name.startswith("lora_te") else text
 
