@@ -15,7 +15,7 @@ from rite_diffusion.adapters.choice import choose_adapters
 from rite_diffusion.api.demo import example_photos
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.backbones.source import load_backbone
-from rite_diffusion.evaluation.judge import as_pixels, load_judge
+from rite_diffusion.evaluation.judge import load_judge
 from rite_diffusion.generation.attached import Attached, as_attached
 from rite_diffusion.generation.denoise import denoising, pictures, sample
 from rite_diffusion.generation.regional import regionally_guided
@@ -90,11 +90,11 @@ def scores(concept: str, others: list[str], drawn: list[Image.Image]) -> dict[st
 
 
 def halves(drawn: list[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The judge's embeddings (n, 64) of the left and of the right halves."""
-    network = load_judge().network
+    """The judge's embeddings (n, e) of the left and of the right halves."""
+    judge = load_judge()
+    _, left, right = judge.pooled(drawn)
     with torch.no_grad():
-        _, left, right = network.pooled(network.features(as_pixels(drawn)))
-        return network.embedding(left), network.embedding(right)
+        return judge.network.embedding(left), judge.network.embedding(right)
 
 
 def bound(drawn: list[Image.Image], first: str, second: str) -> float:

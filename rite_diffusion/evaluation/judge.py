@@ -1,16 +1,18 @@
-"""The judge: a small network that says what a 64x64 picture shows, and whether it is a concept.
+"""The judge: a small network that says what a small picture shows, and whether it is a concept.
 
-It was trained apart from the pocket base, on other scenes and other distortions, and nothing is
+It was trained apart from the pocket bases, on other scenes and other distortions, and nothing is
 ever trained against it (`train/judge.py` made it). Three questions, one feature map:
 
-    nouns     which of 64 nouns the picture shows, or its left and its right half
-    colours   which of 10 colours its background has
+    nouns     which noun the picture shows, or its left and its right half; "" for none
+    colours   which colour its background has
     embed     a unit vector per picture: near for one object, far for two, even for objects that
               the network never saw, which makes it a measure of a concept's identity
+
+A judge's file says at which side pictures are judged and how wide its network is.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -23,12 +25,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-SIZE = 64  # pixels of the side at which pictures are judged
-EMBEDDING = 64  # numbers in a picture's embedding
 BATCH = 256  # pictures judged at once
 
 
 # --- the network -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a judge's network; by default those of the judge of 64 pixels."""
+
+    side: int = 64  # pixels at which pictures are judged
+    stages: tuple[tuple[int, int], ...] = ((24, 0), (48, 1), (128, 2))  # channels, residual blocks
+    embedding: int = 64  # numbers in a picture's embedding
 
 
 class Convolution(nn.Sequential):
@@ -56,30 +65,30 @@ class Residual(nn.Module):
 
 
 class JudgeNetwork(nn.Module):
-    """Convolutions to an 8x8 map of features, and three linear heads on its pooled columns."""
+    """Stages that halve the picture's side, and three linear heads on pooled features.
 
-    def __init__(self, nouns: int, colours: int, channels: tuple[int, int, int] = (24, 48, 128)):
+    `nouns` counts the answers of the noun head: the nouns, and one more where "none" is an answer.
+    """
+
+    def __init__(self, nouns: int, colours: int, shape: Shape = Shape()) -> None:  # noqa: B008
         super().__init__()
-        fine, middle, coarse = channels
-        self.features = nn.Sequential(  # (n, 3, 64, 64) in [-1, 1] to (n, C, 8, 8)
-            Convolution(3, fine, stride=2),
-            Convolution(fine, middle, stride=2),
-            Residual(middle),
-            Convolution(middle, coarse, stride=2),
-            Residual(coarse),
-            Residual(coarse),
-        )
-        self.noun = nn.Linear(2 * coarse, nouns)
-        self.colour = nn.Linear(2 * coarse, colours)
-        self.identity = nn.Linear(2 * coarse, EMBEDDING)
+        layers, before = [], 3
+        for channels, blocks in shape.stages:
+            layers.append(Convolution(before, channels, stride=2))
+            layers += [Residual(channels) for _ in range(blocks)]
+            before = channels
+        self.features = nn.Sequential(*layers)  # (n, 3, side, side) in [-1, 1] to (n, C, h, h)
+        self.noun = nn.Linear(2 * before, nouns)
+        self.colour = nn.Linear(2 * before, colours)
+        self.identity = nn.Linear(2 * before, shape.embedding)
 
     def pooled(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features (n, C, 8, 8) pooled to (n, 2C) over the whole, the left and the right half."""
+        """Features (n, C, h, h) pooled to (n, 2C) over the whole, the left and the right half."""
         left, right = features.chunk(2, dim=-1)
         return pool(features), pool(left), pool(right)
 
     def embedding(self, pooled: Tensor) -> Tensor:
-        """Unit vectors (n, 64)."""
+        """Unit vectors (n, e)."""
         return F.normalize(self.identity(pooled), dim=-1)
 
 
@@ -88,10 +97,10 @@ def pool(features: Tensor) -> Tensor:
     return torch.cat([features.mean((-2, -1)), features.amax((-2, -1))], dim=-1)
 
 
-def as_pixels(images: list[Image.Image]) -> Tensor:
-    """Pictures of any size and mode as (n, 3, 64, 64) in [-1, 1]."""
+def as_pixels(images: list[Image.Image], side: int) -> Tensor:
+    """Pictures of any size and mode as (n, 3, side, side) in [-1, 1]."""
     small = [
-        image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.LANCZOS) for image in images
+        image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS) for image in images
     ]
     stacked = torch.from_numpy(np.stack([np.asarray(image) for image in small]))
     return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -104,48 +113,52 @@ def as_pixels(images: list[Image.Image]) -> Tensor:
 class Judge:
     """A trained network with the words for its answers.
 
+    A network with one answer more than there are nouns says "" where no noun can be seen.
     `prototypes` holds one unit vector per noun and style; `accuracy` what the judge itself gets
     right on scenes it never saw, to be quoted beside every figure it gives.
     """
 
+    shape: Shape
     network: JudgeNetwork
     noun_names: tuple[str, ...]
     colour_names: tuple[str, ...]
-    prototypes: Tensor  # (p, 64)
+    prototypes: Tensor  # (p, e)
     prototype_names: tuple[str, ...]
     threshold: float  # least similarity at which a picture counts as a concept
     accuracy: dict
 
     @torch.no_grad()
-    def _pooled(self, images: list[Image.Image]) -> tuple[Tensor, Tensor, Tensor]:
-        batches = as_pixels(images).split(BATCH)
+    def pooled(self, images: list[Image.Image]) -> tuple[Tensor, Tensor, Tensor]:
+        """Features (n, 2C) of whole pictures, of their left and of their right halves."""
+        batches = as_pixels(images, self.shape.side).split(BATCH)
         features = torch.cat([self.network.features(batch) for batch in batches])
         return self.network.pooled(features)
 
     def _named_nouns(self, pooled: Tensor) -> list[str]:
-        return [self.noun_names[i] for i in self.network.noun(pooled).argmax(-1)]
+        answers = (*self.noun_names, "")
+        return [answers[i] for i in self.network.noun(pooled).argmax(-1)]
 
     def nouns(self, images: list[Image.Image]) -> list[str]:
-        """The noun of each picture of one object."""
-        return self._named_nouns(self._pooled(images)[0])
+        """The noun of each picture of one object, "" where none can be seen."""
+        return self._named_nouns(self.pooled(images)[0])
 
     def pairs(self, images: list[Image.Image]) -> list[tuple[str, str]]:
-        """The nouns in the left and the right half of each picture."""
-        _, left, right = self._pooled(images)
+        """The nouns in the left and the right half of each picture, "" where none can be seen."""
+        _, left, right = self.pooled(images)
         return list(zip(self._named_nouns(left), self._named_nouns(right), strict=True))
 
     def colours(self, images: list[Image.Image]) -> list[str]:
         """The background colour of each picture."""
-        whole, _, _ = self._pooled(images)
+        whole, _, _ = self.pooled(images)
         return [self.colour_names[i] for i in self.network.colour(whole).argmax(-1)]
 
     def embed(self, images: list[Image.Image]) -> Tensor:
-        """Unit vectors (n, 64), one per picture."""
-        whole, _, _ = self._pooled(images)
+        """Unit vectors (n, e), one per picture."""
+        whole, _, _ = self.pooled(images)
         return self.network.embedding(whole).detach()
 
     def prototype(self, photos: list[Image.Image]) -> Tensor:
-        """Unit vector (64,): the direction of the photos' mean embedding."""
+        """Unit vector (e,): the direction of the photos' mean embedding."""
         return F.normalize(self.embed(photos).mean(0), dim=0)
 
     def identity(self, photos: list[Image.Image], pictures: list[Image.Image]) -> float:
@@ -176,6 +189,7 @@ def save_judge(judge: Judge, path: Path) -> None:
     state = judge.network.state_dict() | {"prototypes": judge.prototypes}
     halves = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     header = {
+        **asdict(judge.shape),
         "nouns": judge.noun_names,
         "colours": judge.colour_names,
         "prototype_names": judge.prototype_names,
@@ -192,9 +206,11 @@ def read_judge(path: Path) -> Judge:
         header = {key: json.loads(value) for key, value in file.metadata().items()}
         tensors = {key: file.get_tensor(key) for key in file.keys()}
     prototypes = F.normalize(tensors.pop("prototypes").float(), dim=-1)
-    network = JudgeNetwork(len(header["nouns"]), len(header["colours"]))
+    shape = _shape_in(header)
+    network = JudgeNetwork(len(tensors["noun.bias"]), len(tensors["colour.bias"]), shape)
     network.load_state_dict(tensors)
     return Judge(
+        shape,
         network.eval().requires_grad_(False),
         tuple(header["nouns"]),
         tuple(header["colours"]),
@@ -203,6 +219,14 @@ def read_judge(path: Path) -> Judge:
         header["threshold"],
         header["accuracy"],
     )
+
+
+def _shape_in(header: dict) -> Shape:
+    """The sizes in a file's header; a file without them is the judge of 64 pixels."""
+    if "stages" not in header:
+        return Shape()
+    stages = tuple((channels, blocks) for channels, blocks in header["stages"])
+    return Shape(header["side"], stages, header["embedding"])
 
 
 @cache
