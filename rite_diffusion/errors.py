@@ -32,6 +32,10 @@ class FusionError(RiteError):
     """Adapters cannot be fused with each other or in the wanted way."""
 
 
+class EvaluationError(RiteError):
+    """Pictures cannot be measured as they are."""
+
+
 class OptimizerError(RiteError, ValueError):
     """An optimizer's setting is out of range, or parameters or gradients do not suit it."""
 
