@@ -6,8 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageFilter
+from safetensors import safe_open
 
-from rite_diffusion.evaluation.judge import load_judge, read_judge, save_judge
+from rite_diffusion.evaluation.judge import (
+    Judge,
+    JudgeNetwork,
+    Shape,
+    load_judge,
+    read_judge,
+    save_judge,
+)
 
 SHEET = Path(__file__).parent / "data/judge_scenes.png"  # rows: singles, pairs, a robot, a unicorn
 SINGLES = ["cat", "owl", "pizza", "car", "heart", "tree", "robot", "clock"]
@@ -86,6 +94,47 @@ def test_weights_are_small_and_come_back_as_they_were(rows, tmp_path):
     again = read_judge(tmp_path / "judge.safetensors")
     assert torch.equal(again.embed(rows[0]), load_judge().embed(rows[0]))
     assert again.prototype_names == load_judge().prototype_names
+
+
+def judge_of(shape):
+    """A random judge that has two nouns, two colours and one prototype."""
+    torch.manual_seed(1)
+    network = JudgeNetwork(3, 2, shape).eval().requires_grad_(False)
+    prototype = torch.nn.functional.normalize(torch.ones(1, shape.embedding), dim=1)
+    names = ("cat", "owl"), ("red", "blue")
+    return Judge(shape, network, *names, prototype, ("cat",), 0.5, {"sharp": 1.0})
+
+
+def test_a_file_says_the_sizes_of_its_network(rows, tmp_path):
+    shape = Shape(side=128, stages=((4, 0), (6, 0), (8, 2), (10, 0)), embedding=12)
+    judge = judge_of(shape)
+    halves = {name: value.half() for name, value in judge.network.state_dict().items()}
+    judge.network.load_state_dict(halves)  # what a file keeps
+    save_judge(judge, tmp_path / "judge.safetensors")
+    again = read_judge(tmp_path / "judge.safetensors")
+    assert again.shape == shape and again.pooled(rows[0])[0].shape == (8, 20)
+    assert again.embed(rows[0]).shape == (8, 12)
+    assert torch.equal(again.embed(rows[0]), judge.embed(rows[0]))
+    assert again.accuracy == {"sharp": 1.0} and again.threshold == 0.5
+
+
+def test_the_first_judges_file_says_no_sizes_and_is_read_as_before(rows):
+    path = resources.files("rite_diffusion.evaluation") / "judge.safetensors"
+    with safe_open(str(path), "pt") as file:
+        assert "stages" not in file.metadata()
+        weights = {name: file.get_tensor(name) for name in file.keys()}
+    judge = load_judge()
+    assert judge.shape == Shape(64, ((24, 0), (48, 1), (128, 2)), 64)
+    kept = judge.network.state_dict()
+    assert all(torch.equal(kept[name], weights[name].to(kept[name].dtype)) for name in kept)
+
+
+def test_where_no_noun_is_seen_the_answer_is_empty(rows):
+    judge = judge_of(Shape(side=32, stages=((4, 0), (4, 0)), embedding=4))
+    for answer, noun in enumerate(["cat", "owl", ""]):
+        judge.network.noun.bias.zero_()[answer] = 100
+        assert judge.nouns(rows[0]) == [noun] * 8
+        assert judge.pairs(rows[0]) == [(noun, noun)] * 8
 
 
 def test_the_judge_states_its_accuracy():

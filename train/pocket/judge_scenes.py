@@ -1,0 +1,217 @@
+"""What the judge is trained on: batches of sharp scenes, of near misses and of poor pictures.
+
+Scenes are composed by other code than a base's. Each group of a batch has two pictures of one
+sprite, one of a near miss, and one of the sprite made poor, with the cosine that it deserves.
+"""
+
+import io
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import judge_sprites as sprites
+from . import made_up, world
+from .flaws import forgiven, poor
+from .judge_sprites import Generator, Key, Sprite
+
+SIZE = world.SIZE
+NOUNS, COLOURS = tuple(world.NOUNS), tuple(world.COLOURS)
+NOTHING = len(NOUNS)  # label of what no noun names
+UNKNOWN = -1  # label of a question that a picture does not answer
+
+# Where an object stands: x and longer side in pixels, share of the scenes.
+PLACES = {
+    "centre": (64, 96, 0.6),
+    "small": (64, 52, 0.14),
+    "left": (34, 58, 0.13),
+    "right": (94, 58, 0.13),
+}
+GROUPS, PAIRS, BLANKS = 14, 12, 2  # of a batch
+BATCH = 4 * GROUPS + PAIRS + BLANKS  # pictures
+NAMED, NAMELESS = 0.7, 0.35  # deserved cosines: above the first a noun, below the second none
+
+
+# --- sharp pictures ----------------------------------------------------------------------------
+
+
+def ground(rng: Generator) -> tuple[Image.Image, int]:
+    """A background with a slight slope, and the index of its colour; now and then any colour."""
+    index = int(rng.integers(len(COLOURS)))
+    tint, spread = np.array(world.COLOURS[COLOURS[index]], float), 5.0
+    if rng.random() < 0.15:
+        index, tint, spread = UNKNOWN, rng.uniform(0, 255, 3), 15.0
+    ramp = np.linspace(-1, 1, SIZE)
+    slopes = rng.normal(0, 10, 2)
+    shade = slopes[0] * ramp[:, None, None] + slopes[1] * ramp[None, :, None]
+    array = tint + rng.normal(0, spread, 3) + shade
+    return Image.fromarray(array.clip(0, 255).round().astype(np.uint8)), index
+
+
+def put(rng: Generator, canvas: Image.Image, image: Image.Image, place: str) -> None:
+    """Draw an RGBA picture near a place, a little larger or smaller and perhaps turned."""
+    x, extent, _ = PLACES[place]
+    ratio = extent * rng.uniform(0.87, 1.13) / max(image.size)
+    size = tuple(max(2, round(side * ratio)) for side in image.size)
+    image = image.resize(size, Image.Resampling.LANCZOS)
+    if rng.random() < 0.4:
+        image = image.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
+    left = x + rng.uniform(-7, 7) - image.width / 2
+    top = SIZE / 2 + rng.uniform(-7, 7) - image.height / 2
+    canvas.paste(image, (round(left), round(top)), image)
+
+
+def any_place(rng: Generator) -> str:
+    """A place, drawn by its share."""
+    return str(rng.choice(list(PLACES), p=[share for _, _, share in PLACES.values()]))
+
+
+def as_pixels(rng: Generator, canvas: Image.Image) -> Tensor:
+    """A picture (3, SIZE, SIZE) in [0, 1], a fifth of them after JPEG's loss."""
+    if rng.random() < 0.2:
+        file = io.BytesIO()
+        canvas.save(file, "JPEG", quality=int(rng.integers(70, 96)))
+        canvas = Image.open(file)
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).float() / 255
+
+
+# --- batches -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A sprite with its label for identity (equal for equal sprites) and for nouns."""
+
+    image: Image.Image
+    identity: int
+    noun: int
+
+
+@cache
+def noun_keys() -> dict[Key, int]:
+    """The index of the noun that a key's emoji shows, for those that show one."""
+    emoji_of = {name: index for index, name in enumerate(world.NOUNS.values())}
+    return {key: emoji_of[key[1]] for key in sprites.training_keys() if key[1] in emoji_of}
+
+
+@cache
+def noun_words() -> set[str]:
+    """The words in the names of nouns: what shares one may look like a noun."""
+    return {word for pair in world.NOUNS.items() for name in pair for word in name.split("-")}
+
+
+def noun_of(rng: Generator, key: Key) -> int:
+    """The noun that a sprite shows, NOTHING, or UNKNOWN where it may resemble one."""
+    if key in noun_keys():
+        return noun_keys()[key]
+    if sprites.is_figure(key):
+        return NOTHING
+    is_like_a_noun = noun_words() & set(key[1].split("-"))
+    return UNKNOWN if is_like_a_noun or rng.random() < 0.5 else NOTHING
+
+
+def any_key(rng: Generator) -> Key:
+    """A noun's emoji, most of the styles of a base, or any other sprite."""
+    keys = sprites.training_keys()
+    if rng.random() < 0.5:
+        styles = list(world.STYLES) if rng.random() < 0.8 else list({*("fluent", "twemoji")})
+        key = (str(rng.choice(sorted(styles))), str(rng.choice(list(world.NOUNS.values()))))
+        if key in noun_keys():
+            return key
+    return keys[rng.integers(len(keys))]
+
+
+def subject_and_near_miss(rng: Generator, number: int) -> tuple[Subject, Subject]:
+    """A sprite and one that is nearly it; the latter's identity is UNKNOWN if they look alike.
+
+    A third of the sprites are altered themselves, so that being altered does not tell.
+    """
+    key = any_key(rng)
+    original = sprites.sprite(sprites.picture(key))
+    array, noun, label = original, noun_of(rng, key), sprites.training_keys().index(key)
+    if not sprites.is_figure(key) and rng.random() < 0.3:
+        array, noun, label = sprites.altered(rng, original), UNKNOWN, -2 - 2 * number
+    near = near_miss(rng, key, original, array)
+    known = -3 - 2 * number if sprites.differs(near, array) else UNKNOWN
+    return (
+        Subject(sprites.as_image(array), label, noun),
+        Subject(sprites.as_image(near), known, UNKNOWN),
+    )
+
+
+def near_miss(rng: Generator, key: Key, original: Sprite, array: Sprite) -> Sprite:
+    """A sprite that a person may take for `array` at first glance."""
+    if rng.random() < (0.7 if sprites.is_figure(key) else 0.4):
+        return sprites.sprite(sprites.picture(sprites.relative(rng, key)))
+    if array is not original and rng.random() < 0.5:
+        return original
+    return sprites.altered(rng, array)
+
+
+def single(rng: Generator, subject: Subject, place: str) -> tuple[Tensor, dict[str, int]]:
+    """A picture of one subject and its labels."""
+    canvas, colour = ground(rng)
+    put(rng, canvas, subject.image, place)
+    labels = {"identity": subject.identity, "noun": subject.noun, "colour": colour}
+    if place in ("left", "right"):
+        labels |= {"left": NOTHING, "right": NOTHING} | {place: subject.noun}
+    return as_pixels(rng, canvas), labels
+
+
+def pair(rng: Generator, left: Subject, right: Subject) -> tuple[Tensor, dict[str, int]]:
+    """A picture of two subjects and its labels."""
+    canvas, colour = ground(rng)
+    put(rng, canvas, left.image, "left")
+    put(rng, canvas, right.image, "right")
+    labels = {"left": left.noun, "right": right.noun, "colour": colour}
+    labels |= {"left_identity": left.identity, "right_identity": right.identity}
+    return as_pixels(rng, canvas), labels
+
+
+def blank(rng: Generator) -> tuple[Tensor, dict[str, int]]:
+    """A background alone, and its labels."""
+    canvas, colour = ground(rng)
+    labels = {"noun": NOTHING, "left": NOTHING, "right": NOTHING, "colour": colour}
+    return as_pixels(rng, canvas), labels
+
+
+LABELS = ("identity", "left_identity", "right_identity", "noun", "left", "right", "colour")
+
+
+def batch(seed: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Pixels (n, 3, SIZE, SIZE) in [-1, 1], labels (n,) and the cosines that poor ones deserve.
+
+    The first GROUPS pictures and the next are of the groups' subjects, then come near misses, then
+    poor pictures, pairs and blanks. `deserved` has one number per poor picture.
+    """
+    rng = np.random.default_rng([made_up.SEED, *seed])
+    groups = [subject_and_near_miss(rng, number) for number in range(GROUPS)]
+    own, near = [one for one, _ in groups], [other for _, other in groups]
+    made = [single(rng, subject, any_place(rng)) for subject in (*own, *own, *near, *own)]
+    for first in range(PAIRS):
+        second = (first + 1 + int(rng.integers(GROUPS - 1))) % GROUPS
+        made.append(pair(rng, own[first], own[second]))
+    made += [blank(rng) for _ in range(BLANKS)]
+    labels = {name: torch.tensor([each.get(name, UNKNOWN) for _, each in made]) for name in LABELS}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(rng.integers(2**31)))
+        pixels = forgiven(torch.stack([each for each, _ in made]) * 2 - 1)
+        rows = slice(3 * GROUPS, 4 * GROUPS)
+        pixels[rows], deserved = poor(pixels[rows])
+    _unname(labels, rows, deserved)
+    return pixels.clamp(-1, 1), labels | {"deserved": deserved}
+
+
+def _unname(labels: dict[str, Tensor], rows: slice, deserved: Tensor) -> None:
+    """Poor pictures have no identity; the poorest show nothing, those in between no known noun."""
+    labels["identity"][rows] = UNKNOWN
+    for name in ("noun", "left", "right"):
+        answer = labels[name][rows]
+        is_asked = (
+            answer != UNKNOWN if name != "noun" else torch.ones_like(answer, dtype=torch.bool)
+        )
+        answer = answer.where(deserved > NAMED, UNKNOWN)
+        labels[name][rows] = answer.where(~is_asked | (deserved > NAMELESS), NOTHING)
