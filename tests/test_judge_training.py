@@ -173,19 +173,19 @@ def test_a_batch_has_groups_then_pairs_then_blanks(batch):
     groups, size = judge_scenes.GROUPS, judge_scenes.BATCH
     assert pixels.shape == (size, 3, 128, 128) and pixels.abs().max() <= 1
     identity = labels["identity"]
-    one, two, near, poor = identity[: 4 * groups].split(groups)
+    one, two, near, poor = identity[: 5 * groups].split([groups, groups, 2 * groups, groups])
     assert torch.equal(one, two) and (one != judge_scenes.UNKNOWN).all()
     assert not {*near.tolist()} & {*one.tolist()} and (near != judge_scenes.UNKNOWN).any()
     assert (poor == judge_scenes.UNKNOWN).all()
     assert (labels["noun"][-judge_scenes.BLANKS :] == judge_scenes.NOTHING).all()
-    pairs = slice(4 * groups, 4 * groups + judge_scenes.PAIRS)
+    pairs = slice(5 * groups, 5 * groups + judge_scenes.PAIRS)
     assert torch.equal(labels["left_identity"][pairs], one[: judge_scenes.PAIRS])
     assert (labels["right_identity"][pairs] != labels["left_identity"][pairs]).any()
 
 
 def test_the_poorest_pictures_show_no_noun(batch):
     _, labels = batch
-    rows = slice(3 * judge_scenes.GROUPS, 4 * judge_scenes.GROUPS)
+    rows = slice(4 * judge_scenes.GROUPS, 5 * judge_scenes.GROUPS)
     nouns, deserved = labels["noun"][rows], labels["deserved"]
     assert (nouns[deserved < judge_scenes.NAMELESS] == judge_scenes.NOTHING).all()
     between = (deserved > judge_scenes.NAMELESS) & (deserved <= judge_scenes.NAMED)
@@ -229,12 +229,21 @@ def test_the_sameness_loss_equals_its_definition():
 def test_near_misses_must_be_far_and_poor_pictures_as_far_as_they_deserve():
     n = judge_scenes.GROUPS
     east, north = torch.tensor([[1.0, 0.0]]).expand(n, 2), torch.tensor([[0.0, 1.0]]).expand(n, 2)
-    labels = {"identity": torch.arange(4 * n), "deserved": torch.full((n,), 0.25)}
-    far = judge.group_losses(torch.cat([east, east, north, east]), labels)
+    labels = {
+        "identity": torch.arange(5 * n),
+        "allowed": torch.full((2 * n,), 0.5),
+        "deserved": torch.full((n,), 0.25),
+    }
+    far = judge.group_losses(torch.cat([east, east, north, north, east]), labels)
     assert far["near"] == 0 and far["poor"].item() == pytest.approx(5 * 0.75**2)
-    close = judge.group_losses(torch.cat([east, east, east, north]), labels)
-    assert close["near"].item() == pytest.approx(5 * 0.5**2)
+    close = judge.group_losses(torch.cat([east, east, east, north, north]), labels)
+    assert close["near"].item() == pytest.approx(5 * 0.5**2 / 2)
     assert close["poor"].item() == pytest.approx(5 * 0.25**2)
+
+
+def test_a_near_miss_may_be_the_nearer_the_less_it_differs():
+    at = [judge_scenes.allowed_cosine(judge_sprites.CHANGE * times) for times in (1, 4, 20)]
+    assert at == pytest.approx([0.85, 0.597, 0.4507], abs=1e-3)
 
 
 # --- training ----------------------------------------------------------------------------------

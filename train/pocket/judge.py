@@ -21,7 +21,7 @@ from .judge_scenes import GROUPS, UNKNOWN
 from .machine import Machine, Progress, load_state, rate_at, save_state, set_rate
 
 SHARPNESS, MARGIN = 20.0, 0.2  # scale and margin of the softmax over cosines
-NEAR = 0.5  # cosine to its group's sprite that a near miss may have
+NOTHING_WEIGHT = 0.25  # of pictures without a noun, which are many, in the noun's loss
 LABELLED = ("noun", "left", "right", "colour")
 STATE = "judge_state.safetensors"
 
@@ -30,7 +30,7 @@ STATE = "judge_state.safetensors"
 class Settings:
     """One training of the judge."""
 
-    pictures: int = 200_000
+    pictures: int = 230_000
     rate: float = 2e-3
     widths: tuple[int, ...] = (24, 48, 80, 112)
     blocks: tuple[int, ...] = (0, 1, 1, 1)  # residual blocks of each width
@@ -84,14 +84,14 @@ def sameness_loss(embeddings: Tensor, identities: Tensor) -> Tensor:
 
 
 def group_losses(whole: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What near misses have above NEAR, and the error of poor pictures' cosines, squared.
+    """What near misses' cosines exceed, and the error of poor pictures' cosines, squared.
 
     `whole` are the embeddings of a batch in the order of `scenes.batch`.
     """
-    one, two, near, poor = whole[: 4 * GROUPS].split(GROUPS)
+    one, two, near, poor = whole[: 5 * GROUPS].split([GROUPS, GROUPS, 2 * GROUPS, GROUPS])
     own = F.normalize(one + two, dim=-1)
-    is_near = labels["identity"][2 * GROUPS : 3 * GROUPS] != UNKNOWN
-    excess = F.relu((near * own).sum(-1) - NEAR)[is_near]
+    is_near = labels["identity"][2 * GROUPS : 4 * GROUPS] != UNKNOWN
+    excess = F.relu((near * own.repeat(2, 1)).sum(-1) - labels["allowed"])[is_near]
     error = (poor * own.detach()).sum(-1) - labels["deserved"]
     return {"near": 5 * excess.square().mean(), "poor": 5 * error.square().mean()}
 
@@ -109,8 +109,12 @@ def losses(
         "right": network.noun(right),
         "colour": network.colour(whole),
     }
+    rarity = torch.ones(answers["noun"].shape[1], device=pixels.device)
+    rarity[scenes.NOTHING] = NOTHING_WEIGHT
     found = {
-        name: F.cross_entropy(answer, labels[name], ignore_index=UNKNOWN)
+        name: F.cross_entropy(
+            answer, labels[name], None if name == "colour" else rarity, ignore_index=UNKNOWN
+        )
         for name, answer in answers.items()
     }
     embeddings = network.embedding(torch.cat([whole, left, right]))

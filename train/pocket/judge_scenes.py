@@ -1,10 +1,11 @@
 """What the judge is trained on: batches of sharp scenes, of near misses and of poor pictures.
 
 Scenes are composed by other code than a base's. Each group of a batch has two pictures of one
-sprite, one of a near miss, and one of the sprite made poor, with the cosine that it deserves.
+sprite, two of near misses, and one of the sprite made poor, with the cosines that they may have.
 """
 
 import io
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -30,8 +31,8 @@ PLACES = {
     "left": (34, 58, 0.13),
     "right": (94, 58, 0.13),
 }
-GROUPS, PAIRS, BLANKS = 14, 12, 2  # of a batch
-BATCH = 4 * GROUPS + PAIRS + BLANKS  # pictures
+GROUPS, PAIRS, BLANKS = 12, 8, 2  # of a batch
+BATCH = 5 * GROUPS + PAIRS + BLANKS  # pictures
 NAMED, NAMELESS = 0.7, 0.35  # deserved cosines: above the first a noun, below the second none
 
 
@@ -110,13 +111,13 @@ def noun_of(rng: Generator, key: Key) -> int:
     if sprites.is_figure(key):
         return NOTHING
     is_like_a_noun = noun_words() & set(key[1].split("-"))
-    return UNKNOWN if is_like_a_noun or rng.random() < 0.5 else NOTHING
+    return UNKNOWN if is_like_a_noun or rng.random() < 0.7 else NOTHING
 
 
 def any_key(rng: Generator) -> Key:
     """A noun's emoji, most of the styles of a base, or any other sprite."""
     keys = sprites.training_keys()
-    if rng.random() < 0.5:
+    if rng.random() < 0.6:
         styles = list(world.STYLES) if rng.random() < 0.8 else list({*("fluent", "twemoji")})
         key = (str(rng.choice(sorted(styles))), str(rng.choice(list(world.NOUNS.values()))))
         if key in noun_keys():
@@ -124,31 +125,50 @@ def any_key(rng: Generator) -> Key:
     return keys[rng.integers(len(keys))]
 
 
-def subject_and_near_miss(rng: Generator, number: int) -> tuple[Subject, Subject]:
-    """A sprite and one that is nearly it; the latter's identity is UNKNOWN if they look alike.
+@dataclass(frozen=True)
+class Group:
+    """A subject, near misses of it, and the cosines to it that these may have at most."""
 
-    A third of the sprites are altered themselves, so that being altered does not tell.
+    subject: Subject
+    near: tuple[Subject, Subject]
+    allowed: tuple[float, float]
+
+
+def random_group(rng: Generator, number: int) -> Group:
+    """A group of any sprite; a quarter are altered themselves, so that being altered does not tell.
+
+    A near miss's identity is UNKNOWN where it looks like the subject.
     """
     key = any_key(rng)
     original = sprites.sprite(sprites.picture(key))
     array, noun, label = original, noun_of(rng, key), sprites.training_keys().index(key)
-    if not sprites.is_figure(key) and rng.random() < 0.3:
-        array, noun, label = sprites.altered(rng, original), UNKNOWN, -2 - 2 * number
-    near = near_miss(rng, key, original, array)
-    known = -3 - 2 * number if sprites.differs(near, array) else UNKNOWN
-    return (
-        Subject(sprites.as_image(array), label, noun),
-        Subject(sprites.as_image(near), known, UNKNOWN),
+    if not sprites.is_figure(key) and rng.random() < 0.25:
+        array, noun, label = sprites.altered(rng, original), UNKNOWN, -2 - 3 * number
+    others = (relative(rng, key, original, array), sprites.altered(rng, array))
+    near = tuple(
+        Subject(
+            sprites.as_image(other),
+            -3 - 3 * number - i if sprites.differs(other, array) else UNKNOWN,
+            UNKNOWN,
+        )
+        for i, other in enumerate(others)
     )
+    allowed = tuple(allowed_cosine(sprites.difference(other, array)) for other in others)
+    return Group(Subject(sprites.as_image(array), label, noun), near, allowed)
 
 
-def near_miss(rng: Generator, key: Key, original: Sprite, array: Sprite) -> Sprite:
-    """A sprite that a person may take for `array` at first glance."""
-    if rng.random() < (0.7 if sprites.is_figure(key) else 0.4):
-        return sprites.sprite(sprites.picture(sprites.relative(rng, key)))
+def allowed_cosine(difference: float) -> float:
+    """The cosine that a near miss may have: 0.85 where it is hardly seen, 0.5 if it is obvious."""
+    return 0.45 + 0.4 * math.exp(-(difference - sprites.CHANGE) / 0.03)
+
+
+def relative(rng: Generator, key: Key, original: Sprite, array: Sprite) -> Sprite:
+    """A sprite of the same kind as `array`, which is the key's or an altered one."""
     if array is not original and rng.random() < 0.5:
         return original
-    return sprites.altered(rng, array)
+    if rng.random() < 0.3:
+        return sprites.altered(rng, array)
+    return sprites.sprite(sprites.picture(sprites.relative(rng, key)))
 
 
 def single(rng: Generator, subject: Subject, place: str) -> tuple[Tensor, dict[str, int]]:
@@ -182,14 +202,16 @@ LABELS = ("identity", "left_identity", "right_identity", "noun", "left", "right"
 
 
 def batch(seed: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Pixels (n, 3, SIZE, SIZE) in [-1, 1], labels (n,) and the cosines that poor ones deserve.
+    """Pixels (n, 3, SIZE, SIZE) in [-1, 1], labels (n,), and the cosines of near and poor pictures.
 
-    The first GROUPS pictures and the next are of the groups' subjects, then come near misses, then
-    poor pictures, pairs and blanks. `deserved` has one number per poor picture.
+    The first GROUPS pictures and the next are of the groups' subjects, then come twice as many near
+    misses, poor pictures, pairs and blanks. `allowed` has a number per near miss, `deserved` one
+    per poor picture.
     """
     rng = np.random.default_rng([made_up.SEED, *seed])
-    groups = [subject_and_near_miss(rng, number) for number in range(GROUPS)]
-    own, near = [one for one, _ in groups], [other for _, other in groups]
+    groups = [random_group(rng, number) for number in range(GROUPS)]
+    own = [group.subject for group in groups]
+    near = [group.near[i] for i in (0, 1) for group in groups]
     made = [single(rng, subject, any_place(rng)) for subject in (*own, *own, *near, *own)]
     for first in range(PAIRS):
         second = (first + 1 + int(rng.integers(GROUPS - 1))) % GROUPS
@@ -199,10 +221,11 @@ def batch(seed: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**31)))
         pixels = forgiven(torch.stack([each for each, _ in made]) * 2 - 1)
-        rows = slice(3 * GROUPS, 4 * GROUPS)
+        rows = slice(4 * GROUPS, 5 * GROUPS)
         pixels[rows], deserved = poor(pixels[rows])
     _unname(labels, rows, deserved)
-    return pixels.clamp(-1, 1), labels | {"deserved": deserved}
+    allowed = torch.tensor([group.allowed[i] for i in (0, 1) for group in groups])
+    return pixels.clamp(-1, 1), labels | {"allowed": allowed, "deserved": deserved}
 
 
 def _unname(labels: dict[str, Tensor], rows: slice, deserved: Tensor) -> None:

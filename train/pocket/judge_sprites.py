@@ -14,7 +14,7 @@ from . import emoji, world
 from .made_up import FIGURES, VARIANTS, Generator, figure
 
 SIDE = emoji.SIDE
-CHANGE = 0.006  # mean difference of two sprites that a person notices
+CHANGE = 0.01  # mean difference of two sprites that a person notices
 TRIES = 5  # until a near miss is one
 Sprite = np.ndarray
 
@@ -175,16 +175,25 @@ ALTERATIONS = {
 }
 
 
+LEAST_CHANGES = {"half mirrored": 3 * CHANGE}  # where a small change is easily overlooked
+
+
+def difference(one: Sprite, other: Sprite) -> float:
+    """Mean absolute difference of two sprites."""
+    return float(np.abs(one - other).mean())
+
+
 def differs(one: Sprite, other: Sprite) -> bool:
     """Whether a person tells two sprites apart."""
-    return float(np.abs(one - other).mean()) > CHANGE
+    return difference(one, other) > CHANGE
 
 
 def altered(rng: Generator, array: Sprite, kinds: tuple[str, ...] = tuple(ALTERATIONS)) -> Sprite:
     """The sprite with one visible change of some kind; itself where none was found."""
     for _ in range(TRIES):
-        changed = ALTERATIONS[str(rng.choice(kinds))](rng, array)
-        if differs(changed, array):
+        kind = str(rng.choice(kinds))
+        changed = ALTERATIONS[kind](rng, array)
+        if difference(changed, array) > LEAST_CHANGES.get(kind, CHANGE):
             return changed.astype(np.float32)
     return array
 
