@@ -92,7 +92,7 @@ def scores(concept: str, others: list[str], drawn: list[Image.Image]) -> dict[st
 def halves(drawn: list[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
     """The judge's embeddings (n, e) of the left and of the right halves."""
     judge = load_judge()
-    _, left, right = judge.pooled(drawn)
+    _, left, right = judge.vectors(drawn)
     with torch.no_grad():
         return judge.network.embedding(left), judge.network.embedding(right)
 

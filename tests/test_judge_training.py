@@ -31,7 +31,9 @@ from train.pocket import (
 )
 
 CPU = machine.Machine(torch.device("cpu"), uses_bf16=False, workers=0)
-TINY = judge.Settings(pictures=4 * judge_scenes.BATCH, widths=(4, 8), blocks=(0, 0), embedding=8)
+TINY = judge.Settings(
+    pictures=4 * judge_scenes.BATCH, widths=(4, 4, 4, 8), blocks=(0, 0, 0, 0), embedding=8, cells=2
+)
 SPARE = tuple(f"spare-{letter}" for letter in "abcdefghijklmnopqrstuvwxyz")
 CATEGORIES = dict.fromkeys(SPARE, "Spare") | {"cat-face": "Cats"}
 CACHES = (
@@ -170,6 +172,9 @@ def test_a_flaw_that_deserves_less_changes_more(flaw):
 
 def test_a_batch_has_groups_then_pairs_then_blanks(batch):
     pixels, labels = batch
+    covered = labels["mask"].mean((1, 2, 3))
+    is_blank = torch.arange(len(pixels)) >= len(pixels) - judge_scenes.BLANKS
+    assert (covered[~is_blank] > 0.02).all() and (covered[is_blank] == 0).all()
     groups, size = judge_scenes.GROUPS, judge_scenes.BATCH
     assert pixels.shape == (size, 3, 128, 128) and pixels.abs().max() <= 1
     identity = labels["identity"]
@@ -235,10 +240,10 @@ def test_near_misses_must_be_far_and_poor_pictures_as_far_as_they_deserve():
         "deserved": torch.full((n,), 0.25),
     }
     far = judge.group_losses(torch.cat([east, east, north, north, east]), labels)
-    assert far["near"] == 0 and far["poor"].item() == pytest.approx(5 * 0.75**2)
+    assert far["near"] == 0 and far["poor"].item() == pytest.approx(judge.GRADED * 0.75**2)
     close = judge.group_losses(torch.cat([east, east, east, north, north]), labels)
-    assert close["near"].item() == pytest.approx(5 * 0.5**2 / 2)
-    assert close["poor"].item() == pytest.approx(5 * 0.25**2)
+    assert close["near"].item() == pytest.approx(judge.GRADED * 0.5**2 / 2)
+    assert close["poor"].item() == pytest.approx(judge.GRADED * 0.25**2)
 
 
 def test_a_near_miss_may_be_the_nearer_the_less_it_differs():
@@ -279,8 +284,8 @@ def test_training_teaches_every_question(batch):
     first = training.step(*batch, 3000)
     for _ in range(15):
         last = training.step(*batch, 3000)
-    assert first.keys() == last.keys() == {*judge.LABELLED, "same", "near", "poor"}
-    assert all(last[name] < first[name] for name in ("noun", "left", "right", "colour", "same"))
+    assert first.keys() == last.keys() == {*judge.LABELLED, "mask", "same", "near", "poor"}
+    assert all(last[name] < first[name] for name in (*judge.LABELLED, "same", "near", "poor"))
 
 
 # --- figures -----------------------------------------------------------------------------------
@@ -321,7 +326,7 @@ def test_the_stage_writes_a_judge_with_its_figures(batch, tmp_path, monkeypatch)
     monkeypatch.setattr(robots, "ROBOTS", few)
     monkeypatch.setattr(judge_figures, "held_out_keys", lambda: [("flat", "unicorn")])
     monkeypatch.setattr(judge_figures, "SHOWN", ("robot", "3d unicorn"))
-    given = ["pictures=70", "widths=4,8", "blocks=0,0", "embedding=8"]
+    given = ["pictures=70", "widths=4,4,4,8", "blocks=0,0,0,0", "embedding=8", "cells=2"]
     stages.run_judge(tmp_path, given)
     made = read_judge(tmp_path / "judge.safetensors")
     assert made.shape == replace(TINY, pictures=70).shape and made.shape.side == 128

@@ -62,8 +62,8 @@ def losses(
 ) -> dict[str, Tensor]:
     """The loss of each question on a batch of `scenes.random_scenes`."""
     with torch.autocast("cpu", torch.bfloat16):
-        features = network.features(pixels.contiguous(memory_format=torch.channels_last))
-    whole, left, right = network.pooled(features.float())
+        maps = network.maps(pixels.contiguous(memory_format=torch.channels_last))
+    whole, left, right = network.vectors(*(each.float() for each in maps))
     answers = {
         "noun": network.noun(whole),
         "left": network.noun(left),

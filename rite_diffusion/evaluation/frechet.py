@@ -40,7 +40,8 @@ def frechet_between(judge: Judge, pictures: list[Image.Image], others: list[Imag
     """
     for each in (pictures, others):
         _check_count(len(each), judge.network.noun.in_features)
-    return frechet_distance(judge.pooled(pictures)[0], judge.pooled(others)[0])
+    one, two = (judge.network.pooled(judge.vectors(each)[0]) for each in (pictures, others))
+    return frechet_distance(one, two)
 
 
 def edge_energy(pictures: list[Image.Image]) -> float:

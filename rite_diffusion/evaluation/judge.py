@@ -38,6 +38,8 @@ class Shape:
     side: int = 64  # pixels at which pictures are judged
     stages: tuple[tuple[int, int], ...] = ((24, 0), (48, 1), (128, 2))  # channels, residual blocks
     embedding: int = 64  # numbers in a picture's embedding
+    cells: int = 0  # a side, of the object's own grid; 0: embeddings do not see where parts are
+    cell_channels: int = 12  # features in each cell
 
 
 class Convolution(nn.Sequential):
@@ -65,8 +67,11 @@ class Residual(nn.Module):
 
 
 class JudgeNetwork(nn.Module):
-    """Stages that halve the picture's side, and three linear heads on pooled features.
+    """Stages that halve the picture's side, and three linear heads on vectors of features.
 
+    A vector has the last stage's pooled features (2C). Where the shape has cells, the stage before
+    it says which pixels are the object's, and the vector goes on with features in a grid on the
+    object: its middle and size do not matter then, what its parts are and where they are does.
     `nouns` counts the answers of the noun head: the nouns, and one more where "none" is an answer.
     """
 
@@ -77,19 +82,65 @@ class JudgeNetwork(nn.Module):
             layers.append(Convolution(before, channels, stride=2))
             layers += [Residual(channels) for _ in range(blocks)]
             before = channels
-        self.features = nn.Sequential(*layers)  # (n, 3, side, side) in [-1, 1] to (n, C, h, h)
+        self.features = nn.Sequential(*layers)
+        self.last = len(layers) - 1 - shape.stages[-1][1]  # where the last stage begins
         self.noun = nn.Linear(2 * before, nouns)
         self.colour = nn.Linear(2 * before, colours)
-        self.identity = nn.Linear(2 * before, shape.embedding)
+        self.identity = nn.Linear(
+            2 * before + shape.cells**2 * shape.cell_channels, shape.embedding
+        )
+        self.cells = shape.cells
+        if shape.cells:
+            self.mask = nn.Conv2d(shape.stages[-2][0], 1, 1)
+            self.cell = nn.Conv2d(shape.stages[-2][0], shape.cell_channels, 1)
 
-    def pooled(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features (n, C, h, h) pooled to (n, 2C) over the whole, the left and the right half."""
-        left, right = features.chunk(2, dim=-1)
-        return pool(features), pool(left), pool(right)
+    def maps(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Feature maps (n, c, 2h, 2h) and (n, C, h, h) of pixels (n, 3, side, side) in [-1, 1]."""
+        middle = self.features[: self.last](pixels)
+        return middle, self.features[self.last :](middle)
 
-    def embedding(self, pooled: Tensor) -> Tensor:
+    def vectors(self, middle: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors (n, D) of whole pictures, of their left and of their right halves."""
+        left, right = coarse.chunk(2, dim=-1)
+        pooled = pool(coarse), pool(left), pool(right)
+        if not self.cells:
+            return pooled
+        mask = self.mask(middle).sigmoid().detach()
+        columns = torch.arange(mask.shape[-1], device=mask.device) < mask.shape[-1] // 2
+        masks = mask, mask * columns, mask * ~columns
+        cells = F.relu(self.cell(middle))
+        whole, left, right = (
+            torch.cat([each, on_object(cells, of, self.cells).flatten(1)], dim=-1)
+            for each, of in zip(pooled, masks, strict=True)
+        )
+        return whole, left, right
+
+    def pooled(self, vectors: Tensor) -> Tensor:
+        """The pooled features (n, 2C) in vectors (n, D)."""
+        return vectors[:, : self.noun.in_features]
+
+    def embedding(self, vectors: Tensor) -> Tensor:
         """Unit vectors (n, e)."""
-        return F.normalize(self.identity(pooled), dim=-1)
+        return F.normalize(self.identity(vectors), dim=-1)
+
+
+def on_object(features: Tensor, mask: Tensor, cells: int) -> Tensor:
+    """Features (n, c, h, h) sampled on a square grid (n, c, cells, cells) around an object.
+
+    The mask (n, 1, h, h) in [0, 1] says where it is: the grid has its mean as middle, and twice its
+    standard deviation as half side, as a filled square's is 1.73 times.
+    """
+    side = mask.shape[-1]
+    weights = mask + 1e-4  # an empty mask means the whole picture
+    weights = weights / weights.sum((-2, -1), keepdim=True)
+    along = (torch.arange(side, device=mask.device) + 0.5) * 2 / side - 1  # in [-1, 1]
+    x, y = (weights * along).sum((1, 2, 3)), (weights * along[:, None]).sum((1, 2, 3))
+    square = (weights * (along**2 + along[:, None] ** 2)).sum((1, 2, 3))
+    reach = 2 * ((square - x**2 - y**2) / 2).clamp(min=0.01).sqrt()
+    zero = torch.zeros_like(x)
+    rows = torch.stack([reach, zero, x, zero, reach, y], dim=-1).view(-1, 2, 3)
+    grid = F.affine_grid(rows, [len(mask), 1, cells, cells], align_corners=False)
+    return F.grid_sample(features, grid, align_corners=False)
 
 
 def pool(features: Tensor) -> Tensor:
@@ -128,33 +179,34 @@ class Judge:
     accuracy: dict
 
     @torch.no_grad()
-    def pooled(self, images: list[Image.Image]) -> tuple[Tensor, Tensor, Tensor]:
-        """Features (n, 2C) of whole pictures, of their left and of their right halves."""
+    def vectors(self, images: list[Image.Image]) -> tuple[Tensor, Tensor, Tensor]:
+        """Vectors (n, D) of whole pictures, of their left and of their right halves."""
         batches = as_pixels(images, self.shape.side).split(BATCH)
-        features = torch.cat([self.network.features(batch) for batch in batches])
-        return self.network.pooled(features)
+        found = [self.network.vectors(*self.network.maps(batch)) for batch in batches]
+        whole, left, right = (torch.cat(part) for part in zip(*found, strict=True))
+        return whole, left, right
 
-    def _named_nouns(self, pooled: Tensor) -> list[str]:
+    def _named_nouns(self, vectors: Tensor) -> list[str]:
         answers = (*self.noun_names, "")
-        return [answers[i] for i in self.network.noun(pooled).argmax(-1)]
+        return [answers[i] for i in self.network.noun(self.network.pooled(vectors)).argmax(-1)]
 
     def nouns(self, images: list[Image.Image]) -> list[str]:
         """The noun of each picture of one object, "" where none can be seen."""
-        return self._named_nouns(self.pooled(images)[0])
+        return self._named_nouns(self.vectors(images)[0])
 
     def pairs(self, images: list[Image.Image]) -> list[tuple[str, str]]:
         """The nouns in the left and the right half of each picture, "" where none can be seen."""
-        _, left, right = self.pooled(images)
+        _, left, right = self.vectors(images)
         return list(zip(self._named_nouns(left), self._named_nouns(right), strict=True))
 
     def colours(self, images: list[Image.Image]) -> list[str]:
         """The background colour of each picture."""
-        whole, _, _ = self.pooled(images)
-        return [self.colour_names[i] for i in self.network.colour(whole).argmax(-1)]
+        pooled = self.network.pooled(self.vectors(images)[0])
+        return [self.colour_names[i] for i in self.network.colour(pooled).argmax(-1)]
 
     def embed(self, images: list[Image.Image]) -> Tensor:
         """Unit vectors (n, e), one per picture."""
-        whole, _, _ = self.pooled(images)
+        whole, _, _ = self.vectors(images)
         return self.network.embedding(whole).detach()
 
     def prototype(self, photos: list[Image.Image]) -> Tensor:
@@ -226,7 +278,8 @@ def _shape_in(header: dict) -> Shape:
     if "stages" not in header:
         return Shape()
     stages = tuple((channels, blocks) for channels, blocks in header["stages"])
-    return Shape(header["side"], stages, header["embedding"])
+    sizes = (header[name] for name in ("embedding", "cells", "cell_channels"))
+    return Shape(header["side"], stages, *sizes)
 
 
 @cache

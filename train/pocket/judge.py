@@ -22,6 +22,7 @@ from .machine import Machine, Progress, load_state, rate_at, save_state, set_rat
 
 SHARPNESS, MARGIN = 20.0, 0.2  # scale and margin of the softmax over cosines
 NOTHING_WEIGHT = 0.25  # of pictures without a noun, which are many, in the noun's loss
+GRADED = 20.0  # weight of the losses of cosines that are given
 LABELLED = ("noun", "left", "right", "colour")
 STATE = "judge_state.safetensors"
 
@@ -35,12 +36,13 @@ class Settings:
     widths: tuple[int, ...] = (24, 48, 80, 112)
     blocks: tuple[int, ...] = (0, 1, 1, 1)  # residual blocks of each width
     embedding: int = 64
+    cells: int = 6
 
     @property
     def shape(self) -> Shape:
         """The sizes of the network."""
         stages = tuple(zip(self.widths, self.blocks, strict=True))
-        return Shape(scenes.SIZE, stages, self.embedding)
+        return Shape(scenes.SIZE, stages, self.embedding, self.cells)
 
 
 class Batches(Dataset):
@@ -93,7 +95,7 @@ def group_losses(whole: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
     is_near = labels["identity"][2 * GROUPS : 4 * GROUPS] != UNKNOWN
     excess = F.relu((near * own.repeat(2, 1)).sum(-1) - labels["allowed"])[is_near]
     error = (poor * own.detach()).sum(-1) - labels["deserved"]
-    return {"near": 5 * excess.square().mean(), "poor": 5 * error.square().mean()}
+    return {"near": GRADED * excess.square().mean(), "poor": GRADED * error.square().mean()}
 
 
 def losses(
@@ -101,13 +103,14 @@ def losses(
 ) -> dict[str, Tensor]:
     """The loss of each question on a batch."""
     with machine.autocast():
-        features = network.features(pixels)
-    whole, left, right = network.pooled(features.float())
+        maps = network.maps(pixels)
+    middle, coarse = (each.float() for each in maps)
+    whole, left, right = network.vectors(middle, coarse)
     answers = {
-        "noun": network.noun(whole),
-        "left": network.noun(left),
-        "right": network.noun(right),
-        "colour": network.colour(whole),
+        "noun": network.noun(network.pooled(whole)),
+        "left": network.noun(network.pooled(left)),
+        "right": network.noun(network.pooled(right)),
+        "colour": network.colour(network.pooled(whole)),
     }
     rarity = torch.ones(answers["noun"].shape[1], device=pixels.device)
     rarity[scenes.NOTHING] = NOTHING_WEIGHT
@@ -120,6 +123,7 @@ def losses(
     embeddings = network.embedding(torch.cat([whole, left, right]))
     names = ("identity", "left_identity", "right_identity")
     found["same"] = sameness_loss(embeddings, torch.cat([labels[name] for name in names]))
+    found["mask"] = F.binary_cross_entropy_with_logits(network.mask(middle), labels["mask"])
     return found | group_losses(embeddings[: len(whole)], labels)
 
 

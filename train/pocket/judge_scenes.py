@@ -20,6 +20,7 @@ from .flaws import forgiven, poor
 from .judge_sprites import Generator, Key, Sprite
 
 SIZE = world.SIZE
+CELLS = SIZE // 8  # of a mask's side, as the network's last map but one
 NOUNS, COLOURS = tuple(world.NOUNS), tuple(world.COLOURS)
 NOTHING = len(NOUNS)  # label of what no noun names
 UNKNOWN = -1  # label of a question that a picture does not answer
@@ -52,8 +53,13 @@ def ground(rng: Generator) -> tuple[Image.Image, int]:
     return Image.fromarray(array.clip(0, 255).round().astype(np.uint8)), index
 
 
-def put(rng: Generator, canvas: Image.Image, image: Image.Image, place: str) -> None:
-    """Draw an RGBA picture near a place, a little larger or smaller and perhaps turned."""
+def put(
+    rng: Generator, canvas: Image.Image, mask: Image.Image, image: Image.Image, place: str
+) -> None:
+    """Draw an RGBA picture near a place, a little larger or smaller and perhaps turned.
+
+    The mask, a grey picture, is white where something was drawn.
+    """
     x, extent, _ = PLACES[place]
     ratio = extent * rng.uniform(0.87, 1.13) / max(image.size)
     size = tuple(max(2, round(side * ratio)) for side in image.size)
@@ -62,7 +68,9 @@ def put(rng: Generator, canvas: Image.Image, image: Image.Image, place: str) -> 
         image = image.rotate(rng.uniform(-8, 8), Image.Resampling.BICUBIC, expand=True)
     left = x + rng.uniform(-7, 7) - image.width / 2
     top = SIZE / 2 + rng.uniform(-7, 7) - image.height / 2
-    canvas.paste(image, (round(left), round(top)), image)
+    corner = round(left), round(top)
+    canvas.paste(image, corner, image)
+    mask.paste(255, (*corner, corner[0] + image.width, corner[1] + image.height), image)
 
 
 def any_place(rng: Generator) -> str:
@@ -171,31 +179,45 @@ def relative(rng: Generator, key: Key, original: Sprite, array: Sprite) -> Sprit
     return sprites.sprite(sprites.picture(sprites.relative(rng, key)))
 
 
-def single(rng: Generator, subject: Subject, place: str) -> tuple[Tensor, dict[str, int]]:
-    """A picture of one subject and its labels."""
+@dataclass(frozen=True)
+class Example:
+    """Pixels (3, SIZE, SIZE) in [0, 1], where something is drawn (1, CELLS, CELLS), and labels."""
+
+    pixels: Tensor
+    mask: Tensor
+    labels: dict[str, int]
+
+
+def example(
+    rng: Generator, subjects: dict[str, Subject], labels: dict[str, int] | None = None
+) -> Example:
+    """A picture of subjects by their places, with its labels and the colour's."""
     canvas, colour = ground(rng)
-    put(rng, canvas, subject.image, place)
-    labels = {"identity": subject.identity, "noun": subject.noun, "colour": colour}
+    mask = Image.new("L", canvas.size)
+    for place, subject in subjects.items():
+        put(rng, canvas, mask, subject.image, place)
+    covered = torch.from_numpy(np.array(mask.reduce(SIZE // CELLS)))[None].float() / 255
+    return Example(as_pixels(rng, canvas), covered, (labels or {}) | {"colour": colour})
+
+
+def single(rng: Generator, subject: Subject, place: str) -> Example:
+    """A picture of one subject."""
+    labels = {"identity": subject.identity, "noun": subject.noun}
     if place in ("left", "right"):
         labels |= {"left": NOTHING, "right": NOTHING} | {place: subject.noun}
-    return as_pixels(rng, canvas), labels
+    return example(rng, {place: subject}, labels)
 
 
-def pair(rng: Generator, left: Subject, right: Subject) -> tuple[Tensor, dict[str, int]]:
-    """A picture of two subjects and its labels."""
-    canvas, colour = ground(rng)
-    put(rng, canvas, left.image, "left")
-    put(rng, canvas, right.image, "right")
-    labels = {"left": left.noun, "right": right.noun, "colour": colour}
+def pair(rng: Generator, left: Subject, right: Subject) -> Example:
+    """A picture of two subjects."""
+    labels = {"left": left.noun, "right": right.noun}
     labels |= {"left_identity": left.identity, "right_identity": right.identity}
-    return as_pixels(rng, canvas), labels
+    return example(rng, {"left": left, "right": right}, labels)
 
 
-def blank(rng: Generator) -> tuple[Tensor, dict[str, int]]:
-    """A background alone, and its labels."""
-    canvas, colour = ground(rng)
-    labels = {"noun": NOTHING, "left": NOTHING, "right": NOTHING, "colour": colour}
-    return as_pixels(rng, canvas), labels
+def blank(rng: Generator) -> Example:
+    """A background alone."""
+    return example(rng, {}, {"noun": NOTHING, "left": NOTHING, "right": NOTHING})
 
 
 LABELS = ("identity", "left_identity", "right_identity", "noun", "left", "right", "colour")
@@ -217,15 +239,18 @@ def batch(seed: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         second = (first + 1 + int(rng.integers(GROUPS - 1))) % GROUPS
         made.append(pair(rng, own[first], own[second]))
     made += [blank(rng) for _ in range(BLANKS)]
-    labels = {name: torch.tensor([each.get(name, UNKNOWN) for _, each in made]) for name in LABELS}
+    labels = {
+        name: torch.tensor([each.labels.get(name, UNKNOWN) for each in made]) for name in LABELS
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(2**31)))
-        pixels = forgiven(torch.stack([each for each, _ in made]) * 2 - 1)
+        pixels = forgiven(torch.stack([each.pixels for each in made]) * 2 - 1)
         rows = slice(4 * GROUPS, 5 * GROUPS)
         pixels[rows], deserved = poor(pixels[rows])
     _unname(labels, rows, deserved)
     allowed = torch.tensor([group.allowed[i] for i in (0, 1) for group in groups])
-    return pixels.clamp(-1, 1), labels | {"allowed": allowed, "deserved": deserved}
+    labels |= {"allowed": allowed, "deserved": deserved}
+    return pixels.clamp(-1, 1), labels | {"mask": torch.stack([each.mask for each in made])}
 
 
 def _unname(labels: dict[str, Tensor], rows: slice, deserved: Tensor) -> None:
