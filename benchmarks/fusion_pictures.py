@@ -89,14 +89,6 @@ def scores(concept: str, others: list[str], drawn: list[Image.Image]) -> dict[st
     }
 
 
-def halves(drawn: list[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The judge's embeddings (n, e) of the left and of the right halves."""
-    judge = load_judge()
-    _, left, right = judge.vectors(drawn)
-    with torch.no_grad():
-        return judge.network.embedding(left), judge.network.embedding(right)
-
-
 def bound(drawn: list[Image.Image], first: str, second: str) -> float:
     """Share of pictures whose left half is the first concept and whose right half is the second.
 
@@ -105,7 +97,7 @@ def bound(drawn: list[Image.Image], first: str, second: str) -> float:
     """
     judge = load_judge()
     one, two = (judge.prototype(photos_of(name)) for name in (first, second))
-    left, right = halves(drawn)
+    left, right = judge.embed_halves(drawn)
     is_first = judge.concept_scores(one, left) > (left @ two).clamp(min=0)
     is_second = judge.concept_scores(two, right) > (right @ one).clamp(min=0)
     return (is_first & is_second).double().mean().item()

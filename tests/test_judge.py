@@ -114,7 +114,8 @@ def test_a_file_says_the_sizes_of_its_network(rows, tmp_path):
     judge.network.load_state_dict(halves)  # what a file keeps
     save_judge(judge, tmp_path / "judge.safetensors")
     again = read_judge(tmp_path / "judge.safetensors")
-    assert again.shape == shape and again.vectors(rows[0])[0].shape == (8, 20 + 9 * 5)
+    assert again.shape == shape and again.pools(rows[0])[0].shape == (8, 20)
+    assert again.network.identity.in_features == 20 + 9 * 5
     assert again.embed(rows[0]).shape == (8, 12)
     assert torch.equal(again.embed(rows[0]), judge.embed(rows[0]))
     assert again.accuracy == {"sharp": 1.0} and again.threshold == 0.5
@@ -131,27 +132,26 @@ def test_the_first_judges_file_says_no_sizes_and_is_read_as_before(rows):
     assert all(torch.equal(kept[name], weights[name].to(kept[name].dtype)) for name in kept)
 
 
-def test_cells_lie_on_the_object_wherever_and_however_large_it_is():
-    """A square of 4x4 tiles in four values gives the same cells, moved or twice as large."""
+def test_features_on_an_object_are_the_same_wherever_and_however_large_it_is():
+    """A square of 4x4 tiles in four values, here and there, and twice as large."""
     found = []
     for left, top, tile in ((2, 3, 2), (13, 9, 2), (6, 8, 4)):
         features, mask = torch.zeros(1, 1, 32, 32), torch.zeros(1, 1, 32, 32)
         tiles = torch.arange(16.0).view(4, 4).repeat_interleave(tile, 0).repeat_interleave(tile, 1)
         rows, columns = slice(top, top + 4 * tile), slice(left, left + 4 * tile)
         features[0, 0, rows, columns], mask[0, 0, rows, columns] = tiles, 1
-        found.append(on_object(features, mask, 4).squeeze())
-    wanted = torch.tensor([[5.0, 6.0], [9.0, 10.0]])  # the outer cells lie on the edge
+        found.append(torch.nn.functional.avg_pool2d(on_object(features, mask), 8).squeeze())
+    wanted = torch.tensor([[5.0, 6.0], [9.0, 10.0]])  # the outer tiles reach beyond the edge
     for cells in found:
         torch.testing.assert_close(cells[1:3, 1:3], wanted, atol=0.6, rtol=0)
 
 
 def test_an_empty_mask_means_the_whole_picture():
-    features = torch.arange(64.0).view(1, 1, 8, 8)
-    cells = on_object(features, torch.zeros(1, 1, 8, 8), 2).squeeze()
-    reach = 2 * (21 / 64) ** 0.5 / 2  # twice the deviation of 8 cells in [-1, 1]; a cell's middle
-    offset = reach * 4
-    wanted = [[31.5 + 8 * dy + dx for dx in (-offset, offset)] for dy in (-offset, offset)]
-    torch.testing.assert_close(cells, torch.tensor(wanted), atol=0.05, rtol=0)
+    features = torch.arange(8.0).expand(1, 1, 8, 8)
+    sampled = on_object(features, torch.zeros(1, 1, 8, 8)).squeeze()
+    reach = 2 * (21 / 64) ** 0.5  # twice the deviation of eight columns in [-1, 1]
+    wanted = 3.5 + reach * (torch.arange(8.0) - 3.5)
+    torch.testing.assert_close(sampled[4, 1:7], wanted[1:7])
 
 
 def test_where_no_noun_is_seen_the_answer_is_empty(rows):

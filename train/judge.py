@@ -62,8 +62,8 @@ def losses(
 ) -> dict[str, Tensor]:
     """The loss of each question on a batch of `scenes.random_scenes`."""
     with torch.autocast("cpu", torch.bfloat16):
-        maps = network.maps(pixels.contiguous(memory_format=torch.channels_last))
-    whole, left, right = network.vectors(*(each.float() for each in maps))
+        features = network.features(pixels.contiguous(memory_format=torch.channels_last))
+    whole, left, right = network.pools(features.float())
     answers = {
         "noun": network.noun(whole),
         "left": network.noun(left),
@@ -74,7 +74,7 @@ def losses(
         name: F.cross_entropy(answer, labels[name], ignore_index=scenes.UNKNOWN)
         for name, answer in answers.items()
     }
-    return found | {"identity": identity(network.embedding(whole), labels["identity"])}
+    return found | {"identity": identity(F.normalize(network.identity(whole)), labels["identity"])}
 
 
 def rate_at(step: int, steps: int) -> float:

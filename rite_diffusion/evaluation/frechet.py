@@ -40,8 +40,7 @@ def frechet_between(judge: Judge, pictures: list[Image.Image], others: list[Imag
     """
     for each in (pictures, others):
         _check_count(len(each), judge.network.noun.in_features)
-    one, two = (judge.network.pooled(judge.vectors(each)[0]) for each in (pictures, others))
-    return frechet_distance(one, two)
+    return frechet_distance(judge.pools(pictures)[0], judge.pools(others)[0])
 
 
 def edge_energy(pictures: list[Image.Image]) -> float:

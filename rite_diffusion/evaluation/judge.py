@@ -12,6 +12,7 @@ A judge's file says at which side pictures are judged and how wide its network i
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
@@ -38,7 +39,7 @@ class Shape:
     side: int = 64  # pixels at which pictures are judged
     stages: tuple[tuple[int, int], ...] = ((24, 0), (48, 1), (128, 2))  # channels, residual blocks
     embedding: int = 64  # numbers in a picture's embedding
-    cells: int = 0  # a side, of the object's own grid; 0: embeddings do not see where parts are
+    cells: int = 0  # a side, of the grid on the object; 0: embeddings are of whole pictures
     cell_channels: int = 12  # features in each cell
 
 
@@ -67,65 +68,71 @@ class Residual(nn.Module):
 
 
 class JudgeNetwork(nn.Module):
-    """Stages that halve the picture's side, and three linear heads on vectors of features.
+    """Stages that halve the picture's side, and three linear heads.
 
-    A vector has the last stage's pooled features (2C). Where the shape has cells, the stage before
-    it says which pixels are the object's, and the vector goes on with features in a grid on the
-    object: its middle and size do not matter then, what its parts are and where they are does.
+    Nouns and colours are read from the last stage's pooled features (2C). Where the shape has
+    cells, embeddings are of the object alone: a mask on the features ahead of the last two stages
+    says where it is, those features are sampled around it, and go through the last two stages. So
+    neither the object's place nor its size matters, but what its parts are and where they are.
     `nouns` counts the answers of the noun head: the nouns, and one more where "none" is an answer.
     """
 
     def __init__(self, nouns: int, colours: int, shape: Shape = Shape()) -> None:  # noqa: B008
         super().__init__()
-        layers, before = [], 3
+        layers, starts, before = [], [], 3
         for channels, blocks in shape.stages:
+            starts.append(len(layers))
             layers.append(Convolution(before, channels, stride=2))
             layers += [Residual(channels) for _ in range(blocks)]
             before = channels
         self.features = nn.Sequential(*layers)
-        self.last = len(layers) - 1 - shape.stages[-1][1]  # where the last stage begins
+        self.starts, self.cells = starts[-2:], shape.cells  # of the last two stages
         self.noun = nn.Linear(2 * before, nouns)
         self.colour = nn.Linear(2 * before, colours)
-        self.identity = nn.Linear(
-            2 * before + shape.cells**2 * shape.cell_channels, shape.embedding
-        )
-        self.cells = shape.cells
+        vector = 2 * before + shape.cells**2 * shape.cell_channels
+        self.identity = nn.Linear(vector, shape.embedding)
         if shape.cells:
-            self.mask = nn.Conv2d(shape.stages[-2][0], 1, 1)
+            self.mask = nn.Conv2d(shape.stages[-3][0], 1, 5, padding=2)
             self.cell = nn.Conv2d(shape.stages[-2][0], shape.cell_channels, 1)
 
-    def maps(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Feature maps (n, c, 2h, 2h) and (n, C, h, h) of pixels (n, 3, side, side) in [-1, 1]."""
-        middle = self.features[: self.last](pixels)
-        return middle, self.features[self.last :](middle)
+    def fine(self, pixels: Tensor) -> Tensor:
+        """Features ahead of the last two stages of pixels (n, 3, side, side) in [-1, 1]."""
+        return self.features[: self.starts[0]](pixels)
 
-    def vectors(self, middle: Tensor, coarse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors (n, D) of whole pictures, of their left and of their right halves."""
+    def deep(self, fine: Tensor) -> tuple[Tensor, Tensor]:
+        """What the last two stages make of features: (n, c, 2h, 2h) and (n, C, h, h)."""
+        middle = self.features[self.starts[0] : self.starts[1]](fine)
+        return middle, self.features[self.starts[1] :](middle)
+
+    def pools(self, coarse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The last features (n, C, h, h) pooled over the whole, the left and the right half."""
         left, right = coarse.chunk(2, dim=-1)
-        pooled = pool(coarse), pool(left), pool(right)
+        return pool(coarse), pool(left), pool(right)
+
+    def masks(self, fine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the object is, in [0, 1]: in the whole picture, its left and its right half."""
+        mask = self.mask(fine).sigmoid().detach()
+        is_left = torch.arange(mask.shape[-1], device=mask.device) < mask.shape[-1] // 2
+        return mask, mask * is_left, mask * ~is_left
+
+    def embedding(self, middle: Tensor, coarse: Tensor) -> Tensor:
+        """Unit vectors (n, e) of what `deep` makes of the features on objects."""
+        cells = F.adaptive_avg_pool2d(F.relu(self.cell(middle)), self.cells).flatten(1)
+        return F.normalize(self.identity(torch.cat([pool(coarse), cells], dim=-1)), dim=-1)
+
+    def embeddings(self, fine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit vectors (n, e) of whole pictures, of their left and of their right halves."""
         if not self.cells:
-            return pooled
-        mask = self.mask(middle).sigmoid().detach()
-        columns = torch.arange(mask.shape[-1], device=mask.device) < mask.shape[-1] // 2
-        masks = mask, mask * columns, mask * ~columns
-        cells = F.relu(self.cell(middle))
+            whole, left, right = (self.identity(each) for each in self.pools(self.deep(fine)[1]))
+            return F.normalize(whole), F.normalize(left), F.normalize(right)
         whole, left, right = (
-            torch.cat([each, on_object(cells, of, self.cells).flatten(1)], dim=-1)
-            for each, of in zip(pooled, masks, strict=True)
+            self.embedding(*self.deep(on_object(fine, mask))) for mask in self.masks(fine)
         )
         return whole, left, right
 
-    def pooled(self, vectors: Tensor) -> Tensor:
-        """The pooled features (n, 2C) in vectors (n, D)."""
-        return vectors[:, : self.noun.in_features]
 
-    def embedding(self, vectors: Tensor) -> Tensor:
-        """Unit vectors (n, e)."""
-        return F.normalize(self.identity(vectors), dim=-1)
-
-
-def on_object(features: Tensor, mask: Tensor, cells: int) -> Tensor:
-    """Features (n, c, h, h) sampled on a square grid (n, c, cells, cells) around an object.
+def on_object(features: Tensor, mask: Tensor) -> Tensor:
+    """Features (n, c, h, h) sampled on a square grid of the same size around an object.
 
     The mask (n, 1, h, h) in [0, 1] says where it is: the grid has its mean as middle, and twice its
     standard deviation as half side, as a filled square's is 1.73 times.
@@ -139,7 +146,7 @@ def on_object(features: Tensor, mask: Tensor, cells: int) -> Tensor:
     reach = 2 * ((square - x**2 - y**2) / 2).clamp(min=0.01).sqrt()
     zero = torch.zeros_like(x)
     rows = torch.stack([reach, zero, x, zero, reach, y], dim=-1).view(-1, 2, 3)
-    grid = F.affine_grid(rows, [len(mask), 1, cells, cells], align_corners=False)
+    grid = F.affine_grid(rows, list(mask.shape), align_corners=False)
     return F.grid_sample(features, grid, align_corners=False)
 
 
@@ -179,35 +186,47 @@ class Judge:
     accuracy: dict
 
     @torch.no_grad()
-    def vectors(self, images: list[Image.Image]) -> tuple[Tensor, Tensor, Tensor]:
-        """Vectors (n, D) of whole pictures, of their left and of their right halves."""
-        batches = as_pixels(images, self.shape.side).split(BATCH)
-        found = [self.network.vectors(*self.network.maps(batch)) for batch in batches]
+    def _fine(self, images: list[Image.Image]) -> Iterator[Tensor]:
+        """Features of the images, BATCH at a time."""
+        for batch in as_pixels(images, self.shape.side).split(BATCH):
+            yield self.network.fine(batch)
+
+    @torch.no_grad()
+    def pools(self, images: list[Image.Image]) -> tuple[Tensor, Tensor, Tensor]:
+        """Pooled features (n, 2C) of whole pictures, of their left and of their right halves."""
+        found = [self.network.pools(self.network.deep(fine)[1]) for fine in self._fine(images)]
         whole, left, right = (torch.cat(part) for part in zip(*found, strict=True))
         return whole, left, right
 
-    def _named_nouns(self, vectors: Tensor) -> list[str]:
+    def _named_nouns(self, pooled: Tensor) -> list[str]:
         answers = (*self.noun_names, "")
-        return [answers[i] for i in self.network.noun(self.network.pooled(vectors)).argmax(-1)]
+        return [answers[i] for i in self.network.noun(pooled).argmax(-1)]
 
     def nouns(self, images: list[Image.Image]) -> list[str]:
         """The noun of each picture of one object, "" where none can be seen."""
-        return self._named_nouns(self.vectors(images)[0])
+        return self._named_nouns(self.pools(images)[0])
 
     def pairs(self, images: list[Image.Image]) -> list[tuple[str, str]]:
         """The nouns in the left and the right half of each picture, "" where none can be seen."""
-        _, left, right = self.vectors(images)
+        _, left, right = self.pools(images)
         return list(zip(self._named_nouns(left), self._named_nouns(right), strict=True))
 
     def colours(self, images: list[Image.Image]) -> list[str]:
         """The background colour of each picture."""
-        pooled = self.network.pooled(self.vectors(images)[0])
-        return [self.colour_names[i] for i in self.network.colour(pooled).argmax(-1)]
+        whole, _, _ = self.pools(images)
+        return [self.colour_names[i] for i in self.network.colour(whole).argmax(-1)]
 
+    @torch.no_grad()
     def embed(self, images: list[Image.Image]) -> Tensor:
         """Unit vectors (n, e), one per picture."""
-        whole, _, _ = self.vectors(images)
-        return self.network.embedding(whole).detach()
+        return torch.cat([self.network.embeddings(fine)[0] for fine in self._fine(images)])
+
+    @torch.no_grad()
+    def embed_halves(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
+        """Unit vectors (n, e) of the left and of the right halves of pictures."""
+        found = [self.network.embeddings(fine)[1:] for fine in self._fine(images)]
+        left, right = (torch.cat(part) for part in zip(*found, strict=True))
+        return left, right
 
     def prototype(self, photos: list[Image.Image]) -> Tensor:
         """Unit vector (e,): the direction of the photos' mean embedding."""

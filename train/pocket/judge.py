@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from rite_diffusion.evaluation.judge import JudgeNetwork, Shape
+from rite_diffusion.evaluation.judge import JudgeNetwork, Shape, on_object
 
 from . import judge_scenes as scenes
-from .judge_scenes import GROUPS, UNKNOWN
+from .judge_scenes import GROUPS, PAIRS, UNKNOWN
 from .machine import Machine, Progress, load_state, rate_at, save_state, set_rate
 
 SHARPNESS, MARGIN = 20.0, 0.2  # scale and margin of the softmax over cosines
@@ -31,7 +31,7 @@ STATE = "judge_state.safetensors"
 class Settings:
     """One training of the judge."""
 
-    pictures: int = 230_000
+    pictures: int = 290_000
     rate: float = 2e-3
     widths: tuple[int, ...] = (24, 48, 80, 112)
     blocks: tuple[int, ...] = (0, 1, 1, 1)  # residual blocks of each width
@@ -88,9 +88,9 @@ def sameness_loss(embeddings: Tensor, identities: Tensor) -> Tensor:
 def group_losses(whole: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
     """What near misses' cosines exceed, and the error of poor pictures' cosines, squared.
 
-    `whole` are the embeddings of a batch in the order of `scenes.batch`.
+    `whole` are the embeddings of the groups, in the order of `scenes.batch`.
     """
-    one, two, near, poor = whole[: 5 * GROUPS].split([GROUPS, GROUPS, 2 * GROUPS, GROUPS])
+    one, two, near, poor = whole.split([GROUPS, GROUPS, 2 * GROUPS, GROUPS])
     own = F.normalize(one + two, dim=-1)
     is_near = labels["identity"][2 * GROUPS : 4 * GROUPS] != UNKNOWN
     excess = F.relu((near * own.repeat(2, 1)).sum(-1) - labels["allowed"])[is_near]
@@ -98,19 +98,38 @@ def group_losses(whole: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"near": GRADED * excess.square().mean(), "poor": GRADED * error.square().mean()}
 
 
+def seen_by(
+    network: JudgeNetwork, pixels: Tensor, machine: Machine
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mask, last features of the pictures, embeddings of their objects, of pairs' objects.
+
+    Whole pictures and objects pass the last stages as one batch: their norms then see both, as they
+    do when the network judges.
+    """
+    pairs = slice(5 * GROUPS, 5 * GROUPS + PAIRS)
+    with machine.autocast():
+        fine = network.fine(pixels)
+        rows = (slice(5 * GROUPS), pairs, pairs)
+        masks = zip(rows, network.masks(fine), strict=True)
+        objects = [on_object(fine[row], mask[row]) for row, mask in masks]
+        deep = network.deep(torch.cat([fine, *objects]))
+    middle, coarse = (each.float() for each in deep)
+    embeddings = network.embedding(middle[len(pixels) :], coarse[len(pixels) :])
+    of_groups, of_pairs = embeddings.split([5 * GROUPS, 2 * PAIRS])
+    return network.mask(fine.float()), coarse[: len(pixels)], of_groups, of_pairs
+
+
 def losses(
     network: JudgeNetwork, pixels: Tensor, labels: dict[str, Tensor], machine: Machine
 ) -> dict[str, Tensor]:
     """The loss of each question on a batch."""
-    with machine.autocast():
-        maps = network.maps(pixels)
-    middle, coarse = (each.float() for each in maps)
-    whole, left, right = network.vectors(middle, coarse)
+    mask, coarse, of_groups, of_pairs = seen_by(network, pixels, machine)
+    whole, left, right = network.pools(coarse)
     answers = {
-        "noun": network.noun(network.pooled(whole)),
-        "left": network.noun(network.pooled(left)),
-        "right": network.noun(network.pooled(right)),
-        "colour": network.colour(network.pooled(whole)),
+        "noun": network.noun(whole),
+        "left": network.noun(left),
+        "right": network.noun(right),
+        "colour": network.colour(whole),
     }
     rarity = torch.ones(answers["noun"].shape[1], device=pixels.device)
     rarity[scenes.NOTHING] = NOTHING_WEIGHT
@@ -120,11 +139,12 @@ def losses(
         )
         for name, answer in answers.items()
     }
-    embeddings = network.embedding(torch.cat([whole, left, right]))
-    names = ("identity", "left_identity", "right_identity")
-    found["same"] = sameness_loss(embeddings, torch.cat([labels[name] for name in names]))
-    found["mask"] = F.binary_cross_entropy_with_logits(network.mask(middle), labels["mask"])
-    return found | group_losses(embeddings[: len(whole)], labels)
+    pairs = slice(len(of_groups), len(of_groups) + PAIRS)
+    identities = [labels["identity"][: len(of_groups)]]
+    identities += [labels[name][pairs] for name in ("left_identity", "right_identity")]
+    found["same"] = sameness_loss(torch.cat([of_groups, of_pairs]), torch.cat(identities))
+    found["mask"] = F.binary_cross_entropy_with_logits(mask, labels["mask"])
+    return found | group_losses(of_groups, labels)
 
 
 # --- training ----------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from .flaws import forgiven, poor
 from .judge_sprites import Generator, Key, Sprite
 
 SIZE = world.SIZE
-CELLS = SIZE // 8  # of a mask's side, as the network's last map but one
+CELLS = SIZE // 4  # of a mask's side, as of the features that the judge looks for objects in
 NOUNS, COLOURS = tuple(world.NOUNS), tuple(world.COLOURS)
 NOTHING = len(NOUNS)  # label of what no noun names
 UNKNOWN = -1  # label of a question that a picture does not answer
