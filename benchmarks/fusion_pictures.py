@@ -15,7 +15,7 @@ from rite_diffusion.adapters.choice import choose_adapters
 from rite_diffusion.api.demo import example_photos
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.backbones.source import load_backbone
-from rite_diffusion.evaluation.judge import load_judge
+from rite_diffusion.evaluation.judge import LEFT, RIGHT, load_judge
 from rite_diffusion.generation.attached import Attached, as_attached
 from rite_diffusion.generation.denoise import denoising, pictures, sample
 from rite_diffusion.generation.regional import regionally_guided
@@ -97,7 +97,7 @@ def bound(drawn: list[Image.Image], first: str, second: str) -> float:
     """
     judge = load_judge()
     one, two = (judge.prototype(photos_of(name)) for name in (first, second))
-    left, right = judge.embed_halves(drawn)
+    left, right = judge.embed(drawn, LEFT), judge.embed(drawn, RIGHT)
     is_first = judge.concept_scores(one, left) > (left @ two).clamp(min=0)
     is_second = judge.concept_scores(two, right) > (right @ one).clamp(min=0)
     return (is_first & is_second).double().mean().item()

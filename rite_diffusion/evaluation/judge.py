@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 BATCH = 256  # pictures judged at once
+WHOLE, LEFT, RIGHT = range(3)  # parts of a picture
 
 
 # --- the network -------------------------------------------------------------------------------
@@ -120,15 +121,11 @@ class JudgeNetwork(nn.Module):
         cells = F.adaptive_avg_pool2d(F.relu(self.cell(middle)), self.cells).flatten(1)
         return F.normalize(self.identity(torch.cat([pool(coarse), cells], dim=-1)), dim=-1)
 
-    def embeddings(self, fine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit vectors (n, e) of whole pictures, of their left and of their right halves."""
+    def embeddings(self, fine: Tensor, part: int = WHOLE) -> Tensor:
+        """Unit vectors (n, e) of whole pictures, of their LEFT or of their RIGHT halves."""
         if not self.cells:
-            whole, left, right = (self.identity(each) for each in self.pools(self.deep(fine)[1]))
-            return F.normalize(whole), F.normalize(left), F.normalize(right)
-        whole, left, right = (
-            self.embedding(*self.deep(on_object(fine, mask))) for mask in self.masks(fine)
-        )
-        return whole, left, right
+            return F.normalize(self.identity(self.pools(self.deep(fine)[1])[part]), dim=-1)
+        return self.embedding(*self.deep(on_object(fine, self.masks(fine)[part])))
 
 
 def on_object(features: Tensor, mask: Tensor) -> Tensor:
@@ -217,16 +214,9 @@ class Judge:
         return [self.colour_names[i] for i in self.network.colour(whole).argmax(-1)]
 
     @torch.no_grad()
-    def embed(self, images: list[Image.Image]) -> Tensor:
-        """Unit vectors (n, e), one per picture."""
-        return torch.cat([self.network.embeddings(fine)[0] for fine in self._fine(images)])
-
-    @torch.no_grad()
-    def embed_halves(self, images: list[Image.Image]) -> tuple[Tensor, Tensor]:
-        """Unit vectors (n, e) of the left and of the right halves of pictures."""
-        found = [self.network.embeddings(fine)[1:] for fine in self._fine(images)]
-        left, right = (torch.cat(part) for part in zip(*found, strict=True))
-        return left, right
+    def embed(self, images: list[Image.Image], part: int = WHOLE) -> Tensor:
+        """Unit vectors (n, e), one per picture, or per its LEFT or its RIGHT half."""
+        return torch.cat([self.network.embeddings(fine, part) for fine in self._fine(images)])
 
     def prototype(self, photos: list[Image.Image]) -> Tensor:
         """Unit vector (e,): the direction of the photos' mean embedding."""

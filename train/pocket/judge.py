@@ -61,7 +61,7 @@ class Batches(Dataset):
 def batches(seen: int, total: int, machine: Machine) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """Batches on the machine's device, from picture `seen` to the end of the training."""
     first, last = seen // scenes.BATCH, -(-total // scenes.BATCH)
-    data = Batches(first, last - first)
+    data = Batches(first, max(0, last - first))
     for pixels, labels in DataLoader(data, None, num_workers=machine.workers):
         pixels = pixels.to(machine.device, memory_format=torch.channels_last)
         yield pixels, {name: value.to(machine.device) for name, value in labels.items()}

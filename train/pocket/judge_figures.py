@@ -28,9 +28,9 @@ from .judge_pictures import (
 
 CALIBRATION_SEED, TEST_SEED = 920_000, 930_000
 PASSING = 0.05  # share of near misses that may pass for a concept
-PHOTOS, PICTURES = 6, 12  # of each concept
+PHOTOS, PICTURES = 6, 8  # of each concept
 NOUN_PHOTOS = 16  # of each noun and style
-SCENES = 1000  # with one object, and half as many with two
+SCENES = 600  # with one object, and half as many with two
 SIGMAS = tuple(0.5 * i for i in range(9))  # pixels of blur, 0 to 4
 
 
