@@ -132,26 +132,30 @@ def test_the_first_judges_file_says_no_sizes_and_is_read_as_before(rows):
     assert all(torch.equal(kept[name], weights[name].to(kept[name].dtype)) for name in kept)
 
 
-def test_features_on_an_object_are_the_same_wherever_and_however_large_it_is():
-    """A square of 4x4 tiles in four values, here and there, and twice as large."""
+def test_an_object_is_enlarged_to_one_size_wherever_it_is():
+    """A square with a dark quarter, here and there, and twice as large."""
     found = []
-    for left, top, tile in ((2, 3, 2), (13, 9, 2), (6, 8, 4)):
-        features, mask = torch.zeros(1, 1, 32, 32), torch.zeros(1, 1, 32, 32)
-        tiles = torch.arange(16.0).view(4, 4).repeat_interleave(tile, 0).repeat_interleave(tile, 1)
-        rows, columns = slice(top, top + 4 * tile), slice(left, left + 4 * tile)
-        features[0, 0, rows, columns], mask[0, 0, rows, columns] = tiles, 1
-        found.append(torch.nn.functional.avg_pool2d(on_object(features, mask), 8).squeeze())
-    wanted = torch.tensor([[5.0, 6.0], [9.0, 10.0]])  # the outer tiles reach beyond the edge
-    for cells in found:
-        torch.testing.assert_close(cells[1:3, 1:3], wanted, atol=0.6, rtol=0)
+    for left, top, side in ((8, 12, 48), (60, 72, 48), (20, 12, 96)):
+        pixels, mask = torch.ones(1, 1, 128, 128), torch.full((1, 1, 32, 32), 0.2)
+        pixels[..., top : top + side, left : left + side] = 0.5
+        pixels[..., top : top + side // 2, left : left + side // 2] = 0
+        rows, columns = (slice(at // 4, (at + side) // 4) for at in (top, left))
+        mask[..., rows, columns] = 0.9
+        found.append(on_object(pixels, mask)[0, 0])
+    for each in found:
+        dark, grey = ((each - value).abs().lt(0.25).float() for value in (0, 0.5))
+        assert dark.mean().item() == pytest.approx((1.732 / 2.4) ** 2 / 4, abs=0.015)
+        assert grey.mean().item() == pytest.approx(3 * (1.732 / 2.4) ** 2 / 4, abs=0.03)
+        rows, columns = dark.nonzero().float().mean(0).tolist()  # the square's upper left quarter
+        assert rows == pytest.approx(41, abs=1.5) and columns == pytest.approx(41, abs=1.5)
 
 
 def test_an_empty_mask_means_the_whole_picture():
-    features = torch.arange(8.0).expand(1, 1, 8, 8)
-    sampled = on_object(features, torch.zeros(1, 1, 8, 8)).squeeze()
-    reach = 2 * (21 / 64) ** 0.5  # twice the deviation of eight columns in [-1, 1]
+    pixels = torch.arange(8.0).expand(1, 1, 8, 8)
+    sampled = on_object(pixels, torch.zeros(1, 1, 8, 8)).squeeze()
+    reach = 2.4 * (21 / 64) ** 0.5  # of the deviation of eight columns in [-1, 1]
     wanted = 3.5 + reach * (torch.arange(8.0) - 3.5)
-    torch.testing.assert_close(sampled[4, 1:7], wanted[1:7])
+    torch.testing.assert_close(sampled[4, 2:6], wanted[2:6], atol=0.06, rtol=0)
 
 
 def test_where_no_noun_is_seen_the_answer_is_empty(rows):

@@ -74,7 +74,9 @@ def losses(
         name: F.cross_entropy(answer, labels[name], ignore_index=scenes.UNKNOWN)
         for name, answer in answers.items()
     }
-    return found | {"identity": identity(F.normalize(network.identity(whole)), labels["identity"])}
+    return found | {
+        "identity": identity(F.normalize(network.identity(whole), dim=-1), labels["identity"])
+    }
 
 
 def rate_at(step: int, steps: int) -> float:

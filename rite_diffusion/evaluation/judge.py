@@ -12,7 +12,6 @@ A judge's file says at which side pictures are judged and how wide its network i
 """
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib import resources
@@ -28,6 +27,8 @@ from torch.nn import functional as F
 
 BATCH = 256  # pictures judged at once
 WHOLE, LEFT, RIGHT = range(3)  # parts of a picture
+FAINT = 0.3  # a mask's values below this count as background
+REACH = 2.4  # half side of an enlarged picture, in standard deviations of the object's mask
 
 
 # --- the network -------------------------------------------------------------------------------
@@ -73,8 +74,8 @@ class JudgeNetwork(nn.Module):
 
     Nouns and colours are read from the last stage's pooled features (2C). Where the shape has
     cells, embeddings are of the object alone: a mask on the features ahead of the last two stages
-    says where it is, those features are sampled around it, and go through the last two stages. So
-    neither the object's place nor its size matters, but what its parts are and where they are.
+    says where it is, the picture is enlarged around it and passes all stages. So neither the
+    object's place nor its size matters, but what its parts are and where they are.
     `nouns` counts the answers of the noun head: the nouns, and one more where "none" is an answer.
     """
 
@@ -112,39 +113,40 @@ class JudgeNetwork(nn.Module):
 
     def masks(self, fine: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Where the object is, in [0, 1]: in the whole picture, its left and its right half."""
-        mask = self.mask(fine).sigmoid().detach()
+        mask = self.mask(fine).sigmoid()
         is_left = torch.arange(mask.shape[-1], device=mask.device) < mask.shape[-1] // 2
         return mask, mask * is_left, mask * ~is_left
 
     def embedding(self, middle: Tensor, coarse: Tensor) -> Tensor:
-        """Unit vectors (n, e) of what `deep` makes of the features on objects."""
+        """Unit vectors (n, e) of what `deep` makes of enlarged objects."""
         cells = F.adaptive_avg_pool2d(F.relu(self.cell(middle)), self.cells).flatten(1)
         return F.normalize(self.identity(torch.cat([pool(coarse), cells], dim=-1)), dim=-1)
 
-    def embeddings(self, fine: Tensor, part: int = WHOLE) -> Tensor:
+    def embeddings(self, pixels: Tensor, part: int = WHOLE) -> Tensor:
         """Unit vectors (n, e) of whole pictures, of their LEFT or of their RIGHT halves."""
+        fine = self.fine(pixels)
         if not self.cells:
             return F.normalize(self.identity(self.pools(self.deep(fine)[1])[part]), dim=-1)
-        return self.embedding(*self.deep(on_object(fine, self.masks(fine)[part])))
+        enlarged = on_object(pixels, self.masks(fine)[part])
+        return self.embedding(*self.deep(self.fine(enlarged)))
 
 
-def on_object(features: Tensor, mask: Tensor) -> Tensor:
-    """Features (n, c, h, h) sampled on a square grid of the same size around an object.
+def on_object(pixels: Tensor, mask: Tensor) -> Tensor:
+    """Pixels (n, c, side, side) sampled on a square grid of the same size around an object.
 
-    The mask (n, 1, h, h) in [0, 1] says where it is: the grid has its mean as middle, and twice its
-    standard deviation as half side, as a filled square's is 1.73 times.
+    The mask (n, 1, h, h) in [0, 1] says where it is. The grid's middle is the mask's mean, its half
+    side REACH standard deviations of the mask; a filled square's half side is 1.73 of them.
     """
-    side = mask.shape[-1]
-    weights = mask + 1e-4  # an empty mask means the whole picture
+    weights = (mask - FAINT).clamp(min=0) + 1e-4  # an empty mask means the whole picture
     weights = weights / weights.sum((-2, -1), keepdim=True)
-    along = (torch.arange(side, device=mask.device) + 0.5) * 2 / side - 1  # in [-1, 1]
+    along = (torch.arange(mask.shape[-1], device=mask.device) + 0.5) * 2 / mask.shape[-1] - 1
     x, y = (weights * along).sum((1, 2, 3)), (weights * along[:, None]).sum((1, 2, 3))
     square = (weights * (along**2 + along[:, None] ** 2)).sum((1, 2, 3))
-    reach = 2 * ((square - x**2 - y**2) / 2).clamp(min=0.01).sqrt()
+    reach = REACH * ((square - x**2 - y**2) / 2).clamp(min=0.01).sqrt()
     zero = torch.zeros_like(x)
     rows = torch.stack([reach, zero, x, zero, reach, y], dim=-1).view(-1, 2, 3)
-    grid = F.affine_grid(rows, list(mask.shape), align_corners=False)
-    return F.grid_sample(features, grid, align_corners=False)
+    grid = F.affine_grid(rows, list(pixels.shape), align_corners=False)
+    return F.grid_sample(pixels, grid, "bicubic", padding_mode="border", align_corners=False)
 
 
 def pool(features: Tensor) -> Tensor:
@@ -183,17 +185,11 @@ class Judge:
     accuracy: dict
 
     @torch.no_grad()
-    def _fine(self, images: list[Image.Image]) -> Iterator[Tensor]:
-        """Features of the images, BATCH at a time."""
-        for batch in as_pixels(images, self.shape.side).split(BATCH):
-            yield self.network.fine(batch)
-
-    @torch.no_grad()
     def pools(self, images: list[Image.Image]) -> tuple[Tensor, Tensor, Tensor]:
         """Pooled features (n, 2C) of whole pictures, of their left and of their right halves."""
-        found = [self.network.pools(self.network.deep(fine)[1]) for fine in self._fine(images)]
-        whole, left, right = (torch.cat(part) for part in zip(*found, strict=True))
-        return whole, left, right
+        batches = as_pixels(images, self.shape.side).split(BATCH)
+        coarse = torch.cat([self.network.features(batch) for batch in batches])
+        return self.network.pools(coarse)
 
     def _named_nouns(self, pooled: Tensor) -> list[str]:
         answers = (*self.noun_names, "")
@@ -216,7 +212,8 @@ class Judge:
     @torch.no_grad()
     def embed(self, images: list[Image.Image], part: int = WHOLE) -> Tensor:
         """Unit vectors (n, e), one per picture, or per its LEFT or its RIGHT half."""
-        return torch.cat([self.network.embeddings(fine, part) for fine in self._fine(images)])
+        batches = as_pixels(images, self.shape.side).split(BATCH)
+        return torch.cat([self.network.embeddings(batch, part) for batch in batches])
 
     def prototype(self, photos: list[Image.Image]) -> Tensor:
         """Unit vector (e,): the direction of the photos' mean embedding."""

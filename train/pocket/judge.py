@@ -98,33 +98,35 @@ def group_losses(whole: Tensor, labels: dict[str, Tensor]) -> dict[str, Tensor]:
     return {"near": GRADED * excess.square().mean(), "poor": GRADED * error.square().mean()}
 
 
-def seen_by(
-    network: JudgeNetwork, pixels: Tensor, machine: Machine
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mask, last features of the pictures, embeddings of their objects, of pairs' objects.
+GROUPED, NEAR = slice(0, 5 * GROUPS), slice(2 * GROUPS, 4 * GROUPS)  # rows of a batch
+PAIRED = slice(5 * GROUPS, 5 * GROUPS + PAIRS)
 
-    Whole pictures and objects pass the last stages as one batch: their norms then see both, as they
-    do when the network judges.
+
+@torch.no_grad()
+def enlarged(network: JudgeNetwork, pixels: Tensor) -> Tensor:
+    """Pictures around the objects of groups, then of pairs' left and right halves.
+
+    The network looks for objects as it does when it judges, by its running norms.
     """
-    pairs = slice(5 * GROUPS, 5 * GROUPS + PAIRS)
-    with machine.autocast():
-        fine = network.fine(pixels)
-        rows = (slice(5 * GROUPS), pairs, pairs)
-        masks = zip(rows, network.masks(fine), strict=True)
-        objects = [on_object(fine[row], mask[row]) for row, mask in masks]
-        deep = network.deep(torch.cat([fine, *objects]))
-    middle, coarse = (each.float() for each in deep)
-    embeddings = network.embedding(middle[len(pixels) :], coarse[len(pixels) :])
-    of_groups, of_pairs = embeddings.split([5 * GROUPS, 2 * PAIRS])
-    return network.mask(fine.float()), coarse[: len(pixels)], of_groups, of_pairs
+    network.eval()
+    masks = network.masks(network.fine(pixels).float())
+    network.train()
+    rows = zip((GROUPED, PAIRED, PAIRED), masks, strict=True)
+    return torch.cat([on_object(pixels[row], mask[row]) for row, mask in rows])
 
 
 def losses(
     network: JudgeNetwork, pixels: Tensor, labels: dict[str, Tensor], machine: Machine
 ) -> dict[str, Tensor]:
     """The loss of each question on a batch."""
-    mask, coarse, of_groups, of_pairs = seen_by(network, pixels, machine)
-    whole, left, right = network.pools(coarse)
+    is_whole = torch.ones(len(pixels), dtype=torch.bool)  # near misses are only seen enlarged
+    is_whole[NEAR] = False
+    count = int(is_whole.sum())
+    with machine.autocast():
+        fine = network.fine(torch.cat([pixels[is_whole], enlarged(network, pixels)]))
+        deep = network.deep(fine)
+    middle, coarse = (each.float() for each in deep)
+    whole, left, right = network.pools(coarse[:count])
     answers = {
         "noun": network.noun(whole),
         "left": network.noun(left),
@@ -135,16 +137,20 @@ def losses(
     rarity[scenes.NOTHING] = NOTHING_WEIGHT
     found = {
         name: F.cross_entropy(
-            answer, labels[name], None if name == "colour" else rarity, ignore_index=UNKNOWN
+            answer,
+            labels[name][is_whole],
+            None if name == "colour" else rarity,
+            ignore_index=UNKNOWN,
         )
         for name, answer in answers.items()
     }
-    pairs = slice(len(of_groups), len(of_groups) + PAIRS)
-    identities = [labels["identity"][: len(of_groups)]]
-    identities += [labels[name][pairs] for name in ("left_identity", "right_identity")]
-    found["same"] = sameness_loss(torch.cat([of_groups, of_pairs]), torch.cat(identities))
-    found["mask"] = F.binary_cross_entropy_with_logits(mask, labels["mask"])
-    return found | group_losses(of_groups, labels)
+    embeddings = network.embedding(middle[count:], coarse[count:])
+    identities = [labels["identity"][GROUPED]]
+    identities += [labels[name][PAIRED] for name in ("left_identity", "right_identity")]
+    found["same"] = sameness_loss(embeddings, torch.cat(identities))
+    mask = network.mask(fine[:count].float())
+    found["mask"] = F.binary_cross_entropy_with_logits(mask, labels["mask"][is_whole])
+    return found | group_losses(embeddings[GROUPED], labels)
 
 
 # --- training ----------------------------------------------------------------------------------
