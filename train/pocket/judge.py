@@ -31,7 +31,7 @@ STATE = "judge_state.safetensors"
 class Settings:
     """One training of the judge."""
 
-    pictures: int = 290_000
+    pictures: int = 275_000
     rate: float = 2e-3
     widths: tuple[int, ...] = (24, 48, 80, 112)
     blocks: tuple[int, ...] = (0, 1, 1, 1)  # residual blocks of each width
