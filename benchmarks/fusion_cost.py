@@ -88,7 +88,7 @@ def by_gram(shape: Shape, concepts: int) -> tuple[torch.Tensor, float]:
             total.add(chunk)
             seconds += time.perf_counter() - start
         start = time.perf_counter()
-        parts.append(Part(str(concept), random_factors(shape, concept), total.gram()))
+        parts.append(Part(str(concept), random_factors(shape, concept), total.second_moment()))
         seconds += time.perf_counter() - start
     start = time.perf_counter()
     fused = gram(Layer("x", parts, None), FusionSettings(ridge=1e-6)).dense()

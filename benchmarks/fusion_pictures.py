@@ -17,7 +17,7 @@ from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.evaluation.judge import LEFT, RIGHT, load_judge
 from rite_diffusion.generation.attached import Attached, as_attached
-from rite_diffusion.generation.denoise import denoising, pictures, sample
+from rite_diffusion.generation.denoise import decode_pictures, denoising, sample
 from rite_diffusion.generation.regional import regionally_guided
 from rite_diffusion.generation.regions import Region
 from rite_diffusion.photos.folder import read_folder
@@ -125,7 +125,7 @@ def binding(concepts: list[str], attached: list[Attached], seeds: list[int]) -> 
     *_, latents = denoising(base(), predict, seeds, steps=STEPS)
     return {
         "binding": bound(draw([prompt], seeds), first, second),
-        "binding_regions": bound(pictures(base(), latents), first, second),
+        "binding_regions": bound(decode_pictures(base(), latents), first, second),
     }
 
 

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import rite_diffusion as rite
-from rite_diffusion.backbones.protocols import Conditioning, Defaults, NoiseSchedule
+from rite_diffusion.backbones.protocols import Conditioning, Defaults, Guidance, Support
+from rite_diffusion.backbones.schedule import TableSchedule
 from rite_diffusion.generation.denoise import sample
 
 STEPS, WIDTH, TOKENS = 100, 64, 512
@@ -40,11 +41,12 @@ class ToyBackbone:
     """The members of ImageCodec, TextConditioner, Denoiser and AdapterHost."""
 
     # AdapterHost: where adapters go, and what files record of the base
-    name, fingerprint, denoiser_name = "toy", "toy", "unet"
+    name, fingerprint, denoiser_name, family, support = "toy", "toy", "unet", "toy", Support()
     # ImageCodec
     resolution, multiple, latent_channels, pixels_per_latent = 16, 1, 3, 1
     # Denoiser
-    prediction_type, defaults = "epsilon", Defaults(steps=20, guidance=1.0)
+    prediction_type, guidance = "epsilon", Guidance()
+    defaults = Defaults(steps=20, guidance=1.0)
     device, dtype = torch.device("cpu"), torch.float32
 
     def __init__(self):
@@ -53,11 +55,11 @@ class ToyBackbone:
         self.table = torch.randn(TOKENS, WIDTH)
         angle = torch.linspace(0.02, 0.98, STEPS) * math.pi / 2
         signal, sigma = angle.cos(), angle.sin()
-        self.noise_schedule = NoiseSchedule(
+        self.noise_schedule = TableSchedule(
             signal, sigma, torch.arange(STEPS), (signal / sigma).square()
         )
         self.embeddings, self.triggers, self.token_tables = {}, {}, [self.table]
-        self.token_budget, self.literal_words, self.text_fingerprint = 64, (), "toy"
+        self.token_budget, self.protected_words, self.text_fingerprint = 64, (), "toy"
 
     @property
     def components(self):
@@ -88,6 +90,10 @@ class ToyBackbone:
         """How many of the budget a prompt takes."""
         return len(self.token_ids(prompt))
 
+    def encoded_length(self, prompts):
+        """The mean of a prompt stands in one place."""
+        return 1
+
     def encode_captions(self, captions):
         """The mean of each caption's embeddings."""
         rows = [self.table[self.token_ids(text) or [0]].mean(0) for text in captions]
@@ -95,15 +101,17 @@ class ToyBackbone:
 
     encode_prompts = encode_captions
 
-    def denoise(self, noisy, timesteps, conditioning):
+    def denoise(self, noisy, times, conditioning, guidance=None):
         """The predicted noise."""
-        return self.unet(noisy, timesteps, conditioning.states)
+        return self.unet(noisy, times, conditioning.states)
 
-    def new_scheduler(self):
-        """A diffusers scheduler with the same forward process."""
+    def sampler(self, steps, cells):
+        """A diffusers scheduler with the same forward process, set to so many steps."""
         alphas = self.noise_schedule.signal.square()
         betas = 1 - alphas / torch.cat([torch.ones(1), alphas[:-1]])
-        return DDIMScheduler(STEPS, trained_betas=betas.tolist(), clip_sample=True)
+        scheduler = DDIMScheduler(STEPS, trained_betas=betas.tolist(), clip_sample=True)
+        scheduler.set_timesteps(steps)
+        return scheduler
 
 
 def main(photos: str = "examples/photos/robot", steps: int = 200, out: str = "toy.safetensors"):

@@ -5,7 +5,7 @@
     adapter = rite.train("photos/dog", trigger="<dog>", class_noun="dog")
     images = rite.generate("a <dog> on a blue background", adapters=[adapter], seed=0)
 
-Everything heavy is imported on first use.
+Modules are imported on first use.
 """
 
 from importlib import import_module
@@ -108,7 +108,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str):
-    """Import a public function from its module when it is first asked for (PEP 562)."""
+    """A public name, imported from its module on first access (PEP 562)."""
     if name == "optim":
         return import_module("rite_diffusion.optim")
     if name not in _HOMES:

@@ -1,4 +1,4 @@
-"""`python -m rite_diffusion` is `rite`."""
+"""`python -m rite_diffusion`, the same as `rite`."""
 
 from rite_diffusion.cli.app import main
 

@@ -1,15 +1,8 @@
-"""What can go wrong in a way that the user can mend."""
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
+"""Errors that the user can fix."""
 
 
 class RiteError(Exception):
-    """A fault that the user can mend; the message says what was found and what to do."""
+    """An error that the user can fix; the message says what was found and what to do."""
 
 
 class ConfigError(RiteError):
@@ -17,19 +10,19 @@ class ConfigError(RiteError):
 
 
 class PhotoFolderError(RiteError):
-    """The photo folder cannot be trained on."""
+    """A photo folder cannot be trained on."""
 
 
 class BackboneError(RiteError):
-    """The base model cannot be found or opened."""
+    """A base model cannot be found or opened."""
 
 
 class AdapterError(RiteError):
-    """An adapter file is damaged, foreign, or made for another base model."""
+    """An adapter file is damaged, of an unknown format, or made for another base model."""
 
 
 class FusionError(RiteError):
-    """Adapters cannot be fused with each other or in the wanted way."""
+    """Adapters cannot be fused, or not with the given method and settings."""
 
 
 class EvaluationError(RiteError):
@@ -37,20 +30,20 @@ class EvaluationError(RiteError):
 
 
 class OptimizerError(RiteError, ValueError):
-    """An optimizer's setting is out of range, or parameters or gradients do not suit it."""
+    """An optimizer's setting is out of range, or it does not support the parameters."""
 
 
 class RunError(RiteError):
-    """The run folder cannot be used."""
+    """A run folder cannot be used, or a run cannot go on."""
 
 
 class StudioError(RiteError):
-    """The studio was asked for something that it refuses."""
+    """The studio refuses a request."""
 
 
 class PathError(RiteError):
-    """What stands for a path can be none, or cannot be read."""
+    """A path is not valid or cannot be read."""
 
 
 class OutputError(RiteError):
-    """A file cannot be written where it was asked for, or another would be lost."""
+    """A file cannot be written, or would replace another."""

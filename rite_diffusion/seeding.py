@@ -1,4 +1,4 @@
-"""Random numbers that are functions of their keys, and the streams that keep their uses apart."""
+"""Random number generators that are functions of keys, and the streams for different uses."""
 
 from enum import IntEnum
 from typing import TYPE_CHECKING
@@ -8,11 +8,11 @@ from rite_diffusion.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Generator
 
-SEEDS = 2**64  # that torch's generators take, from 0
+SEEDS = 2**64  # number of seeds, from 0, that torch's generators take
 
 
 class Stream(IntEnum):
-    """What a random number is for; equal seeds and steps give each use numbers of its own."""
+    """The use of random numbers; each use has independent numbers for the same seed and step."""
 
     ORDER = 0  # of the samples in an epoch
     NOISE = 1
@@ -28,7 +28,7 @@ class Stream(IntEnum):
 
 
 def check_seed(seed: int, count: int = 1) -> None:
-    """ConfigError unless `count` seeds from this one on are what a generator takes."""
+    """ConfigError unless `count` consecutive seeds from this one are valid."""
     if not isinstance(seed, int) or not 0 <= seed <= SEEDS - max(count, 1):
         raise ConfigError(
             f"seed {seed} is not a whole number from 0 to {SEEDS - max(count, 1)}: choose another."
@@ -37,7 +37,7 @@ def check_seed(seed: int, count: int = 1) -> None:
 
 def generator(*keys: int) -> "Generator":
     """A CPU generator that is a function of its keys, such as (seed, step, stream)."""
-    import numpy as np  # settings know the seeds' range without what this takes a second to import
+    import numpy as np  # here, as importing it takes a second that checks of settings do not need
     import torch
 
     state = np.random.SeedSequence(keys).generate_state(2, np.uint32)

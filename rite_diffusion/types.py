@@ -1,4 +1,4 @@
-"""What every part of the toolkit shares: concepts, photos, LoRA pairs, biases, norms."""
+"""Types that all packages share: concepts, photos, LoRA pairs, shifts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Concept:
-    """What is learned: the word that calls it and the kind of thing it is."""
+    """What is learned: its trigger, and the noun of its class."""
 
     trigger: str
     class_noun: str
@@ -23,17 +23,17 @@ class Concept:
 
 @dataclass(frozen=True)
 class Photo:
-    """One training picture with its caption. Its pixels stay in its file until they are needed."""
+    """A training picture with its caption; its pixels are read when they are needed."""
 
     path: Path
     size: tuple[int, int]  # width, height
     caption: str
     open: Callable[[], tuple[Image, Image | None]] = field(compare=False)  # picture and mask
     digest: str  # of the pixels
-    likeness: int  # 64 bits, most of which near-duplicates share
-    mask_digest: str = ""  # of the mask; empty: there is none
-    white: float | None = None  # share of the mask that is white; None: there is no mask
-    repeats: int = 1  # how often an epoch shows it
+    perceptual_hash: int  # 64 bits, of which near-duplicates differ in few
+    mask_digest: str = ""  # of the mask; empty if there is none
+    white: float | None = None  # white share of the mask; None if there is no mask
+    repeats: int = 1  # times per epoch
     weight: float = 1.0  # of its loss
 
     @property
@@ -43,13 +43,13 @@ class Photo:
 
     @property
     def mask(self) -> Image | None:
-        """The mask (of the picture's size, mode L; white is learned), read from its file."""
+        """The mask (of the picture's size, mode L, white: the subject), read from its file."""
         return self.open()[1]
 
 
 @dataclass(frozen=True)
 class LoraPair:
-    """The factors of one adapted layer: delta W = scale * up @ down.
+    """The LoRA factors of one layer: delta W = scale * up @ down (Hu et al. 2021).
 
     `down` is (rank, in) or (rank, in, k, k), `up` is (out, rank) or (out, rank, 1, 1). With a
     `magnitude` m (out,) the layer is a DoRA (Liu et al. 2024, Eq. 5): its adapted weight is
@@ -70,8 +70,8 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class Shift:
-    """What an adapter adds to a vector of a module, at its weight: a bias, or a norm's weight."""
+    """An adapter's update of a vector of a module: a bias, or a normalisation's weight."""
 
-    name: str  # the module's, as a pair's
+    name: str  # the module's, as of a LoraPair
     parameter: Literal["weight", "bias"]
     values: Tensor  # (out,)

@@ -25,9 +25,8 @@ from models import (  # noqa: E402
 )
 from random_adapters import random_adapter  # noqa: E402
 from rite_diffusion.adapters import save_adapter  # noqa: E402
-from rite_diffusion.backbones.protocols import Defaults  # noqa: E402
 from rite_diffusion.backbones.source import load_backbone  # noqa: E402
-from rite_diffusion.fusion.statistics import DEFAULT_DRAWING  # noqa: E402
+from rite_diffusion.studio import fusing  # noqa: E402
 from shared_bases import give_back, shared_base  # noqa: E402
 from studio_page import opened_browser, second_adapter, sessions  # noqa: E402
 from studio_server import Served, studio  # noqa: E402
@@ -83,14 +82,8 @@ def view(browser, served):
 
 @pytest.fixture
 def quick_statistics(monkeypatch):
-    """Statistics of a fusion come of 2 steps a picture where nobody says otherwise, not of 20."""
-    monkeypatch.setitem(vars(DEFAULT_DRAWING), "steps", 2)
-
-
-@pytest.fixture
-def quick_pictures(monkeypatch):
-    """Pictures take 4 steps where nobody says otherwise, of bases that are open already too."""
-    monkeypatch.setattr(Defaults, "steps", property(lambda self: 4, lambda self, steps: None))
+    """The studio draws the pictures of a fusion's statistics in 2 steps instead of 20."""
+    monkeypatch.setattr(fusing, "STEPS", 2)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from rite_diffusion.adapters import Adapter, AdapterInfo
 from rite_diffusion.fusion.layer import Layer, Part, flat
 from rite_diffusion.fusion.members import Member
 from rite_diffusion.fusion.second_moments import SecondMoment, from_eigen
-from rite_diffusion.fusion.sketch import Sketch, SketchFacts
+from rite_diffusion.fusion.sketch import Sketch, SketchMetadata
 from rite_diffusion.types import LoraPair
 
 SHAPES = {  # layer -> shape of its weight: linear, 1x1 and 3x3 convolutions, text encoder
@@ -38,7 +38,7 @@ def random_adapter(seed: int, rank: int = 3, alpha: float = 2.0, names=tuple(SHA
     return Adapter(pairs, info)
 
 
-def random_gram(width: int, seed: int, rows: int = 12) -> SecondMoment:
+def random_second_moment(width: int, seed: int, rows: int = 12) -> SecondMoment:
     """The Gram of a few random inputs of very unequal directions."""
     draws = torch.Generator().manual_seed(seed)
     inputs = torch.randn(rows, width, generator=draws, dtype=torch.float64)
@@ -54,9 +54,9 @@ def width_of(name: str) -> int:
 
 def random_sketch(seed: int) -> Sketch:
     """Random statistics for every layer of SHAPES."""
-    concept = {name: random_gram(width_of(name), 100 + seed) for name in SHAPES}
-    base = {name: random_gram(width_of(name), 99) for name in SHAPES}
-    return Sketch(concept, base, SketchFacts("", "f", "", "0"))
+    concept = {name: random_second_moment(width_of(name), 100 + seed) for name in SHAPES}
+    base = {name: random_second_moment(width_of(name), 99) for name in SHAPES}
+    return Sketch(concept, base, SketchMetadata("", "f", "", "0"))
 
 
 def random_member(seed: int, weight: float = 1.0, **adapter) -> Member:
@@ -74,8 +74,10 @@ def random_layer(count: int, out: int = 12, width: int = 20, seed: int = 0) -> L
         down = torch.randn(2 + index, width, generator=draws)
         up = torch.randn(out, 2 + index, generator=draws)
         factors = flat(LoraPair("x", down, up, 0.3), 1.0)
-        parts.append(Part(str(index), factors, random_gram(width, 10 * seed + index, rows=30)))
-    return Layer("x_attn1_to_q", parts, random_gram(width, 77, rows=30))
+        parts.append(
+            Part(str(index), factors, random_second_moment(width, 10 * seed + index, rows=30))
+        )
+    return Layer("x_attn1_to_q", parts, random_second_moment(width, 77, rows=30))
 
 
 def dense(adapter: Adapter) -> dict[str, torch.Tensor]:

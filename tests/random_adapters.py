@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
-from rite_diffusion.adapters.attach import base_weights, places
+from rite_diffusion.adapters.attach import adaptable_layers, base_weights
 from rite_diffusion.adapters.families import family_of_base
 from rite_diffusion.types import LoraPair
 
@@ -19,7 +19,7 @@ def random_adapter(backbone, rank=4, alpha=2.0, seed=0) -> Adapter:
     """An adapter on every attention projection, large enough to be seen."""
     torch.manual_seed(seed)
     pairs = []
-    for name, (component, path) in places(backbone).items():
+    for name, (component, path) in adaptable_layers(backbone).items():
         if path in backbone.lora_targets(component):
             out, into = backbone.components[component].get_submodule(path).weight.shape
             down, up = torch.randn(rank, into) / into**0.5, torch.randn(out, rank) * 0.2

@@ -12,7 +12,7 @@ from rite_diffusion.backbones.stable_diffusion import StableDiffusion
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 SWITCHES = ("training", "gradient_checkpointing", "processor", "_compiled_call_impl")
-FACTS = ("name", "device", "dtype", "attention", "resolution", "fingerprint", "_released")
+FACTS = ("name", "device", "dtype", "attention", "resolution", "fingerprint")
 
 
 @dataclass
@@ -84,6 +84,8 @@ def marks(backbone: StableDiffusion) -> dict[str, object]:
     for part, network in parts(backbone).items():
         found[f"{part}, adapters"] = sorted(getattr(network, "peft_config", {}))
     facts = {name: str(getattr(backbone, name)) for name in FACTS}
+    facts["released"] = str(backbone.encoders.released)
+    facts["limit"] = str(backbone.tokenizer.model_max_length)
     return found | facts | {"words": list(backbone.embeddings), "triggers": dict(backbone.triggers)}
 
 

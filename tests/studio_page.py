@@ -24,6 +24,7 @@ PICTURES = os.environ.get("RITE_SCREENSHOTS")
 LEFT = "a <unicorn> on the left on a green background"
 RIGHT = "a cat on the right on a green background"
 STEPS = 120 if PICTURES else 20
+DENOISING_STEPS = 25 if PICTURES else 4  # of a picture
 MARKUP = "<img src=x onerror=\"document.title='broken'\"> ${document.title='broken'} {{value}}"
 
 
@@ -107,6 +108,12 @@ def set_number(page: Page, label: str, value: int) -> None:
     beside = page.get_by_label(f"number input for {label}", exact=True)
     plain.or_(beside).locator("visible=true").first.fill(str(value))
     page.keyboard.press("Tab")
+
+
+def fill_steps(page: Page) -> None:
+    """Fill the Generate tab's number of denoising steps, which by default is the base's 25."""
+    if not PICTURES:
+        page.locator("#denoising-steps input").fill(str(DENOISING_STEPS))
 
 
 def drawn(served: Served) -> list[Path]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rite_diffusion.files.writing import read_json
-from rite_diffusion.studio.jobs import LIVE, read_order, state_of
+from rite_diffusion.studio.jobs import ACTIVE, read_job, state_of
 from rite_diffusion.studio.serve import Settings, launch
 
 # Settings of a training that is over in seconds, or never, as lines of the Train tab.
@@ -59,9 +59,9 @@ def studio(workspace: Path, **settings) -> Iterator:
 
 def end(run: Path) -> None:
     """Kill what works on a run."""
-    order = read_order(run)
-    if order is not None and order.process() is not None:
-        os.killpg(order.pid, signal.SIGKILL)
+    job = read_job(run)
+    if job is not None and job.process() is not None:
+        os.killpg(job.pid, signal.SIGKILL)
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = 120):
@@ -78,7 +78,7 @@ def wait_for_state(run: Path, *states: str) -> str:
 
     def reached():
         state = state_of(run)
-        assert state in (*LIVE, "queued", *states), f"{state}: {output(run)}"
+        assert state in (*ACTIVE, "queued", *states), f"{state}: {output(run)}"
         return state if state in states else None
 
     return wait_for(reached, f"{run.name} to be {' or '.join(states)}")

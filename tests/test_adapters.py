@@ -13,7 +13,14 @@ from safetensors.torch import load_file, save_file
 from predictions import prediction, prediction_in_diffusers
 from random_adapters import random_adapter
 from rite_diffusion.adapters import Adapter, AdapterInfo, load_adapter, save_adapter
-from rite_diffusion.adapters.attach import attach, detach, inject, places, read_pairs, set_weight
+from rite_diffusion.adapters.attach import (
+    adaptable_layers,
+    attach,
+    detach,
+    inject,
+    read_pairs,
+    set_weight,
+)
 from rite_diffusion.adapters.storage import write_tensors
 from rite_diffusion.backbones.source import POCKET, load_backbone
 from rite_diffusion.errors import AdapterError
@@ -55,7 +62,7 @@ def test_attached_equals_merged(pocket):
     attach(pocket, adapter, "a", 0.7)
     attached = prediction(pocket)
     merged = load_backbone("pocket")
-    homes = places(merged)
+    homes = adaptable_layers(merged)
     for pair in adapter.pairs:
         component, path = homes[pair.name]
         weight = merged.components[component].get_submodule(path).weight
@@ -147,7 +154,7 @@ def test_a_header_that_names_a_tensor_twice_is_refused(tmp_path):
         load_adapter(path)
 
 
-def test_another_base_is_refused_and_the_model_untouched(pocket, tiny_folder):
+def test_an_adapter_of_another_base_is_refused_without_changing_the_model(pocket, tiny_folder):
     other = shared_base(str(tiny_folder))
     before = prediction(pocket)
     with pytest.raises(AdapterError, match="another"):
@@ -156,7 +163,7 @@ def test_another_base_is_refused_and_the_model_untouched(pocket, tiny_folder):
     assert not any("lora" in key for key in pocket.unet.state_dict())
 
 
-def test_equal_adapters_are_equal_files(tmp_path):
+def test_equal_adapters_give_identical_files(tmp_path):
     facts = {f"fact {number}": "é" * number for number in range(20)}
     tensors = {"b": torch.ones(3, 5), "a": torch.zeros(2)}
     contents = set()
@@ -171,7 +178,7 @@ def test_equal_adapters_are_equal_files(tmp_path):
         assert all(torch.equal(file.get_tensor(name), value) for name, value in tensors.items())
 
 
-def test_files_are_read_without_the_libraries_of_models(tmp_path):
+def test_reading_adapters_imports_no_model_libraries(tmp_path):
     path = tmp_path / "a.safetensors"
     save_adapter(path, Adapter([], AdapterInfo(trigger="<t>"), {"<t>": torch.ones(1, 1, 4)}))
     code = (

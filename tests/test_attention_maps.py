@@ -19,7 +19,7 @@ def set_processors(backbone, processors):
 
 @torch.no_grad()
 @pytest.mark.parametrize("cells", [(16, 16), (8, 24)])
-def test_maps_equal_an_explicit_softmax(backbone, cells):
+def test_attention_maps_equal_an_explicit_softmax(backbone, cells):
     attach(backbone, tokens_adapter(random_words(backbone, len(backbone.cross_attentions))), "a")
     recorder = AttentionRecorder(backbone.cross_attentions)
     noisy = torch.randn(3, backbone.latent_channels, *cells)
@@ -58,7 +58,7 @@ def test_a_recorder_leaves_the_attention_as_it_is():
     assert not any(layer._forward_hooks for layer in backbone.unet.modules())
 
 
-def test_grids_of_odd_sides_are_rounded_up():
+def test_attention_maps_of_odd_sizes_have_rounded_up_sides():
     assert grid_of(9 * 5, 9, 5) == (9, 5) and grid_of(5 * 3, 9, 5) == (5, 3)
     assert grid_of(2 * 1, 9, 5) == (2, 1)
     with pytest.raises(ValueError, match="7 cells"):
@@ -67,7 +67,7 @@ def test_grids_of_odd_sides_are_rounded_up():
 
 @pytest.mark.parametrize("subject", ["outside", "fit"])
 @pytest.mark.parametrize("vectors", [1, 2, 3])
-def test_the_penalty_equals_a_literal_one(vectors, subject):
+def test_the_attention_penalty_equals_a_literal_one(vectors, subject):
     torch.manual_seed(0)
     maps = torch.rand(4, vectors, 4, 6)
     masks = torch.zeros(4, 1, 8, 12)
@@ -102,7 +102,7 @@ def penalty_gradients(checkpointing):
     return {n: p.grad for group in method.groups() for n, p in group["params"]}
 
 
-def test_the_penalty_teaches_words_and_pairs_under_checkpointing_too():
+def test_the_attention_penalty_has_gradients_with_and_without_checkpointing():
     gradients = penalty_gradients(checkpointing=False)
     assert gradients["tokens.0.<thing>"].abs().amax((1, 2)).min() > 0
     looking = [n for n in gradients if "attn2.to_q" in n or "attn2.to_k" in n]
@@ -112,7 +112,7 @@ def test_the_penalty_teaches_words_and_pairs_under_checkpointing_too():
         torch.testing.assert_close(again[name], gradients[name], rtol=1e-3, atol=1e-8)
 
 
-def test_only_samples_that_say_the_concept_count(pocket):
+def test_the_attention_penalty_uses_only_captions_with_the_concept(pocket):
     method, captions, masks = after_a_pass(pocket, attention={"weight": 0.5})
     maps = method._recorder.maps([0], [[2, 3]], 16, 16)
     wanted = sum(attention_penalty(each, masks[:1], "outside") for each in maps) * 0.5

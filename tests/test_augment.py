@@ -29,7 +29,7 @@ def _pixels(view):
     return np.asarray(view.image, np.float32)
 
 
-def test_the_first_view_is_the_picture_and_the_others_are_drawn_anew(photo):
+def test_the_first_view_is_the_photo_and_the_others_are_random(photo):
     augment = AugmentSection(views=4, crop=0.3, colour=0.3)
     plain, *others = views_of(photo, SIZE, augment, seed=0, index=0)
     assert (_pixels(plain) == np.asarray(photo.image.resize(SIZE, 1))).all()
@@ -40,7 +40,7 @@ def test_the_first_view_is_the_picture_and_the_others_are_drawn_anew(photo):
     assert not {v.image.tobytes() for v in elsewhere[1:]} & {v.image.tobytes() for v in others}
 
 
-def test_a_cut_takes_at_most_its_share_and_its_mask_along(photo):
+def test_a_random_crop_keeps_its_minimum_side_and_its_mask(photo):
     augment = AugmentSection(views=40, crop=0.25)
     for view in views_of(photo, SIZE, augment, seed=3, index=0)[1:]:
         red = _pixels(view)[:, :, 0]
@@ -55,7 +55,7 @@ def test_colours_change_within_their_bounds(photo):
     assert all(0.79 < mean < 1.21 for mean in means) and max(means) - min(means) > 0.1
 
 
-def test_small_and_close_views_say_so_and_count_only_where_the_photo_is(photo):
+def test_scaled_views_have_captions_and_ignore_the_padding(photo):
     augment = AugmentSection(views=60, scale_and_prefix=True)
     views = views_of(photo, SIZE, augment, seed=0, index=0)
     shares = [(np.asarray(view.valid) > 127).mean() for view in views[1:]]
@@ -80,7 +80,7 @@ def test_every_view_is_mirrored_with_its_mask(photo):
         assert (np.asarray(view.mask)[:, ::-1] == np.asarray(mirrored.mask)).all()
 
 
-def test_what_is_no_photo_weighs_nothing_and_what_is_masked_the_floor(photo, pocket):
+def test_padding_has_weight_0_and_masked_cells_the_floor(photo, pocket):
     augment = AugmentSection(views=30, scale_and_prefix=True)
     data = encode_photos(pocket, [photo], Encoding(64, augment=augment, mask_floor=0.25))
     assert data.masks[0].min() == 0.25 and data.masks[0].max() == 1
@@ -88,13 +88,13 @@ def test_what_is_no_photo_weighs_nothing_and_what_is_masked_the_floor(photo, poc
     assert smallest[0, 0, 0] == 0 and smallest[0, 8, 4:8].max() > 0.9
 
 
-def test_smaller_groups_are_shown_as_often(photo):
+def test_smaller_groups_are_repeated_to_balance(photo):
     groups = [[photo] * 2, [photo] * 10, [photo] * 3]
     found = balanced(groups)
     assert [each.repeats for each in found] == [5] * 2 + [1] * 10 + [3] * 3
 
 
-def test_encoded_photos_are_kept_and_an_edited_one_is_noticed(photo, pocket, monkeypatch):
+def test_latents_are_cached_until_a_photo_changes(photo, pocket, monkeypatch):
     encoded = []
     encode = pocket.encode_images
     monkeypatch.setattr(pocket, "encode_images", lambda p: encoded.append(len(p)) or encode(p))
@@ -108,7 +108,7 @@ def test_encoded_photos_are_kept_and_an_edited_one_is_noticed(photo, pocket, mon
     assert encoded == [2, 2] and not torch.equal(first.latents[0], edited.latents[0])
 
 
-def test_a_damaged_entry_of_the_cache_is_made_again(photo, pocket):
+def test_a_damaged_latent_cache_entry_is_replaced(photo, pocket):
     how = Encoding(64, cache=cache_folder() / "latents")
     first = encode_photos(pocket, [photo], how)
     [entry] = cache_folder().rglob("*.safetensors")

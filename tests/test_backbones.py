@@ -20,7 +20,7 @@ SETTINGS = {"steps": 2, "batch": 2, "precision": "fp32", "previews": {"every": 0
 
 
 @pytest.mark.parametrize("name", ["tiny_folder_2", "tiny_folder_xl"])
-def test_trains_and_generates(name, request, photos, tmp_path, tiny_folder):
+def test_trains_and_generates_with_every_family(name, request, photos, tmp_path, tiny_folder):
     base = str(request.getfixturevalue(name))
     adapter = rite.train(
         photos, trigger="<thing>", class_noun="toy", base=base, out=tmp_path / "run",
@@ -43,7 +43,7 @@ def test_trains_and_generates(name, request, photos, tmp_path, tiny_folder):
 
 @torch.no_grad()
 @pytest.mark.parametrize("prompt", ["a red cat", ""])
-def test_sdxl_is_told_what_diffusers_tells_it(tiny_folder_xl, prompt):
+def test_sdxl_gets_the_same_extra_conditioning_as_in_diffusers(tiny_folder_xl, prompt):
     backbone = load_backbone(str(tiny_folder_xl))
     pipeline = StableDiffusionXLPipeline.from_pretrained(tiny_folder_xl)
     noisy, step = torch.randn(2, 4, 8, 16), torch.tensor([300])
@@ -58,7 +58,7 @@ def test_sdxl_is_told_what_diffusers_tells_it(tiny_folder_xl, prompt):
 
 
 @torch.no_grad()
-def test_sd2_reads_its_own_depth_and_predicts_velocity(tiny_folder_2):
+def test_sd2_encodes_prompts_as_diffusers_and_predicts_velocity(tiny_folder_2):
     backbone = load_backbone(str(tiny_folder_2))
     assert backbone.prediction_type == "v_prediction"
     pipeline = StableDiffusionPipeline.from_pretrained(tiny_folder_2)
@@ -66,7 +66,7 @@ def test_sd2_reads_its_own_depth_and_predicts_velocity(tiny_folder_2):
     torch.testing.assert_close(backbone.encode_prompts(["a red cat"]).states, states)
 
 
-def test_the_second_text_encoder_learns_at_the_firsts_rate(tiny_folder_xl, photos):
+def test_both_text_encoders_train_with_one_rate(tiny_folder_xl, photos):
     backbone = load_backbone(str(tiny_folder_xl))
     wanted = {"photos": str(photos), "trigger": "<t>", "class_noun": "toy"}
     config = configure(wanted | {"optim": {"lr": 1e-3, "lr_text_encoder": 2e-4}}, "sd15")
@@ -74,7 +74,7 @@ def test_the_second_text_encoder_learns_at_the_firsts_rate(tiny_folder_xl, photo
     assert rates == {"unet": 1e-3, "text_encoder": 2e-4, "text_encoder_2": 2e-4}
 
 
-def test_a_fingerprint_is_the_models_not_the_precisions():
+def test_a_fingerprint_does_not_depend_on_precision():
     torch.manual_seed(0)
     weights = [torch.randn(320, 4, 3, 3), torch.randn(4, 320, 3, 3)]
     whole = int(fingerprint(weights), 16)
@@ -90,7 +90,7 @@ def test_a_fingerprint_is_the_models_not_the_precisions():
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_the_pocket_base_is_itself_in_every_precision(pocket, precision):
+def test_the_pocket_bases_fingerprint_matches_in_every_precision(pocket, precision):
     one, other = (
         int(each.fingerprint, 16) for each in (pocket, load_backbone("pocket", precision))
     )
@@ -98,15 +98,15 @@ def test_the_pocket_base_is_itself_in_every_precision(pocket, precision):
 
 
 CHANGES = {
-    "is a FluxPipeline": {"_class_name": "FluxPipeline"},
-    "wants code from os": {"unet": ["os", "system"]},
-    "wants code from pipeline": {"_class_name": "StableDiffusionPipeline", "x": ["pipeline", "X"]},
+    "is a PixArtAlphaPipeline": {"_class_name": "PixArtAlphaPipeline"},
+    "needs code from os": {"unet": ["os", "system"]},
+    "needs code from pipeline": {"_class_name": "StableDiffusionPipeline", "x": ["pipeline", "X"]},
     r"is a \['pipeline', 'Mine'\]": {"_class_name": ["pipeline", "Mine"]},
 }
 
 
 @pytest.mark.parametrize("words", CHANGES)
-def test_foreign_classes_and_code_are_refused(tmp_path, tiny_folder, words):
+def test_model_folders_with_foreign_classes_or_code_are_refused(tmp_path, tiny_folder, words):
     shutil.copytree(tiny_folder, tmp_path / "model")
     index = tmp_path / "model/model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | CHANGES[words]))
@@ -129,3 +129,19 @@ def test_a_cached_hub_model_opens_offline(name, request, tmp_path, monkeypatch):
     assert backbone.fingerprint == load_backbone(str(request.getfixturevalue(name))).fingerprint
     with pytest.raises(BackboneError, match="'someone/other' is neither here nor on the hub"):
         load_backbone("someone/other")
+
+
+def test_a_gated_model_says_how_to_get_it(monkeypatch):
+    import httpx
+    import huggingface_hub
+    from huggingface_hub.errors import GatedRepoError
+
+    def refused(*_, **__):
+        request = httpx.Request("GET", "https://huggingface.co/some/gated")
+        raise GatedRepoError("401", response=httpx.Response(401, request=request))
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", refused)
+    with pytest.raises(
+        BackboneError, match=r"accept its licence at https://huggingface\.co/some/g"
+    ):
+        load_backbone("some/gated")

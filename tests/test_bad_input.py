@@ -309,7 +309,7 @@ PATHS = [each for each in PARAMETERS if each[2] in ("file", "folder", "output", 
 
 
 @pytest.mark.parametrize(("name", "parameter", "kind"), PATHS)
-def test_what_may_not_be_read_or_written_is_one_line(prepared, name, parameter, kind):
+def test_unreadable_and_unwritable_paths_are_errors_of_one_line(prepared, name, parameter, kind):
     command = COMMANDS[name]
     [changed] = [each for each in command.params if each.name == parameter]
     shut, closed = prepared / "shut", prepared / "closed.safetensors"
@@ -337,7 +337,7 @@ def test_what_may_not_be_read_or_written_is_one_line(prepared, name, parameter, 
     assert not faults, "\n".join(faults)
 
 
-def test_the_walks_have_every_command_and_function():
+def test_bad_input_tests_cover_every_command_and_function():
     assert {name for name, _, _ in PARAMETERS} >= COMMANDS.keys() - {"doctor"}
     assert {name for name, _ in API} == FUNCTIONS.keys() >= {"train", "generate", "convert", "fuse"}
     kinds = {kind for command in COMMANDS.values() for kind in kinds_of(command).values()}

@@ -33,7 +33,7 @@ def batches(backbone, captions, count=12, how=SHUFFLED):
         yield from draw_batch(backbone, data, step, size=len(captions), captions=how).captions
 
 
-def test_a_shuffled_trigger_stays_within_what_is_read(pocket):
+def test_a_shuffled_trigger_stays_within_the_token_limit(pocket):
     pocket.triggers["own"] = ["<thing>"]
     filler = ", ".join(f"on a very large {noun} of the sea" for noun in "red old big hot".split())
     caption = f"a toy, <thing>, {filler}"
@@ -46,7 +46,7 @@ def test_a_shuffled_trigger_stays_within_what_is_read(pocket):
     assert not all(reads(pocket, t, "<thing>") for t in batches(pocket, [caption]))
 
 
-def test_a_word_of_many_vectors_counts_with_all_of_them(pocket):
+def test_all_vectors_of_an_embedding_count_as_tokens(pocket):
     config = wordy_config("pivotal", tokens={"vectors": 9})
     filler = "on a red ground " * 20
     words = filler.split()[: pocket.token_budget - pocket.token_count("a <thing>")]
@@ -72,7 +72,7 @@ def test_every_trigger_of_a_caption_is_kept(pocket, place):
     assert with_trigger_kept(pocket, short, ["<one>", "<two>"]) == (short, None)
 
 
-def test_words_that_a_view_adds_come_after_the_trigger(pocket, tmp_path):
+def test_words_added_to_scaled_views_come_after_the_trigger(pocket, tmp_path):
     pocket.triggers["own"] = ["<thing>"]
     caption = "very " * (pocket.token_budget - pocket.token_count("<thing>")) + "<thing>"
     image = Image.new("RGB", (64, 64), "red")

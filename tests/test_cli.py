@@ -24,7 +24,7 @@ def fastest(code: str) -> float:
     return best[code] - best["pass"]
 
 
-def test_help_and_import_are_quick():
+def test_help_and_import_take_less_than_half_a_second():
     assert fastest("import rite_diffusion") < 0.3
     assert (
         fastest(
@@ -54,7 +54,7 @@ def test_dry_run_reports_and_writes_nothing(command, photos, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
-def test_the_report_names_what_may_be_wrong(command, photos, tmp_path):
+def test_report_names_possible_mistakes_in_the_photos(command, photos, tmp_path):
     Image.new("RGB", (5000, 20)).save(photos / "strip.png")
     Image.new("RGB", (32, 32), "pink").save(photos / "little.png")
     Image.new("RGB", (80, 70), "red").save(photos / "twin.png")
@@ -77,7 +77,7 @@ def test_the_report_names_what_may_be_wrong(command, photos, tmp_path):
         assert words in done.stdout, words
 
 
-def test_photo_folder_to_picture(command, photos, tmp_path):
+def test_train_generate_and_inspect_run_from_a_photo_folder(command, photos, tmp_path):
     done = command(
         "train", photos, "--trigger", "<thing>", "--class", "toy", "--steps", 2, "--rank", 2,
         "--optimizer", "sgd", "--lr", 0.5, "--seed", 3, "--out", tmp_path / "run",
@@ -128,7 +128,7 @@ BAD = {
     "endless rate": (["train", "{photos}", "--lr", "inf"], "optim.lr"),
     "negative steps": (["train", "{photos}", "--steps", "-3"], "'steps' = -3"),
     "no adapter": (["generate", "x", "--adapter", "nope.safetensors"], "no adapter file"),
-    "not an adapter": (["inspect", "{photos}/0.png"], "no safetensors file"),
+    "not an adapter": (["inspect", "{photos}/0.png"], "not a safetensors file"),
 }
 
 
@@ -157,12 +157,12 @@ def test_doctor_names_versions_and_devices(command):
         assert words in done.stdout
 
 
-def test_assigned_settings_are_those_of_the_configuration():
+def test_settings_given_as_tables_reach_the_configuration():
     needed = {"photos": "p", "trigger": "<t>", "class_noun": "dog"}
     assert resolve(needed | {"previews": {"every": 0}}).previews.every == 0
 
 
-def test_a_fault_in_a_process_of_its_own_is_one_line_without_traceback(tmp_path):
+def test_an_error_is_one_line_without_traceback_in_a_subprocess(tmp_path):
     code = "from rite_diffusion.cli.app import main; main()"
     line = [sys.executable, "-c", code, "train", "x.toml"]
     done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
@@ -170,7 +170,7 @@ def test_a_fault_in_a_process_of_its_own_is_one_line_without_traceback(tmp_path)
     assert done.stderr == "rite: cannot read x.toml: No such file or directory\n"
 
 
-def test_two_concepts_from_a_file(command, photos, tmp_path):
+def test_train_command_takes_two_concepts_from_a_toml_file(command, photos, tmp_path):
     (tmp_path / "two.toml").write_text(
         f"""
         steps = 1
@@ -187,7 +187,7 @@ def test_two_concepts_from_a_file(command, photos, tmp_path):
     assert "<one>, <two>" in command("inspect", "run/adapter.safetensors").stdout
 
 
-def test_a_process_of_its_own_prints_nothing_that_is_no_ones_concern(tmp_path):
+def test_command_prints_no_warnings_of_libraries(tmp_path):
     line = [sys.executable, "-m", "rite_diffusion", "generate", "a cat", "--steps", "1"]
     done = subprocess.run(
         [*line, "--out", str(tmp_path / "a.png")], capture_output=True, text=True, check=True

@@ -10,7 +10,7 @@ from rite_diffusion.errors import ConfigError
 from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.composition import COMPOSITIONS, PERIOD
 from rite_diffusion.generation.denoise import guided
-from rite_diffusion.generation.picture import picture, resolved
+from rite_diffusion.generation.picture import draw_picture, resolve_request
 from rite_diffusion.generation.request import PictureRequest
 
 ASKED = PictureRequest(prompt="a red cat", seed=3, steps=2, guidance=3.0)
@@ -35,7 +35,7 @@ def alone(backbone, adapters, index, latents, timestep):
 
 
 @torch.no_grad()
-def test_switch_takes_turns_and_composite_is_the_mean_of_all(tiny, two):
+def test_switch_alternates_adapters_and_composite_averages_them(tiny, two):
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     timestep = torch.tensor(500)
     first, second = (alone(tiny, two, index, latents, timestep) for index in range(2))
@@ -49,23 +49,23 @@ def test_switch_takes_turns_and_composite_is_the_mean_of_all(tiny, two):
 
 
 @pytest.mark.parametrize("combine", COMPOSITIONS)
-def test_one_adapter_composed_is_that_adapter(tiny, combine):
+def test_composing_one_adapter_equals_attaching_it(tiny, combine):
     attach(tiny, random_adapter(tiny), "adapter_0", 0.7)
     adapters = [Attached("adapter_0", 0.7, ["<t>"])]
-    plain = picture(tiny, resolved(tiny, ASKED), adapters)
-    ours = picture(tiny, resolved(tiny, replace(ASKED, combine=combine), adapters))
+    plain = draw_picture(tiny, resolve_request(tiny, ASKED), adapters)
+    ours = draw_picture(tiny, resolve_request(tiny, replace(ASKED, combine=combine), adapters))
     assert np.array_equal(np.asarray(plain), np.asarray(ours))
 
 
 @pytest.mark.parametrize("combine", COMPOSITIONS)
-def test_without_adapters_there_is_nothing_to_compose(tiny, combine):
-    plain = picture(tiny, resolved(tiny, ASKED))
-    ours = picture(tiny, resolved(tiny, replace(ASKED, combine=combine)))
+def test_composing_no_adapters_equals_the_base(tiny, combine):
+    plain = draw_picture(tiny, resolve_request(tiny, ASKED))
+    ours = draw_picture(tiny, resolve_request(tiny, replace(ASKED, combine=combine)))
     assert np.array_equal(np.asarray(plain), np.asarray(ours))
 
 
 @pytest.mark.parametrize("combine", COMPOSITIONS)
-def test_weights_are_as_before_after_each_prediction(tiny, two, combine):
+def test_composition_restores_adapter_weights_after_each_prediction(tiny, two, combine):
     def scales():
         return [
             layer.scaling[each.name]
@@ -74,12 +74,12 @@ def test_weights_are_as_before_after_each_prediction(tiny, two, combine):
         ]
 
     before = scales()
-    picture(tiny, resolved(tiny, replace(ASKED, combine=combine)), two)
+    draw_picture(tiny, resolve_request(tiny, replace(ASKED, combine=combine)), two)
     assert scales() == before
 
 
-def test_ways_that_cannot_be_are_refused(tiny):
+def test_unknown_and_conflicting_ways_to_combine_are_refused(tiny):
     with pytest.raises(ConfigError, match="no way 'mix' to combine"):
-        resolved(tiny, replace(ASKED, combine="mix"))
+        resolve_request(tiny, replace(ASKED, combine="mix"))
     with pytest.raises(ConfigError, match="regions have their own"):
-        resolved(tiny, replace(ASKED, combine="switch", regions=["0,0,1,1: a cat"]))
+        resolve_request(tiny, replace(ASKED, combine="switch", regions=["0,0,1,1: a cat"]))

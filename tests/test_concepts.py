@@ -46,7 +46,7 @@ def test_every_method_trains_with_every_optimizer(pocket, name, optimizer):
 
 @pytest.mark.parametrize("optimizer", ["adamw", "rite"])
 @pytest.mark.parametrize("name", WORDY)
-def test_an_interrupted_run_is_the_uninterrupted_one(photos, tmp_path, name, optimizer):
+def test_an_interrupted_run_equals_the_uninterrupted_one(photos, tmp_path, name, optimizer):
     settings = {
         "method": name, "steps": 5, "checkpoints": {"every": 2}, "previews": {"every": 0},
         "optim": {"name": optimizer, "warmup": 3},
@@ -60,7 +60,7 @@ def test_an_interrupted_run_is_the_uninterrupted_one(photos, tmp_path, name, opt
 
 @pytest.mark.parametrize("name", METHODS)
 @torch.no_grad()
-def test_the_file_acts_as_what_was_trained(pocket, tmp_path, name):
+def test_the_saved_adapter_acts_like_the_trained_method(pocket, tmp_path, name):
     config = wordy_config(name, trigger="<odd> <thing>", optim={"lr": 1e-2} | RATES)
     method, trainer = steps_of(pocket, config, masked=True)
     with torch.enable_grad():
@@ -113,7 +113,7 @@ def test_removing_a_method_restores_the_base(pocket, name):
 
 @pytest.mark.parametrize("name", WORDY)
 @pytest.mark.parametrize("trigger", ["<a>", "<a> <b>", "<a> <b> <c>"])
-def test_every_word_of_a_trigger_trains(own_pocket, name, trigger):
+def test_every_new_word_of_a_trigger_trains(own_pocket, name, trigger):
     method, trainer = steps_of(own_pocket, wordy_config(name, trigger, optim=RATES), masked=True)
     assert list(own_pocket.embeddings) == trigger.split()
     before = {word: [each.clone() for each in rows] for word, rows in method.embeddings().items()}
@@ -154,7 +154,7 @@ def test_the_last_vector_starts_as_the_class_and_others_as_noise(pocket):
     assert torch.equal(again["<a>"][0], first)
 
 
-def test_a_rare_word_or_noise_can_be_the_start(pocket):
+def test_an_embedding_can_start_from_a_word_or_noise(pocket):
     def start(**tokens):
         method = METHODS["pivotal"](pocket, wordy_config("pivotal", tokens=tokens))
         [[rows]] = method.embeddings().values()
@@ -166,7 +166,7 @@ def test_a_rare_word_or_noise_can_be_the_start(pocket):
     assert start(init="", deviation=0.5).std() == pytest.approx(0.5, rel=0.2)
 
 
-def test_words_come_first_and_pairs_after_them(pocket):
+def test_pivotal_tuning_trains_embeddings_first_and_pairs_after(pocket):
     config = wordy_config("pivotal", steps=6, tokens={"first": 2}, optim={"schedule": "linear"})
     method, trainer = steps_of(pocket, config)
     rows = method.embeddings()["<thing>"][0]
@@ -190,7 +190,7 @@ def _pairs(method):
     return [p for group in method.groups() if group["name"] != "tokens" for _, p in group["params"]]
 
 
-def test_words_that_have_grown_stay_held(pocket):
+def test_embeddings_that_reach_the_stop_norm_stay_fixed(pocket):
     norm = pocket.token_tables[0][pocket.token_ids("dog")[0]].norm().item()
     tokens = {"stop_norm": norm * 1.02}
     config = wordy_config("pivotal", steps=12, tokens=tokens, optim={"lr_tokens": 2e-3} | RATES)
@@ -205,7 +205,7 @@ def test_words_that_have_grown_stay_held(pocket):
     assert len(set(norms[grown.index(True) :])) == 1 and len(set(norms)) > 3
 
 
-def test_words_of_a_trigger_that_the_base_knows_stay_its_own(pocket):
+def test_known_words_of_a_trigger_get_no_embedding(pocket):
     assert new_placeholders(pocket, Concept("<odd> cat <x>", "cat")) == ["<odd>", "<x>"]
 
 
@@ -235,7 +235,7 @@ def test_settings_of_other_methods_are_refused(photos, settings, words):
         config_of(photos, **settings)
 
 
-def test_half_precision_trains_words_in_single_precision(photos, tmp_path):
+def test_embeddings_train_in_fp32_with_half_precision(photos, tmp_path):
     adapter = load_adapter(train(photos, tmp_path / "half", method="pivotal", precision="bf16"))
     exact = load_adapter(train(photos, tmp_path / "single", method="pivotal"))
     rows = adapter.tokens["<thing>"]
@@ -243,7 +243,7 @@ def test_half_precision_trains_words_in_single_precision(photos, tmp_path):
     torch.testing.assert_close(rows, exact.tokens["<thing>"], rtol=0.1, atol=0.01)
 
 
-def test_averaged_words_are_saved(photos, tmp_path):
+def test_averaged_embeddings_are_saved(photos, tmp_path):
     plain, averaged = (
         load_adapter(train(photos, tmp_path / str(ema), method="pivotal", ema=ema)).tokens[
             "<thing>"
@@ -254,7 +254,7 @@ def test_averaged_words_are_saved(photos, tmp_path):
     torch.testing.assert_close(plain, averaged, rtol=0.1, atol=0.01)
 
 
-def test_a_job_hears_of_every_step(pocket):
+def test_on_step_is_called_for_every_step(pocket):
     config = wordy_config("pivotal")
     method = METHODS["pivotal"](pocket, config)
     steps = []
@@ -263,7 +263,7 @@ def test_a_job_hears_of_every_step(pocket):
     assert steps == [1, 2, 3]
 
 
-def test_whole_matrices_act_as_if_they_were_in_the_weights(own_pocket):
+def test_full_weight_updates_act_like_changed_weights(own_pocket):
     config = wordy_config("custom_diffusion")
     method = METHODS["custom_diffusion"](own_pocket, config)
     states = own_pocket.encode_prompts(["a <thing> on a red background"])
@@ -287,7 +287,7 @@ def test_whole_matrices_act_as_if_they_were_in_the_weights(own_pocket):
 
 
 @pytest.mark.parametrize("weights", ["full", "lora"])
-def test_keys_and_values_learn_nothing_from_the_begin_mark(pocket, weights):
+def test_keys_and_values_get_no_gradient_from_the_begin_token(pocket, weights):
     config = wordy_config("custom_diffusion", custom_diffusion={"weights": weights})
     method = METHODS["custom_diffusion"](pocket, config)
     module = pocket.cross_attentions[0]
@@ -302,7 +302,7 @@ def test_keys_and_values_learn_nothing_from_the_begin_mark(pocket, weights):
 
 
 @pytest.mark.parametrize("weights", ["full", "lora"])
-def test_custom_diffusion_trains_keys_and_values_alone(own_pocket, weights):
+def test_custom_diffusion_trains_only_keys_and_values(own_pocket, weights):
     config = wordy_config("custom_diffusion", custom_diffusion={"weights": weights}, optim=RATES)
     method, trainer = steps_of(own_pocket, config)
     trainer.step(0)
@@ -311,7 +311,7 @@ def test_custom_diffusion_trains_keys_and_values_alone(own_pocket, weights):
 
 
 @torch.no_grad()
-def test_a_modifier_is_followed_by_its_class(own_pocket):
+def test_a_modifier_is_encoded_before_its_class_noun(own_pocket):
     METHODS["custom_diffusion"](own_pocket, wordy_config("custom_diffusion"))
     said = own_pocket.encode_prompts(["a <thing> on a red background"]).states
     assert own_pocket.token_positions("a <thing> on red", "<thing>") == [2, 3]
@@ -336,7 +336,7 @@ def test_ed_lora_starts_as_the_paper_does(pocket):
         assert pair.up.abs().max() == 0
 
 
-def test_masks_keep_what_ed_lora_learns_to_the_subject(pocket):
+def test_masks_confine_ed_loras_attention_to_the_subject(pocket):
     losses = []
     for weight in (0.0, 0.5):
         config = wordy_config("ed_lora", attention={"weight": weight}, optim=RATES)

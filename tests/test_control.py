@@ -1,3 +1,5 @@
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,8 @@ from rite_diffusion.errors import BackboneError, ConfigError
 from rite_diffusion.generation.control import load_controls, parse_control, under_control
 from rite_diffusion.generation.denoise import denoising, guided, initial_noise, sample
 from rite_diffusion.generation.metadata import read_parameters
+from rite_diffusion.generation.picture import draw_picture, resolve_request
+from rite_diffusion.generation.request import PictureRequest
 
 PROMPT, NEGATIVE, STEPS, GUIDANCE, SEED = "a red cat", "dark", 2, 3.0, 7
 
@@ -57,7 +61,7 @@ def reference(kind, backbone, tiny_folder, image, network, **options):
     """Latents of diffusers' own pipeline, from the same noise."""
     part = "controlnet" if kind is StableDiffusionControlNetPipeline else "adapter"
     pipeline = kind.from_pretrained(tiny_folder, safety_checker=None, **{part: network})
-    pipeline.scheduler = backbone.new_scheduler()
+    pipeline.scheduler = backbone.sampler(STEPS, (8, 8))
     pipeline.set_progress_bar_config(disable=True)
     noise = initial_noise(backbone, [SEED], 64, 64)
     return pipeline(
@@ -97,7 +101,7 @@ def test_a_fresh_controlnet_changes_nothing(tiny, networks, pose):
     assert torch.equal(drawn(tiny, f"{networks / 'silent'}={pose}"), drawn(tiny))
 
 
-def test_several_conditions_add_up_and_leave_no_trace(tiny, networks, pose):
+def test_several_conditions_add_up_and_restore_the_denoiser(tiny, networks, pose):
     before = sample(tiny, ["a cat"], [1], steps=2)
     texts = [f"{networks / 'net'}={pose}", f"{networks / 'adapter'}={pose}"]
     both = drawn(tiny, *texts)
@@ -108,6 +112,31 @@ def test_several_conditions_add_up_and_leave_no_trace(tiny, networks, pose):
     assert np.array_equal(
         np.asarray(before[0]), np.asarray(sample(tiny, ["a cat"], [1], steps=2)[0])
     )
+
+
+@contextmanager
+def counted(module):
+    """A list that grows by one entry for each call of the module."""
+    calls = []
+    handle = module.register_forward_hook(lambda *_: calls.append(1))
+    try:
+        yield calls
+    finally:
+        handle.remove()
+
+
+def test_the_text_encoder_runs_once_for_each_batch_of_prompts(tiny, networks, pose):
+    condition = f"{networks / 'net'}={pose}"
+    with counted(tiny.text_encoder) as calls:
+        drawn(tiny, condition)
+    assert len(calls) == 1  # [negative prompt, prompt]
+    request = PictureRequest(
+        prompt="a park", regions=["0,0,0.5,1: a cat"], controls=[condition], steps=1
+    )
+    controls = load_controls(tiny, [parse_control(condition)], 64, 64)
+    with counted(tiny.text_encoder) as calls:
+        draw_picture(tiny, resolve_request(tiny, request), controls=controls)
+    assert len(calls) == 2  # the picture's batch and the region's
 
 
 def test_conditions_and_regions_go_together(tiny_folder, networks, pose, tmp_path):
@@ -126,13 +155,13 @@ def test_conditions_and_regions_go_together(tiny_folder, networks, pose, tmp_pat
     [("net", "is not"), ("net=", "is not"), ("=a.png", "is not"), ("net={text}", "not a picture"),
      ("net=nowhere.png", "no good"), ("net={pose}:3", "at most 2"), ("net={pose}:0", "above 0")],
 )  # fmt: skip
-def test_conditions_that_cannot_be_are_refused(text, words, pose, tmp_path):
+def test_invalid_conditions_are_refused(text, words, pose, tmp_path):
     (tmp_path / "a.txt").write_text("no picture")
     with pytest.raises(ConfigError, match=words):
         parse_control(text.format(pose=pose, text=tmp_path / "a.txt"))
 
 
-def test_networks_that_do_not_fit_are_refused(tiny, networks, pose, tmp_path):
+def test_control_networks_of_another_family_are_refused(tiny, networks, pose, tmp_path):
     T2IAdapter(channels=[32, 32, 32, 32], num_res_blocks=1).save_pretrained(tmp_path / "other")
     with pytest.raises(ConfigError, match="choose a network for this kind of base"):
         drawn(tiny, f"{tmp_path / 'other'}={pose}")

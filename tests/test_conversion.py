@@ -14,7 +14,7 @@ import rite_diffusion as rite
 from predictions import prediction, prediction_of
 from random_adapters import ATTENTION, LAYERS, varied_adapter
 from rite_diffusion.adapters import Adapter, AdapterInfo, load_adapter, save_adapter
-from rite_diffusion.adapters.attach import attach, base_weights, detach, places
+from rite_diffusion.adapters.attach import adaptable_layers, attach, base_weights, detach
 from rite_diffusion.adapters.delta import adapted_weight
 from rite_diffusion.adapters.dialects import DIALECTS
 from rite_diffusion.adapters.dialects.published import load_published
@@ -144,7 +144,7 @@ PROVEN = [(to, "tiny_folder") for to in DIALECTS] + [("kohya", "tiny_folder_xl")
 
 
 @pytest.mark.parametrize(("to", "model"), PROVEN)
-def test_convert_proves_what_it_wrote(tmp_path, to, model, request):
+def test_convert_checks_its_file_by_loading_it_back(tmp_path, to, model, request):
     folder = request.getfixturevalue(model)
     backbone = shared_base(str(folder))
     save_adapter(tmp_path / "a.safetensors", varied_adapter(backbone))
@@ -160,7 +160,7 @@ def test_convert_proves_what_it_wrote(tmp_path, to, model, request):
     assert proven.path == tmp_path / f"a-{to}{suffix}"
 
 
-def test_what_diffusers_would_drop_is_refused(tmp_path, tiny_folder):
+def test_converting_weights_that_diffusers_drops_is_refused(tmp_path, tiny_folder):
     adapter = varied_adapter(shared_base(str(tiny_folder)), dora=True)
     save_adapter(tmp_path / "a.safetensors", adapter)
     with pytest.raises(AdapterError, match="drops the DoRA norms of text encoders"):
@@ -169,7 +169,7 @@ def test_what_diffusers_would_drop_is_refused(tmp_path, tiny_folder):
         rite.convert(tmp_path / "a.safetensors", to)
 
 
-def test_an_export_that_differs_is_not_left_behind(tmp_path, tiny_folder, monkeypatch):
+def test_an_export_that_fails_its_check_is_deleted(tmp_path, tiny_folder, monkeypatch):
     backbone = shared_base(str(tiny_folder))
     save_adapter(tmp_path / "a.safetensors", varied_adapter(backbone))
     weak = DIALECTS["kohya"].write
@@ -185,7 +185,7 @@ def test_an_export_that_differs_is_not_left_behind(tmp_path, tiny_folder, monkey
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_the_pocket_base_is_no_comfyui_model(tmp_path, pocket):
+def test_pocket_adapters_are_not_converted_to_comfyui(tmp_path, pocket):
     save_adapter(tmp_path / "a.safetensors", varied_adapter(pocket))
     with pytest.raises(AdapterError, match="knows no layer for .* not laid out like"):
         rite.convert(tmp_path / "a.safetensors", "comfyui")
@@ -204,7 +204,7 @@ class Canary:
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pth", "a.pt"])
-def test_a_pickle_runs_nothing(tmp_path, name):
+def test_reading_a_pickle_runs_no_code(tmp_path, name):
     (tmp_path / name).write_bytes(pickle.dumps({"params": Canary(tmp_path / "canary")}))
     torch.save({"params": Canary(tmp_path / "canary")}, tmp_path / f"zip-{name}")
     for path in (tmp_path / name, tmp_path / f"zip-{name}"):
@@ -218,7 +218,7 @@ def test_a_pickle_runs_nothing(tmp_path, name):
     assert (tmp_path / "canary").exists()  # the canary itself works
 
 
-def test_mix_of_show_weights(tmp_path, tiny_folder):
+def test_mix_of_show_weights_convert_exactly(tmp_path, tiny_folder):
     torch.manual_seed(0)
     path = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     clip = "text_model.encoder.layers.0.self_attn.q_proj"
@@ -284,9 +284,9 @@ def test_an_adapter_of_another_base_is_refused_by_name(tmp_path, tiny_folder, ti
 @pytest.mark.parametrize(
     ("size", "words"),
     [(100_000_001, "header of 100,000,001 bytes; the format allows 100,000,000"),
-     (100_000_200, "no safetensors file or cut off")],
+     (100_000_200, "not a safetensors file, or it is cut off")],
 )  # fmt: skip
-def test_a_header_that_the_format_forbids_is_refused_unread(tmp_path, size, words):
+def test_a_header_of_forbidden_size_is_refused_without_reading_it(tmp_path, size, words):
     path = tmp_path / "a.safetensors"
     with path.open("wb") as stream:
         stream.write(size.to_bytes(8, "little"))
@@ -321,8 +321,8 @@ def test_a_refused_adapter_leaves_the_pipeline_as_it_was(tmp_path, tiny_folder):
 def test_alpha_of_a_broken_configuration_is_refused(tmp_path):
     tensors = {f"unet.conv_in.lora_{f}.weight": torch.ones(1, 1) for f in "AB"}
     for stated, words in (
-        ("{", "no JSON"),
-        ("[]", "no table"),
+        ("{", "not JSON"),
+        ("[]", "not a table"),
         ('{"unet.lora_alpha": "x"}', "'x'"),
     ):
         save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": stated})
@@ -330,11 +330,11 @@ def test_alpha_of_a_broken_configuration_is_refused(tmp_path):
             load_adapter(tmp_path / "a.safetensors")
     pattern = {"unet.lora_alpha": 1, "unet.alpha_pattern": {"(a+)+$": 2}}
     save_file(tensors, tmp_path / "a.safetensors", {"lora_adapter_metadata": json.dumps(pattern)})
-    with pytest.raises(AdapterError, match="no module's name"):
+    with pytest.raises(AdapterError, match="not a module's name"):
         load_adapter(tmp_path / "a.safetensors")
 
 
-def test_places_have_the_names_that_files_use(tiny_folder):
-    assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj" in places(
+def test_adaptable_layers_are_keyed_by_the_module_names_of_files(tiny_folder):
+    assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj" in adaptable_layers(
         shared_base(str(tiny_folder))
     )

@@ -17,8 +17,13 @@ from rite_diffusion.methods.triggers import check_triggers
 from rite_diffusion.photos.dataset import balanced
 from rite_diffusion.photos.folder import read_folder
 from rite_diffusion.training.configured import step_batch
-from rite_diffusion.training.plan import Plan, PlanObserver, find_pictures, plan_training
-from rite_diffusion.training.plan import survey as survey_with
+from rite_diffusion.training.plan import (
+    Plan,
+    PlanObserver,
+    find_pictures,
+    plan_training,
+    plan_without_drawing,
+)
 from rite_diffusion.training.settings import configure
 from rite_diffusion.types import Concept
 from runs import QUICK, config_of, train
@@ -46,9 +51,9 @@ trigger = "<one>"
 """
 
 
-def survey(config) -> Plan:
+def plan_of(config) -> Plan:
     """A plan whose class pictures are not drawn."""
-    return survey_with(config, find_pictures(config))
+    return plan_without_drawing(config, find_pictures(config))
 
 
 @pytest.fixture
@@ -87,13 +92,13 @@ def test_a_photo_folder_inherits_what_it_leaves_out(two):
         ({"augment": {"crop": 0.1}}, "need augment.views of 2 or more"),
     ],
 )
-def test_what_is_missing_is_named(two, change, words):
+def test_missing_dataset_settings_are_named(two, change, words):
     with pytest.raises(ConfigError) as fault:
         resolve(two | change)
     assert words in str(fault.value)
 
 
-def test_concepts_are_shown_equally_often_unless_told_otherwise(two):
+def test_concepts_are_balanced_unless_balance_is_off(two):
     plan = plan_training(configure(two))
     shown = {"<one>": 0, "<two>": 0}
     for photo in plan.photos:
@@ -122,7 +127,7 @@ class Heard(PlanObserver):
         self.drawing = lines.append
 
 
-def test_class_pictures_are_drawn_once_and_train_along_with_their_weight(photos, pocket):
+def test_class_pictures_are_drawn_once_and_have_the_prior_weight(photos, pocket):
     lines = []
     prior = {"weight": 0.5, "count": 2, "prompts": ["a {class_noun}"]}
     plan = plan_training(config_of(photos, prior=prior), Heard(lines))
@@ -155,36 +160,36 @@ def _toys(folder, shade=200, **captions):
     return str(folder)
 
 
-def test_given_class_pictures_do_not_get_the_prompts_of_drawn_ones(photos, tmp_path):
+def test_given_class_pictures_have_their_own_captions(photos, tmp_path):
     toys = _toys(tmp_path / "toys", a="two {class_noun}s")
     prior = {"weight": 1.0, "prompts": ["a cat on a yellow background"]}
-    plan = survey(config_of(photos, prior=prior, class_photos=toys))
+    plan = plan_of(config_of(photos, prior=prior, class_photos=toys))
     assert [photo.caption for photo in plan.class_photos] == ["two toys", "a toy"]
 
 
-def test_the_concept_is_no_picture_of_its_class(photos, tmp_path):
+def test_class_pictures_that_show_the_concept_are_refused(photos, tmp_path):
     prior = {"weight": 1.0}
     with pytest.raises(ConfigError, match="holds the photos of <thing>"):
-        survey(config_of(photos, prior=prior, class_photos=str(photos)))
+        plan_of(config_of(photos, prior=prior, class_photos=str(photos)))
     copied = tmp_path / "copied"
     shutil.copytree(photos, copied)
     for path in copied.glob("*.txt"):
         path.unlink()
     with pytest.raises(ConfigError, match="copied/0.png is the concept's photo 0.png"):
-        survey(config_of(photos, prior=prior, class_photos=str(copied)))
+        plan_of(config_of(photos, prior=prior, class_photos=str(copied)))
     said = _toys(tmp_path / "said", a="a <THING>, red")
     with pytest.raises(ConfigError, match=r'"a <THING>, red" of .*a.png holds the trigger <thing>'):
-        survey(config_of(photos, prior=prior, class_photos=said))
+        plan_of(config_of(photos, prior=prior, class_photos=said))
     filled = _toys(tmp_path / "filled", a="a {trigger}")
     with pytest.raises(PhotoFolderError, match=r"a.txt: unknown placeholder \{trigger\}"):
-        survey(config_of(photos, prior=prior, class_photos=filled))
+        plan_of(config_of(photos, prior=prior, class_photos=filled))
 
 
-def test_all_folders_of_one_class_count(photos, tmp_path, capsys):
+def test_several_folders_of_one_class_are_joined(photos, tmp_path, capsys):
     one, two = _toys(tmp_path / "one"), _toys(tmp_path / "two", shade=100)
     table = {"photos": str(photos), "trigger": "<thing>", "class_noun": "toy"}
     subsets = [table | {"class_photos": one}, table | {"class_photos": two}, table]
-    plan = survey(
+    plan = plan_of(
         resolve(
             QUICK
             | {
@@ -201,7 +206,7 @@ def test_all_folders_of_one_class_count(photos, tmp_path, capsys):
     assert f"2 pictures in {one}" in said and f"2 pictures in {two}" in said
 
 
-def test_photos_and_class_pictures_are_shown_as_often(photos):
+def test_photos_and_class_pictures_are_shown_equally_often(photos):
     [photo] = read_folder(photos, Concept("<t>", "toy"), ["a"]).photos[:1]
     for counts in ((19, 28), (6, 28), (3, 2), (1, 1000), (7, 200, 33)):
         groups = [[replace(photo, caption=str(n))] * count for n, count in enumerate(counts)]
@@ -223,26 +228,26 @@ def test_photos_and_class_pictures_are_shown_as_often(photos):
         (("<rex>", "dog"), ("big <rex>", "dog"), "are one inside the other"),
     ],
 )
-def test_triggers_that_are_read_alike_are_refused(pocket, one, other, words):
+def test_triggers_with_the_same_tokens_are_refused(pocket, one, other, words):
     with pytest.raises(ConfigError, match=words):
         check_triggers(pocket, [Concept(*one), Concept(*other)])
     check_triggers(pocket, [Concept(*one), Concept("<tom>", "cat")])
 
 
-def test_twins_are_refused_whatever_the_method(two):
+def test_triggers_with_the_same_tokens_are_refused_by_every_method(two):
     twins = [{"photos": "one", "trigger": "<rex>"}, {"photos": "two", "trigger": "<Rex>"}]
     for method in ("lora", "pivotal"):
         preset = "pocket" if method == "lora" else f"pocket-{method}"
         settings = two | {"dataset": [{"subset": twins}], "method": method}
         with pytest.raises(ConfigError, match="same tokens"):
-            survey(configure(settings, preset))
+            plan_of(configure(settings, preset))
 
 
 def test_a_trigger_at_the_end_of_a_long_caption_is_kept(photos, capsys):
     long = " ".join(["red"] * 80)
     (photos / "0.txt").write_text(f"{long} and a {{trigger}}")
     (photos / "1.txt").write_text(f"a <thing> and {long}")
-    plan = survey(config_of(photos))
+    plan = plan_of(config_of(photos))
     kept, whole, _ = (photo.caption for photo in plan.folder.photos)
     assert kept.startswith("red red") and kept.endswith(" <thing>")
     budget = plan.backbone.token_budget
@@ -256,7 +261,7 @@ def test_a_trigger_at_the_end_of_a_long_caption_is_kept(photos, capsys):
     assert f'moved       "{long} and a <thing>" has <thing> beyond the' in capsys.readouterr().out
 
 
-def test_the_photos_are_told_of_before_class_pictures_are_drawn(photos, monkeypatch, capsys):
+def test_photos_are_reported_before_class_pictures_are_drawn(photos, monkeypatch, capsys):
     from rite_diffusion.cli import app as cli
     from rite_diffusion.training import plan
 
@@ -292,13 +297,13 @@ def test_previews_fill_in_trigger_and_class(photos, tmp_path, monkeypatch):
     image = Image.new("RGB", (8, 8))
     monkeypatch.setattr(run, "sample", lambda _, prompts, *a, **k: drawn.extend(prompts) or [image])
     prompts = ["a {trigger} and a {class_noun}", "a {red|blue} {class_noun}"]
-    plan = survey(config_of(photos, previews={"every": 1, "prompts": prompts}))
+    plan = plan_of(config_of(photos, previews={"every": 1, "prompts": prompts}))
     with run.RunFolder(tmp_path / "run") as folder:
         run._write_previews(plan, folder, 1)
     assert drawn == ["a <thing> and a toy", "a {red|blue} toy"]
 
 
-def test_the_prior_weighs_in_the_loss(photos, tmp_path):
+def test_the_prior_weight_scales_the_class_pictures_loss(photos, tmp_path):
     from rite_diffusion.methods import PlainLora
     from rite_diffusion.photos.dataset import encode_photos
     from rite_diffusion.training.configured import step_loss

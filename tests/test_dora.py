@@ -66,7 +66,7 @@ def literal(backbone, updates) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("weight", WEIGHTS)
-def test_a_weight_scales_the_whole_update(tiny, loud, weight):
+def test_a_dora_weight_scales_the_whole_update(tiny, loud, weight):
     attach(tiny, loud, "a", weight)
     found = prediction(tiny)
     detach(tiny, "a")
@@ -76,7 +76,7 @@ def test_a_weight_scales_the_whole_update(tiny, loud, weight):
         assert torch.equal(found, prediction(tiny))
 
 
-def test_several_add_up_their_updates(tiny, loud):
+def test_several_doras_add_up_their_updates(tiny, loud):
     other = scaled(loud, 0.6)
     attach(tiny, loud, "a", 0.5)
     attach(tiny, other, "b", -0.7)
@@ -91,7 +91,7 @@ def test_several_add_up_their_updates(tiny, loud):
     torch.testing.assert_close(alone, literal(tiny, [(other, -0.7)]), rtol=1e-3, atol=2e-4)
 
 
-def test_at_weight_one_it_is_pefts(tiny, loud):
+def test_a_dora_at_weight_1_equals_pefts(tiny, loud):
     """Layer by layer, against PEFT's own DoRA with the same factors and norms."""
     attach(tiny, loud, "a")
     pairs = {pair.name: pair for pair in read_pairs(tiny, "a")}
@@ -124,7 +124,7 @@ def test_at_weight_one_it_is_pefts(tiny, loud):
     detach(tiny, "a")
 
 
-def test_generate_and_fuse_agree_at_half(tmp_path, tiny_folder, tiny, loud):
+def test_a_dora_at_weight_half_acts_the_same_attached_and_fused(tmp_path, tiny_folder, tiny, loud):
     info = replace(loud.info, base=str(tiny_folder), base_fingerprint=tiny.fingerprint)
     save_adapter(tmp_path / "a.safetensors", replace(loud, info=info))
     item = f"{tmp_path / 'a.safetensors'}:0.5"
@@ -140,7 +140,7 @@ def test_generate_and_fuse_agree_at_half(tmp_path, tiny_folder, tiny, loud):
 
 
 @torch.no_grad()
-def test_switch_and_composite_leave_nothing_of_the_others(tiny, loud):
+def test_switch_and_composite_use_one_dora_without_the_others(tiny, loud):
     other = scaled(loud, 0.6)
     attach(tiny, loud, "a", 0.5)
     attach(tiny, other, "b", 2.0)
@@ -159,7 +159,7 @@ def test_switch_and_composite_leave_nothing_of_the_others(tiny, loud):
 
 @pytest.mark.parametrize("factor", [0.0, 0.5])
 @torch.no_grad()
-def test_a_region_turns_the_whole_update_down(tiny, loud, factor):
+def test_a_region_scales_the_whole_dora_update(tiny, loud, factor):
     """One region over the whole picture is the picture with the adapter at that weight."""
     unet = [pair for pair in loud.pairs if pair.name.startswith("lora_unet")]
     adapter = replace(loud, pairs=unet)
@@ -177,7 +177,7 @@ def test_a_region_turns_the_whole_update_down(tiny, loud, factor):
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (6, 4, 3, 3)])
-def test_an_output_without_weights_stays_without(shape):
+def test_a_dora_output_with_zero_weights_stays_finite(shape):
     """m 0 / |0| is no number; PEFT's and others' would be NaN from there on."""
     weight = torch.randn(shape)
     weight[2] = 0

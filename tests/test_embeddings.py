@@ -46,7 +46,7 @@ def test_embeddings_in_pickles_convert(tmp_path, layout):
                for key, value in adapter.tokens.items())  # fmt: skip
 
 
-def test_they_say_what_they_did_and_draw(tmp_path, tiny_folder):
+def test_a_converted_embedding_is_inspected_and_changes_the_picture(tmp_path, tiny_folder):
     torch.save(PICKLES["a1111"], tmp_path / "dog.pt")
     command = ["convert", str(tmp_path / "dog.pt"), "--to", "kohya", "--published-pickle"]
     result = CliRunner().invoke(app, command)
@@ -59,14 +59,14 @@ def test_they_say_what_they_did_and_draw(tmp_path, tiny_folder):
     assert plain.tobytes() != drawn.tobytes()
 
 
-def test_a_converted_embedding_is_what_diffusers_loads(tmp_path):
+def test_diffusers_loads_a_converted_embedding(tmp_path):
     torch.save(PICKLES["a1111"], tmp_path / "dog.pt")
     path = rite.convert(tmp_path / "dog.pt", "diffusers", published_pickle=True).path
     [state] = load_textual_inversion_state_dicts([str(path)])
     assert torch.equal(next(iter(state.values())), ROWS)
 
 
-def test_embedding_files_convert_too_and_replace_nothing(tmp_path):
+def test_embedding_files_convert_without_replacing_files(tmp_path):
     save_file({"sks": ROWS[0].clone()}, tmp_path / "thing.safetensors")
     assert load_adapter(tmp_path / "thing.safetensors").tokens.keys() == {"sks"}
     export = rite.convert(tmp_path / "thing.safetensors", "kohya")
@@ -83,7 +83,7 @@ def test_embedding_files_convert_too_and_replace_nothing(tmp_path):
 
 BROKEN = {
     "2 embeddings": {"string_to_param": {"*": ROWS, "+": ROWS}},
-    "are no tensors": {"string_to_param": {"*": "x"}},
+    "are not tensors": {"string_to_param": {"*": "x"}},
     "where weights by name should be": {"string_to_param": [ROWS]},
     "NaN or infinity": {"<dog>": ROWS * torch.inf},
     "no known layout": {"dog": ROWS, "cat": ROWS},
@@ -97,7 +97,7 @@ def test_other_pickles_are_refused(tmp_path, words):
         load_published(tmp_path / "dog.pt", None)
 
 
-def test_the_refusal_of_a_pickle_names_the_remedy(tmp_path):
+def test_refusing_a_pickle_names_the_option_that_converts_it(tmp_path):
     torch.save(PICKLES["a1111"], tmp_path / "dog.pt")
     with pytest.raises(AdapterError, match="--published-pickle"):
         load_adapter(tmp_path / "dog.pt")

@@ -32,7 +32,7 @@ def planned(photos, **settings):
 
 def encoders(backbone):
     """The encoders as they lie, without calling them back."""
-    return backbone._encoders
+    return {name: backbone.encoders.as_it_is(name) for name in backbone.encoders.names}
 
 
 def job_of(plan):
@@ -44,7 +44,7 @@ def entries():
     return sorted(path.name for path in (cache_folder() / "captions").rglob("*.safetensors"))
 
 
-def test_encoders_leave_memory_and_the_adapter_is_the_same(photos, tmp_path):
+def test_releasing_encoders_gives_the_same_adapter(photos, tmp_path):
     settings = FROZEN | {"validation": {"photos": 1}, "captions": {"dropout": 0.4}}
     kept = planned(photos, **settings)
     watched = [weakref.ref(next(part.parameters())) for part in encoders(kept.backbone).values()]
@@ -71,7 +71,7 @@ def test_encoders_leave_memory_and_the_adapter_is_the_same(photos, tmp_path):
     ],
     ids=["trained", "frozen", "shuffled", "previews"],
 )
-def test_what_steps_or_previews_need_stays(photos, settings, gone):
+def test_encoders_that_steps_or_previews_need_are_not_released(photos, settings, gone):
     job = job_of(planned(photos, **settings))
     cache_captions(job)
     release_encoders(job)
@@ -79,7 +79,7 @@ def test_what_steps_or_previews_need_stays(photos, settings, gone):
     assert meta == gone
 
 
-def test_encoders_are_back_as_they_were_when_something_needs_them(photos, pocket):
+def test_released_encoders_are_restored_when_needed(photos, pocket):
     plan = planned(photos, **FROZEN)
     measure(plan)
     assert encoders(plan.backbone)["vae"].device.type == "meta"
@@ -101,14 +101,14 @@ def test_after_a_run_adapters_attach_to_the_text_encoder_again(photos, pocket):
     assert torch.equal(ours, fresh) and lora_layers(pocket, "other")
 
 
-def test_elsewhere_than_on_a_cpu_encoders_wait_in_main_memory(own_pocket):
-    own_pocket.device = torch.device("meta")  # stands in for an accelerator
+def test_released_encoders_move_to_main_memory_on_other_devices(own_pocket):
+    own_pocket.encoders.device = torch.device("meta")  # stands in for an accelerator
     own_pocket.release(["vae"])
     assert encoders(own_pocket)["vae"].device.type == "cpu"
     assert own_pocket.vae.device.type == "meta"
 
 
-def test_previews_that_a_run_is_asked_for_bring_the_encoders_back(photos, tmp_path):
+def test_requested_previews_restore_the_encoders(photos, tmp_path):
     plan, run = planned(photos, **FROZEN), tmp_path / "run"
     (run / "requests").mkdir(parents=True)
     (run / "requests/sample").touch()
@@ -117,7 +117,7 @@ def test_previews_that_a_run_is_asked_for_bring_the_encoders_back(photos, tmp_pa
     assert encoders(plan.backbone)["vae"].device.type == "meta"
 
 
-def test_a_base_that_is_gone_costs_the_previews_and_not_the_run(photos, tmp_path, tiny_folder):
+def test_a_deleted_base_skips_previews_without_stopping_the_run(photos, tmp_path, tiny_folder):
     base = tmp_path / "base"
     base.symlink_to(tiny_folder)
     plan = planned(photos, **FROZEN, base=str(base), resolution=64, precision="fp32")
@@ -129,7 +129,7 @@ def test_a_base_that_is_gone_costs_the_previews_and_not_the_run(photos, tmp_path
     assert "no previews of step 1" in (run / "log.txt").read_text()
 
 
-def test_an_edited_caption_is_encoded_and_the_others_are_not(photos):
+def test_only_an_edited_caption_is_encoded_again(photos):
     cache_captions(job_of(planned(photos, **FROZEN)))
     before = entries()
     assert len(before) == 3
@@ -144,7 +144,7 @@ def test_an_edited_caption_is_encoded_and_the_others_are_not(photos):
 
 
 @pytest.mark.parametrize("damage", [b"", b"no tensors", None], ids=["empty", "text", "nan"])
-def test_a_damaged_entry_is_made_again(pocket, tmp_path, damage):
+def test_a_damaged_caption_cache_entry_is_replaced(pocket, tmp_path, damage):
     whole = cached_conditioning(pocket, "a cat", tmp_path).states
     [path] = tmp_path.rglob("*.safetensors")
     content = path.read_bytes()
@@ -169,7 +169,9 @@ def _states(folder):
     return shared_base(str(folder)).encode_prompts(["a cat"]).states
 
 
-def test_another_text_encoder_or_precision_is_another_entry(tmp_path, tiny_folder, tiny_folder_2):
+def test_caption_cache_entries_depend_on_encoder_and_precision(
+    tmp_path, tiny_folder, tiny_folder_2
+):
     names = {shared_base(str(each)).text_fingerprint for each in (tiny_folder, tiny_folder_2)}
     names |= {load_backbone(str(tiny_folder), "bf16").text_fingerprint}
     changed = load_backbone(str(tiny_folder))

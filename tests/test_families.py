@@ -91,7 +91,7 @@ def layers_of(family) -> set[str]:
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_our_map_is_that_of_diffusers_for_whole_checkpoints(family):
+def test_module_names_equal_diffusers_for_whole_checkpoints(family):
     layers, paths = layers_of(family), sgm_paths(family)
     # The widths of `layers_of` differ from level to level, so it has more shortcuts than some; and
     # norms, whose weights and biases a file may shift, are no layers.
@@ -109,7 +109,7 @@ def test_our_map_is_that_of_diffusers_for_whole_checkpoints(family):
 
 
 @pytest.mark.parametrize("family", KNOWN)
-def test_names_are_those_of_the_published_models(family):
+def test_module_names_equal_those_of_published_models(family):
     for path, sgm in KNOWN[family].items():
         assert sgm_paths(family)[path] == sgm
         assert to_sgm(path.replace(".", "_"), family) == sgm.replace(".", "_")
@@ -117,7 +117,7 @@ def test_names_are_those_of_the_published_models(family):
 
 @pytest.mark.parametrize("stated", ["own header", "kohya's header", "widths", "spelling"])
 @pytest.mark.parametrize("to", ["kohya", "comfyui"])
-def test_resnets_and_samplers_alone_get_sdxls_names(tmp_path, to, stated):
+def test_only_resnets_and_samplers_have_sdxl_names_of_their_own(tmp_path, to, stated):
     path = tmp_path / "a.safetensors"
     adapter = adapter_of(SHARED, "sdxl" if stated == "own header" else "")
     if stated == "widths":
@@ -140,9 +140,9 @@ def test_resnets_and_samplers_alone_get_sdxls_names(tmp_path, to, stated):
         assert stems == {f"diffusion_model.{name}" for name in names}
 
 
-def test_the_base_that_is_passed_tells_the_family():
-    for parts, family in ((["unet", "text_encoder_2"], "sdxl"), (["unet", "text_encoder"], "sd")):
-        backbone = SimpleNamespace(components=dict.fromkeys(parts))
+def test_the_family_comes_from_the_given_base():
+    for family in ("sdxl", "sd"):
+        backbone = SimpleNamespace(family=family)
         wanted = _as_wanted(adapter_of(SHARED), "kohya", backbone, None)
         assert family_of(wanted) == family
 
@@ -167,7 +167,7 @@ def test_diffusers_own_code_reads_every_name_of_a_kohya_file(tmp_path, family):
 @pytest.mark.parametrize("to", ["kohya", "comfyui"])
 def test_names_that_depend_on_an_unknown_base_are_not_guessed(tmp_path, to):
     save_adapter(tmp_path / "a.safetensors", adapter_of(SHARED))
-    with pytest.raises(AdapterError, match=r"the file does not tell .*--base"):
+    with pytest.raises(AdapterError, match=r"the file does not state .*--base"):
         rite.convert(tmp_path / "a.safetensors", to)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
     for free in ("diffusers", "peft"):  # these call modules alike in all models
@@ -191,11 +191,11 @@ EVIDENCE = {
 
 
 @pytest.mark.parametrize("name", EVIDENCE)
-def test_modules_that_one_family_alone_has_tell_it(name):
+def test_modules_of_one_family_only_identify_it(name):
     assert family_of(Adapter([pair(name, 8, 8)], AdapterInfo())) == EVIDENCE[name]
 
 
-def test_a_family_stays_with_its_adapter(tmp_path):
+def test_an_adapters_family_survives_saving(tmp_path):
     save_adapter(tmp_path / "a.safetensors", adapter_of(SHARED, "sdxl"))
     for to in ("kohya", "comfyui", "diffusers", "peft"):
         assert load_adapter(rite.convert(tmp_path / "a.safetensors", to).path).info.family == "sdxl"

@@ -45,7 +45,7 @@ def test_out_of_memory_says_what_saves_memory(photos, tmp_path, monkeypatch):
     same_run(tmp_path / "run", tmp_path / "whole")
 
 
-def test_another_fault_is_not_taken_for_memory(photos, tmp_path, monkeypatch):
+def test_other_errors_are_not_reported_as_out_of_memory(photos, tmp_path, monkeypatch):
     def loss(*arguments):
         raise RuntimeError("shapes differ")
 
@@ -63,7 +63,7 @@ def test_previews_without_memory_do_not_stop_the_run(photos, tmp_path, monkeypat
     assert "out of memory for the previews of step 2" in (tmp_path / "run/log.txt").read_text()
 
 
-def test_a_gradient_that_is_no_number_changes_nothing_and_is_named(photos, tmp_path, monkeypatch):
+def test_a_gradient_that_is_not_finite_is_skipped_and_logged(photos, tmp_path, monkeypatch):
     real = loop.Trainer._gradients
 
     def poison(trainer, batch):
@@ -133,7 +133,7 @@ def test_a_kill_at_any_write_leaves_a_whole_checkpoint(tmp_path, step):
     assert point > 8 and snapshot.step == step
 
 
-def test_losses_that_stay_no_number_keep_the_last_good_checkpoint(photos, tmp_path, monkeypatch):
+def test_losses_that_stay_not_finite_keep_the_last_good_checkpoint(photos, tmp_path, monkeypatch):
     settings = {"steps": 9, "previews": {"every": 0}, "checkpoints": {"every": 1, "keep": 9}}
     real, calls = loop.step_loss, itertools.count()
 

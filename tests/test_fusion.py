@@ -10,9 +10,9 @@ from fusion_layers import (
     SHAPES,
     dense,
     random_adapter,
-    random_gram,
     random_layer,
     random_member,
+    random_second_moment,
     random_sketch,
 )
 from rite_diffusion.adapters import Adapter, load_adapter, save_adapter
@@ -48,7 +48,7 @@ def settings_for(method: str) -> FusionSettings:
     return FusionSettings(rank=4) if method == "svd" else PLAIN
 
 
-def test_one_adapter_at_weight_1_comes_back():
+def test_fusing_one_adapter_at_weight_1_returns_it():
     adapter = random_adapter(0, rank=5, alpha=1.5)
     for method in FUSIONS:
         fused = merge([Member(adapter, 1.0, Path("a"))], method, PLAIN)
@@ -84,7 +84,7 @@ def test_weighted_stores_shared_directions_once():
 
 
 @pytest.mark.parametrize("method", FUSIONS)
-def test_order_changes_nothing(method, monkeypatch):
+def test_fusing_does_not_depend_on_the_order_of_adapters(method, monkeypatch):
     # A difference in rounding would spread within the first steps of L-BFGS.
     monkeypatch.setattr(sys.modules[gradient.__module__], "iterations", lambda name: 8)
     members = [random_member(seed, rank=seed + 1) for seed in range(3)]
@@ -141,7 +141,7 @@ def test_true_rank_drops_what_is_zero_to_rounding():
 
 
 def test_truncation_on_inputs_is_the_svd_of_the_weighted_update():
-    factors, inputs = random_factors(), random_gram(20, 3, rows=40)
+    factors, inputs = random_factors(), random_second_moment(20, 3, rows=40)
     values, vectors = inputs.values, inputs.basis
     root = (vectors.mT * values.sqrt()) @ vectors
     left, singular, right = torch.linalg.svd(factors.dense() @ root, full_matrices=False)
@@ -161,7 +161,7 @@ def test_truncation_on_inputs_is_the_svd_of_the_weighted_update():
 def normal_equations(layer: Layer, settings: FusionSettings) -> torch.Tensor:
     """The dense minimiser of `gram`'s objective."""
 
-    grams = [part.gram.matrix() for part in layer.parts]
+    grams = [part.second_moment.matrix() for part in layer.parts]
     total = sum(grams) + settings.preserve * layer.base.matrix()
     ridge = settings.ridge * total.trace() / len(total)
     wanted = sum(p.factors.dense() @ g for p, g in zip(layer.parts, grams, strict=True))
@@ -174,7 +174,10 @@ def normal_equations(layer: Layer, settings: FusionSettings) -> torch.Tensor:
 def test_gram_equals_a_dense_solve_of_the_normal_equations(width, preserve, full):
     layer = random_layer(3, width=width)
     if full:
-        parts = [replace(p, gram=full_second_moment(p.gram.matrix(), 1)) for p in layer.parts]
+        parts = [
+            replace(p, second_moment=full_second_moment(p.second_moment.matrix(), 1))
+            for p in layer.parts
+        ]
         layer = replace(layer, parts=parts)
     settings = FusionSettings(preserve=preserve, ridge=1e-4)
     fused = gram(layer, settings)
@@ -186,8 +189,8 @@ def test_gram_equals_a_dense_solve_of_the_normal_equations(width, preserve, full
     assert torch.equal(fused.up, ups)
 
 
-def test_the_mean_of_grams_is_the_mean_of_their_matrices():
-    grams = [random_gram(30, seed) for seed in range(3)]
+def test_the_mean_of_second_moments_is_the_mean_of_their_matrices():
+    grams = [random_second_moment(30, seed) for seed in range(3)]
     expected = torch.stack([gram.matrix() for gram in grams]).mean(0)
     mixed = [full_second_moment(grams[0].matrix(), 12), *grams[1:]]
     for each in (grams, mixed):
@@ -195,7 +198,7 @@ def test_the_mean_of_grams_is_the_mean_of_their_matrices():
     assert mean([grams[0], truncated(grams[0], 40)]) is grams[0]
 
 
-def test_gram_is_no_worse_than_l_bfgs():
+def test_gram_error_is_at_most_that_of_l_bfgs():
     for seed in range(3):
         layer = random_layer(3, seed=seed)
         exact = gram(layer, FusionSettings(preserve=0.0, ridge=1e-9))
@@ -208,17 +211,17 @@ def test_concepts_with_inputs_of_their_own_do_not_disturb_each_other():
     parts = []
     for index in range(3):
         factors = random_factors(rank=2, seed=index)
-        inputs = random_gram(20, index, rows=4)  # 4 directions each: 12 of 20
+        inputs = random_second_moment(20, index, rows=4)  # 4 directions each: 12 of 20
         parts.append(Part(str(index), factors, inputs))
     layer = Layer("x", parts, None)
     fused = gram(layer, FusionSettings(ridge=1e-9))
     for part in parts:
-        seen = part.gram.root().mT
+        seen = part.second_moment.root().mT
         torch.testing.assert_close(fused.dense() @ seen, part.factors.dense() @ seen,
                                    rtol=1e-3, atol=1e-4)  # fmt: skip
 
 
-def test_preserving_keeps_ordinary_inputs_quiet():
+def test_preserving_reduces_the_update_on_other_inputs():
     layer = random_layer(2)
     quiet = [
         output_energy(gram(layer, FusionSettings(preserve=p)), layer.base) for p in (0, 1, 100)
@@ -226,12 +229,12 @@ def test_preserving_keeps_ordinary_inputs_quiet():
     assert quiet[0] > quiet[1] > quiet[2]
 
 
-def test_a_rank_keeps_the_outputs_that_the_inputs_ask_for():
+def test_truncating_gram_weighs_errors_by_the_inputs():
     layer = random_layer(3)
     whole = gram(layer, PLAIN)
     cut = FUSIONS["gram"].cut(layer, whole, FusionSettings(rank=3))
     plain = to_rank(whole, 3)
-    moments = SecondMomentSum([p.gram for p in layer.parts], [1.0] * 3, 1e-3)
+    moments = SecondMomentSum([p.second_moment for p in layer.parts], [1.0] * 3, 1e-3)
 
     def loss(update):
         off = update.dense() - whole.dense()
@@ -255,7 +258,7 @@ def test_custom_diffusion_keeps_each_concept_on_its_directions():
     ridge = PLAIN.ridge * layer.base.trace / 40
     for part in layer.parts:
         directions = layer.base.power(
-            distinct_directions(part.gram, layer.base, ridge, 4), 0.5, ridge
+            distinct_directions(part.second_moment, layer.base, ridge, 4), 0.5, ridge
         )
         torch.testing.assert_close(
             fused.dense() @ directions.mT, part.factors.dense() @ directions.mT
@@ -306,7 +309,7 @@ BAD = {
     "weight 0: leave it out": lambda: [Member(random_adapter(0), 0.0, Path("a"))],
     "trained on tiny and a": lambda: pair_of(random_adapter(0), other_base(random_adapter(1))),
     "different base models": lambda: pair_of(random_adapter(0), other_shape(random_adapter(1))),
-    "answer to '<0>'": lambda: pair_of(random_adapter(0), same_trigger(random_adapter(1))),
+    "the trigger '<0>'": lambda: pair_of(random_adapter(0), same_trigger(random_adapter(1))),
 }
 
 
@@ -316,7 +319,7 @@ def test_adapters_that_cannot_be_fused_are_refused(words):
         merge(BAD[words](), "concat", PLAIN)
 
 
-def test_methods_and_settings_are_checked():
+def test_unknown_methods_and_invalid_settings_of_fusing_are_refused():
     members = [random_member(0), random_member(1)]
     with pytest.raises(FusionError, match="no method 'grim'"):
         merge(members, "grim", PLAIN)
@@ -335,7 +338,7 @@ def test_methods_and_settings_are_checked():
         with pytest.raises(FusionError, match=next(iter(bad))):
             checked_settings(bad)
     bare = [Member(random_adapter(seed), 1.0, Path("a")) for seed in range(2)]
-    with pytest.raises(FusionError, match="says nothing of"):
+    with pytest.raises(FusionError, match="has no statistics for"):
         merge(bare, "gram", PLAIN)
 
 
@@ -347,14 +350,14 @@ def test_a_negative_weight_subtracts():
         torch.testing.assert_close(fused[name], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_tokens_of_several_adapters_are_put_together():
+def test_fused_file_has_the_embeddings_of_all_adapters():
     one, two = {"<a>": torch.ones(2)}, {"<b>": torch.zeros(2), "<a>": torch.ones(2)}
     assert list(merge_tokens([two, one])) == ["<a>", "<b>"]
     with pytest.raises(FusionError, match="different embeddings of '<a>'"):
         merge_tokens([one, {"<a>": torch.zeros(2)}])
 
 
-def test_a_layer_that_one_adapter_leaves_alone_stays_quiet_on_its_inputs():
+def test_a_layer_without_a_concepts_update_changes_little_on_its_inputs():
     name = NAMES[0]
     loud, silent = random_member(0, names=(name,)), random_member(1, names=NAMES[1:])
     fused = dense(merge([loud, silent], "gram", FusionSettings(preserve=0, ridge=1e-6)))[name]
@@ -363,8 +366,8 @@ def test_a_layer_that_one_adapter_leaves_alone_stays_quiet_on_its_inputs():
     assert (fused @ inputs).norm() < 0.7 * (summed @ inputs).norm()
 
 
-def test_a_truncated_gram_keeps_the_trace():
-    whole = random_gram(30, 5)
+def test_a_truncated_second_moment_keeps_the_trace():
+    whole = random_second_moment(30, 5)
     for keep in (2, 6, 40):
         cut = truncated(whole, keep)
         assert len(cut.values) <= keep and cut.trace == pytest.approx(whole.trace)

@@ -34,7 +34,7 @@ def dora(name: str, seed: int) -> tuple[Adapter, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_plain_dora_adds_what_the_dora_makes_of_the_weight(name):
+def test_a_dora_as_plain_lora_has_the_same_update(name):
     adapter, weights = dora(name, 0)
     [pair] = as_plain(adapter, weights).pairs
     assert pair.magnitude is None and pair.rank == min(pair.up.shape[0], pair.down[0].numel())
@@ -44,7 +44,7 @@ def test_a_plain_dora_adds_what_the_dora_makes_of_the_weight(name):
 
 
 @pytest.mark.parametrize("method", ["concat", "weighted"])
-def test_a_dora_and_a_lora_add_up_exactly(method):
+def test_fusing_a_dora_and_a_lora_is_their_exact_sum(method):
     adapter, weights = dora(CONV, 0)
     plain = as_plain(adapter, weights)
     members = [Member(adapter, 0.5, Path("a"), plain=plain), random_member(1, names=(CONV, LINEAR))]
@@ -136,7 +136,7 @@ def with_tokens(adapter: Adapter, word: str, layers: int, seed: int) -> Adapter:
     return replace(adapter, tokens={word: rows})
 
 
-def test_tokens_of_all_adapters_are_in_the_fused_file(tmp_path):
+def test_embeddings_of_all_adapters_are_in_the_fused_file(tmp_path):
     one, two = (
         with_tokens(random_adapter(0), "<0>", 16, 0),
         with_tokens(random_adapter(1), "<1>", 1, 1),
@@ -157,12 +157,12 @@ def test_adapters_that_differ_in_tokens_or_magnitudes_alone_are_not_the_same():
     assert len({digest_of(adapter) for adapter in each}) == 4
 
 
-def test_an_adapter_of_several_concepts_answers_to_each():
+def test_adapters_of_several_concepts_with_a_shared_trigger_are_refused():
     both = random_adapter(0)
     both = replace(both, info=replace(both.info, trigger="<cat>, <dog>", class_noun="cat, dog"))
     other = random_adapter(1)
     other = replace(other, info=replace(other.info, trigger="<dog>"))
-    with pytest.raises(FusionError, match="both answer to '<dog>'"):
+    with pytest.raises(FusionError, match="both have the trigger '<dog>'"):
         merge([Member(both, 1.0, Path("a")), Member(other, 1.0, Path("b"))], "concat", PLAIN)
 
 

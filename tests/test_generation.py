@@ -47,7 +47,7 @@ def test_guidance_zero_ignores_the_prompt(pocket):
     assert np.abs(np.asarray(one, int) - np.asarray(two, int)).max() <= 2
 
 
-def test_pngs_carry_text_that_other_tools_read(tmp_path):
+def test_pngs_carry_parameters_in_a1111s_form(tmp_path):
     rite.generate(PROMPT, steps=2, negative="a dog", out=tmp_path / "a.png")
     text = Image.open(tmp_path / "a.png").text["parameters"]
     assert text.startswith(
@@ -55,7 +55,7 @@ def test_pngs_carry_text_that_other_tools_read(tmp_path):
     )
 
 
-def test_pictures_never_overwrite_each_other(tmp_path):
+def test_numbered_pictures_never_replace_files(tmp_path):
     rite.generate(PROMPT, steps=1, out=tmp_path)
     rite.generate(PROMPT, steps=1, out=tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["00000.png", "00001.png"]
@@ -66,7 +66,7 @@ def test_pictures_never_overwrite_each_other(tmp_path):
     [("a.safetensors", "a.safetensors", 1.0), ("a.safetensors:0.5", "a.safetensors", 0.5),
      ("C:/x.safetensors", "C:/x.safetensors", 1.0), ("b.safetensors:-1", "b.safetensors", -1.0)],
 )  # fmt: skip
-def test_weights_follow_a_colon(item, path, weight):
+def test_an_adapter_item_is_a_file_and_a_weight(item, path, weight):
     assert split_weight(item) == (Path(path), weight)
 
 
@@ -75,7 +75,7 @@ def test_a_weight_out_of_range_is_refused():
         split_weight("a.safetensors:50")
 
 
-def test_sides_and_files_that_cannot_be(tmp_path):
+def test_invalid_sizes_and_files_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="side 30 is not a multiple of 8"):
         rite.generate(PROMPT, width=30)
     with pytest.raises(ConfigError, match="one file for 2 pictures"):
@@ -110,7 +110,7 @@ NAN, INF = float("nan"), float("inf")
         ({"adapters": ["a.safetensors:inf"]}, "weight inf"),
     ],
 )  # fmt: skip
-def test_amounts_that_cannot_be_are_refused_before_anything_is_written(tmp_path, settings, words):
+def test_invalid_numbers_are_refused_before_anything_is_written(tmp_path, settings, words):
     with pytest.raises(RiteError, match=re.escape(words)):
         rite.generate(PROMPT, **{"steps": 1, "out": tmp_path / "new"} | settings)
     assert not (tmp_path / "new").exists()
@@ -130,19 +130,19 @@ def test_the_largest_seed_draws(tmp_path):
         ({"negative": "a AND b"}, "AND"),
     ],
 )  # fmt: skip
-def test_a_sheet_refuses_them_too(tmp_path, pocket, settings, words):
+def test_a_sheet_refuses_invalid_numbers(tmp_path, pocket, settings, words):
     with pytest.raises(ConfigError, match=words):
         grid([PROMPT], base=pocket, out=tmp_path / "a.png", **{"steps": 1} | settings)
     assert not (tmp_path / "a.png").exists()
 
 
-def test_statistics_refuse_them_too():
+def test_statistics_refuse_invalid_numbers():
     for settings in ({"seed": 2**64}, {"seed": -1}, {"steps": 0}, {"pictures": 0}):
         with pytest.raises(ConfigError):
             Drawing(**settings)
 
 
-def test_a_plus_in_a_files_name_is_the_names(tmp_path, monkeypatch):
+def test_a_plus_in_a_file_name_is_part_of_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("cat+dog", "a", "b"):
         Path(f"{name}.safetensors").touch()
@@ -159,7 +159,7 @@ def test_a_plus_in_a_files_name_is_the_names(tmp_path, monkeypatch):
         assert sheet.rows[0][0].adapter == items
 
 
-def test_what_has_no_effect_is_told(adapters, tiny_folder, capsys):
+def test_weights_without_effect_are_reported(adapters, tiny_folder, capsys):
     silent = load_adapter(adapters[0])
     pairs = [replace(pair, scale=0.0) for pair in silent.pairs]
     path = adapters[0].with_name("silent.safetensors")

@@ -92,7 +92,7 @@ def test_a_conversion_keeps_the_precision_and_says_so(tmp_path, command, to, dty
         assert error <= 4 * torch.finfo(dtype).eps
 
 
-def test_another_precision_is_asked_for(tmp_path, command):
+def test_convert_writes_the_requested_precision(tmp_path, command):
     path = foreign_file(tmp_path)
     done = command("convert", path, "--to", "kohya", "--dtype", "fp16")
     assert "in fp16; fp32 in the file that was read" in done.stdout, done.stderr
@@ -124,7 +124,7 @@ def test_alpha_is_exact_in_half_precision(tmp_path):
 @pytest.mark.parametrize(
     "concepts", ["{", "[" * 9999, "7", '["a"]', '[{"file": "a"}]', '[{"weight": "1"}]']
 )
-def test_concepts_that_no_fusion_wrote_are_left_out(tmp_path, concepts):
+def test_foreign_concept_entries_in_headers_are_ignored(tmp_path, concepts):
     path = tmp_path / "a.safetensors"
     save_adapter(path, mixed_adapter())
     save_file(load_file(path), path, {"rite_concepts": concepts, "rite_trigger": "<t>"})

@@ -56,7 +56,7 @@ def change(request):
     }[request.param]
 
 
-def test_nouns_pairs_and_colours_are_named(rows, change):
+def test_the_judge_names_nouns_pairs_and_colours(rows, change):
     singles, pairs = ([change(image) for image in row] for row in rows[:2])
     judge = load_judge()
     assert judge.nouns(singles) == SINGLES
@@ -65,7 +65,7 @@ def test_nouns_pairs_and_colours_are_named(rows, change):
 
 
 @pytest.mark.parametrize("concept", [2, 3], ids=["drawn robot", "held-out emoji"])
-def test_unseen_concepts_are_recognised_and_nothing_else_is(rows, change, concept):
+def test_the_judge_recognises_unseen_concepts_only(rows, change, concept):
     photos, other = rows[concept][PHOTOS], rows[5 - concept]
     judge = load_judge()
     seen = judge.recognised(photos, [change(image) for image in rows[concept][PICTURES]])
@@ -88,7 +88,7 @@ def test_embeddings_are_unit_vectors_and_do_not_depend_on_their_neighbours(rows)
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=0)
 
 
-def test_weights_are_small_and_come_back_as_they_were(rows, tmp_path):
+def test_judge_weights_are_small_and_survive_saving(rows, tmp_path):
     path = resources.files("rite_diffusion.evaluation") / "judge.safetensors"
     assert len(path.read_bytes()) < 2_000_000
     save_judge(load_judge(), tmp_path / "judge.safetensors")

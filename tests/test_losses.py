@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import rite_diffusion as rite
 from random_adapters import random_adapter
 from rite_diffusion.adapters import AdapterInfo, load_adapter, save_adapter
-from rite_diffusion.adapters.attach import places
+from rite_diffusion.adapters.attach import adaptable_layers
 from rite_diffusion.adapters.delta import delta_weight
 from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import AdapterError, FusionError
@@ -31,7 +31,7 @@ def lycoris_file(path: Path, backbone, module: type, seed: int, ends, **settings
     """A file of LyCORIS's own modules on the base's layers; returns delta W by module name."""
     torch.manual_seed(seed)
     tensors, deltas = {}, {}
-    for name, (component, inner) in places(backbone).items():
+    for name, (component, inner) in adaptable_layers(backbone).items():
         if not name.endswith(ends):
             continue
         layer = backbone.components[component].get_submodule(inner)
@@ -60,12 +60,12 @@ def made_by_lycoris(tiny_folder, tmp_path_factory):
     }  # fmt: skip
 
 
-def test_a_picture_is_that_of_the_literal_updates(made_by_lycoris, tiny_folder):
+def test_a_picture_equals_that_of_the_literal_updates(made_by_lycoris, tiny_folder):
     files = [f"{file}:8" for file, _ in made_by_lycoris.values()]
     [drawn] = rite.generate("a cat", adapters=files, base=str(tiny_folder), **ONE)
     backbone = load_backbone(str(tiny_folder))
     [plain] = sample(backbone, ["a cat"], [0], **ONE)
-    for name, (component, path) in places(backbone).items():
+    for name, (component, path) in adaptable_layers(backbone).items():
         weight = backbone.components[component].get_submodule(path).weight
         for _, deltas in made_by_lycoris.values():
             if name in deltas:
@@ -76,7 +76,7 @@ def test_a_picture_is_that_of_the_literal_updates(made_by_lycoris, tiny_folder):
     assert apart <= 1 and moved > 20, (apart, moved)
 
 
-def test_a_fusion_is_the_sum_of_the_literal_updates(made_by_lycoris, tmp_path):
+def test_a_fusion_equals_the_sum_of_the_literal_updates(made_by_lycoris, tmp_path):
     (loha, first), (lokr, second) = made_by_lycoris["loha"], made_by_lycoris["lokr"]
     out = rite.fuse([f"{loha}:0.5", f"{lokr}:2"], method="weighted", out=tmp_path / "f.safetensors")
     fused = {pair.name: delta_weight(pair) for pair in load_adapter(out).pairs}
@@ -100,9 +100,7 @@ def literal_loss(deltas: dict, rank: int) -> float:
 
 
 @pytest.mark.parametrize("kind", ["loha", "lokr"])
-def test_a_conversion_cuts_where_it_is_asked_to_and_says_what_that_loses(
-    made_by_lycoris, tmp_path, kind
-):
+def test_convert_truncates_to_the_rank_and_reports_the_loss(made_by_lycoris, tmp_path, kind):
     file, deltas = made_by_lycoris[kind]
     out = tmp_path / "out.safetensors"
     whole = rite.convert(file, "kohya", out)
@@ -123,7 +121,7 @@ def test_a_conversion_cuts_where_it_is_asked_to_and_says_what_that_loses(
     assert float(lost / size) ** 0.5 == pytest.approx(loss, rel=1e-4)
 
 
-def test_the_command_prints_the_error_or_refuses(made_by_lycoris, tmp_path, command):
+def test_convert_and_fuse_commands_print_the_loss_or_refuse_it(made_by_lycoris, tmp_path, command):
     file, deltas = made_by_lycoris["loha"]
     line = ["convert", file, "--to", "kohya", "--out", tmp_path / "a.safetensors", "--rank", 6]
     refused = command(*line)
@@ -147,12 +145,12 @@ def _pairs(file: Path):
 
 
 @pytest.mark.parametrize("change", [{"rank": 0}, {"rank": -1}, {"rank": 5000}])
-def test_ranks_that_cannot_be(made_by_lycoris, tmp_path, change):
+def test_invalid_ranks_are_refused(made_by_lycoris, tmp_path, change):
     with pytest.raises(AdapterError, match="not between 1 and"):
         rite.convert(made_by_lycoris["loha"][0], "kohya", tmp_path / "a.safetensors", **change)
 
 
-def test_a_dora_is_not_cut_by_its_factors_alone(tmp_path, adapters):
+def test_truncating_a_dora_accounts_for_its_norms(tmp_path, adapters):
     tensors = load_file(adapters[1])
     up = next(key for key in tensors if key.endswith("lora_up.weight"))
     tensors[up.replace("lora_up.weight", "dora_scale")] = torch.ones(len(tensors[up]), 1)
@@ -164,7 +162,7 @@ def test_a_dora_is_not_cut_by_its_factors_alone(tmp_path, adapters):
 
 
 @pytest.mark.parametrize("method", ["concat", "weighted", "svd", "ties", "dare", "knots"])
-def test_every_methods_cut_is_told(pocket, method):
+def test_every_fusion_method_reports_its_loss(pocket, method):
     members = [
         Member(replace(random_adapter(pocket, 3, seed=seed), info=AdapterInfo(word)), 1.0, Path())
         for seed, word in enumerate(("<a>", "<b>"))
@@ -180,7 +178,7 @@ def test_every_methods_cut_is_told(pocket, method):
     assert (usual.loss > 0.01) == (method in ("ties", "dare"))
 
 
-def test_an_error_that_is_asked_for_is_allowed(adapters, tmp_path, capsys):
+def test_a_requested_error_budget_is_not_refused(adapters, tmp_path, capsys):
     out = tmp_path / "f.safetensors"
     with pytest.raises(FusionError, match="cut in rank.*--allow-loss"):
         rite.fuse(adapters, method="concat", rank=2, out=out)
@@ -191,7 +189,7 @@ def test_an_error_that_is_asked_for_is_allowed(adapters, tmp_path, capsys):
         rite.fuse(adapters, method="svd", error=0.3, rank=1, out=out)
 
 
-def test_a_sheet_tells_what_has_no_effect_and_what_a_fusion_loses(adapters, tiny_folder, capsys):
+def test_a_sheet_reports_weights_without_effect_and_losses(adapters, tiny_folder, capsys):
     silent = adapters[0].with_name("silent.safetensors")
     adapter = load_adapter(adapters[0])
     pairs = [replace(pair, scale=0.0) for pair in adapter.pairs]
@@ -206,6 +204,6 @@ def test_a_sheet_tells_what_has_no_effect_and_what_a_fusion_loses(adapters, tiny
     )
     heard = list[str]()
     both = f"{adapters[0]}+{adapters[1]}"
-    rite.grid(["a cat"], adapters=[both], methods=["ties"], tell=heard.append, **settings)
+    rite.grid(["a cat"], adapters=[both], methods=["ties"], on_note=heard.append, **settings)
     [line] = heard
     assert line.startswith("ties of 0.safetensors + 1.safetensors: relative error 0.")

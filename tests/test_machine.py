@@ -19,7 +19,7 @@ from rite_diffusion.backbones.source import choose_attention, usable_precision
 from rite_diffusion.cli.app import main
 from rite_diffusion.errors import BackboneError, RunError
 from rite_diffusion.training.plan import plan_training
-from rite_diffusion.training.processes import Place, leftovers, place_in
+from rite_diffusion.training.processes import ProcessRank, ignored_variables_note, read_rank
 from rite_diffusion.training.run import run_training
 from rite_diffusion.training.run_folder import RunFolder
 from runs import config_of, train
@@ -67,7 +67,7 @@ def test_an_absent_hub_model_is_named_and_no_socket_opened(
     assert hub_cache == [] and not (tmp_path / "run").exists()
 
 
-def test_a_network_that_fails_is_one_message(hub_cache, photos, monkeypatch):
+def test_a_network_failure_is_an_error_of_one_line(hub_cache, photos, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between its tries
     with pytest.raises(BackboneError, match="'someone/other' is neither here nor on the hub"):
@@ -95,12 +95,12 @@ class Pipeline:
         (True, OSError("libcudart.so.12"), "sdpa (no xformers: libcudart.so.12)"),
     ],
 )  # fmt: skip
-def test_xformers_that_is_absent_or_broken_gives_way(monkeypatch, cuda, fault, backend):
+def test_missing_or_broken_xformers_falls_back(monkeypatch, cuda, fault, backend):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     assert choose_attention(Pipeline(fault)) == backend
 
 
-def test_a_precision_that_the_device_lacks_gives_way(monkeypatch):
+def test_unsupported_precisions_fall_back(monkeypatch):
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     assert usable_precision("bf16", cpu) == ("bf16", "")
     assert usable_precision("fp16", cpu) == ("fp32", "precision fp32: fp16 does not train on a CPU")
@@ -113,7 +113,7 @@ def test_a_precision_that_the_device_lacks_gives_way(monkeypatch):
         assert usable_precision("fp16", cuda) == ("fp16", "")
 
 
-def test_the_log_tells_device_precision_attention_and_what_gave_way(photos, tmp_path):
+def test_the_log_has_device_precision_attention_and_fallbacks(photos, tmp_path):
     plan = plan_training(config_of(photos, precision="fp16", previews={"every": 0}))
     assert rite.inspect(run_training(plan, tmp_path / "run")).info.steps == "3"
     log = (tmp_path / "run/log.txt").read_text()
@@ -122,7 +122,7 @@ def test_the_log_tells_device_precision_attention_and_what_gave_way(photos, tmp_
 
 
 @pytest.mark.slow  # processes of a launcher
-def test_a_process_that_dies_ends_the_others_with_a_whole_checkpoint(photos, tmp_path, unused_port):
+def test_a_dying_process_ends_the_others_with_a_complete_checkpoint(photos, tmp_path, unused_port):
     script, run = Path(__file__).parents[1] / "train/concept.py", tmp_path / "run"
     line = [str(script), str(photos), "--trigger", "<t>", "--class", "toy", "--steps", "5000"]
     line += ["--set", "previews.every=0", "--set", "prior.weight=0", "--out", str(run)]
@@ -154,17 +154,22 @@ WHOLE = {
 }  # fmt: skip
 
 
-def test_a_process_has_a_place_where_all_of_a_launchers_variables_agree():
-    assert place_in(WHOLE) == Place(1, 2, 0) and leftovers(WHOLE) == ""
+def test_a_process_has_a_rank_if_all_launcher_variables_are_set():
+    assert read_rank(WHOLE) == ProcessRank(1, 2, 0) and ignored_variables_note(WHOLE) == ""
     for name in WHOLE:
         for value in ({}, {name: ""}):
             part = {key: each for key, each in WHOLE.items() if key != name} | value
-            assert place_in(part) == Place() and f"would set {name} too" in leftovers(part)
-    assert place_in({}) == Place() and leftovers({}) == leftovers({"MASTER_PORT": "1"}) == ""
+            assert read_rank(
+                part
+            ) == ProcessRank() and f"would set {name} too" in ignored_variables_note(part)
+    assert (
+        read_rank({}) == ProcessRank()
+        and ignored_variables_note({}) == ignored_variables_note({"MASTER_PORT": "1"}) == ""
+    )
     wrong = {"RANK": "2", "WORLD_SIZE": "0", "LOCAL_RANK": "-1", "MASTER_PORT": "x"}
     for name, value in wrong.items():
         with pytest.raises(RunError, match=f"contradict each other .*{name}={value}"):
-            place_in(WHOLE | {name: value})
+            read_rank(WHOLE | {name: value})
 
 
 @pytest.mark.parametrize(
@@ -181,7 +186,7 @@ def test_a_process_has_a_place_where_all_of_a_launchers_variables_agree():
     ],
     ids=lambda left: ",".join(left),
 )
-def test_leftovers_of_a_launcher_are_ignored_and_told(photos, tmp_path, monkeypatch, left):
+def test_incomplete_launcher_variables_are_ignored_with_a_note(photos, tmp_path, monkeypatch, left):
     PartialState._reset_state()  # as in a fresh process
     for name, value in left.items():
         monkeypatch.setenv(name, value)
@@ -193,7 +198,7 @@ def test_leftovers_of_a_launcher_are_ignored_and_told(photos, tmp_path, monkeypa
     assert all(os.environ[name] == value for name, value in left.items())
 
 
-def test_variables_that_contradict_each_other_are_one_line(photos, tmp_path, monkeypatch, capsys):
+def test_contradictory_launcher_variables_are_an_error(photos, tmp_path, monkeypatch, capsys):
     for name, value in (WHOLE | {"RANK": "2"}).items():
         monkeypatch.setenv(name, value)
     line = ["rite", "train", str(photos), "--trigger", "<t>", "--class", "toy"]

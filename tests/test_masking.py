@@ -55,7 +55,7 @@ def test_a_segmenters_map_becomes_masks_of_the_photos_sizes(boxes):
     assert len(make_masks(boxes, "box", model=STUB, override=True).written) == 2
 
 
-def test_what_is_no_segmenter_is_refused(boxes, tmp_path):
+def test_models_that_are_not_segmenters_are_refused(boxes, tmp_path):
     pytest.importorskip("onnxruntime")
     (tmp_path / "broken.onnx").write_bytes(STUB.read_bytes()[:90])
     with pytest.raises(ConfigError, match="no ONNX model that runs here"):
@@ -64,7 +64,7 @@ def test_what_is_no_segmenter_is_refused(boxes, tmp_path):
         load_segmenter(tmp_path / "none.onnx")
 
 
-def test_without_onnxruntime_its_extra_is_named(monkeypatch):
+def test_a_missing_onnxruntime_is_an_error_with_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ConfigError, match=r"rite-diffusion\[masks\]"):
         load_segmenter(STUB)
@@ -77,7 +77,7 @@ def test_pixels_are_normalised_as_imagenets_are():
     assert pixels[0, :, 3, 5].tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_parting_grey_equals_a_literal_search():
+def test_otsus_threshold_equals_a_literal_search():
     draws = np.random.default_rng(0)
     greys = np.concatenate([draws.normal(60, 20, 500), draws.normal(180, 25, 300)])
     greys = greys.clip(0, 255).astype(np.uint8)
@@ -90,7 +90,7 @@ def test_the_parting_grey_equals_a_literal_search():
     assert between(otsu(greys)) == pytest.approx(between(best))
 
 
-def test_a_vague_map_becomes_the_subjects_outline():
+def test_cut_out_follows_the_subjects_outline():
     ground = Image.linear_gradient("L").resize((96, 64)).point(lambda v: 60 + v // 8)
     photo = Image.merge("RGB", [ground, ground, ground])
     ImageDraw.Draw(photo).ellipse((50, 20, 80, 50), fill=(200, 90, 40))
@@ -104,7 +104,7 @@ def test_a_vague_map_becomes_the_subjects_outline():
     "name, noun",
     [("unicorn", "horse"), ("tractor", "truck"), ("robot", "robot"), ("cupcake", "cake")],
 )
-def test_the_bases_attention_finds_the_subject(pocket, name, noun):
+def test_masks_by_attention_find_the_subject(pocket, name, noun):
     found = []
     segment = attention_segmenter(pocket, noun)
     for photo in read_folder(example_photos(name), Concept("<c>", noun), ["a"]).photos:
@@ -114,7 +114,7 @@ def test_the_bases_attention_finds_the_subject(pocket, name, noun):
     assert np.mean(found) > 0.7, found  # 0.80 to 0.93 seen; small ones at the side fail
 
 
-def test_a_photo_of_nothing_has_no_mask(tiny_folder):
+def test_a_photo_without_a_subject_gets_no_mask(tiny_folder):
     backbone = load_backbone(str(tiny_folder))
     segment = attention_segmenter(backbone, "dog")
     for module in backbone.cross_attentions:
@@ -123,7 +123,7 @@ def test_a_photo_of_nothing_has_no_mask(tiny_folder):
         segment(Image.new("RGB", (64, 64)))
 
 
-def test_the_command_writes_masks_and_says_which(photos, command):
+def test_the_mask_command_writes_masks_and_lists_them(photos, command):
     done = command("mask", photos, "--class", "toy")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("photos/masks/") == len(list((photos / "masks").glob("*.png"))) > 0

@@ -30,7 +30,7 @@ from shared_bases import shared_base
 FEW = Drawing(steps=1)
 
 
-def test_a_plain_sum_acts_as_both_attached(adapters, tiny, tmp_path):
+def test_a_plain_sum_equals_attaching_both(adapters, tiny, tmp_path):
     out = rite.fuse(
         [f"{adapters[0]}:0.5", adapters[1]],
         method="concat",
@@ -55,7 +55,7 @@ def test_plain_diffusers_reads_a_fused_file(adapters, tiny_folder, tmp_path):
     torch.testing.assert_close(theirs, prediction(ours), rtol=1e-3, atol=1e-3)
 
 
-def test_sketches_spare_the_base_and_give_nearly_the_same(adapters, tiny_folder, tmp_path):
+def test_fusing_with_sketches_needs_no_base_and_is_nearly_the_same(adapters, tiny_folder, tmp_path):
     drawn = rite.fuse(adapters, base=str(tiny_folder), drawing=FEW, out=tmp_path / "d.safetensors")
     for path in adapters:
         rite.sketch(path, base=str(tiny_folder), drawing=FEW, directions=400)
@@ -113,7 +113,7 @@ def test_an_outdated_sketch_is_refused(adapters, tiny_folder, tmp_path):
     assert not (tmp_path / "f.safetensors").exists()
 
 
-def test_the_report_tells_before_from_after(tmp_path):
+def test_the_conflict_report_has_errors_before_and_after(tmp_path):
     members = [random_member(seed) for seed in range(3)]
     fused = merge(members, "gram", FusionSettings(ridge=1e-6))
     report = report_on(members, fused)
@@ -176,7 +176,7 @@ def test_training_can_leave_a_sketch(photos, tiny_folder, tmp_path, command):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     path = tmp_path / "run/adapter.safetensors"
-    assert load_sketch(sketch_path(path)).facts.adapter == digest_of(load_adapter(path))
+    assert load_sketch(sketch_path(path)).metadata.adapter == digest_of(load_adapter(path))
 
 
 def test_running_out_of_memory_for_statistics_says_what_helps(
@@ -201,14 +201,14 @@ BAD = {
     "'trim' = 'x'": ["{0}", "{1}", "--set", "trim=x"],
     "'rank' = 0": ["{0}", "{1}", "--rank", "0"],
     "is what is read": ["{0}", "{1}", "--out", "{0}"],
-    "no .safetensors file": ["{0}", "{1}", "--out", "f.bin"],
+    "is not a .safetensors file": ["{0}", "{1}", "--out", "f.bin"],
     "pass its path as --base": ["{0}", "{1}"],
     "rank or an error": ["{0}", "{1}", "--method", "svd"],
 }
 
 
 @pytest.mark.parametrize("words", BAD)
-def test_bad_input_is_refused_and_writes_nothing(words, adapters, tmp_path, monkeypatch):
+def test_invalid_fusions_are_refused_and_write_nothing(words, adapters, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     before = {path: path.read_bytes() for path in adapters}
     arguments = [item.format(*adapters) for item in BAD[words]]
@@ -217,7 +217,7 @@ def test_bad_input_is_refused_and_writes_nothing(words, adapters, tmp_path, monk
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_bad_input_on_the_command_line_is_one_line(adapters, command):
+def test_invalid_fuse_commands_are_errors_of_one_line(adapters, command):
     done = command("fuse", adapters[0], adapters[0])
     assert done.returncode == 2 and "holds the same adapter" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

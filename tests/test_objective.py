@@ -11,7 +11,7 @@ from rite_diffusion.training.objective import (
     offset_noise,
     perturb,
     squared_error,
-    stratified_timesteps,
+    stratified_places,
     timestep_weight,
 )
 
@@ -25,7 +25,7 @@ def _draws():
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
-def test_the_target_recovers_the_latents(kind):
+def test_the_clean_latents_can_be_recovered_from_each_target(kind):
     latents, noise = _draws()
     signal, sigma = SHARES.sqrt(), (1 - SHARES).sqrt()
     if kind == "flow":
@@ -61,7 +61,7 @@ def test_a_mask_weighs_cells_and_is_normalised_per_picture():
     assert masked_mean(error.expand(2, 3, 4, 4), masks).tolist() == [0.0, 20.5]
 
 
-def test_no_weighting_weighs_all_alike():
+def test_no_weighting_gives_weight_1():
     assert timestep_weight("epsilon", SNR, "none", 5.0).tolist() == [1, 1, 1]
 
 
@@ -75,14 +75,13 @@ def test_offset_shifts_whole_channels_and_perturbation_every_value():
     assert extra.std().item() == pytest.approx(0.1, rel=0.02)
 
 
-def test_timesteps_fill_every_stratum_once():
-    timesteps = stratified_timesteps(10, 1000, torch.Generator().manual_seed(0), None)
-    assert sorted((timesteps // 100).tolist()) == list(range(10))
+def test_places_fill_every_stratum_once():
+    places = stratified_places(10, torch.Generator().manual_seed(0), None)
+    assert sorted((places * 10).long().tolist()) == list(range(10))
 
 
-def test_logit_normal_timesteps_have_that_density():
+def test_logit_normal_places_have_that_density():
     clock = torch.Generator().manual_seed(0)
-    timesteps = stratified_timesteps(4000, 100_000, clock, (0.5, 1.2)).double() / 100_000
-    logits = torch.logit(timesteps.clamp(1e-6, 1 - 1e-6))
+    logits = torch.logit(stratified_places(4000, clock, (0.5, 1.2)).double())
     assert logits.mean().item() == pytest.approx(0.5, abs=0.01)
     assert logits.std().item() == pytest.approx(1.2, abs=0.02)

@@ -13,7 +13,7 @@ from rite_diffusion.errors import OptimizerError
 from rite_diffusion.optim import OPTIMIZERS, LoraRite, ScaledAdamW, ScaledSGD, lora_param_groups
 
 
-def test_rite_keeps_half_of_adamws_state():
+def test_rite_state_is_half_of_adamws():
     def size(optimizer):
         states = optimizer.state_dict()["state"].values()
         return sum(v.numel() * v.element_size() for s in states for v in s.values())
@@ -28,7 +28,7 @@ def test_rite_keeps_half_of_adamws_state():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_resumes_bit_for_bit(name, dtype):
+def test_optimizers_resume_bit_for_bit(name, dtype):
     spec = OPTIMIZERS[name]
 
     def make(model):
@@ -53,7 +53,7 @@ def test_resumes_bit_for_bit(name, dtype):
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_a_copied_optimizer_goes_on_alike(name):
+def test_a_copied_optimizer_continues_identically(name):
     model = Factors([(12, 9)], rank=3)
     optimizer = FAST[name](lora_param_groups(model), lr=0.01)
     model.run(optimizer, 3)
@@ -64,7 +64,7 @@ def test_a_copied_optimizer_goes_on_alike(name):
         assert torch.equal(a, b)
 
 
-def test_state_of_other_parameters_is_refused():
+def test_loading_state_of_other_parameters_is_refused():
     small, large = Factors([(12, 9)], rank=3), Factors([(12, 9), (12, 9)], rank=3)
     state = LoraRite(lora_param_groups(small)).state_dict()
     with pytest.raises(OptimizerError, match="layer1"):
@@ -72,7 +72,7 @@ def test_state_of_other_parameters_is_refused():
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_pairs_without_gradient_rest(name):
+def test_pairs_without_gradient_do_not_move(name):
     model = Factors([(12, 9), (12, 9), (12, 9)], rank=3)
     optimizer = FAST[name](lora_param_groups(model), lr=0.01)
     model.run(optimizer, 2)
@@ -92,7 +92,7 @@ def test_pairs_without_gradient_rest(name):
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_other_parameters_move_as_adamw_moves_them(name):
+def test_parameters_outside_pairs_follow_adamw(name):
     model, twin = Factors([(12, 9)], rank=3), Factors([(12, 9)], rank=3)
     groups = lora_param_groups(model, lr_other=0.05, weight_decay_other=0.1)
     model.run(FAST[name](groups, lr=1e-3), 10)
@@ -102,7 +102,7 @@ def test_other_parameters_move_as_adamw_moves_them(name):
 
 
 @pytest.mark.parametrize("name", FAST)
-def test_convolutions_are_pairs_too(name):
+def test_convolutions_are_optimized_as_pairs(name):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 4, 1))
     model = get_peft_model(net, LoraConfig(r=2, target_modules=["0", "1"]))
@@ -135,7 +135,7 @@ def test_a_layer_narrower_than_the_rank_learns(name):
     assert losses[-1] < losses[0] and all(p.isfinite().all() for p in model.parameters())
 
 
-def test_lora_plus_gives_up_its_own_rate():
+def test_lora_plus_sets_the_rate_of_up():
     model = Factors([(12, 9)], rank=3)
     groups = [group | {"lr": 1e-3} for group in lora_param_groups(model)]
     optimizer = OPTIMIZERS["adamw_plus"].build(groups, ratio=8.0)
@@ -218,7 +218,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_named_and_changes_nothing(case):
+def test_invalid_optimizer_input_is_refused_without_a_step(case):
     model = Factors([(12, 9), (12, 9)], rank=3)
     before = copy.deepcopy(model.state_dict())
     act, message = BAD[case]

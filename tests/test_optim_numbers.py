@@ -10,7 +10,7 @@ from rite_diffusion.optim import LoraRite, ScaledAdamW, ScaledSGD, lora_param_gr
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", FAST)
-def test_a_fresh_adapter_starts(name, dtype):
+def test_a_fresh_adapter_gets_a_first_update(name, dtype):
     model = Factors([(12, 9), (12, 9)], rank=3, dtype=dtype, zero_up=True)
     start = [down.detach().clone() for down, _ in model.pairs()]
     optimizer = FAST[name](lora_param_groups(model), lr=0.02)
@@ -64,7 +64,7 @@ def test_rites_rounding_stays_small_where_factors_are_ill_conditioned(share):
 
 @pytest.mark.parametrize("lr", [1e-3, 1e-2])
 @pytest.mark.parametrize("share", [1e-3, 1e-4, 1e-5])
-def test_rite_is_steady_where_factors_are_nearly_deficient(share, lr):
+def test_rite_is_stable_where_factors_are_nearly_rank_deficient(share, lr):
     # To the letter, both factors' steps meet in the lost directions: products of 100 and more
     model = nearly_deficient(torch.float32, share)
     before = model.loss().item()

@@ -40,7 +40,7 @@ def dog(tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers", "peft", "comfyui"])
-def test_an_export_leaves_its_source_and_its_neighbours(dog, to):
+def test_an_export_does_not_change_source_and_other_files(dog, to):
     shutil.copy(dog, dog.with_name("<dog>.safetensors"))
     before = content(dog.parent)
     export = rite.convert(dog, to)
@@ -52,7 +52,7 @@ def test_an_export_leaves_its_source_and_its_neighbours(dog, to):
     assert torch.equal(rows, load_adapter(dog).tokens["<dog>"][0])
 
 
-def test_an_export_called_like_a_word_is_whole(dog):
+def test_an_export_named_like_its_embedding_is_complete(dog):
     out = dog.with_name("fox.safetensors")
     save_adapter(dog, replace(load_adapter(dog), tokens={"<fox>": torch.randn(1, 2, 8)}))
     rite.convert(dog, "kohya", out)
@@ -60,7 +60,7 @@ def test_an_export_called_like_a_word_is_whole(dog):
     assert [path.name for path in dog.with_name("fox-embeddings").iterdir()] == ["fox.safetensors"]
 
 
-def test_words_that_one_file_name_would_fit_get_a_file_each(dog):
+def test_embeddings_with_clashing_file_names_get_separate_files(dog):
     words = {word: torch.randn(1, 2, 8) for word in ("<a b>", "ab", "<AB>", "ж" * 80, "ж" * 79)}
     save_adapter(dog, replace(mixed_adapter(), tokens=words))
     export = rite.convert(dog, "diffusers")
@@ -71,7 +71,7 @@ def test_words_that_one_file_name_would_fit_get_a_file_each(dog):
 
 
 @pytest.mark.parametrize("taken", ["dog-kohya.safetensors", "dog-kohya-embeddings/dog.safetensors"])
-def test_an_export_replaces_a_default_name_on_request_alone(dog, taken):
+def test_an_export_replaces_default_names_only_with_overwrite(dog, taken):
     place = dog.parent / taken
     place.parent.mkdir(exist_ok=True)
     place.write_bytes(b"mine")
@@ -83,7 +83,7 @@ def test_an_export_replaces_a_default_name_on_request_alone(dog, taken):
     assert place in (export.path, *export.embeddings) and place.read_bytes() != b"mine"
 
 
-def test_what_out_names_is_replaced_but_never_what_is_read(dog):
+def test_out_replaces_its_file_but_never_an_input(dog):
     named = dog.with_name("named.safetensors")
     named.write_bytes(b"old")
     assert len(load_adapter(rite.convert(dog, "kohya", named).path).pairs) == 8
@@ -101,7 +101,7 @@ def test_what_out_names_is_replaced_but_never_what_is_read(dog):
     assert content(dog.parent) == before
 
 
-def test_a_peft_folder_that_holds_something_stays(dog):
+def test_a_non_empty_peft_folder_is_not_replaced(dog):
     (dog.parent / "old/unet").mkdir(parents=True)
     (dog.parent / "old/unet/adapter_model.safetensors").write_bytes(b"mine")
     (dog.parent / "empty").mkdir()
@@ -123,7 +123,7 @@ def test_a_failed_export_leaves_no_folders(dog):
     assert content(dog.parent) == before
 
 
-def test_fuse_sketch_and_card_replace_nothing_that_was_not_named(dog, monkeypatch):
+def test_fuse_sketch_and_card_replace_only_named_files(dog, monkeypatch):
     monkeypatch.chdir(dog.parent)
     for name in ("fused.safetensors", "f.report.json", "dog.sketch.safetensors", "README.md"):
         Path(name).write_bytes(b"mine")
@@ -150,7 +150,7 @@ def merging_report(dog):
     return fuse_and_report([dog], method="concat", out="f.safetensors")
 
 
-def test_two_outputs_are_never_one_file(tmp_path):
+def test_two_outputs_with_one_path_are_refused(tmp_path):
     for one, other in (("a.png", "a.png"), ("a.png", "A.png"), ("a.png", "x/../a.png")):
         (tmp_path / "x").mkdir(exist_ok=True)
         with pytest.raises(OutputError, match="would be one file"):
@@ -200,8 +200,8 @@ def test_a_folder_may_have_dots_in_its_name(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["a\0b", "x" * 300, "~nobody-here/x"])
-def test_what_can_be_no_path_is_said_so(text):
-    with pytest.raises(PathError, match="is no path"):
+def test_invalid_paths_are_refused(text):
+    with pytest.raises(PathError, match="is not a path"):
         user_path(text)
 
 
@@ -218,21 +218,23 @@ def test_training_into_a_folder_of_other_files_is_refused(tmp_path):
     assert content(tmp_path) == {"config.toml": b"mine"}
 
 
-def test_the_studio_keeps_a_draft_under_a_name_that_is_free_for_all_its_files(tmp_path, dog):
+def test_drafts_are_saved_under_names_free_for_all_their_files(tmp_path, dog):
     space = Workspace(tmp_path / "space")
     drawn = tmp_path / "drawn.png"
     Image.new("RGB", (4, 4)).save(drawn)
     shutil.copy(dog, space.folder("drafts") / "fused.safetensors")
     (space.folder("adapters") / "mine.png").write_bytes(b"mine")
-    assert fusing.keep(space, "fused.safetensors", "mine", drawn) == "mine-2"
-    assert library.bring_in(space, shutil.copy(dog, tmp_path / "mine.safetensors")) == "mine-3"
+    assert fusing.save_draft(space, "fused.safetensors", "mine", drawn) == "mine-2"
+    assert (
+        library.import_adapter(space, shutil.copy(dog, tmp_path / "mine.safetensors")) == "mine-3"
+    )
     with pytest.raises(StudioError, match="another 'mine'"):
         library.rename(space, "mine-2", "mine")
     library.delete(space, "mine-2")
     (space.folder("adapters") / "mine-2.png").write_bytes(b"newer")
     before = content(space.root)
-    with pytest.raises(StudioError, match=r"'mine-2.png' is there again"):
-        space.put_back()
+    with pytest.raises(StudioError, match=r"'mine-2.png' exists again"):
+        space.restore_from_trash()
     assert content(space.root) == before
 
 

@@ -29,7 +29,7 @@ lora.save(out, trigger="<thing>", class_noun="toy")
 """
 
 
-def test_a_loop_of_ones_own_learns_and_writes_an_adapter(photos, tmp_path):
+def test_a_users_training_loop_learns_and_writes_an_adapter(photos, tmp_path):
     out, losses = tmp_path / "thing.safetensors", []
     exec(LOOP, {"rite": rite, "photos": photos, "out": out, "steps": 6, "losses": losses})
     adapter = rite.inspect(out)
@@ -67,7 +67,7 @@ def example(name: str):
     return module
 
 
-def test_a_method_of_ones_own_trains(photos, tmp_path, monkeypatch):
+def test_a_users_method_trains(photos, tmp_path, monkeypatch):
     monkeypatch.setitem(METHODS, "values", METHODS["lora"])  # put back at the end
     settings = {"steps": 2, "prior": {"weight": 0}, "previews": {"every": 0}}
     path = example("own_method").main(str(photos), out=tmp_path / "run", **settings)
@@ -76,7 +76,7 @@ def test_a_method_of_ones_own_trains(photos, tmp_path, monkeypatch):
     assert all(pair.name.endswith("attn2_to_v") for pair in adapter.pairs)
 
 
-def test_a_model_of_ones_own_learns_and_draws(photos, tmp_path):
+def test_a_users_backbone_learns_and_draws(photos, tmp_path):
     out = tmp_path / "toy.safetensors"
     losses, image = example("own_backbone").main(str(photos), steps=60, out=str(out))
     assert sum(losses[-10:]) < 0.7 * sum(losses[:10])

@@ -108,7 +108,7 @@ HONOURED = {
 
 
 @pytest.mark.parametrize("setting", HONOURED)
-def test_settings_mean_what_they_mean_in_peft(tmp_path, setting):
+def test_peft_settings_act_as_in_peft(tmp_path, setting):
     settings = {"r": 4, "lora_alpha": 6, "target_modules": list(LAYERS)} | HONOURED[setting]
     assert_as_in_peft(saved(tmp_path / "a", LoraConfig(**settings)))
 
@@ -116,13 +116,13 @@ def test_settings_mean_what_they_mean_in_peft(tmp_path, setting):
 @pytest.mark.parametrize("kind", [LoHaConfig, LoKrConfig])
 @pytest.mark.parametrize("rank", [2, 12])
 @pytest.mark.parametrize("effective", [False, True])
-def test_peft_loha_and_lokr(tmp_path, kind, rank, effective):
+def test_peft_loha_and_lokr_are_read(tmp_path, kind, rank, effective):
     settings = {"r": rank, "alpha": 3, "target_modules": list(LAYERS)}
     settings |= {"use_effective_conv2d": effective, "alpha_pattern": {"to_q": 5}}
     assert_as_in_peft(saved(tmp_path / "a", kind(**settings)))
 
 
-def test_the_configuration_beside_a_file_counts(tmp_path):
+def test_a_peft_configuration_beside_a_file_is_used(tmp_path):
     config = LoraConfig(r=4, lora_alpha=6, use_rslora=True, target_modules=list(LAYERS))
     folder = saved(tmp_path / "a", config)
     assert_as_in_peft(folder, folder / "adapter_model.safetensors")
@@ -132,7 +132,7 @@ def test_the_configuration_beside_a_file_counts(tmp_path):
     assert "state no alpha" in load_adapter(renamed).notes[0]
 
 
-def test_a_folder_of_the_second_text_encoder_is_its(tmp_path):
+def test_a_peft_folder_of_the_second_text_encoder_is_assigned_to_it(tmp_path):
     folder = tmp_path / "text_encoder_2"
     folder.mkdir()
     path = "base_model.model.text_model.encoder.layers.0.mlp.fc1"
@@ -144,7 +144,7 @@ def test_a_folder_of_the_second_text_encoder_is_its(tmp_path):
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
-def test_an_init_that_changes_the_base_is_refused_for_good_reason(tmp_path, init):
+def test_a_peft_init_that_changes_the_base_is_refused(tmp_path, init):
     config = LoraConfig(r=4, lora_alpha=6, init_lora_weights=init, target_modules=LINEAR)
     folder = saved(tmp_path / "a", config)
     with pytest.raises(AdapterError, match=f"init_lora_weights='{init}' changed the base"):
@@ -159,7 +159,7 @@ def test_an_init_that_changes_the_base_is_refused_for_good_reason(tmp_path, init
         assert relative_difference(1.5 * up @ down, right) > 0.01
 
 
-def test_pissa_saved_as_its_makers_advise_is_read(tmp_path):
+def test_pissa_adapters_converted_by_peft_are_read(tmp_path):
     config = LoraConfig(r=4, lora_alpha=6, init_lora_weights="pissa", target_modules=LINEAR)
     model = get_peft_model(base_model(), config)
     model.peft_config["default"].init_lora_weights = True
@@ -192,7 +192,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("setting", REFUSED)
-def test_what_cannot_be_honoured_is_refused_by_name(tmp_path, setting):
+def test_unsupported_peft_settings_are_refused_by_name(tmp_path, setting):
     folder = saved(tmp_path / "a", LoraConfig(r=4, lora_alpha=6, target_modules=list(LAYERS)))
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text())
@@ -212,7 +212,7 @@ def test_what_cannot_be_honoured_is_refused_by_name(tmp_path, setting):
 
 
 @pytest.mark.parametrize("kind", ["IA3", "OFT", "BOFT", "VERA", "ADALORA", "FOURIERFT"])
-def test_peft_kinds_that_are_no_lora_are_named(tmp_path, kind):
+def test_peft_types_other_than_lora_are_refused_by_name(tmp_path, kind):
     folder = saved(tmp_path / "a", LoraConfig(r=4, target_modules=list(LAYERS)))
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
     with pytest.raises(AdapterError, match=f"kind {kind}.*--base"):
@@ -220,12 +220,12 @@ def test_peft_kinds_that_are_no_lora_are_named(tmp_path, kind):
 
 
 CONTRADICTIONS = {
-    "says rank 8": {"r": 8},
-    "says rank 3": {"rank_pattern": {"to_q": 3}},
+    "has rank 8": {"r": 8},
+    "has rank 3": {"rank_pattern": {"to_q": 3}},
     "use_dora=True": {"use_dora": True},
     "lora_bias=True": {"lora_bias": True},
-    "is no module's name": {"alpha_pattern": {"(a+)+$": 2}},
-    "is no table": {"alpha_pattern": [2]},
+    "is not a module's name": {"alpha_pattern": {"(a+)+$": 2}},
+    "is not a table": {"alpha_pattern": [2]},
     "alpha of .* is 'two'": {"lora_alpha": "two"},
 }
 
@@ -240,7 +240,7 @@ def test_a_configuration_of_other_tensors_is_refused(tmp_path, words):
 
 
 @pytest.mark.parametrize("config", [LoraConfig, LoHaConfig, LoKrConfig])
-def test_every_setting_of_this_peft_has_its_place(config):
+def test_every_peft_setting_is_classified(config):
     """A setting that PEFT adds shows up here as refused, and gets its place."""
     settings = config(**({"r": 4} | {})).to_dict()
     check_config(settings | {"base_model_name_or_path": "x", "peft_version": "0.21"})

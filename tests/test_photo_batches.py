@@ -24,7 +24,6 @@ SIZES = [(64, 64), (96, 48), (40, 88)]
 BASE = SimpleNamespace(
     multiple=16,
     device="cpu",
-    noise_schedule=range(1000),
     triggers={"own": ["<thing>"]},
     token_budget=75,
     token_count=lambda text: len(text.split()),
@@ -95,7 +94,9 @@ def number_of(latents: torch.Tensor) -> int:
     flip=st.booleans(),
     views=st.integers(1, 2),
 )
-def test_a_batch_has_each_pictures_own_caption_and_mask(entries, kohya, bucketed, flip, views):
+def test_batches_pair_each_picture_with_its_own_caption_and_mask(
+    entries, kohya, bucketed, flip, views
+):
     with TemporaryDirectory() as name:
         root = Path(name)
         made = build(root, entries, kohya)

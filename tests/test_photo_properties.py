@@ -63,7 +63,7 @@ def _build(root: Path, entries) -> list[Path]:
 
 @settings(deadline=None, max_examples=25)
 @given(entries=st.lists(files, max_size=12))
-def test_every_file_is_used_or_named(entries):
+def test_every_file_of_a_photo_folder_is_used_or_reported(entries):
     with TemporaryDirectory() as name:
         root = Path(name)
         made = _build(root, entries)
@@ -87,7 +87,7 @@ def test_every_file_is_used_or_named(entries):
 
 @settings(deadline=None, max_examples=25)
 @given(entries=st.lists(files, min_size=1, max_size=8))
-def test_the_reports_counts_add_up(entries):
+def test_the_counts_of_the_photo_report_add_up(entries):
     with TemporaryDirectory() as name, contextlib.suppress(PhotoFolderError):
         root = Path(name)
         _build(root, entries)

@@ -33,7 +33,7 @@ def test_captions_come_from_files_then_templates(photos):
     assert found.sizes() == "80x70 to 100x70"
 
 
-def test_what_is_no_picture_is_skipped_with_the_reason(photos):
+def test_files_that_are_not_pictures_are_skipped_with_a_reason(photos):
     (photos / "broken.jpg").write_bytes(b"not a picture")
     (photos / "empty.png").write_bytes(b"")
     (photos / "notes.pdf").write_bytes(b"%PDF")
@@ -62,7 +62,7 @@ def test_what_is_no_picture_is_skipped_with_the_reason(photos):
         ),
     ],
 )
-def test_folders_that_cannot_be_used(tmp_path, make, words):
+def test_unusable_photo_folders_are_refused(tmp_path, make, words):
     make(tmp_path / "photos")
     with pytest.raises(PhotoFolderError, match=words):
         read_folder(tmp_path / "photos", CONCEPT, TEMPLATES)
@@ -87,7 +87,7 @@ def test_kohyas_folders_repeat_their_pictures(photos, pocket):
     assert data.names.count("2.png") == 6 and data.samples[-6:] == [4, 5] * 3
 
 
-def test_captions_of_metadata_jsonl(photos):
+def test_captions_are_read_from_metadata_jsonl(photos):
     rows = [{"file_name": "2.png", "text": "the {trigger}"}, {"file_name": "gone.png"}]
     (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     found = read_folder(photos, CONCEPT, TEMPLATES)
@@ -120,7 +120,7 @@ def test_masks_come_from_files_or_from_transparency(photos, pocket):
     assert data.masks[2].min() == 1
 
 
-def test_strips_specks_and_links_to_elsewhere_are_skipped(photos, tmp_path):
+def test_strips_tiny_pictures_and_outside_links_are_skipped(photos, tmp_path):
     Image.new("RGB", (3000, 20)).save(photos / "strip.png")
     Image.new("RGB", (9, 9)).save(photos / "speck.png")
     Image.new("RGB", (64, 64)).save(tmp_path / "outside.png")
@@ -151,7 +151,7 @@ def _saved(tmp_path, image, name, **options):
     return open_image(tmp_path / name)
 
 
-def test_colours_of_every_mode(tmp_path):
+def test_pictures_of_every_mode_open_as_rgb(tmp_path):
     red = Image.new("RGB", (8, 8), (200, 30, 30))
     assert _saved(tmp_path, red.convert("CMYK"), "a.jpg").getpixel((4, 4))[0] > 150
     assert _saved(tmp_path, red.quantize(4), "b.png").getpixel((4, 4)) == (200, 30, 30)
@@ -166,14 +166,14 @@ def test_colours_of_every_mode(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
-def test_of_an_animation_the_first_frame_is_taken(tmp_path, suffix):
+def test_the_first_frame_of_an_animation_is_used(tmp_path, suffix):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "green")]
     options = {"save_all": True, "append_images": frames[1:], "lossless": True}
     image = _saved(tmp_path, frames[0], f"a.{suffix}", **options)
     assert image.mode == "RGB" and image.getpixel((4, 4)) == (255, 0, 0)
 
 
-def test_an_empty_caption_file_leaves_the_template(photos):
+def test_an_empty_caption_file_gives_the_template(photos):
     (photos / "0.txt").write_text(" \n")
     (photos / "1.txt").write_bytes(b"")
     found = read_folder(photos, CONCEPT, TEMPLATES)
@@ -190,7 +190,7 @@ def test_exif_orientation_is_applied_once(tmp_path):
     assert _saved(tmp_path, image, "a.jpg", exif=exif).size == (10, 20)
 
 
-def test_a_bomb_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+def test_a_decompression_bomb_is_refused_before_decoding(tmp_path, monkeypatch):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("decoded"))
     with pytest.raises(UnreadableImage, match="too large"):
@@ -256,7 +256,7 @@ def test_a_picture_goes_to_the_nearest_shape(width, height):
     batch=st.integers(1, 5),
     seed=st.integers(0, 5),
 )
-def test_every_bucket_has_its_turns_and_every_sample_its_share(counts, batch, seed):
+def test_buckets_and_samples_are_used_in_proportion(counts, batch, seed):
     samples = iter(range(sum(counts)))
     buckets = [[next(samples) for _ in range(count)] for count in counts]
     total = sum(counts)
@@ -297,7 +297,7 @@ def test_a_text_bomb_in_a_png_is_skipped(photos):
     assert [path.name for path, _ in found.skipped] == ["bomb.png"]
 
 
-def test_odd_names_are_kept_and_loops_of_links_end(photos):
+def test_unusual_names_are_kept_and_link_loops_end(photos):
     odd = ["猫 é.png", "line\nbreak.png", "..dots..png", "0.PNG"]
     for name in odd:
         Image.new("RGB", (64, 64)).save(photos / name, "PNG")

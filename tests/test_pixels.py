@@ -43,18 +43,18 @@ def _filled(value, dtype):
         (Image.new("LA", (8, 8), (77, 51)), "a.png", 219),  # a fifth of 77 on white: 219.4
     ],
 )
-def test_greys_of_every_type(tmp_path, image, name, expected):
+def test_grey_pictures_of_every_type_are_read(tmp_path, image, name, expected):
     assert _pixel(tmp_path, image, name) == (expected,) * 3
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_values_that_are_no_numbers_are_refused(tmp_path, value):
+def test_pixels_that_are_not_finite_are_refused(tmp_path, value):
     _filled(value, np.float32).save(tmp_path / "a.tif")
     with pytest.raises(UnreadableImage, match="no numbers"):
         open_image(tmp_path / "a.tif")
 
 
-def test_sixteen_bit_pictures_in_either_order_of_bytes(tmp_path):
+def test_sixteen_bit_pictures_of_both_byte_orders_are_read(tmp_path):
     values = np.full((8, 8), 25700, ">u2")
     tags = ImageFileDirectory_v2(prefix=b"MM")
     Image.fromarray(values).save(tmp_path / "big.tif", tiffinfo=tags)
@@ -69,7 +69,7 @@ def test_one_transparent_grey_of_sixteen_bits_lies_on_white(tmp_path):
     assert found.getpixel((0, 0)) == (100, 100, 100) and found.getpixel((7, 7)) == (255, 255, 255)
 
 
-def test_palettes_inks_and_lab(tmp_path):
+def test_palette_cmyk_and_lab_pictures_are_read(tmp_path):
     red = Image.new("RGB", (8, 8), (200, 30, 30))
     assert _pixel(tmp_path, red.quantize(4), "a.png") == (200, 30, 30)
     assert _pixel(tmp_path, red.quantize(4), "a.gif") == (200, 30, 30)
@@ -96,7 +96,7 @@ def test_a_wide_gamut_is_converted_to_srgb(tmp_path, name):
     assert found == pytest.approx(expected, abs=4 if name in ("a.jpg", "a.avif") else 1.5)
 
 
-def test_profiles_of_greys_palettes_and_transparent_pictures(tmp_path):
+def test_icc_profiles_apply_to_grey_palette_and_transparent_pictures(tmp_path):
     grey = Image.new("L", (8, 8), 100)
     linear = np.array([(100 / 255) ** 1.8])
     found = _pixel(tmp_path, grey, "a.png", icc_profile=grey_profile(1.8))
@@ -119,7 +119,7 @@ def test_profiles_of_greys_palettes_and_transparent_pictures(tmp_path):
 @pytest.mark.parametrize(
     "profile", [b"x" * 200, grey_profile(1.8), matrix_profile(DISPLAY_P3, 2)[:150]]
 )
-def test_a_profile_that_does_not_fit_is_left_aside(tmp_path, profile):
+def test_an_icc_profile_that_does_not_fit_is_ignored(tmp_path, profile):
     red = Image.new("RGB", (8, 8), (200, 30, 30))
     assert _pixel(tmp_path, red, "a.png", icc_profile=profile) == (200, 30, 30)
 
@@ -133,7 +133,7 @@ def test_less_usual_suffixes_are_pictures(tmp_path, suffix):
     assert open_image(path).getpixel((4, 4)) == pytest.approx((200, 30, 30), abs=4)
 
 
-def test_heic_is_read_with_its_extra_and_named_without(tmp_path, monkeypatch):
+def test_heic_is_read_with_pillow_heif_and_refused_without(tmp_path, monkeypatch):
     heif = pytest.importorskip("pillow_heif")
     heif.register_heif_opener()
     red = Image.new("RGB", (64, 48), (200, 30, 30))

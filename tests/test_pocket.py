@@ -33,7 +33,7 @@ CARD = Path(__file__).parents[1] / "docs" / "pocket-base.md"
     ["", "dtype=torch.float32", "torch_dtype=torch.float32", "dtype=torch.bfloat16",
      "torch_dtype=torch.float16"],
 )  # fmt: skip
-def test_the_cards_line_opens_and_draws_in_plain_diffusers(dtype):
+def test_the_model_cards_code_draws_with_diffusers(dtype):
     [line] = re.findall(r"`diffusers\.(StableDiffusionPipeline\.from_pretrained\(.+?\))`",
                         CARD.read_text(encoding="utf-8"))  # fmt: skip
     line = line.replace('"rite_diffusion/backbones/pocket/weights"', "POCKET")
@@ -46,7 +46,7 @@ def test_the_cards_line_opens_and_draws_in_plain_diffusers(dtype):
     assert {part.dtype for part in parts} == {wanted}
 
 
-def test_the_base_is_small():
+def test_the_pocket_base_is_below_its_size_limit():
     assert sum(path.stat().st_size for path in POCKET.rglob("*")) < 40e6
 
 
@@ -56,7 +56,7 @@ def test_any_word_tokenizes_and_long_captions_are_cut(pocket):
     assert pocket.token_count("word " * 100) > pocket.token_budget == 30
 
 
-def test_our_sampler_draws_what_diffusers_draws(pocket):
+def test_sampling_equals_diffusers_pipeline(pocket):
     pipeline = StableDiffusionPipeline.from_pretrained(POCKET, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 8, 16, 16, generator=torch.Generator().manual_seed(3))
@@ -69,7 +69,7 @@ def test_our_sampler_draws_what_diffusers_draws(pocket):
     assert (to_tensor(ours) / 2 + 0.5 - theirs).abs().max() < 2 / 255
 
 
-def test_draws_the_object_and_the_background_that_it_is_asked_for(pocket):
+def test_pocket_draws_the_prompted_object_and_background(pocket):
     grounds = COLOURS * 2
     article = lambda word: "an" if word[0] in "aeiou" else "a"  # noqa: E731
     pairs = zip(NOUNS, grounds, strict=True)
@@ -81,7 +81,7 @@ def test_draws_the_object_and_the_background_that_it_is_asked_for(pocket):
     assert sum(a == b for a, b in zip(colours, grounds, strict=True)) >= 17, colours
 
 
-def test_draws_both_objects_of_a_pair(pocket):
+def test_pocket_draws_both_objects_of_a_pair(pocket):
     pairs = list(zip(NOUNS[::2], NOUNS[1::2], strict=True))
     prompts = [f"a {a} on the left and a {b} on the right on a blue background" for a, b in pairs]
     images = sample(pocket, [prompt.replace("a o", "an o") for prompt in prompts], list(range(10)))
@@ -90,7 +90,7 @@ def test_draws_both_objects_of_a_pair(pocket):
 
 
 @pytest.mark.slow  # a whole training of the preset
-def test_learns_a_concept_that_it_has_never_seen(pocket, tmp_path):
+def test_pocket_learns_a_new_concept(pocket, tmp_path):
     photos = example_photos("robot")
     judge = load_judge()
     shown = [photo.image for photo in read_folder(photos, Concept("<r>", "robot"), ["a"]).photos]

@@ -59,7 +59,7 @@ def test_shapes_of_every_size_are_drawn():
         images.rounded_box(pen, (0, 0, side, 20), 1.0, fill="red", outline="blue", width=1)
 
 
-def test_what_is_held_out_is_in_no_noun_and_no_training_picture():
+def test_held_out_objects_are_in_no_noun_and_no_training_picture():
     assert not {*emoji.HELD_OUT} & {*world.NOUNS.values()}
     assert not {*emoji.HELD_OUT} & {name for _, name in emoji.training_keys()}
     assert len({*emoji.UNSEEN}) >= 20 and not {*emoji.UNSEEN} & {*emoji.CONCEPTS}
@@ -74,7 +74,7 @@ def test_a_scene_shows_its_caption(drawn_sprites):
         assert np.abs(corner - wanted).mean() < 50
 
 
-def test_lively_crops_hold_what_is_drawn():
+def test_lively_crops_contain_the_drawn_object():
     image = np.zeros((128, 128, 3), np.uint8)
     image[40:90:2, 40:90:3] = 255
     crops = autoencoder.lively_crops(np.random.default_rng(0), image, 64)
@@ -115,7 +115,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(stop, tmp_path, monk
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
 
 
-def test_latents_stay_as_they_are_once_the_encoder_is_held():
+def test_latents_are_constant_once_the_encoder_is_fixed():
     training = autoencoder.Training(TINY, CPU)
     pixels = held_out.as_pixels(held_out.scenes(2))
     training.step(pixels, 0)
@@ -130,7 +130,7 @@ def test_latents_stay_as_they_are_once_the_encoder_is_held():
     assert changed and all(name.startswith(("decoder", "post_quant_conv")) for name in changed)
 
 
-def test_a_denoiser_waits_for_latents_that_stay(tmp_path):
+def test_a_denoiser_is_refused_until_the_encoder_is_finished(tmp_path):
     training = autoencoder.Training(TINY, CPU)
     machine.save_state(tmp_path / "autoencoder.safetensors", 4, {}, training.modules)
     with pytest.raises(SystemExit, match="until 6 pictures, 4 are seen"):
@@ -166,7 +166,7 @@ def test_figures_equal_their_definitions():
     assert losses.pixel_loss(output, target).item() == pytest.approx(wanted)
 
 
-def test_random_features_see_blur_more_than_brightness():
+def test_random_features_weigh_blur_more_than_brightness():
     features = losses.RandomFeatures()
     sharp = held_out.as_pixels(held_out.scenes(2))
     soft = nn.functional.avg_pool2d(sharp, 5, stride=1, padding=2, count_include_pad=False)
@@ -175,7 +175,7 @@ def test_random_features_see_blur_more_than_brightness():
     assert features.distance(soft, sharp) > features.distance(lighter, sharp)
 
 
-def test_the_critic_teaches_the_autoencoder_and_is_not_taught_by_it():
+def test_the_critics_loss_has_gradients_for_the_autoencoder_only():
     training = autoencoder.Training(TINY, CPU)
     pixels = held_out.as_pixels(held_out.scenes(2))[..., :32, :32]
     output, _ = training.reconstruct(pixels, torch.Generator().manual_seed(0))
@@ -192,7 +192,7 @@ def test_the_rate_warms_up_stays_and_falls():
     assert rates == pytest.approx([0.2, 2.0, 2.0, 1.0, 0.0])
 
 
-def test_facts_are_what_the_caption_says():
+def test_scene_facts_match_the_caption():
     pair = world.Description("a cat and an ant", ("cat", "ant"), "red", "pair", "flat")
     single = world.Description(
         "3d style, a small cat on a blue background", ("cat",), "blue", "small", "3d"
@@ -217,7 +217,7 @@ def made(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", bases.BASES)
-def test_every_caption_fits_and_speaks(made, name):
+def test_every_caption_fits_the_text_encoder(made, name):
     base = made[1][name]
     longest = max(text.captions(2000), key=len)
     states = base.states([longest, "a cat", ""])
@@ -229,7 +229,7 @@ def test_every_caption_fits_and_speaks(made, name):
 
 
 @pytest.mark.parametrize("name", bases.BASES)
-def test_a_denoiser_that_knows_the_picture_has_no_error(made, name, monkeypatch):
+def test_a_perfect_denoiser_has_zero_error(made, name, monkeypatch):
     base, latents = made[1][name], torch.randn(6, 4, 16, 16)
 
     class Answer:

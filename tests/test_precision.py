@@ -6,7 +6,7 @@ from torch import nn
 
 from rite_diffusion.training.average import WeightAverage
 from rite_diffusion.training.precision import MixedPrecision
-from rite_diffusion.training.snapshot import put_back, take
+from rite_diffusion.training.snapshot import restore_snapshot, take_snapshot
 
 CPU = torch.device("cpu")
 
@@ -39,13 +39,13 @@ def test_the_loss_scale_goes_on_from_a_snapshot():
     parts = new_parts()
     for factor in (1.0, float("inf"), 1.0):
         take_step(parts, factor)
-    snapshot = take(3, *parts[1:])
+    snapshot = take_snapshot(3, *parts[1:])
     assert {key for key in snapshot.tensors if key.startswith("precision/")} == {
         "precision/scale",
         "precision/growth",
     }
     again = new_parts()
-    put_back(snapshot, *again[1:])
+    restore_snapshot(snapshot, *again[1:])
     assert again[3].state() == parts[3].state() == {"scale": 32768.0, "growth": 1}
     for _ in range(2):
         take_step(parts, 1.0)
@@ -56,6 +56,6 @@ def test_the_loss_scale_goes_on_from_a_snapshot():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_only_fp16_has_a_loss_scale(precision):
     parts = new_parts(precision)
-    snapshot = take(1, *parts[1:])
+    snapshot = take_snapshot(1, *parts[1:])
     assert not any(key.startswith("precision/") for key in snapshot.tensors)
-    put_back(snapshot, *new_parts("fp16")[1:])  # as does a checkpoint that is older
+    restore_snapshot(snapshot, *new_parts("fp16")[1:])  # as does a checkpoint that is older

@@ -84,7 +84,7 @@ def test_break_begins_a_section_inside_brackets_too():
         ("a [cat|dog]", "would change"),
         ("(a [(cat:1.2)|dog]:1.1)", "would change"),
         ("a cat AND a dog", "AND"),
-        ("(a:1.2.3)", "'1.2.3' is no number"),
+        ("(a:1.2.3)", "'1.2.3' is not a number"),
     ],
 )
 def test_syntax_that_is_not_supported_is_refused(prompt, remedy):
@@ -92,12 +92,12 @@ def test_syntax_that_is_not_supported_is_refused(prompt, remedy):
         read_prompt(prompt)
 
 
-def test_brackets_that_look_alike_are_not_refused():
+def test_brackets_that_are_no_syntax_are_not_refused():
     for prompt in ("[a (cat:1.2)]", r"\[cat|dog\]", "a | b", "brAND AND1", "a [cat|dog", "a:b:0.5"):
         read_prompt(prompt)
 
 
-def test_words_of_adapters_are_literal_whatever_they_hold():
+def test_triggers_of_adapters_are_literal_text():
     words = ["<robot>", "[V]", "<lora:x>", "(sks)", "R AND B"]
     prompt = "a <robot> and ([V]:1.5) <lora:x> (sks) r AND b"
     assert read_prompt(prompt, words) == [
@@ -164,7 +164,7 @@ def test_a_trigger_of_ordinary_tokens_stays_whole(pocket, before):
     assert len(name) > 2 and name in runs
 
 
-def test_a_word_of_more_vectors_than_a_chunk_falls_apart(pocket):
+def test_an_embedding_longer_than_a_chunk_is_split(pocket):
     vectors = {"<w>": [torch.zeros(1, 40, 192)]}
     first, second = chunks_of(pocket.tokenizer, read_prompt("<w>"), vectors, 30, ["<w>"])
     assert [slot.number for slot in (*first.slots, *second.slots)] == list(range(40))
@@ -189,7 +189,7 @@ def encoders(backbone):
 
 
 @torch.no_grad()
-def test_a_plain_prompt_is_bit_for_bit_what_the_encoder_says(backbone):
+def test_a_plain_prompt_equals_the_text_encoders_output(backbone):
     prompts = ["a red cat", "a dog, on a <thing>.", "a red cat"]
     found = backbone.encode_prompts(prompts)
     expected = []
@@ -233,6 +233,16 @@ def test_long_prompts_are_their_chunks_one_after_the_other(backbone):
 
 
 @torch.no_grad()
+def test_the_length_of_states_is_known_without_encoding(backbone):
+    for prompts in (
+        ["a cat"],
+        ["", "a cat BREAK a dog"],
+        ["(a fluffy cat, " * 2 * backbone.token_budget, "a [dog]"],
+    ):
+        states = backbone.encode_prompts(prompts).states
+        assert backbone.encoded_length(prompts) == states.shape[-2]
+
+
 def test_weights_multiply_states_and_keep_each_chunks_mean(backbone):
     """Literally what A1111 documents as the original emphasis."""
     two = len(encoders(backbone)) > 1
@@ -262,7 +272,7 @@ def test_escaped_brackets_are_text(tiny):
 
 
 @torch.no_grad()
-def test_layer_wise_words_work_in_long_and_weighted_prompts(pocket):
+def test_layer_wise_embeddings_work_in_long_and_weighted_prompts(pocket):
     layers = len(pocket.cross_attentions)
     attach(pocket, tokens_adapter({"<w>": [torch.randn(layers, 2, 192)]}), "a")
     long = pocket.encode_prompts([f"{LONG} BREAK a <w> cat", ""]).states
@@ -289,9 +299,10 @@ def test_a_plain_adapters_trigger_may_hold_brackets(tiny):
 
 
 @pytest.mark.parametrize("length", [20, 77])
-def test_the_limit_is_the_encoders_or_the_tokenizers(pocket, length):
+def test_the_token_limit_is_the_smaller_of_encoder_and_tokenizer(pocket, length, monkeypatch):
     """A tokenizer without a limit of its own does not decide; a shorter one does."""
-    pocket.tokenizer.model_max_length = length if length < 32 else int(1e30)
+    limit = length if length < 32 else int(1e30)
+    monkeypatch.setattr(pocket.tokenizer, "model_max_length", limit)
     assert pocket.token_budget == min(length, 32) - 2
     assert pocket.encode_prompts(["a cat"]).states.shape[1] == min(length, 32)
 
@@ -315,7 +326,7 @@ def test_a_long_prompt_in_a_region_is_drawn_as_one_without(tiny):
 
 
 @torch.no_grad()
-def test_what_stands_in_a_second_chunk_is_looked_at(tiny):
+def test_cross_attention_covers_the_second_chunk(tiny):
     """Attention over all tokens of both chunks, against torch's on the joined states."""
     states = tiny.encode_prompts([f"{LONG} BREAK a fox"]).states
     module = tiny.cross_attentions[0]

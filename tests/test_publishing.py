@@ -32,7 +32,7 @@ def adapter(tmp_path):
     return path
 
 
-def test_a_card_tells_what_the_header_states(adapter):
+def test_a_card_states_the_facts_of_the_header(adapter):
     text = write_card(adapter).read_text()
     for words in ('license: "cc-by-4.0"', 'base_model: "someone/model"', "| steps | `30` |",
                   '--adapter dog.safetensors --base someone/model',
@@ -42,7 +42,7 @@ def test_a_card_tells_what_the_header_states(adapter):
         write_card(adapter)
 
 
-def test_a_strangers_header_cannot_break_out_of_the_card():
+def test_a_header_cannot_inject_markup_into_the_card():
     bad = AdapterInfo(trigger="x", method="`</table>`|\n---\nlicense: mit", licence='a"\nb: c')
     text = card(Adapter([PAIR], bad), "a.safetensors")
     assert text.count("\n---\n") == 1 and "\nb: c" not in text
@@ -112,14 +112,14 @@ def test_push_sends_the_adapter_and_its_card_in_one_commit(adapter, hub):
     assert sent["README.md"].decode() == card(Adapter([PAIR], INFO), "dog.safetensors")
 
 
-def test_a_push_that_fails_is_one_line(adapter, unused_port):
+def test_a_failed_push_is_an_error_of_one_line(adapter, unused_port):
     for offline, address in (("1", "http://127.0.0.1:1"), ("0", f"http://127.0.0.1:{unused_port}")):
         done = pushed(adapter, address, offline)
-        assert done.returncode == 2 and "did not reach 'me/dog'" in done.stderr
+        assert done.returncode == 2 and "was not uploaded to 'me/dog'" in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_the_command_of_a_card_runs_nothing_that_a_header_says(tmp_path):
+def test_a_header_cannot_inject_shell_code_into_the_cards_command(tmp_path):
     trigger, name = "<x> $(touch owned) \"'; true", "my dog\x1b.safetensors"
     save_adapter(tmp_path / name, Adapter([PAIR], replace(INFO, trigger=trigger, base="a; true")))
     text = write_card(tmp_path / name).read_text()

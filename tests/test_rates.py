@@ -19,7 +19,7 @@ from rite_diffusion.types import Concept
 from runs import Stop, config_of, crash_at, metrics, same_run, train
 
 
-def test_each_component_moves_by_its_own_rate(photos, pocket):
+def test_each_component_has_its_own_learning_rate(photos, pocket):
     optim = {"lr": 1e-3, "lr_text_encoder": 1e-9, "warmup": 0, "weight_decay": 0.0}
     config = config_of(photos, steps=4, optim=optim)
     found = read_folder(photos, Concept("<thing>", "toy"), config.templates).photos
@@ -52,7 +52,7 @@ def test_rates_warm_up_for_a_fifth_at_most_and_then_decay(warmup, schedule, step
         assert factor(steps) == pytest.approx(0)
 
 
-def test_the_report_tells_the_course_of_the_rates(photos, capsys):
+def test_the_report_shows_the_learning_rate_schedule(photos, capsys):
     told = {
         "warm-up 10 steps, then cosine to 0": {"steps": 50},
         "warm-up 1 (10 asked: at most a fifth of 5) steps, then cosine to 0": {"steps": 5},
@@ -69,10 +69,10 @@ def test_a_short_run_reaches_the_rate_that_the_report_states(photos, tmp_path):
     assert max(rates) == pytest.approx(1e-3) and rates[0] == pytest.approx(5e-4)
 
 
-def test_a_rate_for_a_text_encoder_that_is_held_is_told(photos):
+def test_a_rate_without_effect_on_the_text_encoder_is_reported(photos):
     given = {"lora": {"text_encoder": False}, "optim": {"lr_text_encoder": 1e-4}}
     [line] = plan_training(config_of(photos, **given)).fallbacks
-    assert line.startswith("optim.lr_text_encoder = 0.0001 is for nothing")
+    assert line.startswith("optim.lr_text_encoder = 0.0001 has no effect")
     assert plan_training(config_of(photos, lora={"text_encoder": False})).fallbacks == []
     own = config_of(photos, lora={"text_encoder": False})
     assert own.optim.lr_text_encoder is None

@@ -50,7 +50,7 @@ def assert_read_as(tmp_path, name, made, tensors):
 @pytest.mark.parametrize("kind", ["linear", "1x1", "3x3"])
 @pytest.mark.parametrize("rank", [1, 2, 3, 7])
 @pytest.mark.parametrize("tucker", [False, True])
-def test_loha_is_what_lycoris_makes_of_it(tmp_path, kind, rank, tucker):
+def test_loha_equals_lycoris(tmp_path, kind, rank, tucker):
     torch.manual_seed(0)
     settings = {"lora_dim": rank, "use_tucker": tucker}
     pair = assert_read_as(tmp_path, *trained(kind, LohaModule, **settings))
@@ -63,13 +63,13 @@ LOKR = list(
 
 
 @pytest.mark.parametrize(("kind", "rank", "factor", "tucker", "both"), LOKR)
-def test_lokr_is_what_lycoris_makes_of_it(tmp_path, kind, rank, factor, tucker, both):
+def test_lokr_equals_lycoris(tmp_path, kind, rank, factor, tucker, both):
     torch.manual_seed(0)
     settings = {"lora_dim": rank, "factor": factor, "use_tucker": tucker, "decompose_both": both}
     assert_read_as(tmp_path, *trained(kind, LokrModule, **settings))
 
 
-def test_a_lokr_with_a_core_by_its_sum(tmp_path):
+def test_a_lokr_with_a_tucker_core_equals_its_explicit_sum(tmp_path):
     torch.manual_seed(0)
     w1, core = torch.randn(2, 3), torch.randn(2, 4, 3, 3)
     a, b = torch.randn(2, 5), torch.randn(4, 6)
@@ -86,7 +86,7 @@ def test_a_lokr_with_a_core_by_its_sum(tmp_path):
 
 @pytest.mark.parametrize("module", [LohaModule, LokrModule])
 @pytest.mark.parametrize("kind", ["linear", "3x3"])
-def test_loha_and_lokr_with_norms_are_doras(tmp_path, kind, module):
+def test_loha_and_lokr_with_norms_are_read_as_dora(tmp_path, kind, module):
     torch.manual_seed(0)
     name, made, tensors = trained(kind, module, lora_dim=2, weight_decompose=True)
     save_file(tensors, tmp_path / "a.safetensors")
@@ -97,7 +97,7 @@ def test_loha_and_lokr_with_norms_are_doras(tmp_path, kind, module):
     torch.testing.assert_close(adapted_weight(pair, weight), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_loha_above_rank_64_is_whole(tmp_path):
+def test_a_loha_above_rank_64_is_read_exactly(tmp_path):
     torch.manual_seed(0)
     a1, b1, a2, b2 = (torch.randn(s) for s in ((160, 12), (12, 150), (160, 12), (12, 150)))
     tensors = dict(
@@ -128,7 +128,7 @@ SCALARS = list(
 
 
 @pytest.mark.parametrize(("kind", "shape"), SCALARS)
-def test_an_alpha_of_any_type_and_shape(tmp_path, kind, shape):
+def test_alpha_is_read_in_any_dtype_and_shape(tmp_path, kind, shape):
     name = f"{BLOCK}_attn1_to_q"
     tensors = {
         f"{name}.lora_down.weight": torch.randn(4, 8),
@@ -140,7 +140,7 @@ def test_an_alpha_of_any_type_and_shape(tmp_path, kind, shape):
     assert pair.scale == 1.5
 
 
-def test_what_diffusers_writes_for_kohya(tmp_path):
+def test_files_that_diffusers_writes_for_kohya_are_read(tmp_path):
     from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 
     down, up = torch.randn(4, 8), torch.randn(8, 4)
@@ -158,7 +158,7 @@ def test_what_diffusers_writes_for_kohya(tmp_path):
     ("down", "up"),
     [((4, 8), (6, 4, 1, 1)), ((4, 8, 1, 1), (6, 4)), ((4, 8, 3, 3), (6, 4))],
 )
-def test_factors_of_mixed_dimensions(tmp_path, down, up):
+def test_convolution_factors_of_mixed_dimensions_are_read(tmp_path, down, up):
     tensors = {"lora_down.weight": torch.randn(down), "lora_up.weight": torch.randn(up)}
     save_file({f"{CONV}.{k}": v for k, v in tensors.items()}, tmp_path / "a.safetensors")
     [pair] = load_adapter(tmp_path / "a.safetensors").pairs
@@ -179,26 +179,24 @@ TEXT = {
 
 
 @pytest.mark.parametrize("stem", TEXT)
-def test_names_of_text_encoders(tmp_path, stem):
+def test_text_encoder_names_of_every_tool_are_read(tmp_path, stem):
     tensors = {f"{stem}.lora_{factor}.weight": torch.randn(4, 4) for factor in ("down", "up")}
     save_file(tensors, tmp_path / "a.safetensors")
     [pair] = load_adapter(tmp_path / "a.safetensors").pairs
     assert pair.name == f"{TEXT[stem]}_{CLIP.replace('.', '_')}"
 
 
-def test_an_alpha_without_factors_is_left_out_and_said(tmp_path):
+def test_an_alpha_without_factors_is_ignored_with_a_note(tmp_path):
     name = f"{BLOCK}_attn1_to_q"
     tensors = {f"{name}.lora_{each}.weight": torch.randn(4, 4) for each in ("down", "up")}
     tensors |= {f"{name}.alpha": torch.tensor(4), f"{BLOCK}_attn1_to_k.alpha": torch.tensor(4)}
     save_file(tensors, tmp_path / "a.safetensors")
     adapter = load_adapter(tmp_path / "a.safetensors")
-    assert adapter.names() == [name] and adapter.notes == (
-        "1 alphas belong to no factors: left out",
-    )
+    assert adapter.names() == [name] and adapter.notes == ("1 alphas have no factors: left out",)
 
 
 @pytest.mark.parametrize("size", [0x0280, 0x0380, 0x4B50, 0x013C])
-def test_a_headers_length_is_no_mark_of_another_format(tmp_path, size):
+def test_a_header_length_that_looks_like_another_format_is_read(tmp_path, size):
     name = f"{BLOCK}_attn1_to_q"
     tensors = {f"{name}.lora_{each}.weight": torch.ones(4, 4) for each in ("down", "up")}
     content = save(tensors, {"x": ""})

@@ -7,14 +7,14 @@ from rite_diffusion.adapters.attach import attach
 from rite_diffusion.backbones.protocols import Conditioning
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.generation.attached import Attached
-from rite_diffusion.generation.denoise import denoising, pictures, sample
+from rite_diffusion.generation.denoise import decode_pictures, denoising, sample
 from rite_diffusion.generation.regional import (
-    Plan,
     RegionalAttention,
+    RegionPlan,
+    concatenated_states,
     encode_parts,
     regional,
     regionally_guided,
-    side_by_side,
 )
 from rite_diffusion.generation.regions import Region, adapter_weights, parse_region, region_shares
 from shared_bases import shared_base
@@ -31,13 +31,13 @@ def drawn(backbone, prompt, regions, seeds, adapters=()):
         count=len(seeds), adapters=adapters,
     )  # fmt: skip
     *_, latents = denoising(backbone, predict, seeds, steps=3)
-    return pictures(backbone, latents)
+    return decode_pictures(backbone, latents)
 
 
 # --- how they are written ----------------------------------------------------------------------
 
 
-def test_a_region_is_read_and_written():
+def test_a_region_survives_parsing_and_writing():
     region = parse_region("0, .25,0.5,1: a cat: red")
     assert region == Region(0, 0.25, 0.5, 1, "a cat: red")
     full = parse_region("0,0,1,1: a <cat> :: dark, blurry :: 1, -0.5")
@@ -54,7 +54,7 @@ def test_a_region_is_read_and_written():
      ("0,0,1,1: a :: b :: x", "weights 'x'"), ("0,0,1,1: a :: b :: 99", "weights '99'"),
      ("0,0,1,1: a :: b :: 1 :: c", "is not")],
 )  # fmt: skip
-def test_other_texts_are_refused(text, words):
+def test_invalid_region_texts_are_refused(text, words):
     with pytest.raises(ConfigError, match=words):
         parse_region(text)
 
@@ -72,13 +72,13 @@ def test_shares_sum_to_one_and_stay_inside_the_boxes():
     assert (seam.diff() < 0).all() and seam[0] > 0.9 and seam[-1] < 0.1
 
 
-def test_the_order_of_regions_changes_no_share():
+def test_region_shares_do_not_depend_on_the_order():
     boxes = [Region(0, 0, 0.7, 1, "a"), Region(0.3, 0, 1, 1, "b"), Region(0.2, 0.2, 0.8, 0.8, "c")]
     one, other = region_shares(boxes, 16, 24), region_shares(boxes[::-1], 16, 24)
     torch.testing.assert_close(other, one[[0, 3, 2, 1]])
 
 
-def test_adapters_act_where_they_are_called():
+def test_adapters_act_in_the_regions_that_call_them():
     boxes = [Region(0, 0, 0.5, 1, "a <cat>"), Region(0.5, 0, 1, 1, "a <dog>, big")]
     triggers = [["<cat>"], ["<dog>"], ["<style>"], []]
     rows = adapter_weights(boxes, "a park", triggers)
@@ -97,7 +97,7 @@ def test_adapters_act_where_they_are_called():
 
 
 @pytest.mark.parametrize("seeds", [[7], [7, 8, 9]])
-def test_one_region_over_everything_is_the_plain_picture_bit_for_bit(tiny, seeds):
+def test_one_region_over_the_whole_picture_equals_the_plain_picture(tiny, seeds):
     attach(tiny, random_adapter(tiny), "a", 0.8)
     adapters = [Attached("a", 0.8, ["cat"])]
     plain = sample(tiny, [WHOLE.prompt] * len(seeds), seeds, negative="dark", steps=3)
@@ -106,7 +106,7 @@ def test_one_region_over_everything_is_the_plain_picture_bit_for_bit(tiny, seeds
         assert np.array_equal(np.asarray(one), np.asarray(other))
 
 
-def test_one_region_over_everything_is_the_plain_picture_of_sdxl_too(tiny_folder_xl):
+def test_one_region_over_the_whole_picture_equals_the_plain_picture_on_sdxl(tiny_folder_xl):
     backbone = shared_base(str(tiny_folder_xl))
     attach(backbone, random_adapter(backbone), "a", 0.8)
     plain = sample(backbone, [WHOLE.prompt], [7], negative="dark", steps=3)
@@ -114,15 +114,15 @@ def test_one_region_over_everything_is_the_plain_picture_of_sdxl_too(tiny_folder
     assert np.array_equal(np.asarray(plain[0]), np.asarray(ours[0]))
 
 
-def test_layer_wise_states_stand_beside_those_that_all_layers_share():
+def test_layer_wise_and_shared_states_are_concatenated():
     shared, own = torch.randn(2, 3, 5), torch.randn(2, 4, 3, 5)
-    joined = side_by_side([shared, own])
+    joined = concatenated_states([shared, own])
     assert joined.shape == (2, 4, 6, 5) and torch.equal(joined[:, :, 3:], own)
     assert all(torch.equal(joined[:, layer, :3], shared) for layer in range(4))
-    assert torch.equal(side_by_side([shared, shared]), torch.cat([shared, shared], 1))
+    assert torch.equal(concatenated_states([shared, shared]), torch.cat([shared, shared], 1))
 
 
-def test_the_model_is_left_as_it_was(tiny):
+def test_drawing_with_regions_restores_the_model(tiny):
     attach(tiny, random_adapter(tiny), "a", 0.8)
     before = sample(tiny, ["a cat"], [1], steps=2)
     drawn(tiny, "a park", [LEFT, RIGHT], [1], [Attached("a", 0.8, ["cat"])])
@@ -141,7 +141,7 @@ def cross_attention_outputs(backbone, regions, adapters=(), prompt="a park"):
     module = next(m for n, m in backbone.unet.named_modules() if n.endswith("attn2"))
     seen = []
     handle = module.register_forward_hook(lambda m, i, output: seen.append(output))
-    with torch.no_grad(), regional(backbone, Plan(regions, 8, 8, factors, lengths), adapters):
+    with torch.no_grad(), regional(backbone, RegionPlan(regions, 8, 8, factors, lengths), adapters):
         backbone.denoise(noisy, torch.tensor([500, 500]), conditioning)
     handle.remove()
     return seen[0][1].reshape(8, 8, -1)
@@ -168,7 +168,7 @@ def test_an_adapters_residual_stays_in_its_region(tiny):
     # the first self-attention has already let the halves look at each other, so the right one is
     # compared in the plan itself: its residuals are multiplied by zero
     assert not torch.equal(acting[:, :4], silent[:, :4])
-    plan = Plan([LEFT, RIGHT], 8, 8, adapter_weights([LEFT, RIGHT], "", [["cat"]]), [])
+    plan = RegionPlan([LEFT, RIGHT], 8, 8, adapter_weights([LEFT, RIGHT], "", [["cat"]]), [])
     loud = plan.factor_map(0, torch.zeros(2, 64, 5)).reshape(8, 8)
     assert loud[:, :4].eq(1).all() and loud[:, 4:].eq(0).all()
     assert torch.equal(plan.factor_map(0, torch.zeros(2, 5, 8, 8)), loud)
@@ -177,7 +177,7 @@ def test_an_adapters_residual_stays_in_its_region(tiny):
     assert plan.factor_map(0, torch.zeros(2, 64, 5)) == 0
 
 
-def test_permuting_regions_changes_nothing_to_see(tiny):
+def test_the_order_of_regions_does_not_change_the_picture(tiny):
     boxes = [Region(0, 0, 0.6, 1, "a red cat"), Region(0.4, 0, 1, 1, "a blue dog")]
     one = drawn(tiny, "a park", boxes, [3])
     other = drawn(tiny, "a park", boxes[::-1], [3])
@@ -191,8 +191,8 @@ def test_each_region_has_its_own_negative_prompt(tiny):
     assert not np.array_equal(np.asarray(plain[0]), np.asarray(other[0]))
 
 
-def test_maps_of_odd_sizes_are_recognised():
-    plan = Plan([LEFT], 9, 14, [[], []], [])
+def test_attention_grids_of_odd_sizes_are_recognised():
+    plan = RegionPlan([LEFT], 9, 14, [[], []], [])
     assert plan.grid(9 * 14) == (9, 14)
     assert plan.grid(5 * 7) == (5, 7) and plan.grid(3 * 4) == (3, 4)
     assert plan.grid(77) == (0, 0)

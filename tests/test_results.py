@@ -45,7 +45,7 @@ def texts_of(path: Path) -> list[str]:
     return [each for line in lines for each in strings_of(json.loads(line))]
 
 
-def test_there_are_results_to_look_at():
+def test_benchmark_results_are_committed():
     assert sum(path.is_relative_to(ROOT / "benchmarks" / "results") for path in FILES) > 10
 
 
@@ -60,12 +60,12 @@ def test_a_committed_file_holds_no_path_of_a_machine(path):
     "text",
     ["python x.py --peer /srv/a/b.py", "--out=/tmp/x/y", "/home/me/x", "~/x", "C:\\x", '"/a/b"'],
 )
-def test_paths_of_a_machine_are_known(text):
+def test_paths_of_a_machine_are_recognised(text):
     assert MACHINES_PATH.search(text)
 
 
 @pytest.mark.parametrize("text", ["https://a.b/c/d", "images/s", "a/b/c.py", "1/2", "and/or", "/"])
-def test_other_slashes_are_no_paths(text):
+def test_slashes_that_are_no_paths_are_not_reported(text):
     assert not MACHINES_PATH.search(text)
 
 

@@ -34,7 +34,7 @@ from runs import Stop, config_of, crash_at, same_run, train
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_interrupted_run_is_the_uninterrupted_one(photos, tmp_path, name):
+def test_an_interrupted_run_equals_the_uninterrupted_one(photos, tmp_path, name):
     settings = {
         "steps": 4, "checkpoints": {"every": 2}, "previews": {"every": 0},
         "optim": {"name": name, "warmup": 3},
@@ -46,7 +46,7 @@ def test_an_interrupted_run_is_the_uninterrupted_one(photos, tmp_path, name):
     same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_run_that_crashes_three_times_is_the_uninterrupted_one(photos, tmp_path):
+def test_a_run_that_crashes_three_times_equals_the_uninterrupted_one(photos, tmp_path):
     settings = {
         "steps": 7, "checkpoints": {"every": 2}, "previews": {"every": 0},
         "lora": {"layers": "blocks"}, "optim": {"name": "rite", "warmup": 3},
@@ -59,7 +59,7 @@ def test_a_run_that_crashes_three_times_is_the_uninterrupted_one(photos, tmp_pat
     same_run(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_a_crash_before_the_last_write_costs_no_step(photos, tmp_path):
+def test_a_crash_before_the_last_write_loses_no_step(photos, tmp_path):
     path = train(photos, tmp_path / "run")
     before = load_file(path)
     path.unlink()
@@ -69,7 +69,7 @@ def test_a_crash_before_the_last_write_costs_no_step(photos, tmp_path):
     assert all(torch.equal(again[key], value) for key, value in before.items())
 
 
-def test_averaged_weights_are_saved_and_go_on_exactly(photos, tmp_path, own_pocket):
+def test_averaged_weights_are_saved_and_resumed_exactly(photos, tmp_path, own_pocket):
     settings = {"steps": 5, "checkpoints": {"every": 2}, "previews": {"every": 0}, "ema": 0.8}
     train(photos, tmp_path / "whole", **settings)
     with pytest.raises(Stop):
@@ -108,7 +108,7 @@ def test_a_process_that_is_killed_twenty_times_loses_nothing(photos, tmp_path):
     same_run(whole, parts)
 
 
-def test_runs_of_two_threads_at_once_are_one_run_killed_or_not(photos, tmp_path, monkeypatch):
+def test_runs_with_two_threads_are_identical_killed_or_not(photos, tmp_path, monkeypatch):
     for caption in photos.glob("*.txt"):
         caption.unlink()
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
@@ -145,7 +145,7 @@ def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(photos, tmp_path):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(photos, tmp_path):
     settings = {"steps": 6, "checkpoints": {"every": 2}, "previews": {"every": 0}}
     train(photos, tmp_path / "whole", **settings)
     with pytest.raises(Stop):
@@ -158,7 +158,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(photos, tmp_path):
     same_run(tmp_path / "whole", tmp_path / "run")
 
 
-def test_changed_settings_or_photos_are_shown_and_need_an_override(photos, tmp_path):
+def test_resuming_with_changed_settings_or_photos_needs_override(photos, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(Stop):
         train(photos, run, on_step=crash_at(2))
@@ -172,7 +172,7 @@ def test_changed_settings_or_photos_are_shown_and_need_an_override(photos, tmp_p
     assert "overridden: photo photos/0.png" in (run / "log.txt").read_text()
 
 
-def test_the_same_command_goes_on_and_a_new_one_takes_a_new_folder(photos, tmp_path, monkeypatch):
+def test_the_same_command_resumes_and_another_uses_a_new_folder(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Stop):
         train(photos, None, on_step=crash_at(2))
@@ -181,7 +181,7 @@ def test_the_same_command_goes_on_and_a_new_one_takes_a_new_folder(photos, tmp_p
     assert train(photos, None) == Path("runs/photos-3/adapter.safetensors")
 
 
-def test_another_version_or_base_is_shown_and_refused(
+def test_resuming_with_another_version_or_base_is_refused(
     photos, tmp_path, monkeypatch, tiny_folder, tiny_folder_2
 ):
     base, run = tmp_path / "base", tmp_path / "run"
@@ -220,7 +220,7 @@ def test_a_second_signal_ends_the_run_within_the_step(photos, tmp_path, number):
         assert run.state() != "finished"
 
 
-def test_a_second_signal_that_is_swallowed_still_ends_the_step():
+def test_a_second_signal_ends_the_step_even_if_its_exception_is_caught():
     before = signal.getsignal(signal.SIGINT)
     with stop_on_signal() as request:
         assert not request.is_set()
@@ -260,7 +260,7 @@ def _rite_train(photos, run, written, *assignments):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_a_valid_adapter_and_says_so(photos, tmp_path, number):
+def test_a_signal_stops_the_run_with_a_valid_adapter(photos, tmp_path, number):
     run, written = tmp_path / "run", tmp_path / "written"
     process = _rite_train(photos, run, written)
     _wait_for(process, run / "metrics.jsonl")
@@ -292,7 +292,7 @@ def test_a_finished_or_busy_run_folder_is_refused(photos, tmp_path):
 
 
 @pytest.mark.parametrize("owner", ["this process", "another process", "", "no number"])
-def test_a_lock_file_alone_holds_nothing(tmp_path, owner):
+def test_a_lock_file_without_a_process_does_not_lock(tmp_path, owner):
     run = tmp_path / "run"
     run.mkdir()
     numbers = {"this process": str(os.getpid()), "another process": str(os.getppid())}
@@ -303,7 +303,7 @@ def test_a_lock_file_alone_holds_nothing(tmp_path, owner):
     assert not is_in_use(run) and not (run / "lock").exists()
 
 
-def test_a_killed_process_lets_go_of_its_lock_and_a_copy_is_free(tmp_path):
+def test_a_killed_process_releases_its_lock_and_a_copied_lock_is_free(tmp_path):
     run, copy = tmp_path / "run", tmp_path / "copy"
     code = "import sys, time, pathlib; from rite_diffusion.training.lock import Lock; "
     code += "lock = Lock(pathlib.Path(sys.argv[1])); print(lock.acquire(), flush=True); "
@@ -325,7 +325,7 @@ def test_a_killed_process_lets_go_of_its_lock_and_a_copy_is_free(tmp_path):
             assert is_in_use(folder)
 
 
-def test_a_file_system_without_locks_is_used_and_the_log_tells(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_used_and_logged(tmp_path, monkeypatch):
     def refuse(descriptor, shared):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -335,7 +335,7 @@ def test_a_file_system_without_locks_is_used_and_the_log_tells(tmp_path, monkeyp
     assert "no locks" in (tmp_path / "run/log.txt").read_text()
 
 
-def test_a_finished_run_goes_on_to_more_steps(photos, tmp_path):
+def test_a_finished_run_resumes_for_more_steps(photos, tmp_path):
     settings = {"previews": {"every": 0}, "optim": {"schedule": "constant", "warmup": 0}}
     train(photos, tmp_path / "whole", steps=5, **settings)
     run = tmp_path / "run"
@@ -355,7 +355,7 @@ def test_a_finished_run_goes_on_to_more_steps(photos, tmp_path):
     assert "goes on after step 3 to 5" in (run / "log.txt").read_text()
 
 
-def test_fewer_steps_than_are_done_are_refused(photos, tmp_path):
+def test_resuming_with_fewer_steps_than_done_is_refused(photos, tmp_path):
     with pytest.raises(Stop):
         train(photos, tmp_path / "run", steps=6, on_step=crash_at(5))
     with pytest.raises(RunError, match="has done 4 steps, 2 are wanted"):

@@ -21,7 +21,7 @@ from rite_diffusion.backbones.schedule import (
     sampler,
 )
 from rite_diffusion.backbones.source import load_backbone
-from rite_diffusion.errors import BackboneError
+from rite_diffusion.errors import BackboneError, ConfigError
 from rite_diffusion.generation.denoise import denoising, guided
 from rite_diffusion.methods import PlainLora
 from rite_diffusion.photos.dataset import encode_photos
@@ -57,7 +57,19 @@ def test_a_ddpm_schedule_has_the_schedulers_own_coefficients():
     torch.testing.assert_close(schedule.snr, (schedule.signal / schedule.sigma) ** 2)
 
 
-def test_a_flow_schedule_is_the_schedulers_from_clean_to_noise():
+def test_places_are_floored_to_a_tables_timesteps():
+    schedule = noise_schedule(DDIMScheduler(), "it")
+    places = torch.tensor([0.0, 0.4999, 0.5, 0.9999999])
+    levels = schedule.levels(places, (8, 8))
+    assert levels.times.tolist() == [0, 499, 500, 999]
+    for name in ("signal", "sigma", "snr"):
+        table = getattr(schedule, name)
+        assert torch.equal(getattr(levels, name), table[levels.times])
+    with pytest.raises(ConfigError, match=r"objective\.shift is for bases with a continuous flow"):
+        schedule.levels(places, (8, 8), shift=2.0)
+
+
+def test_a_flow_schedule_has_the_schedulers_own_coefficients():
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     assert prediction_type(scheduler, "it") == "flow"
     schedule = noise_schedule(scheduler, "it")
@@ -73,7 +85,7 @@ def test_a_flow_schedule_is_the_schedulers_from_clean_to_noise():
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_a_perfect_flow_model_is_followed_to_the_picture(shift):
+def test_sampling_a_perfect_flow_model_gives_its_picture(shift):
     clean, noise = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
     steps = sampler("flow", FlowMatchEulerDiscreteScheduler(shift=shift).config)
     steps.set_timesteps(5)
@@ -124,7 +136,7 @@ def test_a_flow_model_learns_its_photos(flow_folder, photos):
     method.remove()
 
 
-def test_the_loss_of_a_flow_is_that_of_its_equations(flow_folder, photos):
+def test_the_flow_loss_equals_its_equations(flow_folder, photos):
     plan = plan_training(config_of(photos, base=flow_folder, resolution=64, precision="fp32"))
     backbone, config = plan.backbone, plan.config
     data = encode_photos(backbone, plan.photos, plan.encoding)
@@ -132,7 +144,7 @@ def test_the_loss_of_a_flow_is_that_of_its_equations(flow_folder, photos):
     batch = step_batch(backbone, data, config, 3)
     errors = []
     for i in range(config.batch):
-        share = (batch.timesteps[i].item() + 1) / 1000
+        share = (int(batch.places[i] * 1000) + 1) / 1000
         sigma = 3 * share / (1 + 2 * share)
         noisy = (1 - sigma) * batch.latents[i] + sigma * batch.noise[i]
         time, states = torch.tensor([1000 * sigma]), backbone.encode_prompts([batch.captions[i]])
@@ -159,7 +171,7 @@ def test_a_flow_base_trains_with_previews_and_draws(flow_folder, photos, tmp_pat
 
 @pytest.mark.parametrize("weighting", ["min_snr", "debiased"])
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
-def test_a_weight_is_that_of_the_clean_latents_error(kind, weighting):
+def test_timestep_weights_are_those_of_the_clean_latents_error(kind, weighting):
     """An error of the prediction, times its weight, is the clean latents' times theirs."""
     shares = torch.tensor([0.99, 0.6, 0.05], dtype=torch.float64)
     schedule = flow_schedule(1 - shares, 1000) if kind == "flow" else ddpm_schedule(shares)

@@ -40,7 +40,9 @@ def test_an_adapters_label_is_its_files_names_or_its_runs(adapter, label):
     assert plan_sheet(ONE | {"adapter": [adapter]}, "adapter").column_labels() == [label]
 
 
-def test_every_cell_is_the_picture_of_its_parameters(adapters, tiny_folder, tmp_path):
+def test_every_cell_of_a_sheet_equals_the_picture_of_its_parameters(
+    adapters, tiny_folder, tmp_path
+):
     out = tmp_path / "sheet.png"
     both = f"{adapters[0]}:0.5+{adapters[1]}"
     image = rite.grid(
@@ -71,9 +73,9 @@ def test_every_cell_is_the_picture_of_its_parameters(adapters, tiny_folder, tmp_
      ({"seeds": []}, ConfigError, "no seed"),
      ({"methods": ["grim"]}, FusionError, "no method 'grim'"),
      ({"adapters": ["nowhere.safetensors"]}, AdapterError, "no adapter file"),
-     ({"out": "sheet.jpg"}, OutputError, "is no .png"),
+     ({"out": "sheet.jpg"}, OutputError, "is not a .png"),
      ({"seeds": range(3000)}, ConfigError, "more than 2500")],
 )  # fmt: skip
-def test_sheets_that_cannot_be_are_refused(change, error, words):
+def test_invalid_sheets_are_refused(change, error, words):
     with pytest.raises(error, match=words):
         rite.grid(["a cat"], **change)

@@ -67,7 +67,7 @@ def merged_by_hand(backbone, tensors, weight):
                 known[name].weight.add_(weight * 0.5 * value @ tensors[f"{name}.lora_down.weight"])
 
 
-def test_attached_is_added_by_hand_at_every_weight(backbone, file):
+def test_attached_shifts_equal_a_manual_merge_at_every_weight(backbone, file):
     plain = prediction(backbone)
     attach(backbone, load_adapter(file), "a", 0.3)
     found = {}
@@ -85,7 +85,7 @@ def test_attached_is_added_by_hand_at_every_weight(backbone, file):
         before = weight
 
 
-def test_two_adapters_shift_one_vector(backbone, file):
+def test_two_adapters_shifts_of_one_vector_add_up(backbone, file):
     plain = prediction(backbone)
     attach(backbone, load_adapter(file), "a", 0.5)
     half = prediction(backbone)
@@ -111,7 +111,7 @@ def test_a_vector_that_the_model_lacks_changes_nothing(backbone, file):
 
 
 @pytest.mark.parametrize("xl", [False, True])
-def test_files_of_kohya_and_comfyui_keep_them(tmp_path, file, xl):
+def test_files_of_kohya_and_comfyui_keep_shifts(tmp_path, file, xl):
     adapter = load_adapter(file)
     if xl:  # told by its second text encoder
         second = "lora_te2_text_model_final_layer_norm"
@@ -133,13 +133,13 @@ def test_files_of_kohya_and_comfyui_keep_them(tmp_path, file, xl):
 
 
 @pytest.mark.parametrize("target", ["diffusers", "peft"])
-def test_tools_without_a_name_for_them_are_refused(tmp_path, file, target):
+def test_converting_shifts_to_dialects_without_names_for_them_is_refused(tmp_path, file, target):
     with pytest.raises(AdapterError, match="reads no differences of biases and norms.*kohya"):
         convert(file, target)
     assert [path.name for path in tmp_path.iterdir()] == ["a.safetensors"]
 
 
-def test_fusing_adds_them_up_or_says_why_not(file):
+def test_fusing_adds_shifts_up_or_refuses(file):
     one = load_adapter(file)
     doubled = [Shift(s.name, s.parameter, 2 * s.values) for s in one.shifts[1:]]
     pairs = [LoraPair(p.name, p.down + 1, p.up, p.scale) for p in one.pairs]
@@ -152,7 +152,7 @@ def test_fusing_adds_them_up_or_says_why_not(file):
     for index, shift in enumerate(one.shifts):
         share = 0.5 if index == 0 else 0.5 + 2 * 2
         torch.testing.assert_close(found[shift.name, shift.parameter], share * shift.values)
-    with pytest.raises(FusionError, match="'ties' cannot tell apart: choose one of concat"):
+    with pytest.raises(FusionError, match="'ties' cannot fuse: choose one of concat"):
         merge(members, "ties", FusionSettings())
     alone = merge(members[:1], "ties", FusionSettings())
     wanted = {(s.name, s.parameter): 0.5 * s.values for s in one.shifts}

@@ -49,7 +49,7 @@ def _mask(folder, name="a.jpg"):
     return np.asarray(photo.mask)
 
 
-def test_where_stems_clash_a_sidecar_is_anothers_by_its_full_name(tmp_path):
+def test_with_clashing_stems_sidecars_need_full_names(tmp_path):
     for name in ("a.jpg", "a.png", "b.png"):
         _picture(tmp_path / name)
     (tmp_path / "a.txt").write_text("shared")
@@ -73,7 +73,7 @@ def test_where_stems_clash_a_sidecar_is_anothers_by_its_full_name(tmp_path):
     assert targets == ["a.jpg.png", "a.png.png", "b.png"]
 
 
-def test_a_mask_that_is_replaced_is_the_one_that_counts(tmp_path):
+def test_make_masks_writes_over_the_mask_that_is_used(tmp_path):
     _picture(tmp_path / "a.jpg")
     _half().save(tmp_path / "a-masklabel.png")
     [picture] = list_pictures(tmp_path).pictures
@@ -81,7 +81,7 @@ def test_a_mask_that_is_replaced_is_the_one_that_counts(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
-def test_a_mask_of_the_unturned_pixels_is_turned_as_its_photo_is(tmp_path, orientation):
+def test_a_mask_of_unturned_pixels_is_turned_like_its_photo(tmp_path, orientation):
     stored = Image.new("RGB", (40, 30), "black")
     stored.paste("white", (20, 0, 40, 30))
     exif = Image.Exif()
@@ -114,7 +114,7 @@ def test_a_mask_of_the_unturned_pixels_is_turned_as_its_photo_is(tmp_path, orien
         (Image.merge("LA", [_half(), _grey(254)]), "a.png"),
     ],
 )  # fmt: skip
-def test_masks_of_every_kind_are_black_and_white(tmp_path, mask, name):
+def test_masks_of_every_mode_become_black_and_white(tmp_path, mask, name):
     _picture(tmp_path / "a.jpg")
     (tmp_path / "masks").mkdir()
     mask.save(tmp_path / "masks" / name)
@@ -133,7 +133,7 @@ def test_masks_of_every_kind_are_black_and_white(tmp_path, mask, name):
         (b"", "masks/a.png cannot be used: not a picture"),
     ],
 )
-def test_a_mask_of_no_use_is_named_and_not_its_photo(tmp_path, mask, words):
+def test_an_unusable_mask_is_named_in_the_error(tmp_path, mask, words):
     _picture(tmp_path / "a.jpg")
     (tmp_path / "masks").mkdir()
     path = tmp_path / "masks/a.png"
@@ -197,7 +197,7 @@ def test_rows_of_a_table_find_their_pictures_and_captions(tmp_path):
      '{"file_name": 3}', '{"text": "x"}', "{", "[" * 9999,
      '{"file_name": "a.png", "text": "\\ud800"}'],
 )  # fmt: skip
-def test_a_line_that_is_no_row_is_named(tmp_path, line):
+def test_an_invalid_line_of_a_table_is_named(tmp_path, line):
     _picture(tmp_path / "a.png")
     _table(tmp_path, {"file_name": "a.png", "text": "x"}, line)
     with pytest.raises(PhotoFolderError, match="metadata.jsonl, line 2"):
@@ -224,7 +224,7 @@ def test_numbered_folders_count_in_kohyas_layout_alone(tmp_path):
         _read(kohya)
 
 
-def test_links_hidden_files_and_what_is_no_file_are_named(tmp_path):
+def test_links_hidden_and_special_files_are_reported(tmp_path):
     folder = tmp_path / "photos"
     _picture(folder / "a.png")
     _picture(tmp_path / "outside/b.png")
@@ -267,7 +267,7 @@ def nobody():
     [("", "cannot read"), ("a.txt", "cannot read .*a.txt"), ("masks", "cannot read .*masks"),
      ("metadata.jsonl", "cannot read .*metadata.jsonl"), ("a.png", "a.png: cannot be read")],
 )  # fmt: skip
-def test_what_may_not_be_read_is_one_line(open_folder, name, words):
+def test_unreadable_files_are_an_error_of_one_line(open_folder, name, words):
     folder = open_folder / "photos"
     _picture(folder / "a.png")
     (folder / "a.txt").write_text("x")
@@ -289,7 +289,7 @@ def open_folder():
 
 
 @pytest.mark.parametrize("path", ["x" * 300, "photos\0", "a/" * 3000])
-def test_a_path_that_no_system_has_is_one_line(path, tmp_path):
+def test_an_invalid_path_is_an_error_of_one_line(path, tmp_path):
     with pytest.raises(PhotoFolderError):
         _read(tmp_path / path)
 

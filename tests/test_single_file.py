@@ -88,7 +88,7 @@ def assert_same_outputs(found, original, latent_side: int):
 
 
 @pytest.mark.parametrize("layers_per_block", [1, 2])
-def test_every_weight_and_output_is_the_original(layers_per_block, tmp_path, offline):
+def test_a_single_file_gives_the_original_weights_and_outputs(layers_per_block, tmp_path, offline):
     original = tiny_stable_diffusion(layers_per_block)
     found = load_single_file(written(tmp_path, ldm_state_dict(original)))
     assert_same_weights(found, original)
@@ -124,7 +124,7 @@ def test_sd2_and_sdxl_open_as_the_originals(build, tmp_path, offline):
     assert found.scheduler.config.prediction_type == kind
 
 
-def test_the_pipeline_paints_what_the_original_paints(tiny, tensors, tmp_path, offline):
+def test_a_single_file_pipeline_draws_the_original_picture(tiny, tensors, tmp_path, offline):
     found = load_single_file(written(tmp_path, tensors))
     pictures = [
         pipeline(
@@ -144,7 +144,7 @@ def test_the_pipeline_paints_what_the_original_paints(tiny, tensors, tmp_path, o
 @pytest.mark.parametrize(
     ("stored", "asked"), [(torch.float16, torch.float32), (torch.float32, torch.bfloat16)]
 )
-def test_weights_come_in_the_precision_that_was_asked_for(stored, asked, tiny, tensors, tmp_path):
+def test_single_files_open_in_the_requested_precision(stored, asked, tiny, tensors, tmp_path):
     path = written(tmp_path, {name: tensor.to(stored) for name, tensor in tensors.items()})
     found = load_single_file(path, dtype=asked)
     for mine, theirs in zip(parts(found), parts(tiny), strict=True):
@@ -154,7 +154,7 @@ def test_weights_come_in_the_precision_that_was_asked_for(stored, asked, tiny, t
             assert torch.equal(weight, expected[name].to(stored).to(asked)), name
 
 
-def test_weights_outlive_their_file(tiny, tensors, tmp_path):
+def test_weights_stay_valid_after_their_file_is_deleted(tiny, tensors, tmp_path):
     path = written(tmp_path, tensors)
     found = load_single_file(path)
     with path.open("r+b") as file:
@@ -162,7 +162,7 @@ def test_weights_outlive_their_file(tiny, tensors, tmp_path):
     assert_same_weights(found, tiny)
 
 
-def test_what_training_left_in_the_file_is_passed_over(tiny, tensors, tmp_path):
+def test_training_state_in_a_checkpoint_is_ignored(tiny, tensors, tmp_path):
     left = (
         "alphas_cumprod",
         "betas",
@@ -197,7 +197,7 @@ def test_the_noise_schedule_is_that_of_sd1(tiny, tensors):
     assert [scheduler.config[name] for name in options] == [False, False, 1, "leading"]
 
 
-def test_marks_and_metadata_change_objective_schedule_and_size(tensors):
+def test_checkpoint_markers_set_objective_schedule_and_size(tensors):
     for marked in (
         header({"v_pred": torch.zeros(0)}),
         header({}, {"modelspec.prediction_type": "v"}),
@@ -246,7 +246,7 @@ WRONG_TENSORS = {
     "foreign text": ({TO_STATES: (64, 96)}, "text of width 96, its CLIP gives 64"),
     "vocabulary": ({TOKENS: (49407, 64)}, "knows 49407 tokens, CLIP's tokenizer 49408"),
     "prompt length": ({POSITIONS: (32, 64)}, "reads 32 tokens, CLIP's tokenizer gives 77"),
-    "heads": ({TOKENS: (49408, 200), TO_STATES: (64, 200)}, "width 200 is no multiple of 64"),
+    "heads": ({TOKENS: (49408, 200), TO_STATES: (64, 200)}, "width 200 is not a multiple of 64"),
     "odd width": (
         {f"{VAE}encoder.down.0.block.0.conv1.weight": (48, 32, 3, 3)},
         "not all multiples of 32",
@@ -282,7 +282,7 @@ def test_other_models_are_refused_by_name(case, tensors, tmp_path):
         (f"{CLIP}text_model.encoder.layers.0.layer_norm1", "2 missing .*layer_norm1.bias"),
     ],
 )
-def test_incomplete_models_are_refused(absent, message, tensors, tmp_path):
+def test_incomplete_checkpoints_are_refused(absent, message, tensors, tmp_path):
     rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(absent)}
     with pytest.raises(BackboneError, match=message):
         load_single_file(written(tmp_path, rest))
@@ -325,7 +325,7 @@ def test_a_torch_zip_under_another_name_is_refused(tmp_path):
         (b"\xff" * 4096, "its 4,096 bytes are damaged or cut short"),
     ],
 )
-def test_what_is_no_safetensors_is_named(content, message, tmp_path):
+def test_files_that_are_not_safetensors_are_refused_by_name(content, message, tmp_path):
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     with pytest.raises(BackboneError, match=message):
@@ -347,7 +347,7 @@ def test_a_folder_or_an_absent_file_is_refused(tmp_path):
         load_single_file(tmp_path / "folder.safetensors")
 
 
-def test_prompts_become_the_ids_of_openai_clip(offline):
+def test_the_tokenizer_gives_the_ids_of_openai_clip(offline):
     tokenizer = clip_tokenizer()
     assert len(tokenizer) == 49408
     assert tokenizer.model_max_length == 77

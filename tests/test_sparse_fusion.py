@@ -8,7 +8,7 @@ from rite_diffusion.fusion.methods.dare import bernoulli
 from rite_diffusion.fusion.methods.ties import ties_merge, trim
 
 
-def test_ties_by_hand():
+def test_ties_equals_a_calculation_by_hand():
     updates = torch.tensor([[4.0, -1.0, 2.0, 0.1], [-2.0, -3.0, 0.1, 5.0]])
     assert torch.equal(trim(updates[0], 0.5), torch.tensor([4.0, 0.0, 2.0, 0.0]))
     assert torch.equal(ties_merge(updates, 1.0), torch.tensor([4.0, -2.0, 1.05, 2.55]))

@@ -25,7 +25,9 @@ def tiny_file(tmp_path_factory, tiny_folder):
 
 
 @pytest.mark.parametrize("source", ["folder", "file"])
-def test_trains_and_generates(source, tiny_folder, tiny_file, photos, tmp_path):
+def test_trains_and_generates_from_folder_and_single_file(
+    source, tiny_folder, tiny_file, photos, tmp_path
+):
     base = str(tiny_folder if source == "folder" else tiny_file)
     adapter = rite.train(
         photos,
@@ -66,12 +68,12 @@ def test_folder_and_file_are_the_same_model(tiny_folder, tiny_file):
         ("nobody/nothing-at-all", "neither here nor on the hub"),
     ],
 )
-def test_a_base_that_is_not_there(base, words):
+def test_a_missing_base_is_refused_with_a_remedy(base, words):
     with pytest.raises(BackboneError, match=words):
         load_backbone(base)
 
 
-def test_a_folder_that_is_no_model(tmp_path):
+def test_a_folder_that_is_not_a_model_is_refused(tmp_path):
     with pytest.raises(BackboneError, match="no model_index.json"):
         load_backbone(str(tmp_path))
 

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from random_adapters import random_adapter
-from rite_diffusion.adapters.attach import attach, places
+from rite_diffusion.adapters.attach import adaptable_layers, attach
 from rite_diffusion.errors import FusionError
 from rite_diffusion.fusion import statistics
 from rite_diffusion.fusion.measure import measure, sketched_layers
@@ -20,7 +20,7 @@ from rite_diffusion.fusion.statistics import (
     SketchSum,
     collect,
     input_rows,
-    leaders,
+    shared_inputs,
     watched,
 )
 from rite_diffusion.types import LoraPair
@@ -35,7 +35,7 @@ def test_the_exact_sum_is_the_second_moment():
     total.add(inputs[:20])
     total.add(inputs[20:])
     expected = inputs.double().mT @ inputs.double() / 50
-    torch.testing.assert_close(total.gram().matrix(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(total.second_moment().matrix(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_sketch_is_exact_where_inputs_span_few_directions(monkeypatch):
@@ -45,17 +45,17 @@ def test_the_sketch_is_exact_where_inputs_span_few_directions(monkeypatch):
     for chunk in inputs.split(13):
         total.add(chunk)
     expected = inputs.double().mT @ inputs.double() / 90
-    torch.testing.assert_close(total.gram().matrix(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(total.second_moment().matrix(), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_the_sketch_keeps_the_trace_and_the_loud_directions(monkeypatch):
+def test_the_sketch_keeps_the_trace_and_the_largest_directions(monkeypatch):
     monkeypatch.setattr(statistics, "SKETCH_WIDTH", 24)
     inputs = torch.randn(300, 60) * torch.logspace(0, -2, 60)
     total = SketchSum(60, CPU)
     total.add(inputs)
-    gram, expected = total.gram(), inputs.double().mT @ inputs.double() / 300
-    assert gram.trace == pytest.approx(expected.trace().item(), rel=1e-5)
-    assert (gram.matrix() - expected).norm() < 0.1 * expected.norm()
+    moment, expected = total.second_moment(), inputs.double().mT @ inputs.double() / 300
+    assert moment.trace == pytest.approx(expected.trace().item(), rel=1e-5)
+    assert (moment.matrix() - expected).norm() < 0.1 * expected.norm()
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_the_sketch_keeps_the_trace_and_the_loud_directions(monkeypatch):
     [nn.Linear(6, 5), nn.Conv2d(6, 5, 1), nn.Conv2d(6, 5, 3, padding=1, stride=2)],
     ids=["linear", "1x1", "3x3"],
 )
-def test_rows_times_the_flat_weight_are_the_layers_output(layer):
+def test_input_rows_times_the_flattened_weight_equal_the_layers_output(layer):
     shape = (2, 9, 6) if isinstance(layer, nn.Linear) else (2, 6, 8, 8)
     inputs = torch.randn(shape)
     rows = torch.cat(list(input_rows(layer, inputs)))
@@ -75,9 +75,11 @@ def test_rows_times_the_flat_weight_are_the_layers_output(layer):
     )
 
 
-def test_grams_are_those_of_the_features_a_layer_sees(tiny):
+def test_second_moments_are_those_of_the_features_a_layer_sees(tiny):
     names = [n for n in sketched_layers(tiny, []) if "attn2_to_q" in n or "attn2_to_k" in n]
-    conv = next(n for n, (_, path) in places(tiny).items() if path.endswith("resnets.0.conv1"))
+    conv = next(
+        n for n, (_, path) in adaptable_layers(tiny).items() if path.endswith("resnets.0.conv1")
+    )
     names = [*names, conv]
     seen: dict[str, list] = {name: [] for name in names}
     handles = []
@@ -85,37 +87,37 @@ def test_grams_are_those_of_the_features_a_layer_sees(tiny):
         handles.append(place.layer.register_forward_pre_hook(
             lambda layer, args, name=name: seen[name].extend(input_rows(layer, args[0]))
         ))  # fmt: skip
-    grams = collect(tiny, ["a cat", "a dog"], names, FEW)
+    moments = collect(tiny, ["a cat", "a dog"], names, FEW)
     for handle in handles:
         handle.remove()
     for name in names:
         rows = torch.cat(seen[name]).double()
-        rows = rows[-grams[name].rows :]  # without the steps that look for shared inputs
+        rows = rows[-moments[name].rows :]  # without the steps that look for shared inputs
         torch.testing.assert_close(
-            grams[name].matrix(), rows.mT @ rows / len(rows), rtol=1e-3, atol=1e-5
+            moments[name].matrix(), rows.mT @ rows / len(rows), rtol=1e-3, atol=1e-5
         )
 
 
-def test_layers_with_one_input_share_one_gram(tiny):
+def test_layers_with_one_input_share_one_second_moment(tiny):
     names = sketched_layers(tiny, [])
-    led = leaders(tiny, watched(tiny, names), ["a cat", ""])
+    shared = shared_inputs(tiny, watched(tiny, names), ["a cat", ""])
     keys = [name for name in names if name.endswith(("attn2_to_k", "attn2_to_v"))]
-    assert len(keys) > 2 and len({led[name] for name in keys}) == 1
+    assert len(keys) > 2 and len({shared[name] for name in keys}) == 1
     block = next(name for name in names if name.endswith("attn1_to_q")).removesuffix("q")
-    assert led[block + "q"] == led[block + "k"] == led[block + "v"]
-    assert led[block + "q"] != led[block + "out_0"]
-    grams = collect(tiny, ["a cat"], names, FEW)
-    assert grams.keys() == set(names)
-    assert grams[block + "q"] is grams[block + "v"]
+    assert shared[block + "q"] == shared[block + "k"] == shared[block + "v"]
+    assert shared[block + "q"] != shared[block + "out_0"]
+    moments = collect(tiny, ["a cat"], names, FEW)
+    assert moments.keys() == set(names)
+    assert moments[block + "q"] is moments[block + "v"]
 
 
-def test_words_of_every_layer_give_every_layer_statistics_of_its_own(tiny):
+def test_layer_wise_embeddings_give_each_layer_its_own_statistics(tiny):
     names = [name for name in sketched_layers(tiny, []) if "attn2_to_k" in name]
     width = tiny.text_encoder.get_input_embeddings().embedding_dim
     words = {"<t>": torch.randn(len(names), 2, width)}
     attach(tiny, replace(random_adapter(tiny), tokens=words), "words")
-    grams = collect(tiny, ["a cat", "a <t>"], names, FEW)
-    matrices = [grams[name].matrix() for name in names]
+    moments = collect(tiny, ["a cat", "a <t>"], names, FEW)
+    matrices = [moments[name].matrix() for name in names]
     assert all(
         not torch.equal(one, other) for one, other in zip(matrices, matrices[1:], strict=False)
     )
@@ -141,12 +143,12 @@ def test_a_sketch_file_makes_the_round_trip(tiny, tmp_path):
     assert path.name == "a.sketch.safetensors"
     save_sketch(path, sketch, keep=400)
     again = load_sketch(path)
-    assert again.facts == sketch.facts and again.facts.adapter == digest_of(adapter)
+    assert again.metadata == sketch.metadata and again.metadata.adapter == digest_of(adapter)
     for side, other in ((sketch.concept, again.concept), (sketch.base, again.base)):
-        for name, gram in side.items():
-            expected = gram.matrix()
+        for name, moment in side.items():
+            expected = moment.matrix()
             off = (other[name].matrix() - expected).norm() / expected.norm()
-            assert off < 5e-3 and other[name].rows == gram.rows
+            assert off < 5e-3 and other[name].rows == moment.rows
     save_sketch(tmp_path / "small", sketch, keep=8)
     assert (tmp_path / "small").stat().st_size < 0.4 * path.stat().st_size
     assert load_sketch(tmp_path / "small").concept[name].trace == pytest.approx(
@@ -160,7 +162,7 @@ def test_files_that_are_no_sketch_are_refused(tmp_path):
     with pytest.raises(FusionError, match="is damaged"):
         load_sketch(path)
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(FusionError, match="is no sketch"):
+    with pytest.raises(FusionError, match="is not a sketch"):
         load_sketch(path)
     save_file({"a": torch.zeros(1)}, path, {"rite_sketch": "1", "layers": "{"})
     with pytest.raises(FusionError, match="is incomplete"):
@@ -175,7 +177,7 @@ def test_an_adapter_without_trigger_needs_prompts(tiny):
 
 
 def test_pairs_outside_the_attentions_are_sketched_too(tiny):
-    name = next(n for n, (_, path) in places(tiny).items() if path.endswith("conv_in"))
+    name = next(n for n, (_, path) in adaptable_layers(tiny).items() if path.endswith("conv_in"))
     pair = LoraPair(name, torch.randn(1, 4, 3, 3), torch.randn(32, 1, 1, 1), 1.0)
     adapter = replace(random_adapter(tiny), pairs=[pair])
     [sketch] = measure(tiny, [adapter], [["a <t>"]], FEW)

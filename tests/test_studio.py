@@ -76,7 +76,7 @@ def test_the_endpoints_have_stable_names_and_types(client):
     assert types["prompt"] == "str" and types["seed"] == "int"
 
 
-def test_a_photo_becomes_an_adapter_becomes_a_picture(client, photos, served):
+def test_the_api_trains_on_uploads_and_draws_with_the_adapter(client, photos, served):
     files = [handle_file(str(path)) for path in sorted(photos.iterdir())]
     run = client.predict(
         photos=files, trigger="<thing>", class_noun="toy", settings=SHORT, name="api toy",
@@ -110,7 +110,7 @@ def test_parameters_of_a_picture_give_the_same_pixels(client):
     assert np.array_equal(pixels(file), pixels(other))
 
 
-def test_regions_are_those_of_the_recipe(client, pair, served):
+def test_regions_of_the_api_equal_rite_generate(client, pair, served):
     files = [str(served.workspace / f"adapters/{name}.safetensors") for name in pair]
     regions = ["0,0,0.5,1: a <left>", "0.5,0,1,1: a <right> :: red"]
     wanted = {"prompt": "a park", "regions": regions, "steps": 2, "seed": 3}
@@ -120,7 +120,7 @@ def test_regions_are_those_of_the_recipe(client, pair, served):
     assert np.array_equal(pixels(file), np.asarray(same))
 
 
-def test_conflicts_are_told_before_a_fusion_and_statistics_are_kept(client, pair, served):
+def test_conflicts_are_reported_and_their_statistics_kept(client, pair, served):
     told = client.predict(adapters=[pair[0], f"{pair[1]}:0.5"], api_name="/conflicts")
     assert told["concepts"] == ["<left>", "<right>"] and told["method"] == "gram"
     assert 0 < sum(told["after"]) < sum(told["before"])
@@ -130,7 +130,7 @@ def test_conflicts_are_told_before_a_fusion_and_statistics_are_kept(client, pair
     assert set(pair) <= set(names) and not any("sketch" in name for name in names)
 
 
-def test_a_fusion_is_that_of_the_recipe_and_can_be_drawn_with(client, pair, served, tmp_path):
+def test_a_fusion_of_the_api_equals_rite_fuse_and_draws(client, pair, served, tmp_path):
     files = [served.workspace / f"adapters/{name}.safetensors" for name in pair]
     name = client.predict(adapters=[pair[0], f"{pair[1]}:0.5"], name="both", api_name="/fuse")
     assert name == "both"
@@ -145,7 +145,7 @@ def test_a_fusion_is_that_of_the_recipe_and_can_be_drawn_with(client, pair, serv
     assert list((served.workspace / "drafts").iterdir()) == []
 
 
-def test_a_sheet_is_that_of_the_recipe(client, pair, served):
+def test_a_sheet_of_the_api_equals_rite_grid(client, pair, served):
     left, right = (str(served.workspace / f"adapters/{name}.safetensors") for name in pair)
     axes = {"weights": [0.5, 1.0], "seeds": [1, 2], "columns": "weight", "steps": 1}
     file = client.predict(
@@ -178,7 +178,7 @@ def test_the_first_picture_comes_within_five_seconds(client, pocket):
     assert through_the_studio < max(5, 2 * alone)  # on a machine that is busy with other things
 
 
-def test_the_library_over_the_api(client, served, tmp_path):
+def test_the_api_imports_renames_deletes_and_restores_adapters(client, served, tmp_path):
     file = small_adapter(tmp_path / "cat.safetensors", "<cat>")
     name = client.predict(file=handle_file(str(file)), api_name="/import_adapter")
     assert name == "cat"
@@ -197,7 +197,7 @@ BAD = {
     "bad region": ("/generate", {"prompt": "x", "regions": ["0,0,2,1: x"]}, "must hold"),
     "a path for a base": ("/generate", {"prompt": "x", "base": "/etc"}, "no base model"),
     "too many": ("/generate", {"prompt": "x", "num": 10_000}, "not between 1 and 64"),
-    "a path for a run": ("/run_state", {"run": "../../etc"}, "is no name"),
+    "a path for a run": ("/run_state", {"run": "../../etc"}, "is not a name"),
     "an unknown run": ("/stop_run", {"run": "nobody"}, "no 'nobody' among the runs"),
     "a path for an adapter": ("/download_adapter", {"name": "/etc/passwd"}, "no adapter"),
     "a path for a name": ("/rename_adapter", {"name": "x", "to": "../y"}, "no adapter 'x'"),
@@ -216,7 +216,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_errors_are_words_and_never_markup(client, case):
+def test_errors_of_the_api_are_messages_without_markup(client, case):
     endpoint, arguments, words = BAD[case]
     with pytest.raises(AppError) as fault:
         client.predict(**arguments, api_name=endpoint)
@@ -231,12 +231,12 @@ def paths_outside(workspace: Path) -> list[str]:
             f"{workspace}/.page/%2e%2e/studio.json"]  # fmt: skip
 
 
-def test_no_file_but_uploads_and_copies_is_served(served):
+def test_only_uploads_and_copies_are_served(served):
     for path in paths_outside(served.workspace):
         assert get(f"{served.url}gradio_api/file={path}") in (403, 404), path
 
 
-def test_a_strangers_domain_that_leads_here_is_refused(served):
+def test_requests_to_other_host_names_are_refused(served):
     assert get(served.url) == 200
     assert get(served.url, Host="evil.example:7860") == 400
     assert get(f"{served.url}config", Host="evil.example") == 400
@@ -256,7 +256,7 @@ def test_an_upload_over_the_limit_is_refused(served, monkeypatch):
     assert fault.value.code == 413
 
 
-def test_an_open_door_and_a_taken_workspace_are_refused(tmp_path):
+def test_a_public_studio_without_login_and_a_used_workspace_are_refused(tmp_path):
     with pytest.raises(StudioError, match="--auth"):
         launch(Settings(tmp_path, host="0.0.0.0"))
     with pytest.raises(StudioError, match="--auth"):
@@ -266,7 +266,7 @@ def test_an_open_door_and_a_taken_workspace_are_refused(tmp_path):
         launch(Settings(Path("/proc/studio")))
 
 
-def test_a_container_without_a_password_ends_with_words(tmp_path):
+def test_a_container_without_a_password_is_an_error_of_one_line(tmp_path):
     script = Path(__file__).parents[1] / "app/app.py"
     environment = os.environ | {"RITE_WORKSPACE": str(tmp_path / "space")}
     environment.pop("RITE_AUTH", None)
@@ -275,13 +275,13 @@ def test_a_container_without_a_password_ends_with_words(tmp_path):
     assert not (tmp_path / "space").exists()
 
 
-def test_tools_for_assistants_ask_for_the_package_that_they_need(tmp_path, monkeypatch):
+def test_mcp_names_the_package_that_it_needs(tmp_path, monkeypatch):
     monkeypatch.setattr("rite_diffusion.studio.serve.find_spec", lambda name: None)
     with pytest.raises(StudioError, match=r"pip install 'gradio\[mcp\]'"):
         launch(Settings(tmp_path / "space", mcp=True))
 
 
-def test_users_see_only_their_own(tmp_path, monkeypatch):
+def test_users_see_only_their_own_files(tmp_path, monkeypatch):
     monkeypatch.setattr("rite_diffusion.studio.access.PAUSE", 0)
     logins = ("ann:first password", "bob:second password")
     with studio(tmp_path / "space", auth=logins) as page:

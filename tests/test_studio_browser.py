@@ -11,7 +11,9 @@ from rite_diffusion.adapters import load_adapter
 from rite_diffusion.api.demo import example_photos
 from rite_diffusion.generation.metadata import read_parameters
 from rite_diffusion.studio.jobs import state_of
+from rite_diffusion.studio.tabs import fuse
 from studio_page import (
+    DENOISING_STEPS,
     IN_A_BROWSER,
     LEFT,
     MARKUP,
@@ -21,6 +23,7 @@ from studio_page import (
     choose,
     drag,
     drawn,
+    fill_steps,
     picture_of,
     set_number,
     start_training,
@@ -38,17 +41,19 @@ from studio_server import (
 )
 
 pytestmark = [*IN_A_BROWSER, pytest.mark.usefixtures("quick_statistics")]
-quick_unless_shown = pytest.mark.usefixtures("quick_statistics" if PICTURES else "quick_pictures")
 
 
-@quick_unless_shown
-def test_the_whole_way_from_photos_to_a_fused_adapter(view, served, second, tmp_path):
+def test_a_user_trains_generates_fuses_and_exports_in_the_page(
+    view, served, second, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(fuse, "STEPS", DENOISING_STEPS)
     page = view()
     train_the_robot(page, served, tmp_path)
     page.locator("#run-use").click()  # goes on to Generate, with the adapter chosen
     expect(page.get_by_label("Weight of robot").first).to_be_visible()
     page.locator("#chips").get_by_text("<robot>").click()
     expect(page.locator("#prompt textarea")).to_have_value("<robot> ")
+    fill_steps(page)
     page.locator("#prompt textarea").fill("a <robot> on a blue background")
     page.keyboard.press("Enter")
     expect(page.locator("#made img")).to_have_count(4)
@@ -67,7 +72,7 @@ def train_the_robot(page: Page, served: Served, tmp_path: Path) -> None:
     start_training(
         page, example_photos("robot"), "robot",
         {"steps": STEPS, "batch": 4 if PICTURES else 2, "every": every},
-        f"prior.weight = 0\npreviews.steps = {25 if PICTURES else 4}\ncheckpoints.every = {every}",
+        f"prior.weight = 0\npreviews.steps = {DENOISING_STEPS}\ncheckpoints.every = {every}",
     )  # fmt: skip
     run = served.workspace / "runs/robot"
     wait_for(lambda: run.exists(), "the run folder")
@@ -121,7 +126,7 @@ def take_it_away_and_back(page: Page, tmp_path: Path) -> None:
     expect(page.locator("#cards").get_by_text("together")).to_be_visible()
 
 
-def test_a_dropped_picture_brings_its_settings_and_its_pixels_back(view, served, second):
+def test_dropping_a_picture_restores_settings_that_redraw_it(view, served, second):
     client = Client(served.url, verbose=False)
     wanted = {"prompt": "a <unicorn>", "negative": "red", "seed": 12, "steps": 3, "guidance": 2.5}
     client.predict(**wanted, adapters=[f"{second}:0.7"], api_name="/generate")
@@ -137,8 +142,7 @@ def test_a_dropped_picture_brings_its_settings_and_its_pixels_back(view, served,
     assert Image.open(again).tobytes() == Image.open(made).tobytes()
 
 
-@quick_unless_shown
-def test_boxes_are_drawn_filled_drawn_with_and_restored(view, served, second, tmp_path):
+def test_regions_are_drawn_on_the_canvas_used_and_restored(view, served, second, tmp_path):
     page = view()
     choose(page, "Adapters", second)
     page.locator("#regions").get_by_text("Regions").click()
@@ -151,6 +155,7 @@ def test_boxes_are_drawn_filled_drawn_with_and_restored(view, served, second, tm
     page.locator("#box-prompt textarea").fill(RIGHT)
     page.locator("#canvas .box").first.click()  # picks the first again
     expect(page.locator("#box-prompt textarea")).to_have_value(LEFT)
+    fill_steps(page)
     page.locator("#prompt textarea").fill("a green background")
     set_number(page, "Pictures", 4 if PICTURES else 1)
     page.locator("#generate").click()
@@ -186,7 +191,7 @@ def test_a_sheet_is_drawn_and_shown(view, served, second, tmp_path):
 
 
 @pytest.mark.slow  # a training in a process of its own, twice
-def test_a_training_goes_on_without_its_page_stops_and_resumes(view, photos, served):
+def test_a_training_continues_without_the_page_and_stops_and_resumes(view, photos, served):
     page = view()
     start_training(page, photos, "ball", {"steps": 100_000}, SHORT.replace("steps = 4\n", ""))
     run = served.workspace / "runs/ball"
@@ -212,9 +217,9 @@ def test_a_training_goes_on_without_its_page_stops_and_resumes(view, photos, ser
         end(run)
 
 
-@quick_unless_shown
-def test_markup_is_text_everywhere(view, served, tmp_path):
+def test_markup_in_prompts_is_shown_as_text(view, served, tmp_path):
     page = view()
+    fill_steps(page)
     page.locator("#prompt textarea").fill(MARKUP)
     set_number(page, "Pictures", 1)
     page.locator("#generate").click()
@@ -224,7 +229,7 @@ def test_markup_is_text_everywhere(view, served, tmp_path):
     assert page.locator("#facts img").count() == 0
     assert read_parameters(drawn(served)[-1]).prompt == MARKUP
     page.locator("#restore input[type=file]").set_input_files(str(_foreign(tmp_path)))
-    expect(page.get_by_text("does not tell how it was made")).to_be_visible()
+    expect(page.get_by_text("carries no parameters")).to_be_visible()
     assert page.title() == "rite studio"
 
 
@@ -249,7 +254,7 @@ def test_generating_can_be_stopped(view, served):
 
 
 @pytest.mark.slow  # a studio and a training in processes of their own
-def test_a_studio_that_ends_leaves_its_training_at_work(photos, tmp_path):
+def test_closing_the_studio_leaves_its_training_running(photos, tmp_path):
     with studio(tmp_path / "space") as page:
         files = [handle_file(str(path)) for path in sorted(photos.glob("*.png"))]
         run_name = Client(page.local_url, verbose=False).predict(

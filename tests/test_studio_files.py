@@ -14,10 +14,10 @@ from random_adapters import small_adapter
 from rite_diffusion.config import resolve
 from rite_diffusion.errors import AdapterError, ConfigError, StudioError
 from rite_diffusion.studio import library, uploads
-from rite_diffusion.studio.access import gatekeeper, read_logins, refuse_open_door
+from rite_diffusion.studio.access import login_check, read_logins, require_password
 from rite_diffusion.studio.photo_sets import read_set, remove_photo, write_captions
 from rite_diffusion.studio.presets import PURPOSES, training_settings
-from rite_diffusion.studio.uploads import keep_photos
+from rite_diffusion.studio.uploads import save_photos
 from rite_diffusion.studio.workspace import Workspace, name_from
 
 LEADING_OUT = ["../x", "..", ".", "/etc/passwd", "a/../../x", "a\\..\\x", "", ".hidden", "x\0", "~",
@@ -38,7 +38,7 @@ def picture(path: Path, colour="red") -> Path:
 
 
 @pytest.mark.parametrize("name", LEADING_OUT)
-def test_no_name_leads_out_of_the_workspace(space, name):
+def test_names_cannot_lead_out_of_the_workspace(space, name):
     for act in (lambda: space.find("runs", name), lambda: space.new("runs", name)):
         with pytest.raises(StudioError):
             act()
@@ -51,7 +51,7 @@ def test_a_link_to_outside_is_not_followed(space, tmp_path):
         space.find("runs", "link")
 
 
-def test_new_names_are_free_and_old_ones_stay(space):
+def test_new_paths_never_replace_existing_files(space):
     first = space.new("runs", "robot")
     first.mkdir()
     assert space.new("runs", "robot").name == "robot-2"
@@ -60,7 +60,7 @@ def test_new_names_are_free_and_old_ones_stay(space):
 
 
 @pytest.mark.parametrize("base", ["/etc", "../models", "models/../..", "x", "./a/b", "~/sd"])
-def test_a_base_model_is_never_a_path_of_the_users(space, base):
+def test_base_models_cannot_be_paths(space, base):
     with pytest.raises(StudioError, match="no base model"):
         space.base(base)
 
@@ -72,15 +72,15 @@ def test_base_models_of_the_workspace_pocket_and_the_hub_are_known(space):
     assert space.base("owner/model-1.5") == "owner/model-1.5"
 
 
-def test_trash_gives_back_what_was_thrown_away_last(space):
+def test_undo_restores_what_was_deleted_last(space):
     run = space.folder("runs") / "robot"
     for text in ("one", "two"):
         run.mkdir()
         (run / "note").write_text(text)
-        space.throw_away(run)
-    assert space.put_back() == run and (run / "note").read_text() == "two"
-    with pytest.raises(StudioError, match="there again"):
-        space.put_back()
+        space.move_to_trash(run)
+    assert space.restore_from_trash() == run and (run / "note").read_text() == "two"
+    with pytest.raises(StudioError, match="exists again"):
+        space.restore_from_trash()
 
 
 # --- uploads -----------------------------------------------------------------------------------
@@ -104,7 +104,7 @@ def test_photos_and_captions_come_out_of_a_zip_under_plain_names(space, tmp_path
          "other/<b>x.PNG": content, "run.sh": b"rm"},
     )  # fmt: skip
     folder = space.folder("photos") / "dog"
-    keep_photos([archive], folder)
+    save_photos([archive], folder)
     assert sorted(path.name for path in folder.iterdir()) == ["bx-2.png", "bx.png", "bx.txt"]
     assert [(shown.path.name, shown.caption) for shown in read_set(folder)] == [
         ("bx-2.png", ""), ("bx.png", "a <dog>"),
@@ -114,12 +114,12 @@ def test_photos_and_captions_come_out_of_a_zip_under_plain_names(space, tmp_path
 @pytest.mark.parametrize(
     "name", ["../x.png", "/x.png", "a/../../x.png", "..\\x.png", "C:\\x.png", "C:x.png"]
 )
-def test_a_zip_that_leads_out_is_refused_before_anything_is_kept(space, tmp_path, name):
+def test_a_zip_with_outside_paths_is_refused_before_writing(space, tmp_path, name):
     good = picture(tmp_path / "good.png")
     archive = zip_of(tmp_path / "a.zip", {"ok.png": good.read_bytes(), name: b"x"})
     folder = space.folder("photos") / "dog"
     with pytest.raises(StudioError, match="leads out of it"):
-        keep_photos([str(good), archive], folder)
+        save_photos([str(good), archive], folder)
     assert not folder.exists()
     assert {path.name for path in tmp_path.iterdir()} == {"a.zip", "good.png", "space"}
 
@@ -127,50 +127,50 @@ def test_a_zip_that_leads_out_is_refused_before_anything_is_kept(space, tmp_path
 def test_a_link_in_a_zip_is_refused(space, tmp_path):
     archive = zip_of(tmp_path / "a.zip", {"x.png": b"/etc/passwd"}, attributes=stat.S_IFLNK | 0o777)
     with pytest.raises(StudioError, match="a link"):
-        keep_photos([archive], space.folder("photos") / "dog")
+        save_photos([archive], space.folder("photos") / "dog")
 
 
-def test_a_zip_bomb_is_refused_by_what_it_says_and_by_what_it_holds(space, tmp_path, monkeypatch):
+def test_a_zip_bomb_is_refused_by_stated_and_actual_size(space, tmp_path, monkeypatch):
     archive = zip_of(tmp_path / "a.zip", {"x.png": bytes(3_000_000)})
     monkeypatch.setattr(uploads, "LARGEST_FILE", 2_000_000)
     folder = space.folder("photos") / "dog"
     with pytest.raises(StudioError, match="over 2 MB"):
-        keep_photos([archive], folder)
+        save_photos([archive], folder)
     lying = Path(archive).read_bytes().replace(struct.pack("<I", 3_000_000), struct.pack("<I", 10))
     Path(archive).write_bytes(lying)
     with pytest.raises(StudioError, match="damaged"):
-        keep_photos([archive], folder)
+        save_photos([archive], folder)
     assert not folder.exists()
 
 
-def test_too_many_or_too_much_is_refused_and_leaves_nothing(space, tmp_path, monkeypatch):
+def test_too_many_or_too_large_uploads_are_refused_without_traces(space, tmp_path, monkeypatch):
     sources = [str(picture(tmp_path / f"{i}.png")) for i in range(3)]
     folder = space.folder("photos") / "dog"
-    monkeypatch.setattr(uploads, "MOST_FILES", 2)
+    monkeypatch.setattr(uploads, "MAX_FILES", 2)
     with pytest.raises(StudioError, match="more than 2 files"):
-        keep_photos(sources, folder)
+        save_photos(sources, folder)
     monkeypatch.undo()
     monkeypatch.setattr(uploads, "LARGEST_SET", 1)
     with pytest.raises(StudioError, match="choose fewer"):
-        keep_photos(sources, folder)
+        save_photos(sources, folder)
     assert not folder.exists()
     archive = zip_of(tmp_path / "many.zip", {f"{i}.txt": b"" for i in range(9)})
-    monkeypatch.setattr(uploads, "MOST_ENTRIES", 8)
+    monkeypatch.setattr(uploads, "MAX_ENTRIES", 8)
     with pytest.raises(StudioError, match="over 8 files"):
-        keep_photos([archive], folder)
+        save_photos([archive], folder)
     (tmp_path / "not.zip").write_bytes(b"PK no")
     with pytest.raises(StudioError, match="zip archive is damaged"):
-        keep_photos([str(tmp_path / "not.zip")], folder)
+        save_photos([str(tmp_path / "not.zip")], folder)
     with pytest.raises(StudioError, match="no photos among"):
-        keep_photos([], folder)
+        save_photos([], folder)
 
 
 def test_captions_are_written_beside_their_photos_only(space, tmp_path):
     folder = space.folder("photos") / "dog"
-    keep_photos([str(picture(tmp_path / "a.png")), str(picture(tmp_path / "b.png"))], folder)
+    save_photos([str(picture(tmp_path / "a.png")), str(picture(tmp_path / "b.png"))], folder)
     write_captions(folder, [["a.png", " a  <dog>\non red "], ["b.png", ""]])
     assert (folder / "a.txt").read_text() == "a <dog> on red\n"
-    with pytest.raises(StudioError, match="no photo of this set"):
+    with pytest.raises(StudioError, match="not a photo of this set"):
         write_captions(folder, [["../../x.png", "x"]])
     remove_photo(folder, "a.png")
     assert [path.name for path in folder.iterdir()] == ["b.png"]
@@ -195,10 +195,10 @@ def test_the_library_shows_runs_and_files_and_leaves_out_what_is_damaged(space, 
         library.with_weights(space, [("../robot", 1.0)])
 
 
-def test_foreign_files_are_checked_before_they_are_taken(space, tmp_path):
+def test_foreign_files_are_checked_before_they_are_imported(space, tmp_path):
     good = small_adapter(tmp_path / "up/My LoRA.safetensors")
-    assert library.bring_in(space, good) == "My LoRA"
-    assert library.bring_in(space, good) == "My LoRA-2"
+    assert library.import_adapter(space, good) == "My LoRA"
+    assert library.import_adapter(space, good) == "My LoRA-2"
     canary = tmp_path / "canary"
     evil = tmp_path / "up/evil.safetensors"
 
@@ -208,30 +208,30 @@ def test_foreign_files_are_checked_before_they_are_taken(space, tmp_path):
 
     torch.save({"x": Evil()}, evil)
     with pytest.raises(AdapterError, match="pickle"):
-        library.bring_in(space, evil)
+        library.import_adapter(space, evil)
     with pytest.raises(StudioError, match="never pickles"):
-        library.bring_in(space, evil.rename(evil.with_suffix(".pt")))
+        library.import_adapter(space, evil.rename(evil.with_suffix(".pt")))
     assert not canary.exists() and len(library.cards(space)) == 2
 
 
-def test_rename_delete_and_undo(space, tmp_path):
+def test_adapters_are_renamed_deleted_and_restored(space, tmp_path):
     small_adapter(space.folder("runs") / "robot/adapter.safetensors")
-    library.bring_in(space, small_adapter(tmp_path / "cat.safetensors"))
+    library.import_adapter(space, small_adapter(tmp_path / "cat.safetensors"))
     with pytest.raises(StudioError, match="another 'cat'"):
         library.rename(space, "robot", "cat")
-    with pytest.raises(StudioError, match="no name"):
+    with pytest.raises(StudioError, match="not a name"):
         library.rename(space, "robot", "../robot")
     assert library.rename(space, "robot", "bot") == "bot"
     assert library.rename(space, "cat", "kitten") == "kitten"
     library.delete(space, "bot")
     assert [card.name for card in library.cards(space)] == ["kitten"]
-    assert space.thrown_away() == "bot"
-    space.put_back()
-    assert (space.root / "runs/bot/adapter.safetensors").exists() and not space.thrown_away()
+    assert space.last_in_trash() == "bot"
+    space.restore_from_trash()
+    assert (space.root / "runs/bot/adapter.safetensors").exists() and not space.last_in_trash()
 
 
-def test_what_lies_beside_an_adapter_goes_where_it_goes(space, tmp_path):
-    library.bring_in(space, small_adapter(tmp_path / "cat.safetensors"))
+def test_files_beside_an_adapter_are_renamed_and_deleted_with_it(space, tmp_path):
+    library.import_adapter(space, small_adapter(tmp_path / "cat.safetensors"))
     home = space.folder("adapters")
     picture(home / "cat.png")
     (home / "cat.sketch.safetensors").write_bytes(b"statistics")
@@ -240,10 +240,10 @@ def test_what_lies_beside_an_adapter_goes_where_it_goes(space, tmp_path):
     assert sorted(path.name for path in home.iterdir()) == names
     assert [card.name for card in library.cards(space)] == ["kitten"]
     library.delete(space, "kitten")
-    assert list(home.iterdir()) == [] and space.thrown_away() == "kitten"
-    space.put_back()
+    assert list(home.iterdir()) == [] and space.last_in_trash() == "kitten"
+    space.restore_from_trash()
     assert sorted(path.name for path in home.iterdir()) == names
-    with pytest.raises(StudioError, match="would name a sketch"):
+    with pytest.raises(StudioError, match="is a name of a sketch"):
         library.rename(space, "kitten", "kitten.sketch")
 
 
@@ -253,26 +253,26 @@ def test_what_lies_beside_an_adapter_goes_where_it_goes(space, tmp_path):
 @pytest.mark.parametrize(("host", "share"), [("0.0.0.0", False), ("192.168.1.5", False),
                                              ("example.org", False), ("::", False),
                                              ("127.0.0.1", True)])  # fmt: skip
-def test_others_are_let_in_only_with_a_password(host, share):
+def test_other_machines_need_a_password(host, share):
     with pytest.raises(StudioError, match="--auth"):
-        refuse_open_door(host, share, {})
-    refuse_open_door(host, share, read_logins(["me:long enough"]))
+        require_password(host, share, {})
+    require_password(host, share, read_logins(["me:long enough"]))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.5.5.5"])
 def test_the_loopback_needs_no_password(host):
-    refuse_open_door(host, False, {})
+    require_password(host, False, {})
 
 
 @pytest.mark.parametrize("text", ["me", "me:short", "../me:long enough", ":long enough"])
-def test_a_login_is_a_plain_user_and_a_real_password(text):
+def test_invalid_users_and_short_passwords_are_refused(text):
     with pytest.raises(StudioError):
         read_logins([text])
 
 
-def test_the_gatekeeper_knows_each_user_and_no_other(monkeypatch):
+def test_the_login_check_accepts_only_known_users(monkeypatch):
     monkeypatch.setattr("rite_diffusion.studio.access.PAUSE", 0)
-    admit = gatekeeper({"me": "long enough", "you": "something else"})
+    admit = login_check({"me": "long enough", "you": "something else"})
 
     async def answers(*logins: tuple[str, str]) -> list[bool]:
         return [await admit(*login) for login in logins]
@@ -283,7 +283,7 @@ def test_the_gatekeeper_knows_each_user_and_no_other(monkeypatch):
 
 def test_guesses_at_one_users_password_are_answered_one_after_another(monkeypatch):
     monkeypatch.setattr("rite_diffusion.studio.access.PAUSE", 0.05)
-    admit = gatekeeper({"me": "long enough"})
+    admit = login_check({"me": "long enough"})
 
     async def guess(count: int) -> list[bool]:
         return await asyncio.gather(*(admit("me", f"guess {i}") for i in range(count)))
@@ -294,7 +294,7 @@ def test_guesses_at_one_users_password_are_answered_one_after_another(monkeypatc
 
 
 @pytest.mark.parametrize("purpose", PURPOSES)
-def test_every_purpose_is_a_whole_configuration(purpose):
+def test_every_purpose_gives_a_valid_configuration(purpose):
     needed = {"photos": "p", "trigger": "<t>", "class_noun": "dog", "base": "pocket"}
     tree = training_settings(purpose, needed, {"lora": {"rank": 3}}, "batch = 2\n\nseed=7")
     config = resolve(tree)
@@ -303,13 +303,13 @@ def test_every_purpose_is_a_whole_configuration(purpose):
 
 @pytest.mark.parametrize("line", ["photos=/etc", "class_photos = '/'", "dataset=[{photos='/'}]",
                                   "base=/etc", "dataset.photos = '/'"])  # fmt: skip
-def test_settings_lines_bring_in_no_paths(line):
+def test_settings_lines_cannot_set_paths(line):
     needed = {"photos": "p", "trigger": "<t>", "class_noun": "dog", "base": "pocket"}
     with pytest.raises(StudioError, match="has its own field"):
         training_settings("quick", needed, {}, line)
 
 
-def test_a_misspelt_settings_line_names_the_nearest(space):
+def test_a_misspelt_settings_line_suggests_the_nearest_key(space):
     needed = {"photos": "p", "trigger": "<t>", "class_noun": "dog", "base": "pocket"}
     with pytest.raises(ConfigError, match="did you mean 'optim.lr'"):
         resolve(training_settings("quick", needed, {}, "optim.lrr=1"))

@@ -15,11 +15,11 @@ import pytest
 from rite_diffusion.errors import StudioError
 from rite_diffusion.studio.jobs import (
     JobQueue,
-    Order,
+    JobRecord,
     last_line,
-    read_order,
+    read_job,
     state_of,
-    write_order,
+    write_job,
 )
 from rite_diffusion.studio.presets import training_settings
 from rite_diffusion.studio.progress import POINTS, loss_curves, rate_curve, read_progress, thin
@@ -52,11 +52,11 @@ def settings(photos: Path, lines: str) -> dict:
 
 
 @pytest.mark.slow  # a training in a process of its own
-def test_a_job_lives_on_without_its_studio_and_stops_when_told(photos, runs, queue):
+def test_a_job_survives_its_studio_and_can_be_stopped(photos, runs, queue):
     run = runs / "toy"
     queue.submit(run, settings(photos, ENDLESS))
     assert state_of(run) == "queued"
-    queue.turn()
+    queue.start_waiting()
     wait_for_state(run, "running")
     wait_for(lambda: step_of(run) >= 3, "three steps")
     later = new_queue(runs)  # the studio was restarted: all it knows are the folders
@@ -68,7 +68,10 @@ def test_a_job_lives_on_without_its_studio_and_stops_when_told(photos, runs, que
     process = psutil.Process(pid_of(run))
     assert os.getpgid(process.pid) == process.pid != os.getpgid(0)
     assert later.stop(run) == "running"
-    assert later.stop(run) in ("stopping", "stopped")  # told twice, it still ends in its own time
+    assert later.stop(run) in (
+        "stopping",
+        "stopped",
+    )  # asked twice, it still ends in its own time
     wait_for_state(run, "stopped")
     assert later.stop(run) == "stopped"
     assert read_progress(run).step == json.loads((run / "status.json").read_text())["step"]
@@ -94,14 +97,14 @@ def orphans(run: Path) -> list[psutil.Process]:
 
 
 @pytest.mark.slow  # three trainings in processes of their own
-def test_one_at_a_time_on_a_device_in_the_order_of_asking(photos, runs, queue):
+def test_queued_jobs_run_one_at_a_time_in_order(photos, runs, queue):
     first, second, third = (runs / name for name in ("c", "b", "a"))
     for run in (first, second, third):
         queue.submit(run, settings(photos, SHORT))
         time.sleep(0.01)
     assert queue.waiting() == [first, second, third]
-    queue.turn()
-    queue.turn()
+    queue.start_waiting()
+    queue.start_waiting()
     assert state_of(first) in ("starting", "preparing", "running")
     assert queue.waiting() == [second, third]
     queue.stop(second)  # leaves the queue
@@ -109,7 +112,7 @@ def test_one_at_a_time_on_a_device_in_the_order_of_asking(photos, runs, queue):
     wait_for_state(first, "finished")
     deadline = time.monotonic() + 60  # its process has yet to end
     while state_of(third) == "queued" and time.monotonic() < deadline:
-        queue.turn()
+        queue.start_waiting()
         time.sleep(0.05)
     assert state_of(third) in ("starting", "preparing", "running")
     with pytest.raises(StudioError, match="finished"):
@@ -121,7 +124,7 @@ def test_one_at_a_time_on_a_device_in_the_order_of_asking(photos, runs, queue):
 def test_a_run_that_cannot_start_says_why(tmp_path, runs, queue):
     (tmp_path / "empty").mkdir()
     queue.submit(runs / "toy", settings(tmp_path / "empty", SHORT))
-    queue.turn()
+    queue.start_waiting()
     wait_for_state(runs / "toy", "failed")
     assert last_line(runs / "toy").startswith("no images in")
     assert read_progress(runs / "toy").last_line.endswith(
@@ -129,29 +132,33 @@ def test_a_run_that_cannot_start_says_why(tmp_path, runs, queue):
     )
 
 
-def test_a_killed_process_is_seen_and_its_number_is_not_enough(runs):
+def test_a_jobs_process_is_identified_by_number_and_start_time(runs):
     run = runs / "toy"
     run.mkdir()
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    born = psutil.Process(process.pid).create_time()
+    started = psutil.Process(process.pid).create_time()
     (run / "status.json").write_text(
         json.dumps({"state": "running", "step": 1, "total": 9, "pid": process.pid})
     )
-    order = Order("run", time.time(), process.pid, born, "cpu")
-    write_order(run, order)
+    job = JobRecord("run", time.time(), process.pid, started, "cpu")
+    write_job(run, job)
+    assert read_job(run) == job
+    assert json.loads((run / "job.json").read_text()).keys() == set(
+        "wish since pid born device".split()
+    )
     assert state_of(run) == "running"
-    write_order(run, replace(order, born=born - 100))  # another process has that number now
+    write_job(run, replace(job, started=started - 100))  # another process has that number now
     assert state_of(run) == "failed"
-    write_order(run, order)
+    write_job(run, job)
     process.send_signal(signal.SIGKILL)
     wait_for(lambda: state_of(run) == "failed", "the zombie to count as dead")
     process.communicate()
     assert state_of(run) == "failed"
-    write_order(run, replace(order, wish="stop"))
+    write_job(run, replace(job, desired="stop"))
     assert state_of(run) == "stopped"
 
 
-def test_asking_a_stopping_run_again_after_a_while_kills_it(runs, monkeypatch):
+def test_a_second_request_to_stop_kills_a_hanging_run(runs, monkeypatch):
     run = runs / "toy"
     run.mkdir()
     code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(1); input()"
@@ -160,23 +167,23 @@ def test_asking_a_stopping_run_again_after_a_while_kills_it(runs, monkeypatch):
         start_new_session=True,
     )  # fmt: skip
     process.stdout.read(1)
-    born = psutil.Process(process.pid).create_time()
-    write_order(run, Order("run", time.time(), process.pid, born, "cpu"))
+    started = psutil.Process(process.pid).create_time()
+    write_job(run, JobRecord("run", time.time(), process.pid, started, "cpu"))
     queue = new_queue(runs)
     queue.stop(run)
     queue.stop(run)
     assert process.poll() is None
-    write_order(run, replace(read_order(run), since=time.time() - 60))
+    write_job(run, replace(read_job(run), since=time.time() - 60))
     queue.stop(run)
     assert process.wait(timeout=600) == -signal.SIGKILL
     process.stdin.close()
     process.stdout.close()
 
 
-def test_a_run_of_the_studio_that_a_terminal_goes_on_with_is_at_work(runs):
+def test_a_studio_run_resumed_in_a_terminal_counts_as_running(runs):
     run, lock = runs / "toy", Lock(runs / "toy/lock")
     run.mkdir()
-    write_order(run, Order("stop", time.time(), 2**22 - 1, 1.0, "cpu"))
+    write_job(run, JobRecord("stop", time.time(), 2**22 - 1, 1.0, "cpu"))
     (run / "status.json").write_text(json.dumps({"state": "running", "pid": 1}))
     assert state_of(run) == "stopped"
     lock.acquire()
@@ -189,7 +196,7 @@ def test_a_run_of_the_studio_that_a_terminal_goes_on_with_is_at_work(runs):
     assert state_of(run) == "stopped"
 
 
-def test_progress_of_a_run_by_hand_and_of_a_file_that_is_being_written(runs):
+def test_progress_is_read_from_runs_of_the_terminal_and_partial_files(runs):
     run = runs / "toy"
     run.mkdir()
     assert read_progress(run).metrics == []
@@ -204,15 +211,15 @@ def test_progress_of_a_run_by_hand_and_of_a_file_that_is_being_written(runs):
     assert read_progress(run).state == "failed"  # a process of that number lives, but holds no lock
     lock = Lock(run / "lock")
     lock.acquire()
-    told = read_progress(run)
-    assert (told.state, told.step, told.total) == ("running", 1000, 2000)
+    progress = read_progress(run)
+    assert (progress.state, progress.step, progress.total) == ("running", 1000, 2000)
     with pytest.raises(StudioError, match="started in a terminal"):
         new_queue(runs).stop(run)
-    assert told.seconds_left == 1000 * 2.0 and told.left() == "about 0:33:20 left"
-    assert 0.001 < told.loss < 0.01
-    curves = loss_curves(told.metrics)
+    assert progress.seconds_left == 1000 * 2.0 and progress.left() == "about 0:33:20 left"
+    assert 0.001 < progress.loss < 0.01
+    curves = loss_curves(progress.metrics)
     assert set(curves["curve"]) == {"each step", "smoothed"}
     assert curves["step"].max() == 1000 and len(curves) < 3 * POINTS
-    assert rate_curve(told.metrics)["step"].iloc[-1] == 1000
+    assert rate_curve(progress.metrics)["step"].iloc[-1] == 1000
     assert thin([(1, 1.0)]) == [(1, 1.0)] and thin([]) == []
     lock.release()

@@ -14,7 +14,7 @@ from rite_diffusion.generation.request import PictureRequest
 from rite_diffusion.studio import fusing
 from rite_diffusion.studio.conflicts import fusion_html
 from rite_diffusion.studio.engine import Engine
-from rite_diffusion.studio.sheet_orders import SheetOrder, draw_sheet
+from rite_diffusion.studio.sheet_requests import SheetRequest, draw_sheet
 from rite_diffusion.studio.state import Studio
 from rite_diffusion.studio.workspace import Workspace
 
@@ -34,7 +34,7 @@ def space(tmp_path) -> Workspace:
     return space
 
 
-def test_pictures_and_sheets_tell_which_adapters_have_no_effect(space):
+def test_the_studio_notes_adapters_without_effect(space):
     told = list[str]()
     files = [space.root / "adapters/one.safetensors", space.root / "adapters/silent.safetensors"]
     wish = PictureRequest(prompt="a cat", steps=1)
@@ -43,17 +43,17 @@ def test_pictures_and_sheets_tell_which_adapters_have_no_effect(space):
     silent = f"silent.safetensors: {count} of {count} layers have no effect, as their alpha is 0"
     assert told == ["one.safetensors: its layers have no effect at weight 0", silent]
     told.clear()
-    order = SheetOrder(["a cat"], [["silent"]], steps=1)
+    order = SheetRequest(["a cat"], [["silent"]], steps=1)
     draw_sheet(Studio(space.root, False), space, order, lambda done, total: None, told.append)
     assert told == [silent]
 
 
-def test_a_fusion_that_loses_more_is_refused_or_told(space, tmp_path):
+def test_the_studio_refuses_or_reports_a_lossy_fusion(space, tmp_path):
     studio, out = Studio(space.root, False), tmp_path / "f.safetensors"
     chosen = [("one", 1.0), ("two", 0.5)]
 
     def fused(rank, allow_loss=False):
-        order = fusing.order_of(space, chosen, "concat", rank, allow_loss)
+        order = fusing.fusion_request(space, chosen, "concat", rank, allow_loss)
         return fusing.fuse(studio, space, order, out, lambda words, share: None)
 
     with pytest.raises(FusionError, match="cut in rank.*relative error 0."):

@@ -63,7 +63,7 @@ def seconds_until_usable(browser, code: str, port: int, folder: Path) -> float:
         process.communicate()
 
 
-def test_the_page_can_be_used_five_seconds_after_the_command(browser, unused_port, tmp_path):
+def test_the_page_opens_within_five_seconds(browser, unused_port, tmp_path):
     commands = (STUDIO, EMPTY_PAGE)
     best = [math.inf, math.inf]
     for _ in range(3):  # on a machine that is busy with other things, the least says most
@@ -77,7 +77,7 @@ def test_the_page_can_be_used_five_seconds_after_the_command(browser, unused_por
     pytest.fail(f"usable after {ours:.1f} s, an empty page of Gradio after {empty:.1f} s")
 
 
-def test_a_page_that_nobody_touches_asks_for_little(view, second):
+def test_an_idle_page_sends_few_requests(view, second):
     page = view()
     choose(page, "Adapters", second)
     expect(page.get_by_label(f"Weight of {second}").first).to_be_visible()
@@ -88,7 +88,7 @@ def test_a_page_that_nobody_touches_asks_for_little(view, second):
     assert len(asked) <= 12  # the runs' timer, and nothing that answers itself
 
 
-def test_the_first_picture_shows_soon_after_the_click(view):
+def test_the_first_preview_appears_soon_after_the_click(view):
     page = view()
     page.locator("#prompt textarea").fill("a cat on a blue background")
     set_number(page, "Pictures", 1)
@@ -117,7 +117,7 @@ def test_every_tab_fits_a_phone_and_a_laptop(view, size, scheme, tmp_path):
     assert dark == (scheme == "dark")
 
 
-def test_the_choice_of_light_or_dark_outlives_the_page(view):
+def test_light_or_dark_mode_is_remembered(view):
     page = view()
     page.locator("#dark").click()
     page.reload()
@@ -125,7 +125,7 @@ def test_the_choice_of_light_or_dark_outlives_the_page(view):
     page.wait_for_function("document.body.classList.contains('dark')")
 
 
-def test_no_request_leaves_this_machine(browser, served):
+def test_the_page_requests_nothing_from_other_hosts(browser, served):
     context = browser.new_context()
     asked = []
     context.on("request", lambda request: asked.append(request.url))

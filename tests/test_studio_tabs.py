@@ -15,7 +15,7 @@ from rite_diffusion.adapters.dialects import DIALECTS
 from rite_diffusion.errors import ConfigError, StudioError
 from rite_diffusion.fusion import FUSIONS
 from rite_diffusion.fusion.report import ConflictReport, LayerConflict
-from rite_diffusion.studio.background import followed
+from rite_diffusion.studio.background import run_with_progress
 from rite_diffusion.studio.boxes import (
     BY_WORDS,
     NONE,
@@ -28,9 +28,9 @@ from rite_diffusion.studio.boxes import (
 )
 from rite_diffusion.studio.conflicts import report_html, verdict
 from rite_diffusion.studio.exports import PROGRAMS
-from rite_diffusion.studio.fusing import keep, new_draft, prompts_to_compare
+from rite_diffusion.studio.fusing import new_draft, prompts_to_compare, save_draft
 from rite_diffusion.studio.library import Card, cards
-from rite_diffusion.studio.tabs.adapters import MOST, chosen_with_weights, offered, sliders
+from rite_diffusion.studio.tabs.adapters import MAX_ADAPTERS, chosen_with_weights, offered, sliders
 from rite_diffusion.studio.tabs.compare import APART, BASE_ALONE, TOGETHER, groups_of, numbers_in
 from rite_diffusion.studio.tabs.fields import decimal, whole_number
 from rite_diffusion.studio.tabs.fuse import METHODS
@@ -38,16 +38,20 @@ from rite_diffusion.studio.tabs.train import _chosen
 from rite_diffusion.studio.workspace import Workspace
 
 
-def test_a_recipe_that_is_followed_tells_its_reports_then_its_result():
+def test_run_with_progress_yields_reports_then_the_result():
     def work(progress):
         progress(1, 2)
         progress(2, 2)
         return "sheet"
 
-    assert list(followed(work)) == [("progress", (1, 2)), ("progress", (2, 2)), ("made", "sheet")]
+    assert list(run_with_progress(work)) == [
+        ("progress", (1, 2)),
+        ("progress", (2, 2)),
+        ("result", "sheet"),
+    ]
 
 
-def test_closing_ends_the_work_at_its_next_report():
+def test_closing_run_with_progress_ends_the_work():
     ended = threading.Event()
 
     def work(progress):
@@ -58,30 +62,30 @@ def test_closing_ends_the_work_at_its_next_report():
         finally:
             ended.set()
 
-    items = followed(work)
+    items = run_with_progress(work)
     assert next(items) == ("progress", (0,))
     items.close()
     assert ended.wait(10)
 
 
-def test_a_fault_of_the_work_is_raised_where_it_is_followed():
+def test_run_with_progress_raises_errors_of_the_work():
     def work(progress):
         raise ConfigError("no axis 'x'")
 
     with pytest.raises(ConfigError, match="no axis 'x'"):
-        list(followed(work))
+        list(run_with_progress(work))
 
 
 def test_an_adapter_that_stays_chosen_keeps_its_weight():
-    names, *fresh = sliders(["a", "b"], ["b", "c"], 0.3, 0.7, *[1.0] * (MOST - 2))
-    assert names == ["b", "c"] and len(fresh) == MOST
+    names, *fresh = sliders(["a", "b"], ["b", "c"], 0.3, 0.7, *[1.0] * (MAX_ADAPTERS - 2))
+    assert names == ["b", "c"] and len(fresh) == MAX_ADAPTERS
     assert [(each.visible, each.value) for each in fresh[:3]] == [
         (True, 0.7), (True, 1.0), (False, 1.0),
     ]  # fmt: skip
     assert chosen_with_weights(["b", "c"], [0.7, 1.0, 0.2]) == [("b", 0.7), ("c", 1.0)]
 
 
-def test_boxes_become_regions_and_come_back():
+def test_boxes_survive_conversion_to_regions():
     boxes = [
         Box(0, 0, 0.5, 1, "a <cat>", adapter="cat"),
         Box(0.5, 0, 1, 1, "a  dog\n", "red", NONE),
@@ -102,50 +106,50 @@ def test_boxes_become_regions_and_come_back():
 
 @pytest.mark.parametrize(
     ("box", "words"),
-    [(Box(0, 0, 1, 1, " "), "box 1 has no prompt"), (Box(0, 0, 1, 1, "a :: b"), "a meaning"),
+    [(Box(0, 0, 1, 1, " "), "box 1 has no prompt"), (Box(0, 0, 1, 1, "a :: b"), "leave it out"),
      (Box(0, 0, 1, 1, "a", adapter="gone"), "not among the adapters")],
 )  # fmt: skip
-def test_boxes_that_cannot_be_drawn_are_refused(box, words):
+def test_incomplete_boxes_are_refused(box, words):
     with pytest.raises(StudioError, match=words):
         region_texts([box], ["cat"])
 
 
-def test_corners_stay_inside_and_are_four():
+def test_corners_are_clipped_and_checked():
     assert read_corners("-1, 0.1, 0.5, 3") == {"left": 0, "top": 0.1, "right": 0.5, "bottom": 1}
     for text in ("0, 0, 1", "0,0,x,1", "nan,0,1,1", "0.5,0,0.5,1"):
         with pytest.raises(StudioError):
             read_corners(text)
 
 
-def test_boxes_stand_side_by_side_with_their_words():
+def test_side_by_side_keeps_prompts_of_boxes():
     columns = side_by_side([Box(0.1, 0.1, 0.2, 0.2, "a cat")])
     assert [box.corners for box in columns] == [(0, 0, 0.5, 1), (0.5, 0, 1, 1)]
     assert [box.prompt for box in columns] == ["a cat", ""]
     assert [box.left for box in side_by_side([Box(0, 0, 1, 1)] * 3)] == [0, 0.333, 0.667]
 
 
-def test_words_in_boxes_stay_text():
+def test_markup_in_boxes_is_escaped():
     html = canvas_html([Box(0, 0, 1, 1, "a <cat>", adapter="<b>")], 0)
     assert "a &lt;cat&gt;" in html and "&lt;b&gt;" in html and html.count('class="box picked"') == 1
 
 
-def test_every_method_and_dialect_has_its_words():
+def test_every_method_and_dialect_has_a_description():
     assert set(METHODS) == set(FUSIONS) and set(PROGRAMS) == set(DIALECTS)
 
 
-def test_adapters_of_a_sheet_stand_alone_or_together():
+def test_adapters_of_a_sheet_are_grouped_or_separate():
     assert groups_of([BASE_ALONE, "one", "two"], APART) == [[], ["one"], ["two"]]
     assert groups_of([BASE_ALONE, "one", "two"], TOGETHER) == [[], ["one", "two"]]
     assert groups_of(["one"], TOGETHER) == [["one"]] and groups_of([], APART) == [[]]
 
 
-def test_numbers_have_commas_between_them():
+def test_number_lists_are_parsed():
     assert numbers_in("0.5; 1,", "weights", float) == [0.5, 1.0]
     with pytest.raises(StudioError, match="numbers with commas"):
         numbers_in("0, x", "seeds", int)
 
 
-def test_fields_that_may_stay_empty():
+def test_empty_number_fields_give_none():
     assert whole_number(" ", "steps") is None and whole_number(" 20 ", "steps") == 20
     assert decimal("", "guidance") is None and decimal("2.5", "guidance") == 2.5
     for read, text in ((whole_number, "2.5"), (decimal, "x"), (decimal, "nan"), (decimal, "inf")):
@@ -153,7 +157,7 @@ def test_fields_that_may_stay_empty():
             read(text, "guidance")
 
 
-def test_what_is_left_empty_does_not_reach_the_settings():
+def test_empty_fields_do_not_reach_the_settings():
     empty = dict.fromkeys(("steps", "batch", "rank", "optimizer", "rate", "every", "prompts"), "")
     assert _chosen(empty | {"seed": 0}) == {"seed": 0}
     filled = empty | {"seed": 1, "rank": "4", "rate": "1e-3", "every": "0", "prompts": "a\n\nb"}
@@ -168,7 +172,7 @@ def a_card(name: str, trigger: str) -> Card:
     return Card(name, Path(name), "", trigger, "", "", "", "", 0, None)
 
 
-def test_what_is_compared_calls_every_concept():
+def test_comparison_prompts_contain_every_concept():
     a, b, c = (a_card(word, f"<{word}>") for word in "abc")
     both, *alone = prompts_to_compare([a, b])
     assert both == "a <a> on the left and a <b> on the right on a blue background"
@@ -182,7 +186,7 @@ def a_report(before: list[float], after: list[float]) -> ConflictReport:
     return ConflictReport("gram", ["<a>", "<b>"], layer.crosstalk, before, after, 1.0, 0.3, [layer])
 
 
-def test_a_report_says_what_to_do_and_keeps_names_as_text():
+def test_the_conflict_report_gives_a_verdict_and_escapes_names():
     html = report_html(a_report([0.9, 0.4], [0.1, math.nan]))
     assert "fit together by gram; side by side, without fusion, they would not" in html
     assert "&lt;a&gt;" in html and "<a>" not in html and "lora_unet_&lt;mid&gt;" in html
@@ -192,23 +196,23 @@ def test_a_report_says_what_to_do_and_keeps_names_as_text():
     assert "also would side by side" in verdict(a_report([0.1, 0.2], [0.1, 0.2]))
 
 
-def test_a_fused_adapter_that_is_kept_has_its_picture_and_old_drafts_go(tmp_path):
+def test_saving_a_draft_keeps_its_picture_and_deletes_old_drafts(tmp_path):
     space = Workspace(tmp_path)
     draft = small_adapter(new_draft(space))
     picture = tmp_path / "p.png"
     picture.write_bytes(b"picture")
-    assert keep(space, draft.name, " both ", picture) == "both"
+    assert save_draft(space, draft.name, " both ", picture) == "both"
     [card] = cards(space)
     assert card.preview.read_bytes() == b"picture"
     with pytest.raises(StudioError, match="nothing to save"):
-        keep(space, "", "x", None)
+        save_draft(space, "", "x", None)
     with pytest.raises(StudioError):
-        keep(space, "../adapters/both.safetensors", "x", None)
+        save_draft(space, "../adapters/both.safetensors", "x", None)
     old = small_adapter(new_draft(space))
     os.utime(old, (0, 0))
     assert new_draft(space) == old and not old.exists()
 
 
-def test_a_list_that_is_brought_up_to_date_leaves_a_newer_choice_alone():
+def test_refreshing_a_list_keeps_a_newer_choice():
     assert "value" not in offered(["a", "b"], ["a"])  # the page may have another by now
     assert offered(["a", "b"], ["a", "gone"])["value"] == ["a"]

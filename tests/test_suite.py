@@ -36,7 +36,7 @@ def test_no_file_is_longer_than_400_lines():
     assert not {name: length for name, length in lengths.items() if length > 400}
 
 
-def test_a_process_computes_on_one_thread_and_so_do_those_it_starts():
+def test_a_process_and_its_children_compute_on_one_thread():
     wanted = os.environ["OMP_NUM_THREADS"]
     assert "PYTEST_XDIST_WORKER" not in os.environ or wanted == "1"
     assert torch.get_num_threads() == int(wanted)

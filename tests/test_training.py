@@ -28,7 +28,7 @@ from rite_diffusion.types import Concept
 from runs import config_of, metrics, train
 
 
-def test_a_run_leaves_the_folder_that_the_design_names(photos, tmp_path):
+def test_a_run_writes_the_documented_files(photos, tmp_path):
     adapter = train(photos, tmp_path / "run")
     run = tmp_path / "run"
     assert adapter == run / "adapter.safetensors"
@@ -53,7 +53,7 @@ def test_a_run_leaves_the_folder_that_the_design_names(photos, tmp_path):
     assert str(tmp_path) not in adapter.read_bytes().decode("latin-1")
 
 
-def test_the_same_seed_gives_the_same_adapter_and_another_does_not(photos, tmp_path):
+def test_the_adapter_is_a_function_of_the_seed(photos, tmp_path):
     first, again, other = (
         rite.inspect(train(photos, tmp_path / name, seed=seed))
         for name, seed in (("a", 1), ("b", 1), ("c", 2))
@@ -112,7 +112,7 @@ class Accumulations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("method", ["lora", "pivotal", "custom_diffusion", "ed_lora"])
-def test_no_step_adds_up_in_the_order_of_threads(photos, method):
+def test_training_steps_avoid_nondeterministic_sums(photos, method):
     for caption in photos.glob("*.txt"):
         caption.unlink()
     wanted = {"photos": str(photos), "trigger": "<a> <b>", "class_noun": "toy", "method": method}
@@ -124,7 +124,7 @@ def test_no_step_adds_up_in_the_order_of_threads(photos, method):
     assert found.repeated == []
 
 
-def test_gradients_of_repeated_rows_add_up_in_their_order():
+def test_gradients_of_repeated_rows_are_deterministic():
     values = torch.randn(2, 77, 256, requires_grad=True)
     places, weights = [0, 0, 1, 0, 0], torch.randn(5, 77, 256)
     threads = torch.get_num_threads()
@@ -181,7 +181,7 @@ def test_a_text_encoder_that_does_not_train_encodes_a_caption_once(photos, pocke
     torch.testing.assert_close(first[:2], expected)
 
 
-def test_without_a_terminal_progress_comes_in_lines(capsys, monkeypatch):
+def test_progress_is_printed_as_lines_without_a_terminal(capsys, monkeypatch):
     now = itertools.count(step=10)
     monkeypatch.setattr(terminal.time, "monotonic", lambda: next(now))
     with terminal.training_progress(9) as progress:
@@ -194,7 +194,7 @@ def test_without_a_terminal_progress_comes_in_lines(capsys, monkeypatch):
     assert lines[1].endswith("loss 0.5000, 2.0 images/s, about 0:00:50 left")
 
 
-def test_half_precision_trains_pairs_in_single_precision(photos, tmp_path):
+def test_pairs_train_in_fp32_with_half_precision(photos, tmp_path):
     adapter = rite.inspect(train(photos, tmp_path / "half", steps=3, precision="bf16"))
     reference = rite.inspect(train(photos, tmp_path / "single", steps=3))
     for pair, exact in zip(adapter.pairs, reference.pairs, strict=True):
@@ -211,7 +211,7 @@ def test_every_optimizer_trains(photos, pocket, name):
     method.remove()
 
 
-def test_a_loss_that_is_no_number_stops_the_run(photos, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_the_run(photos, tmp_path, monkeypatch):
     broken = lambda prediction, _: prediction * float("nan")  # noqa: E731
     monkeypatch.setattr(loss, "squared_error", broken)
     with pytest.raises(RunError, match=r"with .*\.png: lower optim.lr"):
@@ -234,7 +234,7 @@ def test_a_loss_that_is_no_number_stops_the_run(photos, tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_every_setting_of_the_loss_acts(photos, pocket, setting):
+def test_every_setting_of_the_loss_changes_it(photos, pocket, setting):
     for photo in photos.glob("*.png"):
         photo.with_suffix(".txt").write_text("a <thing>, on the left, on a red background")
     found = read_folder(photos, Concept("<thing>", "toy"), ["a {trigger}"]).photos
@@ -250,7 +250,7 @@ def test_every_setting_of_the_loss_acts(photos, pocket, setting):
     [{"batch": 2, "accumulate": 2}, {"batch": 4, "gradient_checkpointing": True}],
     ids=str,
 )
-def test_less_memory_gives_the_same_weights(photos, tmp_path, setting):
+def test_memory_saving_settings_give_the_same_weights(photos, tmp_path, setting):
     # At a small rate: after larger steps, rounding of the first shows in the gradients of the next.
     optim = {"name": "sgd", "lr": OPTIMIZERS["sgd"].lr / 10}
     settings = {"precision": "fp32", "previews": {"every": 0}, "optim": optim}
@@ -280,7 +280,7 @@ def test_a_trigger_that_the_base_knows_is_refused(photos, trigger):
         plan_training(config_of(photos, trigger=trigger))
 
 
-def test_a_compiled_denoiser_is_asked_for_and_put_back(photos, pocket, monkeypatch):
+def test_compiling_the_denoiser_can_be_undone(photos, pocket, monkeypatch):
     calls = []
     monkeypatch.setattr(pocket.unet, "compile", lambda: calls.append("compiled"))
     pocket.compile_denoiser(True)
@@ -309,7 +309,7 @@ def test_metrics_go_to_tensorboard(photos, tmp_path):
     assert len(events.Scalars("validation")) == 1
 
 
-def test_the_cost_of_a_plan_is_measured_and_leaves_nothing(photos):
+def test_measuring_a_plans_cost_writes_nothing(photos):
     plan = plan_training(config_of(photos))
     before = {name: part.state_dict() for name, part in plan.backbone.components.items()}
     cost = measure(plan)

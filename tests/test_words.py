@@ -22,13 +22,13 @@ from wordy import PROMPT, random_words, tokens_adapter
     ["a red cat", "  it's (a)  Cat's, 3-legged <thing>! ", "", "naïve – \U0001f600", "a" * 300],
 )
 @pytest.mark.parametrize("name", ["pocket", "clip"])
-def test_prompts_without_learned_words_are_tokenized_as_ever(pocket, name, prompt):
+def test_prompts_without_embeddings_are_tokenized_by_the_tokenizer(pocket, name, prompt):
     tokenizer = pocket.tokenizer if name == "pocket" else clip_tokenizer()
     ids, slots = tokens_of(tokenizer, prompt, {})
     assert ids == tokenizer(prompt).input_ids[1:-1] and not slots
 
 
-def test_text_around_a_word_is_tokenized_as_without_it(pocket):
+def test_text_around_an_embedding_is_tokenized_as_without_it(pocket):
     vectors = {"<x>": [torch.zeros(1, 2, 192)]}
     ids, slots = tokens_of(pocket.tokenizer, "a big <X>, on a\tred background <x>", vectors)
     [star] = ids_of(pocket.tokenizer, "*")
@@ -47,7 +47,7 @@ def test_text_around_a_word_is_tokenized_as_without_it(pocket):
         ("SKS <A1>s", ["sks", "<a1>"]),
     ],
 )
-def test_words_are_found_whole(pocket, prompt, said):
+def test_embeddings_are_found_as_whole_words(pocket, prompt, said):
     vectors = {word: [torch.zeros(1, 1, 192)] for word in ("<a1>", "<a12>", "sks")}
     slots = tokens_of(pocket.tokenizer, prompt, vectors)[1]
     assert [slot.word for slot in slots] == said
@@ -92,7 +92,7 @@ def test_each_cross_attention_takes_its_own_states(backbone, cells, monkeypatch)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
-def test_only_the_vectors_of_a_word_get_gradients(backbone):
+def test_only_embedding_vectors_get_gradients(backbone):
     layers = len(backbone.cross_attentions)
     rows = [
         torch.randn(layers, 2, table.shape[1], requires_grad=True)
@@ -112,7 +112,7 @@ def test_only_the_vectors_of_a_word_get_gradients(backbone):
 
 
 @torch.no_grad()
-def test_detaching_words_restores_every_bit(backbone):
+def test_detaching_embeddings_restores_every_bit(backbone):
     layers = len(backbone.cross_attentions)
     before = {name: part.state_dict() for name, part in backbone.components.items()}
     tables = [table.clone() for table in backbone.token_tables]
@@ -132,7 +132,7 @@ def test_detaching_words_restores_every_bit(backbone):
 
 
 @torch.no_grad()
-def test_several_adapters_bring_their_words(pocket):
+def test_embeddings_of_several_adapters_are_attached(pocket):
     words = random_words(pocket, 7)
     one, two = (Adapter(random_adapter(pocket, seed=i).pairs, AdapterInfo(), {word: rows[0]})
                 for i, (word, rows) in enumerate(words.items()))  # fmt: skip
@@ -147,7 +147,7 @@ def test_several_adapters_bring_their_words(pocket):
     assert pocket.encode_prompts([PROMPT]).states.ndim == 3
 
 
-def test_a_word_that_two_adapters_have_is_renamed(tmp_path, pocket, capsys):
+def test_an_embedding_name_of_two_adapters_is_renamed(tmp_path, pocket, capsys):
     rows = torch.randn(2, 7, 1, 192)
     for name, tokens in (("a", {"<dog>": rows[0]}), ("b", {"<Dog>": rows[1], "<dog-2>": rows[0]})):
         info = AdapterInfo(trigger=" ".join(tokens))
@@ -162,7 +162,7 @@ def test_a_word_that_two_adapters_have_is_renamed(tmp_path, pocket, capsys):
     [image] = rite.generate("a <dog> beside a <dog-3>", adapters=files, steps=1)
     assert image.size == (64, 64) and "is called <Dog-3>" in capsys.readouterr().err
     attach(pocket, chosen[0].adapter, "a")
-    with pytest.raises(AdapterError, match="'a' has the word '<DOG>' already"):
+    with pytest.raises(AdapterError, match="'a' already has the word '<DOG>'"):
         attach(pocket, Adapter([], AdapterInfo(), {"<DOG>": rows[1]}), "b")
 
 
@@ -175,14 +175,14 @@ def test_a_word_that_two_adapters_have_is_renamed(tmp_path, pocket, capsys):
     ],
     ids=["width", "layers", "encoders"],
 )
-def test_words_of_another_base_are_refused(pocket, tokens, words):
+def test_embeddings_of_another_base_are_refused(pocket, tokens, words):
     with pytest.raises(AdapterError, match=words):
         attach(pocket, Adapter([], AdapterInfo(), tokens), "a")
     assert not pocket.embeddings
 
 
 @torch.no_grad()
-def test_an_embedding_of_another_tool_can_be_said(tmp_path, pocket):
+def test_an_embedding_of_another_tool_works_in_a_prompt(tmp_path, pocket):
     rows = torch.randn(3, 192)
     save_file({"emb_params": rows}, tmp_path / "style.safetensors")
     attach(pocket, load_adapter(tmp_path / "style.safetensors"), "a")
@@ -193,7 +193,7 @@ def test_an_embedding_of_another_tool_can_be_said(tmp_path, pocket):
 
 
 @torch.no_grad()
-def test_a_caption_that_is_too_long_is_cut_before_its_words(pocket):
+def test_a_caption_too_long_is_cut_before_an_embedding(pocket):
     attach(pocket, tokens_adapter({"<w>": [torch.randn(7, 4, 192)]}), "a")
     long = "a red cat " * 10
     cut = pocket.encode_captions([f"{long}<w>"]).states
@@ -205,14 +205,14 @@ def test_a_caption_that_is_too_long_is_cut_before_its_words(pocket):
     assert pocket.token_count("a <w> cat") == 6
 
 
-def test_a_word_is_no_pattern(pocket):
+def test_an_embedding_name_is_not_a_regular_expression(pocket):
     vectors = {"<a.b*>": [torch.zeros(1, 1, 192)]}
     slots = tokens_of(pocket.tokenizer, "an <axb> and an <a.b*>", vectors)[1]
     assert [slot.word for slot in slots] == ["<a.b*>"]
 
 
 @pytest.mark.parametrize("layers", [1, 7])
-def test_a_conversion_shows_what_averaged_words_lose(pocket, tmp_path, layers):
+def test_convert_reports_the_loss_of_averaged_embeddings(pocket, tmp_path, layers):
     draws = torch.Generator().manual_seed(0)
     tokens = {"<w>": torch.randn(layers, 1, 192, generator=draws)}
     adapter = random_adapter(pocket)

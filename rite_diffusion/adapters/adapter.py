@@ -1,4 +1,4 @@
-"""An adapter in memory: LoRA pairs, learned tokens and the facts about them."""
+"""An adapter in memory: LoRA pairs, learned embeddings and metadata."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from rite_diffusion.types import LoraPair, Shift
 
 HEADER_PREFIX = "rite_"
 
-# Facts that other tools' headers hold, by ours.
+# Our metadata key -> the key under which other tools store the same.
 _FOREIGN = {
     "trigger": "modelspec.trigger_phrase",
     "base": "ss_sd_model_name",
@@ -20,7 +20,7 @@ _FOREIGN = {
     "steps": "ss_steps",
     "licence": "modelspec.license",
 }
-# What a header says of the file's own tensors: it would be wrong of another file's.
+# Header entries that describe the file's own tensors, so they must not be copied to another file.
 _OF_TENSORS = (
     "format",
     "lora_adapter_metadata",
@@ -32,41 +32,41 @@ _OF_TENSORS = (
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What an adapter's header tells of it; empty where a foreign file does not say."""
+    """An adapter's metadata; a field is empty where the file's header does not state it."""
 
     trigger: str = ""
     class_noun: str = ""
     base: str = ""
     base_fingerprint: str = ""
-    family: str = ""  # the layout of the base, "sd" or "sdxl"
+    family: str = ""  # architecture of the base: "sd" (1.x and 2.x) or "sdxl"
     method: str = ""
     optimizer: str = ""
     steps: str = ""
     images: str = ""
     config: str = ""  # the resolved configuration as TOML
-    concepts: str = ""  # of a fused adapter: JSON, a list of what went into it
+    concepts: str = ""  # of a fused adapter: its sources as a JSON list
     licence: str = ""
     version: str = ""
 
     def triggers(self) -> list[str]:
-        """The words that call its concepts."""
+        """The trigger words, one for each concept."""
         return [word for word in self.trigger.split(", ") if word]
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """LoRA pairs, shifts of vectors, learned tokens, and the facts about them.
+    """LoRA pairs, shifts of biases and norms, learned embeddings, and metadata.
 
-    `tokens` holds embeddings (layers, rows, width) by the word that calls them: one layer, or one
-    for each cross-attention; a word's rows for a second text encoder are at `<word>@2`.
+    `tokens` maps a word to its learned embedding (layers, vectors, width), where layers is 1 or the
+    number of cross-attentions. `<word>@2` holds the embedding for SDXL's second text encoder.
     """
 
     pairs: list[LoraPair]
     info: AdapterInfo
     tokens: dict[str, Tensor] = field(default_factory=dict)
     dialect: str = "kohya"  # of the file that it was read from
-    notes: tuple[str, ...] = ()  # what had to be assumed in reading it
-    shifts: list[Shift] = field(default_factory=list)  # of biases and norms, where it has any
+    notes: tuple[str, ...] = ()  # assumptions made in reading that file
+    shifts: list[Shift] = field(default_factory=list)  # differences of biases and norms
     dtype: torch.dtype = torch.float32  # of the factors in that file; in memory they are fp32
     foreign: dict[str, str] = field(default_factory=dict)  # other tools' header entries
 
@@ -78,30 +78,36 @@ class Adapter:
         """The pairs' module names."""
         return [pair.name for pair in self.pairs]
 
+    @property
+    def is_of_flow(self) -> bool:
+        """Whether it is for a flow transformer."""
+        return any(name.startswith("lora_transformer_") for name in self.modules())
+
     def modules(self) -> set[str]:
-        """Names of all modules that it changes, those with shifts alone too."""
+        """Names of all modules that it changes, by a pair or a shift."""
         return {each.name for each in (*self.pairs, *self.shifts)}
 
 
-def shown_base(base: str) -> str:
-    """How a header names a base model: of a path its last part, which holds no private folder."""
-    return Path(base).name if Path(base).exists() else base
+def base_name(base: str) -> str:
+    """A base model's name for a header; of a path only the last part, as folders are private."""
+    parts = base.split("@")
+    return "@".join(Path(part).name if Path(part).exists() else part for part in parts)
 
 
-def facts_of(adapter: Adapter) -> dict[str, str]:
-    """Our own facts as header entries."""
-    facts = asdict(adapter.info)
-    return {HEADER_PREFIX + key: value for key, value in facts.items() if value}
+def metadata_of(adapter: Adapter) -> dict[str, str]:
+    """The adapter's metadata as header entries with the prefix `rite_`."""
+    stated = asdict(adapter.info)
+    return {HEADER_PREFIX + key: value for key, value in stated.items() if value}
 
 
-def foreign_of(header: Mapping[str, str]) -> dict[str, str]:
-    """A header's entries that are not our own facts, without those that tell of its tensors."""
+def foreign_metadata(header: Mapping[str, str]) -> dict[str, str]:
+    """Other tools' entries of a header, without those that describe the file's own tensors."""
     own = {HEADER_PREFIX + item.name for item in fields(AdapterInfo)}
     return {key: value for key, value in header.items() if key not in own | set(_OF_TENSORS)}
 
 
 def info_of(header: Mapping[str, str]) -> AdapterInfo:
-    """The facts that a header states, in our words or in other tools'."""
+    """The metadata in a header, read from our keys or else from other tools'."""
     stated = {
         item.name: header.get(HEADER_PREFIX + item.name)
         or header.get(_FOREIGN.get(item.name, ""), "")
@@ -112,7 +118,7 @@ def info_of(header: Mapping[str, str]) -> AdapterInfo:
 
 
 def _are_concepts(text: str) -> bool:
-    """Whether a header's `concepts` are what a fusion writes: a header may hold anything."""
+    """Whether a header's `concepts` have the form that a fusion writes."""
     try:
         entries = json.loads(text or "[]")
     except (ValueError, RecursionError):

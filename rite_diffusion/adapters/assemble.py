@@ -1,4 +1,4 @@
-"""The tensors of an adapter file, by module and role, become checked updates of the modules."""
+"""LoRA pairs and shifts from the tensors of an adapter file, checked module by module."""
 
 import math
 from collections import Counter
@@ -13,7 +13,7 @@ from rite_diffusion.adapters import lycoris
 from rite_diffusion.errors import AdapterError
 from rite_diffusion.types import LoraPair, Shift
 
-# What makes a module's update -> the roles of its tensors.
+# Kind of update -> the roles of its tensors.
 KINDS = {
     "LoRA": {"down", "up", "mid"},
     "LoHa": {f"hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
@@ -27,7 +27,7 @@ VECTORS: dict[str, Literal["weight", "bias"]] = {
     "up_bias": "bias",
 }
 
-# How tensor names end -> what the tensor is. Tools mix them within one file.
+# Ending of a tensor's name -> its role. Tools mix these within one file.
 SUFFIXES = {
     ".lora_down.weight": "down",
     ".lora_up.weight": "up",
@@ -54,36 +54,36 @@ SUFFIXES = {
     for role in sorted(KINDS["LoHa"] | KINDS["LoKr"] | {"diff", "diff_b", "w_norm", "b_norm"})
 }
 
-# (module name, the factors' rank or None) -> its scale, where the file's configuration states it
+# (module name, rank of the factors or None) -> scale; None where no configuration states it
 Scale = Callable[[str, int | None], float | None]
 
 
 @dataclass
 class Findings:
-    """What had to be assumed, and what is there beside LoRA."""
+    """Counts of what a user should know about a file: missing alphas and updates beside LoRA."""
 
     without_alpha: int = 0
     stray_alphas: int = 0
-    kinds: Counter[str] = field(default_factory=Counter)  # modules of kinds other than LoRA
-    rank: int = 0  # the largest of theirs
+    kinds: Counter[str] = field(default_factory=Counter)  # modules by kind, LoRA left out
+    rank: int = 0  # the largest that such a module needs as a LoRA
 
     def notes(self) -> tuple[str, ...]:
-        """The findings in words."""
+        """One line for each finding."""
         notes = []
         if self.without_alpha:
             notes.append(
                 f"{self.without_alpha} modules state no alpha: taken as alpha = rank (scale 1)"
             )
         if self.stray_alphas:
-            notes.append(f"{self.stray_alphas} alphas belong to no factors: left out")
+            notes.append(f"{self.stray_alphas} alphas have no factors: left out")
         if self.kinds:
             listed = ", ".join(f"{count} of {kind}" for kind, count in self.kinds.items())
-            notes.append(f"modules that are no LoRA: {listed}; exact as LoRA of rank {self.rank}")
+            notes.append(f"modules that are not LoRA: {listed}; exact as LoRA of rank {self.rank}")
         return tuple(notes)
 
 
 def split_key(key: str) -> tuple[str, str] | None:
-    """Stem and role of a tensor's name; None where it ends like nothing known."""
+    """Stem and role of a tensor's name; None where its ending is unknown."""
     for suffix, role in SUFFIXES.items():
         if key.endswith(suffix):
             return key.removesuffix(suffix), role
@@ -93,7 +93,11 @@ def split_key(key: str) -> tuple[str, str] | None:
 def assemble(
     modules: Mapping[str, Mapping[str, Tensor]], stated: Scale
 ) -> tuple[list[LoraPair], list[Shift], Findings]:
-    """Checked updates of the modules' tensors by role, in the order of names."""
+    """LoRA pairs and shifts, sorted by module name, from each module's tensors by role.
+
+    `stated` returns a scale that the file's configuration states. AdapterError names the module
+    whose tensors are incomplete, do not fit, or are not finite.
+    """
     pairs, shifts, findings = list[LoraPair](), list[Shift](), Findings()
     for name in sorted(modules):
         parts = modules[name]
@@ -117,7 +121,7 @@ def _refuse_inert(pairs: list[LoraPair], shifts: list[Shift]) -> None:
     inert = all(not (p.up.any() and p.down.any()) and p.magnitude is None for p in pairs)
     if pairs and inert and not any(shift.values.any() for shift in shifts):
         raise AdapterError(
-            f"the `up` factors of all {len(pairs)} modules are zero: it changes nothing, so its "
+            f"the `up` factors of all {len(pairs)} modules are zero, so it changes nothing: its "
             "training never began or was not saved"
         )
 
@@ -135,19 +139,19 @@ def _check_numbers(name: str, parts: Mapping[str, Tensor]) -> None:
 
 
 def _kind(name: str, parts: Mapping[str, Tensor]) -> str:
-    """What makes the module's update; empty where nothing but vectors or an alpha is there."""
+    """The kind of the module's update; empty where it has only vectors or an alpha."""
     if "diff" in parts and parts["diff"].ndim == 1:
         parts = {role: part for role, part in parts.items() if role != "diff"}
     kinds = [kind for kind, roles in KINDS.items() if parts.keys() & roles]
     if len(kinds) > 1:
-        raise AdapterError(f"{name} is {' and '.join(kinds)} at once, which no tool reads")
+        raise AdapterError(f"{name} has tensors of {' and '.join(kinds)}, which no tool reads")
     if not kinds and parts.keys() & {"dora_scale", "magnitude"}:
-        raise AdapterError(f"{name} has DoRA norms and no factors. Get the file again")
+        raise AdapterError(f"{name} has DoRA norms but no factors. Get the file again")
     return kinds[0] if kinds else ""
 
 
 def _scale(name: str, kind: str, parts: Mapping[str, Tensor], stated: Scale) -> float | None:
-    """What the factors' product is multiplied by; None where it has to be assumed."""
+    """The factor on the product of the factors; None where it has to be assumed."""
     alpha = _alpha(name, parts)
     if kind in ("", "whole difference"):
         return 1.0
@@ -163,7 +167,7 @@ def _scale(name: str, kind: str, parts: Mapping[str, Tensor], stated: Scale) -> 
 
 
 def _alpha(name: str, parts: Mapping[str, Tensor]) -> float | None:
-    """A scalar of any shape and numeric type."""
+    """The module's alpha, a scalar of any shape and numeric type; None where it has none."""
     if "alpha" not in parts:
         return None
     if parts["alpha"].numel() != 1:
@@ -175,7 +179,7 @@ def _alpha(name: str, parts: Mapping[str, Tensor]) -> float | None:
 
 
 def _pair(name: str, kind: str, parts: Mapping[str, Tensor], scale: float) -> LoraPair:
-    """The module's update as LoRA factors, exact for every kind."""
+    """The module's update as a LoRA pair, exact for every kind."""
     if kind == "LoRA":
         down, up = _factors(name, parts)
     else:
@@ -193,7 +197,7 @@ def _factors(name: str, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     down, up = parts["down"].float(), parts["up"].float()
     if "mid" in parts:
         down = _with_core(name, down, parts["mid"].float())
-    if {down.ndim, up.ndim} == {2, 4}:  # a 1x1 convolution's, one of them as a matrix
+    if {down.ndim, up.ndim} == {2, 4}:  # of a 1x1 convolution, with one factor as a matrix
         down, up = (part.reshape(*part.shape, *[1] * (4 - part.ndim)) for part in (down, up))
     fits = down.ndim == up.ndim and down.ndim in (2, 4) and up.shape[1] == down.shape[0]
     if not fits or (up.ndim == 4 and up.shape[2:] != (1, 1)):
@@ -203,7 +207,7 @@ def _factors(name: str, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _with_core(name: str, down: Tensor, core: Tensor) -> Tensor:
-    """A convolution's down (p, in, k, k) of LoCon's core (p, q, k, k) and down (q, in, 1, 1)."""
+    """LoCon's core (p, q, k, k) times its down (q, in, 1, 1): a down (p, in, k, k)."""
     fits = core.ndim == 4 and down.ndim in (2, 4) and down.shape[2:] in ((), (1, 1))
     if not fits or core.shape[1] != down.shape[0]:
         shapes = f"{tuple(core.shape)}, {tuple(down.shape)}"
@@ -212,7 +216,7 @@ def _with_core(name: str, down: Tensor, core: Tensor) -> Tensor:
 
 
 def _other_factors(name: str, kind: str, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Down and up of a LoHa, LoKr or whole difference."""
+    """Down and up of a LoHa, a LoKr or a whole difference."""
     try:
         if kind == "whole difference":
             product = _whole(parts["diff"])
@@ -229,17 +233,17 @@ def _other_factors(name: str, kind: str, parts: Mapping[str, Tensor]) -> tuple[T
 
 def _whole(difference: Tensor) -> lycoris.Product:
     if difference.ndim not in (2, 4):
-        raise ValueError(f"it changes a weight of shape {tuple(difference.shape)}")
+        raise ValueError(f"its shape is {tuple(difference.shape)}")
     return lycoris.whole(difference)
 
 
 def _is_three_by_three(name: str) -> bool:
-    """Whether the module is a convolution whose kernel (in * 9) factors may hold flat."""
+    """Whether the module is a 3x3 convolution; its factors may be stored flat, (r, in * 9)."""
     return name.endswith(("_conv1", "_conv2", "samplers_0_conv", "unet_conv_in", "unet_conv_out"))
 
 
 def _magnitude(name: str, parts: Mapping[str, Tensor], outputs: int) -> Tensor | None:
-    """DoRA's norms (out,); PEFT keeps them flat or (1, out, 1, 1), LyCORIS as (out, 1, …)."""
+    """DoRA's norms (out,); files have them as (out,), (1, out, 1, 1) or (out, 1, …)."""
     vector = parts.get("magnitude", parts.get("dora_scale"))
     if vector is None:
         return None
@@ -253,18 +257,18 @@ def _magnitude(name: str, parts: Mapping[str, Tensor], outputs: int) -> Tensor |
 
 
 def _shifts(name: str, parts: Mapping[str, Tensor], scale: float | None) -> list[Shift]:
-    """What is added to the module's bias or, of a norm, to its weight."""
+    """Differences of the module's bias and, where it is a norm, of its weight."""
     vectors = {role: parts[role].float() for role in VECTORS if role in parts}
     if "diff" in parts and parts["diff"].ndim == 1:
         vectors["diff"] = parts["diff"].float()
-    if "up_bias" in vectors:  # behind `up`, so the scale counts
+    if "up_bias" in vectors:  # part of `up`, so the scale multiplies it
         vectors["up_bias"] = vectors["up_bias"] * (1.0 if scale is None else scale)
     shifts = {}
     for role, values in vectors.items():
         place = VECTORS.get(role, "weight")
         if place in shifts:
-            raise AdapterError(f"the difference of {name}'s {place} is there twice")
+            raise AdapterError(f"the file holds two differences of {name}'s {place}")
         if values.ndim != 1:
-            raise AdapterError(f"the {role} of {name} is {tuple(values.shape)}, no vector")
+            raise AdapterError(f"the {role} of {name} is {tuple(values.shape)}, not a vector")
         shifts[place] = Shift(name, place, values)
     return list(shifts.values())

@@ -1,7 +1,11 @@
-"""LoRA layers and learned words into a base model and out; the base's own weights never change.
+"""Attach adapters to a base model and detach them; the base's own weights never change.
 
-PEFT makes the layers. Several adapters live side by side, each with its own weight, which scales
-its layers and never its words.
+PEFT's LoRA layers wrap the base's layers and hold the factors of all attached adapters; their
+outputs add up. An adapter's weight scales its layers and shifts, not its learned embeddings.
+
+PEFT's public calls inject, activate, scale, cast and delete adapters. The factors themselves are
+read and written in `lora_A` and `lora_B`: `get_peft_model_state_dict` gives detached copies, and
+training needs the parameters; `set_peft_model_state_dict` skips names that it does not know.
 """
 
 import re
@@ -9,7 +13,13 @@ import warnings
 from dataclasses import replace
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig
+from peft.functional import (
+    cast_adapter_dtype,
+    delete_adapter,
+    inject_adapter_in_model,
+    set_adapter,
+)
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -34,13 +44,12 @@ from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import AdapterError
 from rite_diffusion.types import LoraPair
 
-OTHER_BASE_BITS = 8  # more of a fingerprint's 64 bits than rounding or fine-tuning change
+OTHER_BASE_BITS = 8  # rounding and fine-tuning change at most so many of a fingerprint's 64 bits
 
 
-def _inner(component: nn.Module, path: str) -> nn.Module:
-    """The module at a path, or the layer that LoRA wraps there."""
-    module = component.get_submodule(path)
-    return module.base_layer if isinstance(module, LoraLayer) else module
+def base_layer(module: nn.Module) -> nn.Module:
+    """The base's own layer: the module itself, or the layer that LoRA wraps."""
+    return module.get_base_layer() if isinstance(module, LoraLayer) else module
 
 
 def _weight(layer: nn.Module) -> nn.Parameter:
@@ -49,8 +58,8 @@ def _weight(layer: nn.Module) -> nn.Parameter:
     return weight
 
 
-def places(backbone: Backbone) -> dict[str, tuple[str, str]]:
-    """Module name in files -> (component, path) of every layer that LoRA can adapt."""
+def adaptable_layers(backbone: Backbone) -> dict[str, tuple[str, str]]:
+    """The layers that LoRA can adapt, as module name in files -> (component, path)."""
     return {
         module_name(component, path): (component, path)
         for component, module in backbone.components.items()
@@ -60,39 +69,45 @@ def places(backbone: Backbone) -> dict[str, tuple[str, str]]:
 
 
 def base_layers(backbone: Backbone) -> list[tuple[str, str]]:
-    """Component and path of every layer and norm, CLIP's paths with their `text_model` level."""
-    return [split_path(name) for name in (*places(backbone), *norm_names(backbone))]
+    """(component, path) of every layer and norm; paths in CLIP include the level `text_model`."""
+    return [split_path(name) for name in (*adaptable_layers(backbone), *norm_names(backbone))]
 
 
 def base_weights(backbone: Backbone) -> dict[str, Tensor]:
-    """Module name in files -> the base's own weight, of every layer that LoRA can adapt."""
+    """The base's weights that LoRA can adapt, as module name in files -> weight (out, in, …)."""
     return {
-        name: _weight(_inner(backbone.components[component], path)).detach()
-        for name, (component, path) in places(backbone).items()
+        name: _weight(base_layer(backbone.components[component].get_submodule(path))).detach()
+        for name, (component, path) in adaptable_layers(backbone).items()
     }
 
 
 def _layers(component: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Paths and layers of a component as they were before any LoRA was put in."""
-    found = []
-    for path, module in component.named_modules():
-        if isinstance(module, LoraLayer):
-            found.append((path, module.base_layer))
-        elif not any(part in path for part in (".lora_", ".base_layer")):
-            found.append((path, module))
-    return found
+    """Paths and modules of a component as they are without any adapter."""
+    return [
+        (path, base_layer(module))
+        for path, module in component.named_modules()
+        if not any(part in path for part in (".lora_", ".base_layer"))
+    ]
 
 
 def _inject(config: LoraConfig, component: nn.Module, name: str) -> None:
-    with warnings.catch_warnings():  # that a second adapter joins a first is what is wanted
+    with warnings.catch_warnings():  # PEFT warns when a component gets a second adapter
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
         inject_adapter_in_model(config, component, adapter_name=name)
+
+
+def _adapter_names(component: nn.Module) -> list[str]:
+    """Names of a component's adapters in the order in which they were attached."""
+    return list(getattr(component, "peft_config", {}))
 
 
 def inject(
     backbone: Backbone, name: str, targets: dict[str, list[str]], rank: int, alpha: float
 ) -> None:
-    """Add fresh trainable LoRA layers, `down` random and `up` zero, at paths per component."""
+    """Add trainable LoRA layers to the modules at the `targets`, component -> paths.
+
+    `down` is Gaussian and `up` zero; both are fp32, also over a base in half precision.
+    """
     for component, paths in targets.items():
         config = LoraConfig(
             r=rank,
@@ -101,13 +116,11 @@ def inject(
             init_lora_weights="gaussian",
         )
         _inject(config, backbone.components[component], name)
-    for layer in lora_layers(backbone, name).values():  # fp32 over a base in half precision too
-        layer.lora_A[name].float()
-        layer.lora_B[name].float()
+        cast_adapter_dtype(backbone.components[component], name)
 
 
 def lora_layers(backbone: Backbone, name: str) -> dict[str, LoraLayer]:
-    """Module name -> the LoRA layer there that holds the adapter `name`."""
+    """The LoRA layers that hold the adapter `name`, by module name in files."""
     return {
         module_name(component, path): module
         for component, root in backbone.components.items()
@@ -117,7 +130,7 @@ def lora_layers(backbone: Backbone, name: str) -> dict[str, LoraLayer]:
 
 
 def read_pairs(backbone: Backbone, name: str) -> list[LoraPair]:
-    """The factors of an attached adapter: the live parameters, not copies."""
+    """The factors of an attached adapter: the model's parameters themselves, not copies."""
     return [_read(module, layer, name) for module, layer in lora_layers(backbone, name).items()]
 
 
@@ -129,8 +142,11 @@ def _read(module: str, layer: LoraLayer, name: str) -> LoraPair:
 
 
 def check_fit(backbone: Backbone, adapter: Adapter) -> dict[str, tuple[str, str]]:
-    """Where each pair belongs; AdapterError where the adapter was not made for this model."""
-    known = places(backbone)
+    """The (component, path) of each pair, by the pair's name.
+
+    AdapterError where the model lacks a module or has it in another shape.
+    """
+    known = adaptable_layers(backbone)
     missing = [pair.name for pair in adapter.pairs if pair.name not in known]
     if missing:
         raise AdapterError(
@@ -140,9 +156,9 @@ def check_fit(backbone: Backbone, adapter: Adapter) -> dict[str, tuple[str, str]
         )
     for pair in adapter.pairs:
         component, path = known[pair.name]
-        weight = _weight(_inner(backbone.components[component], path))
+        weight = _weight(base_layer(backbone.components[component].get_submodule(path)))
         shape = (pair.up.shape[0], *pair.down.shape[1:])
-        if without_ones(shape) != without_ones(tuple(weight.shape)):
+        if as_matrix_shape(shape) != as_matrix_shape(tuple(weight.shape)):
             raise AdapterError(
                 f"{pair.name} is for weights {shape}, {backbone.name} has {tuple(weight.shape)}: "
                 f"the adapter was made for another base model ({adapter.info.base or 'unnamed'})."
@@ -150,15 +166,15 @@ def check_fit(backbone: Backbone, adapter: Adapter) -> dict[str, tuple[str, str]
     return {pair.name: known[pair.name] for pair in adapter.pairs}
 
 
-def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """A weight's shape; a matrix and a 1x1 convolution have the same."""
+def as_matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A weight's shape; that of a 1x1 convolution is given as a matrix's."""
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
 def check_base(backbone: Backbone, adapter: Adapter) -> None:
-    """AdapterError, with both names, where the adapter was trained on another base model.
+    """Raise AdapterError where the adapter was trained on another base model.
 
-    A model that was fine-tuned from the adapter's base counts as that base.
+    A model that was fine-tuned from the adapter's base counts as the same.
     """
     made_for = adapter.info.base_fingerprint
     if is_other_base(made_for, backbone.fingerprint):
@@ -170,15 +186,12 @@ def check_base(backbone: Backbone, adapter: Adapter) -> None:
 
 
 def is_other_base(one: str, other: str) -> bool:
-    """Whether two fingerprints are of models that have nothing to do with each other.
-
-    An empty one, of a file that does not say, fits every model.
-    """
+    """Whether two fingerprints belong to unrelated models; an empty one matches every model."""
     return bool(one and other) and _differing_bits(one, other) > OTHER_BASE_BITS
 
 
 def _differing_bits(one: str, other: str) -> int:
-    """In how many of 64 bits two fingerprints differ; all, where one is none."""
+    """Number of bits, of 64, in which two fingerprints differ; 64 where one is not hexadecimal."""
     if not all(re.fullmatch(r"[0-9a-f]{16}", each) for each in (one, other)):
         return 0 if one == other else 64
     return (int(one, 16) ^ int(other, 16)).bit_count()
@@ -186,9 +199,9 @@ def _differing_bits(one: str, other: str) -> int:
 
 @torch.no_grad()
 def attach(backbone: Backbone, adapter: Adapter, name: str, weight: float = 1.0) -> None:
-    """Put an adapter into the model under a name, at a weight; all attached adapters add up.
+    """Attach an adapter under a name, at a weight; the updates of all attached adapters add up.
 
-    Everything is checked first: an AdapterError leaves the model as it was.
+    AdapterError, before the model changes, where the adapter does not fit it or the name is taken.
     """
     if not name.isidentifier():
         raise AdapterError(f"adapter name {name!r} is not a plain word")
@@ -218,7 +231,7 @@ def attach(backbone: Backbone, adapter: Adapter, name: str, weight: float = 1.0)
 
 
 def _injected(pair: LoraPair) -> LoraPair:
-    """The pair as PEFT is to hold it: a DoRA's scale is within its own layers."""
+    """The pair that PEFT is given; a DoRA is injected as a LoRA of scale 1, see `make_dora`."""
     return pair if pair.magnitude is None else replace(pair, scale=1.0, magnitude=None)
 
 
@@ -235,28 +248,43 @@ def set_weight(backbone: Backbone, name: str, weight: float) -> None:
 
 
 def _activate(backbone: Backbone) -> None:
-    """Make every attached adapter count."""
+    """Make every attached adapter act, frozen."""
     for root in backbone.components.values():
-        for module in root.modules():
-            if isinstance(module, LoraLayer):
-                module.set_adapter(list(module.lora_A), inference_mode=True)
+        set_adapter(root, _adapter_names(root), inference_mode=True)
+
+
+def train_beside(backbone: Backbone, frozen: str, trained: str) -> None:
+    """Make two adapters act at once, the first without gradients and the second with them."""
+    for root in backbone.components.values():
+        names = [name for name in (frozen, trained) if name in _adapter_names(root)]
+        if names:
+            set_adapter(root, names)
+    for layer in lora_layers(backbone, frozen).values():
+        for factor in (layer.lora_A[frozen], layer.lora_B[frozen]):
+            factor.requires_grad_(False)
 
 
 def detach(backbone: Backbone, name: str) -> None:
-    """Take an adapter out; a layer that holds no other becomes the base's own again."""
+    """Remove an adapter; a layer without other adapters is the base's own again."""
     for root in backbone.components.values():
-        wrapped = [(p, m) for p, m in root.named_modules() if isinstance(m, LoraLayer)]
-        for path, module in wrapped:
-            if name in module.lora_A:
-                module.delete_adapter(name)
-            if not module.lora_A:
-                parent, _, leaf = path.rpartition(".")
-                setattr(root.get_submodule(parent), leaf, module.base_layer)
-        configs = getattr(root, "peft_config", {})
-        configs.pop(name, None)
-        if not configs and wrapped:
-            del root.peft_config
+        if name in _adapter_names(root):
+            delete_adapter(root, name, prefix="lora_")
+            _forget(root, name)
     remove_shifts(backbone, name)
     remove_embeddings(backbone, name)
     backbone.triggers.pop(name, None)
     _activate(backbone)
+
+
+def _forget(root: nn.Module, name: str) -> None:
+    """Unwrap layers without adapters and drop the adapter's configuration from a component.
+
+    PEFT's `delete_adapter` leaves both; its `unload` needs a PeftModel and removes all adapters.
+    """
+    for path, module in list(root.named_modules()):
+        if isinstance(module, LoraLayer) and not module.lora_A:
+            root.set_submodule(path, module.get_base_layer())
+    configs: dict[str, LoraConfig] = root.peft_config  # pyright: ignore[reportAssignmentType]
+    del configs[name]
+    if not configs:
+        del root.peft_config

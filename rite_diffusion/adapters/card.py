@@ -1,4 +1,4 @@
-"""A model card: what a hub shows of an adapter, from what its header states."""
+"""An adapter's model card for a hub, made from its metadata."""
 
 import json
 from shlex import quote
@@ -10,7 +10,7 @@ _UNSTATED = "not stated"
 
 
 def card(adapter: Adapter, file_name: str) -> str:
-    """The text of a README.md with a hub's front matter, for a file of that name."""
+    """The text of a README.md with a hub's YAML front matter; `file_name` is the adapter's."""
     info = adapter.info
     trigger, noun = _plain(info.trigger), _plain(info.class_noun)
     prompt = f"a {trigger}" if trigger else "a prompt"
@@ -36,7 +36,7 @@ def card(adapter: Adapter, file_name: str) -> str:
 
 
 def _front_matter(adapter: Adapter) -> list[str]:
-    """YAML that hubs read; every value as a JSON string, which is YAML too."""
+    """The YAML block that hubs read; values are quoted as JSON, which is valid YAML."""
     info = adapter.info
     facts = {"base_model": info.base if "/" in info.base else "", "instance_prompt": info.trigger}
     stated = [f"{key}: {json.dumps(value)}" for key, value in facts.items() if value]
@@ -62,7 +62,7 @@ def _table(adapter: Adapter) -> list[str]:
 
 
 def _plain(value: str) -> str:
-    """A header's text, which may come from anywhere, on one line."""
+    """A header's text on one line, without backticks and control codes."""
     return printable(" ".join(value.replace("`", "").split()))
 
 
@@ -76,7 +76,7 @@ def _base_option(base: str) -> str:
 
 
 def _diffusers(file_name: str, base: str) -> list[str]:
-    """How plain diffusers loads it, where the base is one that it can open by its name."""
+    """Python code that loads it with diffusers, where the base is a hub id."""
     if "/" not in base:
         return []
     return [

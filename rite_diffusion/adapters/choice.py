@@ -13,11 +13,11 @@ from rite_diffusion.files.writing import reading, user_path
 
 @dataclass(frozen=True)
 class Record:
-    """How a picture names an adapter that it was drawn with."""
+    """An adapter in a picture's metadata."""
 
     file: str
     weight: float
-    sha256: str  # the first 16 hex digits of the file's
+    sha256: str  # of the file: the first 16 hex digits
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,10 @@ class Chosen:
     path: Path
     adapter: Adapter
     weight: float
-    names: dict[str, str] = field(default_factory=dict)  # of words that others had before it
+    names: dict[str, str] = field(default_factory=dict)  # learned embeddings renamed: old -> new
 
     def record(self) -> Record:
-        """The adapter as a picture names it; a PEFT folder's files are hashed in their order."""
+        """The entry for a picture's metadata; a PEFT folder's files are hashed in name order."""
         digest = hashlib.sha256()
         files = self.path.rglob("*.safetensors") if self.path.is_dir() else [self.path]
         for file in sorted(files):
@@ -40,7 +40,11 @@ class Chosen:
 
 
 def choose_adapters(wanted: Sequence[str | Path]) -> list[Chosen]:
-    """The adapters of `FILE` or `FILE:WEIGHT` items; a learned word that two have is renamed."""
+    """The adapters of `FILE` or `FILE:WEIGHT` items, in their order.
+
+    A learned embedding whose word an earlier adapter has is renamed. AdapterError for a file that
+    is not an adapter and for a weight outside -10 to 10.
+    """
     chosen, taken = list[Chosen](), set[str]()
     for item in wanted:
         path, weight = split_weight(str(item))
@@ -53,12 +57,12 @@ def choose_adapters(wanted: Sequence[str | Path]) -> list[Chosen]:
 
 
 def notes(chosen: Sequence[Chosen]) -> list[str]:
-    """What a user should know of the adapters before they act, line by line."""
+    """Lines for the user about renamed embeddings and adapters without effect."""
     return [*_renamings(chosen), *_without_effect(chosen)]
 
 
 def _renamings(chosen: Sequence[Chosen]) -> list[str]:
-    """A line for each word that goes by another name than in its file."""
+    """A line for each learned embedding that was renamed."""
     return [
         f"{each.path.name}: its {old} is called {new} here, as another adapter has that word"
         for each in chosen
@@ -67,9 +71,9 @@ def _renamings(chosen: Sequence[Chosen]) -> list[str]:
 
 
 def _without_effect(chosen: Sequence[Chosen]) -> list[str]:
-    """A line for each adapter that its weight or alphas of 0 leave without effect, or parts of it.
+    """A line for each adapter whose layers, or some of them, have a weight or alpha of 0.
 
-    Learned words act at any weight, and a DoRA's norms at any alpha.
+    Learned embeddings act at any weight, and a DoRA's norms at any alpha.
     """
     lines = []
     for each in chosen:
@@ -85,8 +89,8 @@ def _without_effect(chosen: Sequence[Chosen]) -> list[str]:
     return lines
 
 
-def literal_words(chosen: Sequence[Chosen]) -> list[str]:
-    """The words of adapters that prompts take literally: learned ones and triggers."""
+def protected_words(chosen: Sequence[Chosen]) -> list[str]:
+    """Words of the adapters that prompts keep whole: learned embeddings and triggers."""
     words = [[*words_of(each.adapter), *each.adapter.info.triggers()] for each in chosen]
     return [word for own in words for word in own]
 

@@ -1,4 +1,4 @@
-"""What a pair does to its layer's weight, as plain tensor mathematics."""
+"""The weight update of a LoRA pair, as functions of tensors."""
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def adapted_weight(pair: LoraPair, weight: Tensor) -> Tensor:
 
 
 def gains(pair: LoraPair, weight: Tensor) -> Tensor:
-    """What a DoRA multiplies each output's weights W + delta W with, m / |W + delta W|, (out,)."""
+    """A DoRA's factors (out,) on the rows of W + delta W: m / |W + delta W|."""
     assert pair.magnitude is not None
     full = weight.detach().float()
     delta = delta_weight(pair).to(full)
@@ -35,7 +35,7 @@ def gains(pair: LoraPair, weight: Tensor) -> Tensor:
 
 def _gains(magnitude: Tensor, moved: Tensor) -> Tensor:
     norm = torch.linalg.norm(moved.flatten(1), dim=1)
-    return torch.where(norm > 0, magnitude / norm, 1.0)  # an output without weights stays without
+    return torch.where(norm > 0, magnitude / norm, 1.0)  # a row of zeros stays zero
 
 
 def relative_difference(found: Tensor, wanted: Tensor) -> float:

@@ -1,13 +1,12 @@
-"""DoRA in the model as a LoRA of full rank, so that whatever scales a LoRA scales all of it.
+"""DoRA layers for PEFT's LoRA, built so that an adapter's weight scales the whole update.
 
-What a DoRA adds to a weight W (Liu et al. 2024, Eq. 5) is, with D = scale * up @ down and a gain
-g = m / |W + D| for each output,
+The update of a weight W (Liu et al. 2024, Eq. 5), with D = scale * up @ down and a gain
+g = m / |W + D| per output, is a LoRA of full rank:
 
     m (W + D) / |W + D| - W  =  g D + (g - 1) W  =  [scale * g * up | g - 1] [down ; W]
 
-so the layers here pass the base's own product W x beside the low-rank one. PEFT's DoRA has the
-scale inside the norm, and takes the output of adapters before it for W x: neither its weight nor
-several at once would act on the update.
+`DoraDown` computes down x and W x, `DoraUp` combines them. PEFT's own DoRA is not used: its weight
+acts inside the norm, and with several adapters it takes the output of earlier ones for W x.
 """
 
 import torch
@@ -25,17 +24,17 @@ class DoraDown(nn.Module):
     def __init__(self, down: nn.Module, base: nn.Linear | nn.Conv2d):
         super().__init__()
         self.down = down
-        self._base = (base,)  # not a part of its own: the base's weights are listed once
+        self._base = (base,)  # a tuple hides it from PyTorch: parameters are listed once
 
     @property
     def weight(self) -> nn.Parameter:
-        """The factor `down`, whose type PEFT asks for."""
+        """The factor `down`; PEFT reads its dtype."""
         weight = self.down.weight
         assert isinstance(weight, nn.Parameter)
         return weight
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Low-rank product first, then the base's without its bias."""
+        """Down x, then W x without the base's bias, joined along the channels."""
         [base] = self._base
         cast = inputs.to(base.weight.dtype)
         if isinstance(base, nn.Linear):
@@ -47,7 +46,7 @@ class DoraDown(nn.Module):
 
 
 class DoraUp(nn.Module):
-    """[scale * g * up | g - 1] of what `DoraDown` gives: the update's output."""
+    """[scale * g * up | g - 1] times the output of `DoraDown`: the update's output."""
 
     gain: Tensor  # (out,) or (out, 1, 1)
     magnitude: Tensor  # (out,)
@@ -71,7 +70,7 @@ class DoraUp(nn.Module):
         return weight
 
     def forward(self, both: Tensor) -> Tensor:
-        """The update's output at weight 1."""
+        """The update's output (…, out) or (B, out, h, w) at weight 1."""
         low, whole = both.split(*self._split)
         gain = self.gain.to(both.dtype)
         return self.scale * gain * self.up(low) + (gain - 1) * whole
@@ -82,8 +81,8 @@ def _channels(base: nn.Module) -> int:
 
 
 def make_dora(layer: LoraLayer, name: str, pair: LoraPair) -> None:
-    """Turn PEFT's LoRA of scale 1, which holds the pair's factors, into the pair's DoRA."""
-    base = layer.base_layer
+    """Replace the factors of a PEFT layer, a LoRA of scale 1, by the pair's DoRA."""
+    base = layer.get_base_layer()
     assert isinstance(base, nn.Linear | nn.Conv2d)
     layer.lora_A[name] = DoraDown(layer.lora_A[name], base)
     layer.lora_B[name] = DoraUp(layer.lora_B[name], pair, base)

@@ -1,8 +1,8 @@
-"""Which layout an adapter's base has: what other tools call its modules depends on it.
+"""The family of an adapter's base model, "sd" or "sdxl", on which other tools' names depend.
 
-Stable Diffusion 1 and 2 have four levels, XL has three; many modules are called alike in both. What
-tells them apart is, in this order: modules that one of them alone has, what the header or the
-spelling of names in a file says, and the published models' widths.
+Stable Diffusion 1 and 2 have four levels, XL has three; many modules have the same name in both.
+The family is found by, in this order: modules that only one of them has, the file's header, the
+spelling of names in the file, and the widths of the published models.
 """
 
 import re
@@ -17,13 +17,13 @@ _ONLY_XL = re.compile(r"lora_te2_|lora_unet_(add_embedding_|.*_transformer_block
 _ONLY_SD = re.compile(
     r"lora_unet_(down_blocks_(3|0_attentions|2_downsamplers)|up_blocks_(3|2_attentions|2_upsampl))"
 )
-# Entries of kohya's and of ModelSpec's headers, and how their values begin.
 _STATED_OURS: dict[str, Family] = {"sd": "sd", "sdxl": "sdxl"}
+# Keys of kohya's and of ModelSpec's headers -> beginnings of their values.
 _STATED: dict[str, dict[str, Family]] = {
     "ss_base_model_version": {"sdxl": "sdxl", "sd_v": "sd", "sd_1": "sd", "sd_2": "sd"},
     "modelspec.architecture": {"stable-diffusion-xl": "sdxl", "stable-diffusion-v": "sd"},
 }
-# Keys with dots as underscores. Kohya spells SDXL's UNet as Stability's code does, and no other.
+# Tensor names with dots as underscores. Kohya uses the names of Stability's code for SDXL alone.
 _SPELT: dict[str, Family] = {
     r"(.*_)?output_blocks_2_1_conv_": "sd",
     r"(.*_)?output_blocks_2_2_conv_": "sdxl",
@@ -43,20 +43,20 @@ _TEXT_STATES: dict[int, Family] = {768: "sd", 1024: "sd", 2048: "sdxl"}
 
 
 def family_of(adapter: Adapter) -> Family | None:
-    """The layout that an adapter's base has; None where nothing tells."""
+    """The family of an adapter's base; None where it cannot be found."""
     found = _STATED_OURS.get(adapter.info.family) or _by_modules(adapter.modules())
     if found is not None:
         return found
     return next((family for pair in adapter.pairs if (family := _by_width(pair))), None)
 
 
-def family_of_base(backbone: Backbone) -> Family:
-    """The layout of a base model."""
-    return "sdxl" if "text_encoder_2" in backbone.components else "sd"
+def family_of_base(backbone: Backbone) -> str:
+    """The family of a base model."""
+    return backbone.family
 
 
 def family_of_file(header: Mapping[str, str], keys: Iterable[str]) -> Family | None:
-    """What a file's header, else the spelling of its tensors' names, says of its base."""
+    """The family that a file's header states, else the one that its tensors' names suggest."""
     for entry, beginnings in _STATED.items():
         for beginning, family in beginnings.items():
             if header.get(entry, "").startswith(beginning):
@@ -76,7 +76,7 @@ def _by_modules(names: Iterable[str]) -> Family | None:
 
 
 def _by_width(pair: LoraPair) -> Family | None:
-    """The family whose published model has a layer of this name and these inputs or outputs."""
+    """The family whose published model has a layer of this name and width; None for neither."""
     outputs, inputs = pair.up.shape[0], pair.down.shape[1]
     if pair.name.endswith(("attn2_to_k", "attn2_to_v")):
         return _TEXT_STATES.get(inputs)

@@ -1,7 +1,8 @@
-"""The adapter file: one `.safetensors` in kohya's names, learned tokens, and a header of facts.
+"""The adapter file: one `.safetensors` with kohya's names, learned embeddings and metadata.
 
-ComfyUI, A1111 and diffusers read it where it holds no tokens. Files of all dialects are read, and
-everything is checked before it touches a model.
+Of a flow transformer it has diffusers' names and no alphas, which diffusers and ComfyUI both read.
+ComfyUI, A1111 and diffusers read it where it holds no learned embeddings. Files of all dialects are
+read, and checked completely.
 """
 
 from pathlib import Path
@@ -21,13 +22,20 @@ __all__ = [
 
 
 def save_adapter(path: str | Path, adapter: Adapter) -> None:
-    """Write the file atomically: a reader sees the old one or the new one, whole."""
-    tensors = kohya.tensors_of(adapter) | embeddings.own_tensors(adapter)
-    write_tensors(Path(path), tensors, kohya.header_of(adapter))
+    """Write the adapter as one `.safetensors`, atomically: readers see the old file or the new.
+
+    AdapterError where a tensor is not finite.
+    """
+    own = diffusers if adapter.is_of_flow else kohya
+    tensors = own.tensors_of(adapter) | embeddings.own_tensors(adapter)
+    write_tensors(Path(path), tensors, own.header_of(adapter))
 
 
 def load_adapter(path: str | Path) -> Adapter:
-    """The adapter in a file or a PEFT folder; AdapterError says what is wrong with any other."""
+    """The adapter in a `.safetensors` file of any dialect, or in a PEFT folder.
+
+    AdapterError where it is missing, damaged, or not an adapter that can be read.
+    """
     path = Path(path)
     if path.is_dir():
         tensors, header, configs = peft.read_folder(path)

@@ -1,4 +1,4 @@
-"""An adapter's learned words: into a model, out of it, and by another name where one is taken."""
+"""An adapter's learned embeddings: attached to a model, removed, and renamed where words clash."""
 
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -13,7 +13,7 @@ from rite_diffusion.errors import AdapterError
 
 
 def words_of(adapter: Adapter) -> dict[str, list[Tensor]]:
-    """Word -> its vectors (layers, vectors, width) for each text encoder that it has them for."""
+    """Word -> its learned embedding (layers, vectors, width) for each text encoder."""
     words: dict[str, list[Tensor]] = {}
     for word, rows in sorted(adapter.tokens.items()):  # "<w>" comes before "<w>@2"
         words.setdefault(word.removesuffix(SECOND), []).append(rows)
@@ -21,7 +21,7 @@ def words_of(adapter: Adapter) -> dict[str, list[Tensor]]:
 
 
 def tokens_of(words: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-    """An adapter's `tokens` of words with their vectors for each text encoder."""
+    """The inverse of `words_of`: an adapter's `tokens`."""
     return {
         word + SECOND * number: rows.detach()
         for word, encoders in words.items()
@@ -30,7 +30,7 @@ def tokens_of(words: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
 
 
 def check_embeddings(backbone: Backbone, adapter: Adapter) -> None:
-    """AdapterError where the model has no room for one of the adapter's words."""
+    """AdapterError where an embedding does not fit the model, or its word is taken."""
     widths = [table.shape[1] for table in backbone.token_tables]
     layers = (1, len(backbone.cross_attentions))
     taken = {word.lower(): each.adapter for word, each in backbone.embeddings.items()}
@@ -47,7 +47,7 @@ def check_embeddings(backbone: Backbone, adapter: Adapter) -> None:
                 f"{backbone.name} has {layers[1]}: it was made for another base model."
             )
         if word.lower() in taken:
-            raise AdapterError(f"adapter '{taken[word.lower()]}' has the word '{word}' already")
+            raise AdapterError(f"adapter '{taken[word.lower()]}' already has the word '{word}'")
 
 
 def _listed(numbers: list[int]) -> str:
@@ -55,20 +55,20 @@ def _listed(numbers: list[int]) -> str:
 
 
 def add_embeddings(backbone: Backbone, adapter: Adapter, name: str) -> None:
-    """Let prompts say the words of an adapter that is attached under a name."""
+    """Make an adapter's learned embeddings available to prompts."""
     for word, rows in words_of(adapter).items():
         here = [each.to(backbone.device) for each in rows]
         backbone.embeddings[word] = LearnedEmbedding(name, lambda here=here: here)
 
 
 def remove_embeddings(backbone: Backbone, name: str) -> None:
-    """Forget the words that came with an adapter."""
+    """Remove the learned embeddings of an adapter."""
     for word in [word for word, each in backbone.embeddings.items() if each.adapter == name]:
         del backbone.embeddings[word]
 
 
 def free_names(words: Collection[str], taken: Collection[str]) -> dict[str, str]:
-    """Those of the words that are taken -> a name that is not: `<dog>` -> `<dog-2>`."""
+    """A new name for each word that is taken: `<dog>` -> `<dog-2>`."""
     used = {word.lower() for word in taken} | {word.lower() for word in words}
     found = {}
     for word in words:
@@ -81,7 +81,7 @@ def free_names(words: Collection[str], taken: Collection[str]) -> dict[str, str]
 
 
 def renamed(adapter: Adapter, names: dict[str, str]) -> Adapter:
-    """The adapter with some of its words, in its trigger too, by other names."""
+    """The adapter with words renamed, old -> new, in its embeddings and its trigger."""
     if not names:
         return adapter
     words = {names.get(word, word): rows for word, rows in words_of(adapter).items()}

@@ -1,7 +1,7 @@
-"""LyCORIS's other factorisations (Yeh et al. 2024) as LoRA factors, exactly.
+"""LyCORIS's LoHa and LoKr (Yeh et al. 2024) as LoRA factors, exactly.
 
-A Hadamard or Kronecker product of low-rank matrices is a low-rank matrix, and its factors follow
-from theirs: nothing is cut and no SVD is taken.
+The Hadamard or Kronecker product of low-rank matrices is a low-rank matrix whose factors follow
+from theirs, so no SVD is needed and nothing is lost.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ Parts = Mapping[str, Tensor]
 class Product:
     """An update left @ right of a weight (out, in, *kernel).
 
-    `left` is (out, r), `right` (r, in * k * k); `kernel` is () where the file does not tell it.
+    `left` is (out, r), `right` (r, in * k * k); `kernel` is () where the file does not state it.
     """
 
     left: Tensor
@@ -36,7 +36,7 @@ class Product:
 
 
 def whole(weight: Tensor) -> Product:
-    """A dense (out, in) or (out, in, k, k): one factor is the identity."""
+    """A dense update (out, in) or (out, in, k, k) as a product with the identity."""
     matrix = weight.float().flatten(1)
     identity = torch.eye(min(matrix.shape))
     wide = matrix.shape[0] <= matrix.shape[1]
@@ -45,7 +45,7 @@ def whole(weight: Tensor) -> Product:
 
 
 def loha(parts: Parts) -> Product:
-    """(A1 B1) * (A2 B2), elementwise: columns and rows of the factors multiply pairwise.
+    """(A1 B1) * (A2 B2), elementwise; columns of A1 and A2, rows of B1 and B2 multiply pairwise.
 
     Raises KeyError where a factor is missing, ValueError where they do not fit.
     """
@@ -62,7 +62,7 @@ def loha(parts: Parts) -> Product:
 
 
 def lokr(parts: Parts) -> Product:
-    """The Kronecker product W1 (x) W2, of which W2 alone may have a kernel.
+    """The Kronecker product W1 (x) W2; only W2 may have a kernel.
 
     (L1 R1) (x) (L2 R2) = (L1 (x) L2) (R1 (x) R2). Raises as `loha` does.
     """
@@ -77,13 +77,13 @@ def lokr(parts: Parts) -> Product:
 
 
 def _kron(one: Tensor, two: Tensor) -> Tensor:
-    """The Kronecker product of matrices; `torch.kron` wants them contiguous."""
+    """The Kronecker product of matrices; `torch.kron` needs them contiguous."""
     product = one[:, None, :, None] * two[None, :, None, :]
     return product.flatten(2).flatten(0, 1)
 
 
 def _is_full(one: Product, two: Product, out: int, inputs: int) -> bool:
-    """Whether the product of the ranks is none that saves anything."""
+    """Whether the product of the two ranks is at least the full rank of the weight."""
     if out * inputs > LARGEST:
         raise ValueError(f"it would be a weight of {out} x {inputs}")
     return len(one.right) * len(two.right) >= min(out, inputs)
@@ -95,14 +95,14 @@ def _as_whole(matrix: Tensor, kernel: tuple[int, ...]) -> Product:
 
 
 def _factor(parts: Parts, start: str, core: str = "") -> Product:
-    """One of the two matrices: whole, of two factors, or of two and a convolution's core.
+    """One of the two matrices: stored whole, as two factors, or as two factors and a core.
 
-    Of a core (p, q, k, k) the factors are (p, out) and (q, in).
+    A core (p, q, k, k), for a convolution, has factors (p, out) and (q, in).
     """
     if start in parts:
         weight = parts[start]
         if {f"{start}_a", f"{start}_b", core} & parts.keys():
-            raise ValueError(f"{start} is there whole and in factors")
+            raise ValueError(f"{start} is stored both whole and as factors")
         if weight.ndim not in (2, 4):
             raise ValueError(f"{start} is {tuple(weight.shape)}")
         return whole(weight)
@@ -121,7 +121,7 @@ def _factor(parts: Parts, start: str, core: str = "") -> Product:
 
 
 def factor_rank(parts: Parts) -> int | None:
-    """The inner rank that alpha is divided by; None where a LoKr's factors are both whole."""
+    """The rank that alpha is divided by; None where both matrices of a LoKr are whole."""
     for key in ("lokr_w2_b", "lokr_w1_b", "hada_w1_b"):
         if key in parts:
             return parts[key].shape[0]

@@ -1,10 +1,10 @@
-"""What adapter files call a model's modules.
+"""Names of a model's modules in adapter files.
 
 Inside the toolkit a module's name is `<component's prefix><diffusers path, dots as underscores>`,
 the same for every model: `lora_unet_down_blocks_1_attentions_0_…_to_q`, `lora_te2_text_model_…`.
-Files of other tools spell it otherwise; SDXL files use the UNet's names in Stability's own code
-("SGM"): `input_blocks_4_1_…`. Every Stable Diffusion has two residual blocks per level, so that a
-level spans three input blocks and three output blocks.
+Other tools' files have other names; SDXL files use the UNet's names in Stability's own code
+("SGM"): `input_blocks_4_1_…`. Every Stable Diffusion has two residual blocks per level, so a level
+has three input blocks and three output blocks.
 """
 
 import re
@@ -12,19 +12,33 @@ from typing import Literal
 
 from rite_diffusion.errors import AdapterError
 
-PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
+PREFIXES = {
+    "unet": "lora_unet_",
+    "text_encoder": "lora_te_",
+    "text_encoder_2": "lora_te2_",
+    "transformer": "lora_transformer_",
+}
 
 Family = Literal["sd", "sdxl"]
 
-# Names within a path that hold an underscore themselves, and those that do not.
+# Parts of a path with an underscore in them, and parts without.
 _LONG = """add_embedding conv_in conv_norm_out conv_out conv_shortcut down_blocks emb_layers
 final_layer_norm in_layers input_blocks k_proj label_emb layer_norm1 layer_norm2 linear_1 linear_2
 mid_block middle_block out_layers out_proj output_blocks position_embedding proj_in proj_out
 q_proj self_attn skip_connection text_model text_projection time_emb_proj time_embed
 time_embedding to_k to_out to_q to_v token_embedding transformer_blocks up_blocks v_proj""".split()
+# The same of flow transformers.
+_LONG += """adaLN_modulation add_k_proj add_q_proj add_v_proj all_final_layer all_x_embedder
+cap_embedder context_embedder context_refiner feed_forward ff_context final_layer img_in img_mlp
+img_mod layerwise_blocks linear_3 linear_in linear_out noise_refiner norm1_context norm_out
+proj_mlp refiner_blocks single_transformer_blocks t_embedder text_embedder text_fusion time_embed
+time_mod_proj time_text_embed timestep_embedder to_add_out to_gate to_qkv_mlp_proj txt_in txt_mlp
+txt_mod x_embedder""".split()
 _SHORT = """attentions attn1 attn2 conv conv1 conv2 downsamplers embeddings encoder fc1 fc2 ff
 layers mlp net norm norm1 norm2 norm3 op out proj resnets upsamplers""".split()
-_WORD = re.compile(rf"(?:{'|'.join([*_LONG, *_SHORT])}|\d+)(?=_|$)")
+_SHORT += "attention attn down gate linear projector up w1 w2 w3 2-1".split()
+_PARTS = sorted({*_LONG, *_SHORT}, key=len, reverse=True)
+_WORD = re.compile(rf"(?:{'|'.join(_PARTS)}|\d+)(?=_|$)")
 
 _RESNET = {
     "norm1": "in_layers_0",
@@ -48,12 +62,14 @@ _FROM_STEMS = {theirs: ours for ours, theirs in _STEMS.items()}
 
 
 def module_name(component: str, path: str) -> str:
-    """The toolkit's name of the module at a path, dotted or flat, of a component.
+    """The toolkit's name of a component's module at a path, dotted or flat.
 
-    transformers >= 5.6 dropped the level `text_model` from CLIP; names keep it.
+    transformers >= 5.6 dropped the level `text_model` from CLIP's paths; names keep it.
     """
     flat = path.replace(".", "_")
-    if component != "unet" and flat.startswith(("encoder_", "embeddings_", "final_layer_norm")):
+    if component.startswith("text") and flat.startswith(
+        ("encoder_", "embeddings_", "final_layer_norm")
+    ):
         flat = f"text_model_{flat}"
     return PREFIXES[component] + flat
 
@@ -63,7 +79,7 @@ def split_name(name: str) -> tuple[str, str]:
     for component, prefix in PREFIXES.items():
         if name.startswith(prefix):
             return component, name.removeprefix(prefix)
-    raise AdapterError(f"module '{name}' is of no component of Stable Diffusion")
+    raise AdapterError(f"module '{name}' belongs to no component of a base model")
 
 
 def split_path(name: str) -> tuple[str, str]:
@@ -73,15 +89,17 @@ def split_path(name: str) -> tuple[str, str]:
 
 
 def dotted(flat: str) -> str:
-    """The dotted path of a flat one: AdapterError where a part is none of Stable Diffusion's."""
+    """The dotted path of a flat one; AdapterError where a part is of no known base model."""
     path = ".".join(_WORD.findall(flat))
     if path.replace(".", "_") != flat:
-        raise AdapterError(f"'{flat}' is no module of Stable Diffusion, so its path is not known")
+        raise AdapterError(
+            f"'{flat}' is not a module of a known base model, so its path is unknown"
+        )
     return path
 
 
 def to_sgm(flat: str, family: Family) -> str:
-    """The SGM name, flat, of a UNet module; names without a counterpart stay."""
+    """The flat SGM name of a UNet module; a name without a counterpart is returned as it is."""
     if flat in _STEMS:
         return _STEMS[flat]
     if found := re.fullmatch(r"mid_block_(resnets|attentions)_(\d)_(.+)", flat):
@@ -101,7 +119,7 @@ def to_sgm(flat: str, family: Family) -> str:
 
 
 def from_sgm(flat: str) -> str:
-    """The diffusers name, flat, of a UNet module that may be named as in SGM."""
+    """The flat diffusers name of a UNet module named as in SGM; other names stay as they are."""
     if flat in _FROM_STEMS:
         return _FROM_STEMS[flat]
     if found := re.fullmatch(r"middle_block_([012])_(.+)", flat):

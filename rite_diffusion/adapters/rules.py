@@ -1,7 +1,7 @@
-"""Which tensor names other tools look for, written from their models' side.
+"""The tensor names that other tools look up, derived from a model's layers.
 
-The dialects parse a file's names; these maps are made the other way, by walking a model's layers as
-the tool does and spelling the name it looks up for each. So they prove a file that a dialect wrote.
+The dialects parse the names in a file. These maps go the other way: for each layer of a model they
+give the name that the tool looks up. Exports are verified with them, independently of the dialect.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,9 +12,8 @@ from torch import Tensor
 from rite_diffusion.adapters.names import Family
 from rite_diffusion.types import LoraPair
 
-Layer = tuple[
-    str, str
-]  # component, dotted path as in diffusers, CLIP's with its `text_model` level
+# (component, dotted path as in diffusers; paths in CLIP include the level `text_model`)
+Layer = tuple[str, str]
 
 VECTORS = {".w_norm": "weight", ".b_norm": "bias", ".diff_b": "bias"}
 _LEVELS = {"sd": (1, 1, 1, 0), "sdxl": (0, 2, 10)}  # transformer blocks in each level of the UNet
@@ -42,7 +41,7 @@ _CLIP_LAYERS = 32  # of the largest text encoder
 
 
 def sgm_paths(family: Family) -> dict[str, str]:
-    """The diffusers path of each of a UNet's layers -> its path in Stability's own code."""
+    """Diffusers path -> path in Stability's own code (SGM), for every layer of a UNet."""
     levels = _LEVELS[family]
     paths = dict(_ends(family))
     block = 1  # input block 0 is conv_in
@@ -96,7 +95,7 @@ def _renamed(start: str, sgm: str, names: Iterable[tuple[str, str]]) -> dict[str
 
 
 def published_layers(family: Family) -> list[Layer]:
-    """The layers of Stable Diffusion 1 and 2, or of SDXL, as they were published."""
+    """The layers of the published Stable Diffusion 1 and 2, or of SDXL."""
     unet = [("unet", path) for path in sgm_paths(family)]
     encoders = ["text_encoder", "text_encoder_2"] if family == "sdxl" else ["text_encoder"]
     clip = [
@@ -111,7 +110,7 @@ def published_layers(family: Family) -> list[Layer]:
 
 
 def kohya_map(layers: Iterable[Layer], family: Family) -> dict[str, Layer]:
-    """The stem that kohya's tools look up for each layer."""
+    """Stem -> layer, for the stems that kohya's tools look up."""
     sgm = sgm_paths(family) if family == "sdxl" else {}
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te", "text_encoder_2": "lora_te2"}
     if family == "sdxl":
@@ -123,7 +122,7 @@ def kohya_map(layers: Iterable[Layer], family: Family) -> dict[str, Layer]:
 
 
 def comfyui_map(layers: Iterable[Layer], family: Family) -> dict[str, Layer]:
-    """The stems that ComfyUI looks up for each layer that its UNet has; several for some."""
+    """Stem -> layer, for the stems that ComfyUI looks up; some layers have several."""
     sgm = sgm_paths(family)
     known = {}
     for component, path in layers:
@@ -144,21 +143,21 @@ def comfyui_map(layers: Iterable[Layer], family: Family) -> dict[str, Layer]:
 
 
 def diffusers_map(layers: Iterable[Layer], family: Family) -> dict[str, Layer]:
-    """The stem that diffusers looks up for each layer."""
+    """Stem -> layer, for the stems that diffusers looks up."""
     return {f"{component}.{path}": (component, path) for component, path in layers}
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a tool reads of a file, by layer."""
+    """What a tool reads from a file, by layer."""
 
     pairs: dict[Layer, LoraPair]
-    vectors: dict[tuple[Layer, str], Tensor]  # (layer, weight or bias) -> its difference
-    skipped: list[str]  # tensors that it has no layer for
+    vectors: dict[tuple[Layer, str], Tensor]  # (layer, "weight" or "bias") -> difference
+    skipped: list[str]  # names of tensors that match no layer
 
 
 def read_by_map(tensors: Mapping[str, Tensor], known: Mapping[str, Layer]) -> Reading:
-    """What a tool with this map reads, alpha from its tensor, and the keys it skips."""
+    """What a tool with this map reads from a file; alpha counts only as a tensor."""
     found, vectors, used = {}, {}, set()
     for stem, layer in known.items():
         for down, up, vector in (

@@ -1,7 +1,7 @@
-"""Shifts of biases and norm weights into a base model and out; the base's values never change.
+"""Attach and detach shifts of biases and norm weights; the base's own values never change.
 
-A parametrization computes value = base + sum over adapters of weight * difference, so that weights
-may change at any time and taking an adapter out leaves nothing behind.
+A parametrization computes value = base + sum over adapters of weight * difference, so weights can
+change at any time and detaching an adapter restores the base exactly.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ class Shifted(nn.Module):
         self.weights: dict[str, float] = {}
 
     def forward(self, base: Tensor) -> Tensor:
-        """The base's vector with every adapter's difference at its weight."""
+        """The base's vector plus every adapter's difference times its weight."""
         value = base.float()
         for name, difference in self.differences.items():
             value = value + self.weights[name] * difference.to(base.device)
@@ -38,11 +38,11 @@ class Shifted(nn.Module):
 
 
 def modules_of(backbone: Backbone) -> dict[str, nn.Module]:
-    """Module name in files -> every module whose bias or norm weight can be shifted."""
+    """The modules whose bias or norm weight can be shifted, by module name in files."""
     found = {}
     for component, root in backbone.components.items():
         for path, module in root.named_modules():
-            inner = module.base_layer if isinstance(module, LoraLayer) else module
+            inner = module.get_base_layer() if isinstance(module, LoraLayer) else module
             if not any(part in path for part in (".lora_", ".base_layer", "parametrizations")):
                 if isinstance(inner, nn.Linear | nn.Conv2d | nn.LayerNorm | nn.GroupNorm):
                     found[module_name(component, path)] = inner
@@ -50,13 +50,13 @@ def modules_of(backbone: Backbone) -> dict[str, nn.Module]:
 
 
 def norm_names(backbone: Backbone) -> list[str]:
-    """Names of the modules that hold vectors alone."""
+    """Names of the norms, which have vectors only."""
     norms = (nn.LayerNorm, nn.GroupNorm)
     return [name for name, module in modules_of(backbone).items() if isinstance(module, norms)]
 
 
 def check_shifts(backbone: Backbone, shifts: Sequence[Shift]) -> None:
-    """AdapterError where the model lacks one of the vectors or has it in another shape."""
+    """AdapterError where the model lacks a vector or has it in another shape."""
     known = modules_of(backbone) if shifts else {}
     for shift in shifts:
         vector = getattr(known.get(shift.name), shift.parameter, None)
@@ -68,7 +68,7 @@ def check_shifts(backbone: Backbone, shifts: Sequence[Shift]) -> None:
 
 
 def add_shifts(backbone: Backbone, shifts: Sequence[Shift], name: str) -> None:
-    """Put an adapter's shifts in under a name, at weight 1."""
+    """Attach an adapter's shifts under a name, at weight 1."""
     known = modules_of(backbone) if shifts else {}
     for shift in shifts:
         module = known[shift.name]
@@ -80,20 +80,20 @@ def add_shifts(backbone: Backbone, shifts: Sequence[Shift], name: str) -> None:
 
 
 def set_shift_weight(backbone: Backbone, name: str, weight: float) -> None:
-    """Change the weight of an adapter's shifts."""
+    """Set the weight of an adapter's shifts."""
     for _, _, place in _places(backbone):
         if name in place.weights:
             place.weights[name] = weight
 
 
 def has_shifts(backbone: Backbone, name: str) -> bool:
-    """Whether an adapter of that name shifts anything."""
+    """Whether an adapter of that name has shifts in the model."""
     return any(name in place.weights for _, _, place in _places(backbone))
 
 
 @torch.no_grad()
 def remove_shifts(backbone: Backbone, name: str) -> None:
-    """Take an adapter's shifts out; a vector that no other shifts is the base's own again."""
+    """Remove an adapter's shifts; a vector without other shifts is the base's own again."""
     for module, parameter, place in _places(backbone):
         place.weights.pop(name, None)
         place.differences.pop(name, None)

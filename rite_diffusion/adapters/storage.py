@@ -1,4 +1,4 @@
-"""Safetensors files on the disk: read with every check that needs no meaning, written whole."""
+"""Safetensors files: read with checks of their format, written atomically."""
 
 import json
 import struct
@@ -23,9 +23,9 @@ def write_tensors(
     header: dict[str, str],
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write tensors in a precision, scalars in fp32, with a header, atomically.
+    """Write tensors in `dtype`, scalars in fp32, and a header, atomically.
 
-    AdapterError where a number is too large for the precision.
+    AdapterError where a number is too large for `dtype`.
     """
     ready = {
         key: value.detach().to("cpu", dtype if value.ndim else torch.float32).contiguous()
@@ -34,7 +34,7 @@ def write_tensors(
     for key, value in ready.items():
         if not torch.isfinite(value).all():
             raise AdapterError(f"{key} holds numbers that are too large for {dtype_name(dtype)}")
-    write_output(path, with_sorted_facts(save(ready, {"format": "pt"} | header)))
+    write_output(path, with_sorted_metadata(save(ready, {"format": "pt"} | header)))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -43,16 +43,16 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def dtype_of(tensors: Mapping[str, Tensor]) -> torch.dtype:
-    """The precision of a file: half where all but its scalars have that one, else fp32."""
+    """The dtype that all tensors but scalars have in common; fp32 where they differ."""
     found = {value.dtype for value in tensors.values() if value.numel() > 1}
     [only] = found if len(found) == 1 else [torch.float32]
     return only if only in DTYPES.values() else torch.float32
 
 
-def with_sorted_facts(content: bytes) -> bytes:
-    """A safetensors file's bytes with its header's facts in the order of their names.
+def with_sorted_metadata(content: bytes) -> bytes:
+    """A safetensors file's bytes with the header's metadata sorted by key.
 
-    safetensors writes them in another order each time, so that equal files would differ.
+    safetensors writes it in a random order, so that equal files would have different bytes.
     """
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
@@ -63,7 +63,7 @@ def with_sorted_facts(content: bytes) -> bytes:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a file; AdapterError says what is wrong with any other file."""
+    """Tensors and metadata of a file; AdapterError where it is missing or damaged."""
     header = read_header(path)
     try:
         return load_file(path), header
@@ -72,7 +72,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """The header's facts, after the checks that need no tensor."""
+    """A file's metadata; AdapterError where the file or its header is damaged."""
     if not path.is_file():
         raise AdapterError(f"no adapter file {path}. Pass the path of a .safetensors file.")
     with reading(path, AdapterError), path.open("rb") as stream:
@@ -80,7 +80,9 @@ def read_header(path: Path) -> dict[str, str]:
         _refuse_other_formats(path, start)
         size = struct.unpack("<Q", start[:8])[0]
         if size > path.stat().st_size - 8:
-            raise AdapterError(f"{path} is no safetensors file or cut off. Get the file again.")
+            raise AdapterError(
+                f"{path} is not a safetensors file, or it is cut off. Get the file again."
+            )
         if size > MAX_HEADER:
             raise AdapterError(
                 f"{path} has a header of {size:,} bytes; the format allows {MAX_HEADER:,}. "
@@ -96,10 +98,10 @@ def read_header(path: Path) -> dict[str, str]:
         raise AdapterError(
             f"{path} names the tensor {error} twice, which no tool writes."
         ) from None
-    facts = (header.get("__metadata__") or {}) if isinstance(header, dict) else None
-    if not isinstance(facts, dict) or not all(isinstance(fact, str) for fact in facts.values()):
-        raise AdapterError(f"{path} has a damaged header (no facts). Get the file again.")
-    return facts
+    metadata = (header.get("__metadata__") or {}) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise AdapterError(f"{path} has a damaged header (no metadata). Get the file again.")
+    return metadata
 
 
 def _no_duplicates(items: list[tuple[str, object]]) -> dict[str, object]:
@@ -111,7 +113,7 @@ def _no_duplicates(items: list[tuple[str, object]]) -> dict[str, object]:
 
 
 def _refuse_other_formats(path: Path, start: bytes) -> None:
-    if start[8:9] == b"{":  # a header; its length before it may begin with any two bytes
+    if start[8:9] == b"{":  # a header; the length before it may look like another format's mark
         return
     if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise AdapterError(

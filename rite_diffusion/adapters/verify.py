@@ -1,4 +1,4 @@
-"""Exported files, loaded back by their target's own rules and compared with the original."""
+"""Verification of exports: loaded back by the target's rules or code, compared to the original."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,9 @@ from rite_diffusion.adapters.delta import delta_weight, relative_difference
 from rite_diffusion.adapters.dialects import comfyui, kohya
 from rite_diffusion.adapters.dialects.peft import path_of
 from rite_diffusion.adapters.families import family_of
-from rite_diffusion.adapters.names import PREFIXES, module_name, split_name
+from rite_diffusion.adapters.flow_rules import read_original
+from rite_diffusion.adapters.names import PREFIXES, dotted, module_name, split_name
+from rite_diffusion.adapters.native import known_family
 from rite_diffusion.adapters.rules import (
     Layer,
     Reading,
@@ -30,37 +32,45 @@ from rite_diffusion.errors import AdapterError
 from rite_diffusion.types import LoraPair
 
 MAPS = {"kohya": kohya_map, "comfyui": comfyui_map, "diffusers": diffusers_map}
-# Relative; the scale's product is rounded to the precision that is written.
+# Largest relative difference of a delta W: files round the factors to this precision.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What loading an export back showed."""
+    """The result of loading an export back."""
 
-    reader: str  # by whose rules or code it was read
+    reader: str  # whose rules or code read it
     modules: int
     difference: float  # largest relative difference of a module's delta W
 
 
 def check_family(adapter: Adapter, target: str) -> None:
-    """AdapterError where the names to write depend on the base, and nothing tells which it is."""
+    """AdapterError where the target's names depend on the family of the base, which is unknown."""
     stem_of = {"kohya": kohya.stem_of, "comfyui": comfyui.stem_of}.get(target)
+    if adapter.is_of_flow and stem_of is not None:
+        known_family(adapter)
+        return
     if stem_of is None or family_of(adapter) is not None:
         return
     unclear = [n for n in adapter.names() if stem_of(n, "sd") != stem_of(n, "sdxl")]
     if unclear:
         raise AdapterError(
-            f"{target} calls {len(unclear)} of {len(adapter.names())} modules otherwise for Stable "
-            f"Diffusion 1 and 2 than for XL (first: {unclear[0]}), and the file does not tell for "
-            "which it was made: pass its base model with --base."
+            f"{target} has other names for {len(unclear)} of {len(adapter.names())} modules in "
+            f"Stable Diffusion 1 and 2 than in XL (first: {unclear[0]}), and the file does not "
+            "state its base model: pass it with --base."
         )
 
 
 def verify_by_map(
     original: Adapter, path: Path, target: str, layers: Iterable[Layer] | None = None
 ) -> Verification:
-    """Read the file by the target's map of a model's layers; the published models' by default."""
+    """Read the file by the target's map of `layers`, by default those of the published models.
+
+    AdapterError where a tensor is not read, or the update differs from the original's.
+    """
+    if original.is_of_flow:
+        return _verify_flow(original, path, target)
     family = family_of(original) or "sd"
     known = MAPS[target](layers or published_layers(family), family)
     tensors, _ = read_tensors(path)
@@ -76,8 +86,23 @@ def verify_by_map(
     return compare(original, pairs, f"{target}'s map of names")
 
 
+def _verify_flow(original: Adapter, path: Path, target: str) -> Verification:
+    """The same for a flow transformer, whose layers may be fused in the file."""
+    tensors, _ = read_tensors(path)
+    pairs = [(dotted(split_name(pair.name)[1]), pair) for pair in original.pairs]
+    family = known_family(original) if target != "diffusers" else ""
+    read = read_original(tensors, family, target, pairs)
+    worst = max(relative_difference(read[path], delta_weight(pair)) for path, pair in pairs)
+    if not worst <= TOLERANCE[original.dtype]:
+        raise AdapterError(
+            f"{target} reads the update with a relative difference of {worst:.2g}: the export "
+            "would not act as the original and was not written."
+        )
+    return Verification(f"{target}'s map of names", len(pairs), worst)
+
+
 def _compare_vectors(original: Adapter, read: Reading, target: str) -> None:
-    """AdapterError where a shift of a bias or a norm did not come through to the bit."""
+    """AdapterError unless all differences of biases and norms are bitwise equal."""
     found = {(module_name(*layer), part): v for (layer, part), v in read.vectors.items()}
     wanted = {(shift.name, shift.parameter): shift.values for shift in original.shifts}
     same = found.keys() == wanted.keys()
@@ -86,7 +111,7 @@ def _compare_vectors(original: Adapter, read: Reading, target: str) -> None:
 
 
 def verify_in_peft(original: Adapter, folder: Path) -> Verification:
-    """Load the folders with PEFT into bare layers of the adapter's shapes."""
+    """Load the folders with PEFT into empty layers of the adapter's shapes, and compare."""
     found: dict[str, LoraPair] = {}
     for component in PREFIXES:
         pairs = {path_of(p.name): p for p in original.pairs if split_name(p.name)[0] == component}
@@ -97,7 +122,7 @@ def verify_in_peft(original: Adapter, folder: Path) -> Verification:
 
 
 def verify_in_diffusers(original: Adapter, path: Path, pipeline: Any) -> Verification:
-    """Load the file with a diffusers pipeline's own loader."""
+    """Load the file with a diffusers pipeline's own loader, and compare."""
     pipeline.load_lora_weights(str(path.parent), weight_name=path.name, use_safetensors=True)
     parts = {name: getattr(pipeline, name) for name in PREFIXES if name in pipeline.components}
     found = attached_pairs(parts)
@@ -106,7 +131,7 @@ def verify_in_diffusers(original: Adapter, path: Path, pipeline: Any) -> Verific
 
 
 def _bare_model(pairs: Mapping[str, LoraPair]) -> nn.Module:
-    """Modules at the pairs' paths, of their layers' shapes."""
+    """A module with a layer of each pair's shape at the pair's path."""
     root = nn.Module()
     for path, pair in pairs.items():
         *parents, leaf = path.split(".")
@@ -127,7 +152,7 @@ def _bare_layer(pair: LoraPair) -> nn.Module:
 
 
 def attached_pairs(components: Mapping[str, nn.Module]) -> dict[str, LoraPair]:
-    """The pairs that PEFT's layers in the components hold, of their one adapter."""
+    """The pairs of the only adapter in the components' PEFT layers, with their current scales."""
     found = {}
     for component, root in components.items():
         for path, layer in root.named_modules():
@@ -152,7 +177,7 @@ def _weight(layers: nn.ModuleDict, adapter: str) -> Tensor:
 
 
 def compare(original: Adapter, found: Mapping[str, LoraPair], reader: str) -> Verification:
-    """Delta W and norms module by module; AdapterError where any is missing or differs."""
+    """Compare delta W and norms module by module; AdapterError where one is missing or differs."""
     names = set(original.names())
     missing, extra = sorted(names - found.keys()), sorted(found.keys() - names)
     if missing or extra:

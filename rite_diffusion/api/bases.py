@@ -1,4 +1,4 @@
-"""Base models by name, opened for the adapters that go into them."""
+"""Base models, opened by name, with adapters attached."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,18 +13,19 @@ from rite_diffusion.generation.attached import attached_name
 
 
 def load_base(base: str = "pocket", precision: str | None = None) -> Backbone:
-    """The base model behind a name: `pocket`, a diffusers folder, a `.safetensors` or a hub id.
+    """The base model of a name: `pocket`, a diffusers folder, a `.safetensors` or a hub id.
 
     Weights are read in `precision` (fp32, fp16, bf16), by default fp16 on CUDA and fp32 elsewhere.
-    Raises BackboneError where there is none.
+    Raises BackboneError where it cannot be found or opened.
     """
     return load_backbone(base, precision)
 
 
 def open_base(base: str | Backbone | None, infos: Sequence[AdapterInfo]) -> Backbone:
-    """The base model; it defaults to the one that the adapters were made for, else to `pocket`.
+    """The base model; by default the first that the adapters record, else `pocket`.
 
-    A model that is open already comes back as it is.
+    An open model is returned unchanged. Raises AdapterError where the recorded base is a file or
+    folder that is not here, and BackboneError where the base cannot be opened.
     """
     if base is not None and not isinstance(base, str):
         return base
@@ -38,9 +39,9 @@ def open_base(base: str | Backbone | None, infos: Sequence[AdapterInfo]) -> Back
 def open_with_adapters(
     base: str | None, adapters: list[Chosen], other_base: bool = False
 ) -> Backbone:
-    """The base model with the adapters attached; it defaults to the base they were made for.
+    """The base model of `open_base` with the adapters attached.
 
-    AdapterError where they were trained on another base, unless `other_base` accepts it.
+    Raises AdapterError for adapters of another base, unless `other_base` accepts them.
     """
     backbone = open_base(base, [each.adapter.info for each in adapters])
     for index, chosen in enumerate(adapters):

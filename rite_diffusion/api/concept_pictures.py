@@ -1,4 +1,4 @@
-"""Pictures of each concept of a fusion: by its adapter alone, by all added up, by the fused one."""
+"""Pictures for the report of a fusion: each concept before and after."""
 
 from PIL.Image import Image
 
@@ -15,7 +15,7 @@ SHOWN = 2  # pictures of each concept in a report
 def draw_concepts(
     backbone: Backbone, members: list[Member], fused: Adapter, seed: int
 ) -> list[ConceptPictures]:
-    """Each member's concept by its adapter alone, by all added up, and by the fused adapter."""
+    """Pictures of each concept by its adapter alone, by all attached, and by the fused one."""
     prompts = [_shown_prompt(member) for member in members]
     alone = [_draw(backbone, [(m.adapter, m.weight)], [p], seed)[0]
              for m, p in zip(members, prompts, strict=True)]  # fmt: skip
@@ -28,7 +28,7 @@ def _shown_prompt(member: Member) -> str:
     triggers = member.adapter.info.triggers()
     if not triggers:
         assert member.sketch is not None  # made with prompts of its own
-        return member.sketch.facts.prompts.splitlines()[0]
+        return member.sketch.metadata.prompts.splitlines()[0]
     return f"a {triggers[0]} on a blue background"
 
 

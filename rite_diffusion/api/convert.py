@@ -1,4 +1,4 @@
-"""An adapter file in another tool's dialect, proven by loading it back."""
+"""Conversion of adapter files to the dialects of other tools, checked by loading them."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +26,8 @@ from rite_diffusion.files.writing import (
     check_outputs,
     file_output,
     folder_output,
+    staging_folder,
     user_path,
-    workplace,
 )
 from rite_diffusion.fusion.loss import ALLOWED, cut_adapter
 from rite_diffusion.generation.denoise import sample
@@ -38,14 +38,14 @@ STEPS = 4  # of the pictures that are compared
 
 @dataclass(frozen=True)
 class Export:
-    """What a conversion wrote and what proves it."""
+    """The files that a conversion wrote, and the results of its checks."""
 
     adapter: Adapter  # the original
     dtype: str  # in which it was written: fp32, fp16 or bf16
     path: Path  # the file, or PEFT's folder
     embeddings: list[Path]
     checks: list[Verification]
-    lossy: dict[str, float]  # what was lost -> its relative error
+    lossy: dict[str, float]  # description of a loss -> its relative error
     pixels: int | None  # largest difference of two pictures, 0 to 255; None without a base
 
 
@@ -61,15 +61,15 @@ def convert(
     overwrite: bool = False,
     allow_loss: bool = False,
 ) -> Export:
-    """Write an adapter of any dialect in the dialect `to`, and load it back by its rules.
+    """Write an adapter of any dialect in the dialect `to`, and check the file by loading it.
 
-    `out` defaults to a name beside the file; learned words go into a folder of embedding files
-    beside it. What is there under a name that was not asked for is replaced with `overwrite` alone.
-    With a base, real libraries load the export and two pictures are compared. `dtype` (fp32, fp16,
-    bf16) defaults to the file's. Updates of a larger rank than `rank` are cut to it: `lossy` of
-    the result tells the error, of which more than 1 % is refused unless `allow_loss`.
-    `published_pickle` reads a .pth of Mix-of-Show, Custom Diffusion or A1111 without running
-    anything in it. Raises RiteError, and writes nothing, where the export would not act as that.
+    `out` defaults to a name beside the file; learned embeddings go into a folder of files beside
+    it. Existing files under default names are replaced only with `overwrite`. With a base, the
+    libraries of the dialect load the export, and two pictures are compared. `dtype` (fp32, fp16,
+    bf16) defaults to the file's. Updates of a rank above `rank` are truncated to it; a relative
+    error above 1 % (`lossy` of the result) is refused unless `allow_loss`. `published_pickle` reads
+    a .pth of Mix-of-Show, Custom Diffusion or A1111 without running anything in it. Raises
+    RiteError, and writes nothing, where the export would act differently.
     """
     if to not in DIALECTS:
         raise AdapterError(f"no dialect '{to}': choose one of {', '.join(DIALECTS)}")
@@ -116,8 +116,8 @@ def _write_all(
     backbone: Backbone | None,
     base: str | None,
 ) -> list[Verification]:
-    """Write an export and the `files` of its embeddings, or nothing; returns what verified it."""
-    with workplace(target.parent) as folder:
+    """Write an export and the `files` of its embeddings, all or none; returns its checks."""
+    with staging_folder(target.parent) as folder:
         checks = _write(adapter, to, folder / target.name, backbone, base)
         made = embeddings.write(folder / "embeddings", adapter)
         (folder / target.name).replace(target)
@@ -130,7 +130,7 @@ def _write_all(
 def _embeddings_alone(
     adapter: Adapter, source: Path, out: str | Path | None, overwrite: bool
 ) -> Export:
-    """Embedding files of an adapter of learned embeddings alone: the same for every tool."""
+    """The export of an adapter that has learned embeddings only: files that every tool reads."""
     contents = embeddings.embedding_files(adapter)
     target = None if out is None else file_output(out, ".safetensors")
     if target is not None and len(contents) == 1:
@@ -148,7 +148,7 @@ def _embeddings_alone(
 
 
 def _cut(adapter: Adapter, rank: int | None) -> tuple[Adapter, dict[str, float]]:
-    """The adapter in at most this rank, and what the export loses of it, in words."""
+    """The adapter truncated to a rank, and what the export loses, with relative errors."""
     lossy = _averaging(adapter)
     if rank is None:
         return adapter, lossy
@@ -187,7 +187,7 @@ def _is_empty_folder(path: Path) -> bool:
 
 
 def _as_wanted(adapter: Adapter, to: str, backbone: Backbone | None, dtype: str | None) -> Adapter:
-    """The adapter in the precision to write, and with the family of its base where that counts."""
+    """The adapter in the precision to write, with the family of its base where it is known."""
     precision = adapter.dtype if dtype is None else DTYPES[dtype]
     family = family_of_base(backbone) if backbone else family_of(adapter) or ""
     wanted = replace(adapter, dtype=precision, info=replace(adapter.info, family=family))
@@ -198,7 +198,7 @@ def _as_wanted(adapter: Adapter, to: str, backbone: Backbone | None, dtype: str 
 def _write(
     adapter: Adapter, to: str, path: Path, backbone: Backbone | None, base: str | None
 ) -> list[Verification]:
-    """Write the export and check it in every way that is at hand."""
+    """Write the export and return the results of all checks that are possible."""
     if not adapter.modules():
         raise AdapterError("the adapter holds no layers to convert")
     norms = [pair.name for pair in adapter.pairs if pair.magnitude is not None]
@@ -218,12 +218,12 @@ def _write(
 
 
 def _loses_dora(adapter: Adapter, to: str) -> bool:
-    """Diffusers' loaders for Stable Diffusion drop the DoRA norms of kohya's files."""
+    """Whether diffusers would drop DoRA norms: its loaders do, of kohya's files."""
     return to == "kohya" and any(pair.magnitude is not None for pair in adapter.pairs)
 
 
 def _pixel_difference(backbone: Backbone, original: Adapter, export: Adapter) -> int:
-    """Largest difference, 0 to 255, between pictures with the one and with the other."""
+    """Largest difference, 0 to 255, between pictures drawn with each adapter."""
     prompt = f"a {original.info.trigger}".strip()
     one, other = (np.asarray(_picture(backbone, each, prompt), int) for each in (original, export))
     return int(np.abs(one - other).max())

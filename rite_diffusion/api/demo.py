@@ -1,4 +1,4 @@
-"""The demo: learn the example robot on the pocket base, draw it before and after, and measure."""
+"""The demo: train the example robot on the pocket base, with pictures before and after."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,25 +30,25 @@ SEEDS = [0, 1, 2]
 
 @dataclass(frozen=True)
 class DemoResult:
-    """The demo's files and figures: mean identity, and share of pictures that show the concept."""
+    """The demo's files and figures, before and after the training."""
 
     adapter: Path
     grid: Path
-    before: float
+    before: float  # mean identity: similarity to the photos, by the judge
     after: float
-    recognised_before: float
+    recognised_before: float  # share of pictures in which the judge sees the concept
     recognised_after: float
 
 
 def example_photos(name: str) -> Path:
-    """Folder of an example concept: inside the installed package, or beside it in a checkout."""
+    """Folder of an example concept: in the installed package, or beside it in a checkout."""
     package = Path(__file__).parents[1]
     installed = package / "examples" / "photos" / name
     return installed if installed.is_dir() else package.parent / "examples" / "photos" / name
 
 
 def prepare(out: Path, seed: int, observer: PlanObserver) -> tuple[Plan, Path]:
-    """The demo's plan, and a run folder that is still free."""
+    """The demo's plan, and a run folder that does not exist yet."""
     settings = {
         "photos": str(example_photos("robot")),
         "trigger": "<robot>",
@@ -60,7 +60,7 @@ def prepare(out: Path, seed: int, observer: PlanObserver) -> tuple[Plan, Path]:
     folders = [out, *(out.with_name(f"{out.name}-{i}") for i in range(2, 1000))]
     free = next((folder for folder in folders if not folder.exists()), None)
     if free is None:
-        raise RunError(f"{out} and its successors exist: delete them or choose another --out.")
+        raise RunError(f"{out}, {out.name}-2 and so on exist: delete some or choose another --out.")
     return plan_training(configure(settings, "pocket"), observer), free
 
 
@@ -70,7 +70,7 @@ def _pictures(plan: Plan) -> list[list[Image]]:
 
 
 def run(plan: Plan, out: Path, on_step: Callable[[StepReport], None]) -> DemoResult:
-    """Train, draw every prompt before and after, and write the grid."""
+    """Train, and draw every prompt before and after; returns figures and writes the grid."""
     before = _pictures(plan)
     path = run_training(plan, out, on_step)
     attach(plan.backbone, load_adapter(path), "demo")

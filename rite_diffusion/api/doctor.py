@@ -1,4 +1,4 @@
-"""What this machine has and what it lacks."""
+"""Facts about this machine: packages, devices, memory, disk."""
 
 import os
 import platform
@@ -23,7 +23,7 @@ OPTIONAL = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One fact, whether it is as it should be, and if not, what helps."""
+    """A fact about the machine; `remedy` says what to do where it is not `good`."""
 
     name: str
     text: str
@@ -76,7 +76,7 @@ def _devices() -> list[Finding]:
 
 
 def examine() -> list[Finding]:
-    """Everything worth knowing before a run, best read top to bottom."""
+    """All facts about the machine that matter for a training, in the order to show them."""
     free = shutil.disk_usage(Path.cwd()).free / 2**30
     pocket = (POCKET / "model_index.json").is_file()
     return [

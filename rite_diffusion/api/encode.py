@@ -21,12 +21,13 @@ def encode_photos(
     buckets: bool = False,
     cache: bool = True,
 ) -> LatentSet:
-    """The photos of a folder as latents with their captions, in memory.
+    """The photos of a folder as latents (C, h, w) with captions, in memory.
 
-    Pictures without a caption beside them are called by the default templates. `resolution` is in
-    pixels and defaults to the backbone's; with `buckets` pictures keep their shapes, else they are
-    cut to squares. Raises PhotoFolderError for a folder that cannot be trained on, and
-    ConfigError for a resolution that the backbone does not have.
+    Photos without a caption file get captions from the default templates. `resolution` is in pixels
+    and defaults to the backbone's; with `buckets` photos keep their shapes, else they are cropped
+    to squares. `cache` keeps latents on disk for the next call. Raises PhotoFolderError for a
+    folder that cannot be trained on, and ConfigError for a resolution that does not fit the
+    backbone.
     """
     concept = Concept(trigger, class_noun)
     templates = TrainConfig.model_fields["templates"].default

@@ -1,4 +1,4 @@
-"""Adapter files into one adapter file, with the report of what interferes."""
+"""Fusion of adapter files into one file, and the report of their conflicts."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -16,11 +16,11 @@ from rite_diffusion.api.concept_pictures import draw_concepts
 from rite_diffusion.api.sketch import with_sketches, with_statistics_of
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import FusionError
-from rite_diffusion.files.writing import check_outputs, file_output, say_on_stderr, write_output
+from rite_diffusion.files.writing import check_outputs, file_output, print_to_stderr, write_output
 from rite_diffusion.fusion.conflict_sheet import conflict_sheet
 from rite_diffusion.fusion.dora import as_plain, has_dora
-from rite_diffusion.fusion.loss import ALLOWED, described
-from rite_diffusion.fusion.members import Member, checked
+from rite_diffusion.fusion.loss import ALLOWED, describe_loss
+from rite_diffusion.fusion.members import Member, check_and_sort
 from rite_diffusion.fusion.merge import Merged, merge_with_loss, method_named
 from rite_diffusion.fusion.report import ConflictReport, report_on
 from rite_diffusion.fusion.settings import FusionOptions, FusionSettings, checked_settings
@@ -31,10 +31,10 @@ FUSED, SUFFIX = "fused.safetensors", ".safetensors"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What `fuse_and_report` made."""
+    """The files that `fuse_and_report` wrote, and the report."""
 
     adapter: Path
-    loss: float  # as in Forecast
+    loss: float  # as in FusionPreview
     report: ConflictReport
     json: Path
     sheet: Path
@@ -45,7 +45,7 @@ class FusionPreview:
     """The adapter that a fusion would write, its loss and its conflicts."""
 
     adapter: Adapter
-    loss: float  # relative Frobenius error of what a limit on the rank cuts off
+    loss: float  # relative Frobenius error from the limit on the rank
     report: ConflictReport
 
 
@@ -63,21 +63,19 @@ def fuse(
 ) -> Path:
     """Fuse adapters, `FILE` or `FILE:WEIGHT`, into one file and return its path.
 
-    `settings` are those of `FusionSettings`: `rank=8`, `preserve=0.5`. Methods that need statistics
-    take them from sketches beside the files, else from a few pictures that the base model draws;
-    `progress` is called with how many of how many are drawn. `out` defaults to `fused.safetensors`;
-    a file of a default name is replaced with `overwrite` alone. What a limit on the rank cuts off
-    is told on stderr, and refused above 1 % unless `allow_loss`. Raises RiteError before a file is
-    written.
+    `settings` are those of `FusionSettings`, such as `rank=8` or `preserve=0.5`. Methods that need
+    statistics take them from sketches beside the files, else from a few pictures that the base
+    model draws; `progress` is called with the numbers of pictures drawn and in total. `out`
+    defaults to `fused.safetensors`, which is replaced only with `overwrite`. The loss from a limit
+    on the rank is printed on stderr, and refused above 1 % unless `allow_loss`. Raises RiteError
+    before a file is written.
     """
     how = _checked(method, settings)
     target = file_output(out or FUSED, SUFFIX)
     members = _chosen_members(adapters)
     check_outputs(*_named(out, target), sources=_files(members), overwrite=overwrite)
     measured = how.needs_statistics and len(members) > 1
-    fused = _solve(members, how, base, drawing, progress, measured)
-    check_loss(fused.loss, how.settings, allow_loss)
-    tell_loss(fused.loss)
+    fused = _solve_within_loss(members, how, base, drawing, progress, measured, allow_loss)
     save_adapter(target, fused.adapter)
     return target
 
@@ -91,7 +89,7 @@ def fused_adapter(
     progress: Callable[[int, int], None] = lambda done, total: None,
     **settings: Unpack[FusionOptions],
 ) -> Merged:
-    """The adapter that `fuse` writes, and its loss; nothing is written."""
+    """The adapter that `fuse` would write, and its loss; nothing is written."""
     how = _checked(method, settings)
     members = _chosen_members(adapters)
     measured = how.needs_statistics and len(members) > 1
@@ -99,17 +97,11 @@ def fused_adapter(
     return Merged(fused.adapter, fused.loss)
 
 
-def tell_loss(loss: float) -> None:
-    """Say on stderr what a limit on the rank cut off, where it did."""
-    if loss:
-        say_on_stderr(f"cut in rank: {described(loss)}")
-
-
 def check_loss(loss: float, settings: FusionSettings, allow_loss: bool) -> None:
-    """FusionError where more is cut off than may be, or than `error` asks for."""
+    """Raise FusionError for a loss above both 1 % and `settings.error`, unless it is allowed."""
     if not allow_loss and loss > max(ALLOWED, settings.error or 0):
         raise FusionError(
-            f"cut in rank, the fused adapter has a {described(loss)}, more than {ALLOWED:.0%}: "
+            f"cut in rank, the fused adapter has a {describe_loss(loss)}, more than {ALLOWED:.0%}: "
             "raise --rank, or accept the loss with --allow-loss."
         )
 
@@ -126,10 +118,10 @@ def fuse_and_report(
     progress: Callable[[int, int], None] = lambda done, total: None,
     **settings: Unpack[FusionOptions],
 ) -> Outcome:
-    """Like `fuse`, and write the conflict report beside it: `.report.json` and `.report.png`.
+    """Fuse as `fuse` does, and write the conflict report: `.report.json` and `.report.png`.
 
     The base model draws each concept by its adapter alone, by the plain sum, and by the result.
-    Reports of earlier fusions are replaced with `overwrite` alone.
+    Earlier reports are replaced only with `overwrite`.
     """
     how = _checked(method, settings)
     target = file_output(out or FUSED, SUFFIX)
@@ -137,9 +129,9 @@ def fuse_and_report(
     members = _chosen_members(adapters)
     outputs = _named(out, target, figures, sheet)
     check_outputs(*outputs, sources=_files(members), overwrite=overwrite)
-    fused = _solve(members, how, base, drawing, progress, measured=True)
-    check_loss(fused.loss, how.settings, allow_loss)
-    tell_loss(fused.loss)
+    fused = _solve_within_loss(
+        members, how, base, drawing, progress, measured=True, allow_loss=allow_loss
+    )
     report = report_on(fused.members, fused.adapter)
     pictures = draw_concepts(fused.open_backbone(), fused.members, fused.adapter, drawing.seed)
     drawn = BytesIO()
@@ -154,7 +146,7 @@ def fuse_and_report(
 def _named(
     out: str | Path | None, target: Path, *reports: Path
 ) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """What the user named of the files to write, and what follows from other names."""
+    """The files to write: those that the user named, and those with derived names."""
     return ((target,), reports) if out else ((), (target, *reports))
 
 
@@ -171,7 +163,7 @@ def preview_fusion(
     progress: Callable[[int, int], None] = lambda done, total: None,
     **settings: Unpack[FusionOptions],
 ) -> FusionPreview:
-    """What interferes between adapters, and what a fusion would make of it; nothing is written.
+    """The adapter of a fusion, its loss and its conflict report; nothing is written.
 
     Arguments are those of `fuse`. Statistics come from sketches beside the files, else from a few
     pictures that the base model draws.
@@ -183,14 +175,14 @@ def preview_fusion(
 
 @dataclass(frozen=True)
 class _How:
-    """A method with its settings, both checked."""
+    """A fusion method and its settings, both checked."""
 
     method: str
     settings: FusionSettings
 
     @property
     def needs_statistics(self) -> bool:
-        """Whether the method looks at layers' inputs."""
+        """Whether the method uses statistics of layers' inputs."""
         return method_named(self.method).statistics
 
 
@@ -202,11 +194,11 @@ def _checked(method: str, settings: FusionOptions) -> _How:
 
 @dataclass(frozen=True)
 class _Fused:
-    """A fused adapter in memory, and what it was made of."""
+    """A fused adapter in memory, and its members."""
 
     adapter: Adapter
     loss: float
-    members: list[Member]  # with their statistics, where these were wanted
+    members: list[Member]  # with statistics where these were measured
     open_backbone: Callable[[], Backbone]
 
 
@@ -218,13 +210,30 @@ def _solve(
     progress: Callable[[int, int], None],
     measured: bool,
 ) -> _Fused:
-    """Fuse in memory; `measured` members have statistics, whether the method needs them or not."""
+    """The fused adapter in memory; with `measured`, its members get statistics."""
     open_backbone = _opener(base, members)
     members = with_plain_updates(members, open_backbone)
     if measured:
         members = with_sketches(members, open_backbone, drawing, progress)
     fused = _merged(members, how.method, how.settings, open_backbone, drawing, progress)
     return _Fused(fused.adapter, fused.loss, members, open_backbone)
+
+
+def _solve_within_loss(
+    members: list[Member],
+    how: _How,
+    base: str | Backbone | None,
+    drawing: Drawing,
+    progress: Callable[[int, int], None],
+    measured: bool,
+    allow_loss: bool,
+) -> _Fused:
+    """What `_solve` returns; the loss is checked, and printed on stderr where there is one."""
+    fused = _solve(members, how, base, drawing, progress, measured)
+    check_loss(fused.loss, how.settings, allow_loss)
+    if fused.loss:
+        print_to_stderr(f"cut in rank: {describe_loss(fused.loss)}")
+    return fused
 
 
 def _merged(
@@ -235,7 +244,7 @@ def _merged(
     drawing: Drawing,
     progress: Callable[[int, int], None],
 ) -> Merged:
-    """The fused adapter, refined as often as the settings say."""
+    """The fused adapter, refined `settings.refine` times."""
     fused = merge_with_loss(members, method, settings)
     if len(members) > 1 and method_named(method).statistics:
         for _ in range(settings.refine):
@@ -245,16 +254,16 @@ def _merged(
 
 
 def _chosen_members(adapters: Sequence[str | Path]) -> list[Member]:
-    """The adapters in the order of their content; what has no effect is told on stderr."""
+    """The adapters, checked and sorted; notes about them are printed on stderr."""
     chosen = choose_adapters(adapters)
-    members = checked([Member(each.adapter, each.weight, each.path) for each in chosen])
+    members = check_and_sort([Member(each.adapter, each.weight, each.path) for each in chosen])
     for line in notes(chosen):
-        say_on_stderr(line)
+        print_to_stderr(line)
     return members
 
 
 def _opener(base: str | Backbone | None, members: list[Member]) -> Callable[[], Backbone]:
-    """A function that opens the base model, and checks that it is theirs, when first called."""
+    """A function that opens the base model and checks that the members fit, at its first call."""
 
     @cache
     def opened() -> Backbone:
@@ -269,7 +278,7 @@ def _opener(base: str | Backbone | None, members: list[Member]) -> Callable[[], 
 def with_plain_updates(
     members: list[Member], open_backbone: Callable[[], Backbone]
 ) -> list[Member]:
-    """The members, those with DoRA layers with what these make of the base's weights."""
+    """The members, with DoRA layers as plain updates of the base's weights."""
     if not any(has_dora(member.adapter) for member in members):
         return members
     backbone = open_backbone()

@@ -1,4 +1,4 @@
-"""The whole flow on one screen: a photo folder becomes an adapter, a prompt becomes pictures."""
+"""`rite.generate`: pictures of a prompt, with any number of adapters."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -6,15 +6,15 @@ from pathlib import Path
 
 from PIL.Image import Image
 
-from rite_diffusion.adapters.choice import choose_adapters, literal_words, notes
+from rite_diffusion.adapters.choice import choose_adapters, notes, protected_words
 from rite_diffusion.api.bases import open_with_adapters
-from rite_diffusion.files.writing import say_on_stderr, write_output
+from rite_diffusion.files.writing import print_to_stderr, write_output
 from rite_diffusion.generation.attached import as_attached
 from rite_diffusion.generation.composition import SUM
 from rite_diffusion.generation.control import load_controls, parse_control
-from rite_diffusion.generation.metadata import png_of
+from rite_diffusion.generation.metadata import encode_png
 from rite_diffusion.generation.output import picture_target, write_next
-from rite_diffusion.generation.picture import picture, resolved, with_boxes
+from rite_diffusion.generation.picture import draw_picture, resolve_boxes, resolve_request
 from rite_diffusion.generation.regions import adapter_weights, parse_regions
 from rite_diffusion.generation.request import PictureRequest
 
@@ -40,15 +40,16 @@ def generate(
 ) -> list[Image]:
     """Pictures of a prompt, for the seeds `seed`, `seed + 1`, …; adapters are `FILE[:WEIGHT]`.
 
-    `regions` are `x0,y0,x1,y1: prompt [:: negative [:: weights]]`, parts of the picture with
-    prompts of their own, or `at WORD: prompt ...`, whose box is where the prompt's own picture has
-    that word; `combine` is how several adapters act together: `sum`, `switch` or `composite`;
-    `controls` are `MODEL=PICTURE[:WEIGHT]`, ControlNets and T2I-Adapters. Pictures are made one at
-    a time, so each depends on its own parameters alone. What is None is the base's own: `steps`,
-    the `guidance` scale, `width` and `height` in pixels. With `out`, a folder or for one picture a
-    `.png`, they are written as PNGs that carry their parameters; `image.info["path"]` tells where.
-    Adapters of another base are refused, unless `other_base`; where two have learned the same
-    word, the second's gets a new name, which stderr tells.
+    `regions` are `x0,y0,x1,y1: prompt [:: negative [:: weights]]`, boxes with prompts of their own,
+    or `at WORD: prompt ...`, whose box is found where the plain prompt's picture shows that word.
+    `combine` is how several adapters act together: `sum`, `switch` or `composite`. `controls` are
+    `MODEL=PICTURE[:WEIGHT]`, ControlNets and T2I-Adapters. `steps`, the `guidance` scale, `width`
+    and `height` (pixels) default to the base's. Pictures are drawn one at a time, so each depends
+    on its own parameters only. With `out`, a folder or for one picture a `.png`, they are written
+    as PNGs that carry their parameters, and `image.info["path"]` is the file. Adapters of another
+    base are refused unless `other_base`. Where two adapters have an embedding of the same name, the
+    second is renamed; a line on stderr says so. `progress` is called with the number of pictures
+    done. Raises RiteError for requests, files and bases that cannot be used.
     """
     request = PictureRequest(
         prompt=prompt, negative=negative, seed=seed, steps=steps, guidance=guidance, width=width,
@@ -69,34 +70,35 @@ def draw(
     other_base: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Image]:
-    """The pictures of a request and of the seeds that follow its own, as `generate` says."""
+    """`num` pictures of a request, with consecutive seeds; arguments are those of `generate`."""
     chosen = choose_adapters(adapters)
-    request.check(literal_words(chosen), num)
+    request.check(protected_words(chosen), num)
     conditions = [parse_control(text) for text in request.controls]
     read = [each.path for each in (*chosen, *conditions)]
     target = None if out is None else picture_target(out, num, read)
     for line in notes(chosen):
-        say_on_stderr(line)
+        print_to_stderr(line)
     attached = as_attached(chosen)
     parts = parse_regions(request.regions, request.prompt)
-    adapter_weights(parts, request.prompt, [each.triggers for each in attached])  # complains early
+    # Raises for a wrong number of weights before the base is opened.
+    adapter_weights(parts, request.prompt, [each.triggers for each in attached])
     backbone = open_with_adapters(base, chosen, other_base)
     request = replace(request, controls=[each.record() for each in conditions])
-    first = resolved(backbone, request, [each.record() for each in chosen])
+    first = resolve_request(backbone, request, [each.record() for each in chosen])
     controlling = load_controls(backbone, conditions, first.width, first.height)
     images = []
     for wanted in first.series(num):
-        parameters = with_boxes(backbone, wanted, attached, controlling)
-        image = picture(backbone, parameters, attached, controlling)
+        parameters = resolve_boxes(backbone, wanted, attached, controlling)
+        image = draw_picture(backbone, parameters, attached, controlling)
         if target is not None:
-            image.info["path"] = str(_write(target, png_of(image, parameters)))
+            image.info["path"] = str(_write(target, encode_png(image, parameters)))
         images.append(image)
         progress(len(images))
     return images
 
 
 def _write(target: Path, content: bytes) -> Path:
-    """Write a picture as the target, or into it where that is a folder; returns where."""
+    """Write a picture as the target, or into it if it is a folder; returns the path."""
     if target.suffix.lower() != ".png" or target.is_dir():
         return write_next(target, content)
     write_output(target, content)

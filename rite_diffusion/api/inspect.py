@@ -7,5 +7,5 @@ from rite_diffusion.files.writing import user_path
 
 
 def inspect(path: str | Path) -> Adapter:
-    """The checked content of an adapter file."""
+    """The content of an adapter file; AdapterError where it is damaged or not an adapter."""
     return load_adapter(user_path(path))

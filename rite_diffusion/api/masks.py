@@ -1,4 +1,4 @@
-"""Masks of the subject beside the photos: by a segmenter, or by the base model's own attention."""
+"""Masks of the subject for a photo folder, by a segmenter or by the base model's attention."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,13 +25,13 @@ from rite_diffusion.photos.sidecars import new_mask_path
 from rite_diffusion.seeding import generator
 from rite_diffusion.training.objective import add_noise
 
-LEVELS = (0.2, 0.35, 0.5, 0.65)  # of the noise schedule, at which the base looks at a photo
-DRAWS = 4  # noises at each
+LEVELS = (0.2, 0.35, 0.5, 0.65)  # places in the noise schedule at which attention is measured
+DRAWS = 4  # random noises per level
 
 
 @dataclass(frozen=True)
 class MaskReport:
-    """What was written, and why a photo got none."""
+    """The masks that were written, and the photos without one."""
 
     written: list[Path]
     left: list[tuple[str, str]]  # photo's name, reason
@@ -46,10 +46,12 @@ def make_masks(
     override: bool = False,
     progress: Callable[[int], None] = lambda done: None,
 ) -> MaskReport:
-    """Write `masks/<name>.png` in the photos' folder, white where the subject is.
+    """Write `masks/<name>.png` for each photo of a folder, white where the subject is.
 
-    `model` is a segmenter's `.onnx` file; without one the base is asked where it sees the class
-    noun. Photos that have a mask keep it, unless `override`.
+    `model` is a segmenter's `.onnx` file; without one the mask comes from the base's
+    cross-attention to the class noun. Existing masks stay, unless `override`. `progress` is called
+    with the number of photos done. Raises PhotoFolderError for a folder without photos or where
+    masks cannot be written, ConfigError for a model that cannot be used.
     """
     listing = list_pictures(user_path(photos))
     pictures = {each: mask_target(each, listing.pictures) for each in listing.pictures}
@@ -78,15 +80,15 @@ def make_masks(
 
 
 class NoMask(Exception):
-    """A photo gets no mask; the message is the reason."""
+    """A photo gets no mask; the message says why."""
 
 
 def _segmented(path: Path, segment: Segmenter, class_noun: str, override: bool) -> Image.Image:
-    """The mask of a photo file; NoMask where it needs none or has no subject."""
+    """The mask of a photo file; NoMask where it needs none or no subject is found."""
     try:
         photo = open_upright(path)
         if photo.opacity is not None and not override:
-            raise NoMask("is transparent, which is its mask")
+            raise NoMask("has transparency, which is its mask")
         return segment(photo.image)
     except UnreadableImage as fault:
         raise NoMask(str(fault)) from None
@@ -119,11 +121,11 @@ def _write(target: Path, mask: Image.Image) -> None:
 
 
 def attention_segmenter(backbone: Backbone, class_noun: str) -> Segmenter:
-    """Finds what the base's cross-attention takes for the class noun."""
+    """A segmenter by the base's cross-attention to the class noun."""
     prompt = f"a {class_noun}"
     positions = backbone.token_positions(prompt, class_noun)
     if not positions:
-        raise ConfigError(f"'{class_noun}' is no word that {backbone.name} reads")
+        raise ConfigError(f"'{class_noun}' has no tokens in {backbone.name}: choose a plain noun")
 
     def segment(photo: Image.Image) -> Image.Image:
         size = bucket_of(photo.size, bucket_sizes(backbone.resolution, backbone.multiple))
@@ -138,21 +140,21 @@ def attention_segmenter(backbone: Backbone, class_noun: str) -> Segmenter:
 def attention_scores(
     backbone: Backbone, pixels: Tensor, prompt: str, positions: list[int]
 ) -> Tensor:
-    """How much (h, w), from 0 to 1, each latent cell of a picture (3, H, W) looks at some tokens.
+    """Attention (h, w) from 0 to 1 of a picture's latent cells to some tokens of a prompt.
 
-    Mean over noise levels, layers, heads and tokens; each resolution counts by its own range.
+    `pixels` are (3, H, W) in [-1, 1]. The mean is over noise levels, layers, heads and tokens; each
+    layer's map is scaled to [0, 1] first. Raises NoSubject where all cells are alike.
     """
     latents = backbone.encode_images(pixels[None])
-    schedule = backbone.noise_schedule
-    count, length = len(LEVELS) * DRAWS, len(schedule)
-    at = torch.tensor([int(level * length) for level in LEVELS for _ in range(DRAWS)])
-    at = at.to(backbone.device)
+    count, (height, width) = len(LEVELS) * DRAWS, latents.shape[-2:]
+    places = torch.tensor([level for level in LEVELS for _ in range(DRAWS)], dtype=torch.float64)
+    at = backbone.noise_schedule.levels(places, (height, width))
     noise = torch.randn((count, *latents.shape[1:]), generator=generator(0)).to(latents)
     clean = latents.expand(count, -1, -1, -1)
-    noisy = add_noise(clean, noise, schedule.signal[at], schedule.sigma[at])
+    noisy = add_noise(clean, noise, at.signal, at.sigma)
     recorder = AttentionRecorder(backbone.cross_attentions)
     try:
-        backbone.denoise(noisy, schedule.times[at], backbone.encode_captions([prompt] * count))
+        backbone.denoise(noisy, at.times, backbone.encode_captions([prompt] * count))
         maps = recorder.maps(list(range(count)), [positions] * count, *latents.shape[-2:])
     finally:
         recorder.remove()
@@ -164,7 +166,7 @@ def attention_scores(
 
 
 def _ranged(values: Tensor) -> Tensor:
-    """The values from 0 to 1."""
+    """The values scaled to [0, 1]; NoSubject where all are equal."""
     low, high = values.min(), values.max()
     if not high > low:
         raise NoSubject

@@ -1,4 +1,4 @@
-"""An adapter with its card, beside the file or in a hub's repository."""
+"""Model cards of adapters, and upload to the Hugging Face hub."""
 
 from pathlib import Path
 
@@ -11,9 +11,9 @@ CARD = "README.md"
 
 
 def write_card(file: str | Path, *, overwrite: bool = False) -> Path:
-    """Write the adapter's model card beside its file.
+    """Write an adapter's model card beside its file and return its path.
 
-    OutputError where a README.md is there, unless `overwrite`.
+    OutputError where a README.md exists, unless `overwrite`.
     """
     path = user_path(file)
     text = card(load_adapter(path), path.name)
@@ -24,10 +24,10 @@ def write_card(file: str | Path, *, overwrite: bool = False) -> Path:
 
 
 def push(file: str | Path, repository: str, *, private: bool = True) -> str:
-    """Upload the checked adapter and its card to a hub repository, in one commit; its address.
+    """Upload an adapter and its card to a hub repository in one commit; returns the commit's URL.
 
-    The repository is made where there is none. The token is huggingface_hub's own: `hf auth login`
-    or `HF_TOKEN`.
+    The repository is created if it does not exist. The token is huggingface_hub's: `hf auth login`
+    or `HF_TOKEN`. Raises AdapterError where the upload fails.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HFValidationError, HTTPError
@@ -49,7 +49,7 @@ def push(file: str | Path, repository: str, *, private: bool = True) -> str:
     except (HTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise AdapterError(
-            f"{path.name} did not reach '{repository}' ({reason}): check the name and the network, "
-            "and log in with `hf auth login`"
+            f"{path.name} was not uploaded to '{repository}' ({reason}): check the name and the "
+            "network, and log in with `hf auth login`"
         ) from None
     return str(done.commit_url)

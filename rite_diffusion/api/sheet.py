@@ -1,4 +1,4 @@
-"""Sheets that compare pictures over prompts, adapters, weights, ways of combining, and seeds."""
+"""`rite.grid`: sheets of pictures over prompts, adapters, weights, methods and seeds."""
 
 import itertools
 import json
@@ -18,8 +18,8 @@ from rite_diffusion.adapters.attach import attach, check_base, detach
 from rite_diffusion.adapters.choice import (
     Chosen,
     choose_adapters,
-    literal_words,
     notes,
+    protected_words,
     split_weight,
 )
 from rite_diffusion.api.bases import open_base
@@ -27,10 +27,10 @@ from rite_diffusion.api.fuse import with_plain_updates
 from rite_diffusion.api.sketch import with_sketches
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import ConfigError
-from rite_diffusion.files.writing import check_outputs, file_output, say_on_stderr, write_output
+from rite_diffusion.files.writing import check_outputs, file_output, print_to_stderr, write_output
 from rite_diffusion.fusion import FUSIONS
-from rite_diffusion.fusion.loss import described
-from rite_diffusion.fusion.members import Member, checked
+from rite_diffusion.fusion.loss import describe_loss
+from rite_diffusion.fusion.members import Member, check_and_sort
 from rite_diffusion.fusion.merge import merge_with_loss, method_named
 from rite_diffusion.fusion.settings import FusionSettings
 from rite_diffusion.fusion.statistics import DEFAULT_DRAWING
@@ -38,49 +38,49 @@ from rite_diffusion.generation.attached import Attached
 from rite_diffusion.generation.composition import COMPOSITIONS, SUM
 from rite_diffusion.generation.grid import labelled_grid
 from rite_diffusion.generation.metadata import KEY
-from rite_diffusion.generation.picture import picture, resolved
+from rite_diffusion.generation.picture import draw_picture, resolve_request
 from rite_diffusion.generation.request import PictureRequest
 from rite_diffusion.seeding import check_seed
 
 AXES = ("prompt", "adapter", "weight", "method", "seed")
-ATTACHED = "attached"  # the method of adapters side by side, unfused
+ATTACHED = "attached"  # the method that attaches all adapters, without fusing
 UNFUSED = (ATTACHED, *COMPOSITIONS)
 METHODS = (*UNFUSED, *FUSIONS)
-MOST = 2500  # pictures on a sheet
+MAX_CELLS = 2500  # pictures on a sheet
 NAME = "sheet"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What one picture of a sheet is made of."""
+    """The values that decide one picture of a sheet."""
 
     prompt: str
     adapter: tuple[str, ...]  # FILE[:WEIGHT] items; none for the base alone
-    weight: float  # on top of the files' own
+    weight: float  # factor on the items' weights
     method: str
     seed: int
 
     def label(self, axis: str) -> str:
-        """The cell's value on an axis, in words."""
+        """The label of the cell's value on an axis."""
         if axis == "adapter":
             return " + ".join(map(_adapter_label, self.adapter)) or "base alone"
         value = getattr(self, axis)
         return {"weight": f"weight {value}", "seed": f"seed {value}"}.get(axis, str(value))
 
     def chosen(self) -> list[Chosen]:
-        """The adapters at their full weights."""
+        """The adapters, their weights multiplied by the cell's."""
         items = choose_adapters(self.adapter)
         return [replace(each, weight=each.weight * self.weight) for each in items]
 
 
 def _items(adapters: str | Sequence[str]) -> tuple[str, ...]:
-    """`FILE[:WEIGHT]` items, of a sequence or joined by +; a + in a file's name is the name's."""
-    items = _parted(adapters) if isinstance(adapters, str) else adapters
+    """`FILE[:WEIGHT]` items of a sequence, or of a text with + between them."""
+    items = _split_items(adapters) if isinstance(adapters, str) else adapters
     return tuple(item for item in items if item)
 
 
-def _parted(text: str) -> list[str]:
-    """The items of a text: each the longest that names a file, else what comes before the +."""
+def _split_items(text: str) -> list[str]:
+    """The items of a text: each the longest that names a file, as names may contain a +."""
     pieces, items = text.split("+"), list[str]()
     while pieces:
         joined = ["+".join(pieces[:count]) for count in range(len(pieces), 0, -1)]
@@ -91,7 +91,7 @@ def _parted(text: str) -> list[str]:
 
 
 def _adapter_label(item: str) -> str:
-    """An adapter's name, that of its run where the file has none of its own, and its weight."""
+    """The name of an adapter's file, or of its run for `adapter.safetensors`, and its weight."""
     path, weight = split_weight(item)
     name = path.resolve().parent.name if path.name == "adapter.safetensors" else path.stem
     return name if weight == 1 else f"{name}:{weight:g}"
@@ -99,7 +99,7 @@ def _adapter_label(item: str) -> str:
 
 @dataclass(frozen=True)
 class Sheet:
-    """Cells in rows and columns."""
+    """The cells of a sheet in rows, and the axes that label rows and columns."""
 
     rows: list[list[Cell]]
     row_axes: list[str]
@@ -110,25 +110,26 @@ class Sheet:
         return [cell for row in self.rows for cell in row]
 
     def setups(self) -> dict[Cell, list[Cell]]:
-        """One cell for each way to set the model up -> all cells that are drawn with it."""
+        """First cell -> all cells with the same adapters, weight and method."""
         groups: dict[tuple, list[Cell]] = {}
         for cell in self.cells():
             groups.setdefault((cell.adapter, cell.weight, cell.method), []).append(cell)
         return {cells[0]: cells for cells in groups.values()}
 
     def row_labels(self) -> list[str]:
-        """What distinguishes each row."""
+        """A label for each row, of the axes that distinguish rows."""
         return [", ".join(row[0].label(axis) for axis in self.row_axes) for row in self.rows]
 
     def column_labels(self) -> list[str]:
-        """What distinguishes each column."""
+        """A label for each column."""
         return [cell.label(self.column_axis) for cell in self.rows[0]]
 
 
 def plan_sheet(values: dict[str, Sequence], columns: str) -> Sheet:
-    """The sheet of every combination of the axes' values; `columns` names the axis that runs right.
+    """The sheet of every combination of the axes' values; `columns` is the axis of the columns.
 
-    Rows run through all other axes; those with several values label them.
+    Rows are the combinations of the other axes; of these, axes with several values are their
+    labels. Raises ConfigError for an axis without values and for values out of range.
     """
     if columns not in AXES:
         raise ConfigError(f"no axis '{columns}': choose one of {', '.join(AXES)}")
@@ -150,8 +151,8 @@ def plan_sheet(values: dict[str, Sequence], columns: str) -> Sheet:
         for point in itertools.product(*(values[axis] for axis in down))
     ]
     rows = [[Cell(**point, **{columns: value}) for value in values[columns]] for point in points]
-    if len(rows) * len(rows[0]) > MOST:
-        raise ConfigError(f"{len(rows)} x {len(rows[0])} pictures are more than {MOST}")
+    if len(rows) * len(rows[0]) > MAX_CELLS:
+        raise ConfigError(f"{len(rows)} x {len(rows[0])} pictures are more than {MAX_CELLS}")
     varied = [axis for axis in down if len(values[axis]) > 1]
     return Sheet(rows, varied or ["prompt"], columns)
 
@@ -174,15 +175,19 @@ def grid(
     out: str | Path | None = None,
     other_base: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    tell: Callable[[str], None] = say_on_stderr,
+    on_note: Callable[[str], None] = print_to_stderr,
 ) -> Image:
-    """A sheet of pictures of all combinations, `columns` (an axis of AXES) from left to right.
+    """A sheet of pictures of all combinations of the arguments.
 
     Each of `adapters` is a `FILE[:WEIGHT]`, several in a list or joined by `+`, or "" for the base
-    alone; a weight multiplies those of its files; a method says how several are combined:
-    `attached`, `switch`, `composite` or one of FUSIONS. With `out`, a `.png` whose text holds every
-    picture's parameters. `tell` is called with what the adapters' weights leave without effect,
-    which words are renamed and what a fusion loses, by default on stderr.
+    alone; each of `weights` multiplies theirs; each of `methods` is how several are combined:
+    `attached`, `switch`, `composite` or a method of fusing. `columns` is the axis of the columns:
+    prompt, adapter, weight, method or seed. `steps`, the `guidance` scale, `width` and `height`
+    (pixels) default to the base's; `cell` is a picture's side on the sheet in pixels. With `out`,
+    the sheet is written as a `.png` that carries every picture's parameters. `progress` is called
+    with the pictures done and their number, `on_note` with a line about each weight without effect,
+    renamed embedding and loss of a fusion, by default printed on stderr. Raises RiteError for
+    values, files and bases that cannot be used.
     """
     values = (prompts, adapters, weights, methods, seeds)
     sheet = plan_sheet(dict(zip(AXES, values, strict=True)), columns)
@@ -194,7 +199,7 @@ def grid(
         prompt="", negative=negative, steps=steps, guidance=guidance, width=width, height=height
     )
     for prompt in prompts:
-        replace(request, prompt=prompt).check(literal_words(every))
+        replace(request, prompt=prompt).check(protected_words(every))
     named = [chosen.adapter for chosen in every]
     target = None if out is None else file_output(out, ".png")
     if target is not None:
@@ -203,8 +208,8 @@ def grid(
     for adapter in [] if other_base else named:
         check_base(backbone, adapter)
     for line in dict.fromkeys(line for setup in setups for line in notes(setup)):
-        tell(line)
-    pictures = _draw(backbone, sheet, request, progress, tell)
+        on_note(line)
+    pictures = _draw(backbone, sheet, request, progress, on_note)
     rows = [[pictures[each][0] for each in row] for row in sheet.rows]
     image = labelled_grid(rows, sheet.row_labels(), sheet.column_labels(), cell)
     if target is not None:
@@ -214,7 +219,7 @@ def grid(
 
 
 def _write(target: Path, image: Image, text: PngImagePlugin.PngInfo) -> None:
-    """Write a sheet with its text; `image.info["path"]` then tells where it is."""
+    """Write a sheet with its text, and set `image.info["path"]`."""
     stream = BytesIO()
     image.save(stream, "PNG", pnginfo=text)
     write_output(target, stream.getvalue())
@@ -235,32 +240,32 @@ def _draw(
     sheet: Sheet,
     request: PictureRequest,
     progress: Callable[[int, int], None],
-    tell: Callable[[str], None],
+    on_note: Callable[[str], None],
 ) -> dict[Cell, tuple[Image, dict]]:
-    """Each cell's picture and parameters; cells with the same adapters are drawn in one go."""
+    """Each cell's picture and parameters; adapters are attached once for all their cells."""
     total = len(sheet.cells())
     drawn: dict[Cell, tuple[Image, dict]] = {}
     for first, cells in sheet.setups().items():
         chosen = first.chosen()
         records = [each.record() for each in chosen]
         combine = first.method if first.method in COMPOSITIONS else SUM
-        present = _present(backbone, chosen, first.method, tell)
-        with _in_model(backbone, present) as attached:
+        present = _adapters_to_attach(backbone, chosen, first.method, on_note)
+        with _attached(backbone, present) as attached:
             for cell in cells:
                 wanted = replace(request, prompt=cell.prompt, seed=cell.seed, combine=combine)
-                facts = resolved(backbone, wanted, records)
-                drawn[cell] = picture(backbone, facts, attached), asdict(facts)
+                facts = resolve_request(backbone, wanted, records)
+                drawn[cell] = draw_picture(backbone, facts, attached), asdict(facts)
                 progress(len(drawn), total)
     return drawn
 
 
-def _present(
-    backbone: Backbone, chosen: list[Chosen], method: str, tell: Callable[[str], None]
+def _adapters_to_attach(
+    backbone: Backbone, chosen: list[Chosen], method: str, on_note: Callable[[str], None]
 ) -> list[tuple[Adapter, float]]:
-    """The adapters to attach with their weights: as they are, or one that a method fused."""
+    """The adapters to attach, with weights: the chosen ones, or the one that a method fuses."""
     if method in UNFUSED or len(chosen) < 2:
         return [(each.adapter, each.weight) for each in chosen]
-    members = checked([Member(each.adapter, each.weight, each.path) for each in chosen])
+    members = check_and_sort([Member(each.adapter, each.weight, each.path) for each in chosen])
     members = with_plain_updates(members, lambda: backbone)
     if FUSIONS[method].statistics:
         members = with_sketches(
@@ -268,13 +273,14 @@ def _present(
         )
     fused = merge_with_loss(members, method, FusionSettings())
     if fused.loss:
-        tell(f"{method} of {' + '.join(m.file.name for m in members)}: {described(fused.loss)}")
+        names = " + ".join(member.file.name for member in members)
+        on_note(f"{method} of {names}: {describe_loss(fused.loss)}")
     return [(fused.adapter, 1.0)]
 
 
 @contextmanager
-def _in_model(backbone: Backbone, present: list[tuple[Adapter, float]]) -> Iterator[list[Attached]]:
-    """The adapters in the backbone until the block ends."""
+def _attached(backbone: Backbone, present: list[tuple[Adapter, float]]) -> Iterator[list[Attached]]:
+    """The adapters, attached to the backbone until the block ends."""
     attached = [
         Attached(f"{NAME}_{index}", weight, adapter.info.triggers())
         for index, (adapter, weight) in enumerate(present)

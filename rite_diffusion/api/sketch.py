@@ -1,4 +1,4 @@
-"""Statistics of adapters: from the sketches beside their files, or drawn by the base model."""
+"""`rite.sketch`: statistics of adapters' inputs, read from sketch files or measured."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,10 +32,13 @@ def sketch(
     overwrite: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """Write `FILE.sketch.safetensors` beside an adapter: what others need to fuse it.
+    """Write an adapter's sketch, by default `FILE.sketch.safetensors`, and return its path.
 
-    `prompts` default to a few with the adapter's trigger; `directions` bounds the file's size. A
-    file of the default name is replaced with `overwrite` alone.
+    The sketch holds second moments of the adapted layers' inputs while the base draws `prompts`, by
+    default a few with the adapter's trigger: with it, others can fuse the adapter without drawing.
+    `directions`, 1 to 4096 per layer, bounds its size. An existing file of the default name is
+    replaced only with `overwrite`. `progress` is called with the pictures done and their number.
+    Raises RiteError where adapter, base or output cannot be used.
     """
     if not 1 <= directions <= 4096:
         raise FusionError(f"{directions} directions are not between 1 and 4096")
@@ -59,7 +62,7 @@ def with_sketches(
     drawing: Drawing,
     progress: Callable[[int, int], None],
 ) -> list[Member]:
-    """The members with their sketches: from files beside the adapters, the others measured now."""
+    """The members with sketches: those of files beside the adapters, the others measured."""
     members = [_with_file(member) for member in members]
     bare = [member for member in members if member.sketch is None]
     if not bare:
@@ -79,23 +82,25 @@ def with_statistics_of(
     drawing: Drawing,
     progress: Callable[[int, int], None],
 ) -> list[Member]:
-    """The members with what flows into the layers when the fused adapter draws their concepts.
+    """The members with second moments of the layers' inputs while the fused adapter draws.
 
-    An error in one layer changes the inputs of the next, which statistics of each adapter alone
-    never see; aggregating on the learner's own inputs is the idea of DAgger (Ross et al. 2011,
-    arXiv 1011.0686).
+    An error in one layer changes the inputs of the next, which statistics of the single adapters do
+    not contain. Measuring on the inputs that the result itself produces is the idea of DAgger (Ross
+    et al. 2011, arXiv 1011.0686).
     """
     prompts = [concept_prompts(member.adapter.info, member.file) for member in members]
     names = sketched_layers(backbone, [member.adapter for member in members])
     with out_of_memory_explained():
-        seen = measure_concepts(backbone, [fused] * len(members), prompts, names, drawing, progress)
-    return [_seeing(member, grams) for member, grams in zip(members, seen, strict=True)]
+        found = measure_concepts(
+            backbone, [fused] * len(members), prompts, names, drawing, progress
+        )
+    return [_with_moments(member, moments) for member, moments in zip(members, found, strict=True)]
 
 
-def _seeing(member: Member, grams: SecondMoments) -> Member:
-    """The member with other statistics of its concept; those of the base stay."""
-    assert member.sketch is not None  # taken of each alone before
-    return replace(member, sketch=replace(member.sketch, concept=grams))
+def _with_moments(member: Member, moments: SecondMoments) -> Member:
+    """The member with other second moments of its concept; the base's stay."""
+    assert member.sketch is not None  # measured with each adapter alone before
+    return replace(member, sketch=replace(member.sketch, concept=moments))
 
 
 def _with_file(member: Member) -> Member:
@@ -104,7 +109,7 @@ def _with_file(member: Member) -> Member:
     if not path.is_file():
         return member
     sketch = load_sketch(path)
-    if sketch.facts.adapter != member.digest:
+    if sketch.metadata.adapter != member.digest:
         raise FusionError(
             f"{path} was made from another version of {member.file.name}: "
             f"make it again with `rite sketch {member.file} --overwrite`, or delete it."
@@ -114,7 +119,7 @@ def _with_file(member: Member) -> Member:
 
 @contextmanager
 def out_of_memory_explained() -> Iterator[None]:
-    """Turn running out of memory into a FusionError that says what helps."""
+    """Turn out-of-memory errors into a FusionError with remedies."""
     try:
         yield
     except RuntimeError as error:

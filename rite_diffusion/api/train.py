@@ -1,4 +1,4 @@
-"""`rite.train`: photo folders become a concept adapter."""
+"""`rite.train`: a concept adapter from photo folders."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -23,13 +23,13 @@ def train(
 ) -> Path:
     """Train a concept adapter from a photo folder and return its file's path.
 
-    One concept has its `photos`, a `trigger` and a `class_noun`; several are the tables of
+    One concept is given by `photos`, `trigger` and `class_noun`, several by
     `dataset=[{"photos": ..., "trigger": ..., "class_noun": ...}, ...]`. Other settings are those of
-    `TrainConfig`, tables as dicts: `steps=200, optim={"lr": 1e-3}`. `preset` is a preset's name or
-    `.toml` file and defaults to the one for the base and method. The run folder `out` defaults to
-    `runs/<name of the photo folder>`; a stopped run there goes on, with `override` even where
-    settings differ. `on_step` is called with every optimizer step. Raises RiteError for settings,
-    photos and base models that cannot be trained, and Stopped after Ctrl-C or SIGTERM.
+    `TrainSettings`, tables as dicts: `steps=200, optim={"lr": 1e-3}`. `preset` is a preset's name
+    or `.toml` file and defaults to the one for base and method. The run folder `out` defaults to
+    `runs/<name of the photo folder>`. A stopped run there is resumed; where settings differ, only
+    with `override`. `on_step` is called after every optimizer step. Raises RiteError for settings,
+    photos and base models that cannot be used, and Stopped after Ctrl-C or SIGTERM.
     """
     wanted = dict(settings) if photos is None else {"photos": str(photos), **settings}
     folder = folder_output(out) if out else None

@@ -1,7 +1,7 @@
-"""Base models: where they come from and how the toolkit talks to them."""
+"""Base models: loading them, and the interface that the rest of the toolkit uses."""
 
 import os
 
-# As they load, both libraries warn of what is no concern of this toolkit's user.
+# Both libraries print warnings while they load that do not help this toolkit's users.
 for _library in ("DIFFUSERS", "TRANSFORMERS"):
     os.environ.setdefault(f"{_library}_VERBOSITY", "error")

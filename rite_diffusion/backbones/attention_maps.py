@@ -1,4 +1,4 @@
-"""Cross-attention maps: how much each cell of a picture looks at a token of its prompt."""
+"""Cross-attention maps: how strongly each cell of the latents attends to a token."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 
 def attention_map(query: Tensor, key: Tensor, positions: Tensor, scale: float) -> Tensor:
-    """Attention (B, cells, n), mean over heads, that cells give to n tokens of their own prompt.
+    """Attention (B, cells, n) of each cell to n tokens of its prompt, averaged over heads.
 
-    softmax(scale q k^T), from queries (B, heads, cells, d) and keys (B, heads, tokens, d);
-    positions (B, n).
+    softmax(scale q k^T) of queries (B, heads, cells, d) and keys (B, heads, tokens, d), at
+    `positions` (B, n).
     """
     shares = F.softmax(scale * query.float() @ key.float().mT, dim=-1)  # (B, heads, cells, tokens)
     places = positions[:, None, None, :].expand(*shares.shape[:3], -1)
@@ -21,19 +21,22 @@ def attention_map(query: Tensor, key: Tensor, positions: Tensor, scale: float) -
 
 
 def grid_of(cells: int, height: int, width: int) -> tuple[int, int]:
-    """Height and width of a map of so many cells: the latents' halved some times, rounded up."""
+    """Height and width of an attention map: the latents' sides, halved until they give `cells`.
+
+    Halves are rounded up. ValueError where no such map has that number of cells.
+    """
     while height * width > cells:
         height, width = -(-height // 2), -(-width // 2)
     if height * width != cells:
-        raise ValueError(f"{cells} cells are no map of these latents")
+        raise ValueError(f"no attention map of these latents has {cells} cells")
     return height, width
 
 
 class AttentionRecorder:
-    """Keeps the queries and keys of the last pass through cross-attentions, with their graph.
+    """Records the queries and keys of the last pass through cross-attentions, with their graph.
 
-    The attention itself is computed as ever; maps are made of what was kept, for the samples and
-    tokens that are asked for.
+    The model's own computation is unchanged. `maps` computes attention from the recorded tensors,
+    for the samples and tokens that it is given.
     """
 
     def __init__(self, attentions: Sequence[nn.Module]):
@@ -51,9 +54,9 @@ class AttentionRecorder:
     def maps(
         self, samples: list[int], positions: list[list[int]], height: int, width: int
     ) -> list[Tensor]:
-        """Maps (samples, n, h, w) at each resolution, mean over its layers and their heads.
+        """A map (samples, n, h, w) for each resolution, averaged over its layers and heads.
 
-        `positions` holds n tokens of each sample; height and width are the latents'.
+        `positions` lists n tokens for each sample; height and width are the latents'.
         """
         sums: dict[int, Tensor] = {}
         heads: dict[int, int] = defaultdict(int)
@@ -73,12 +76,12 @@ class AttentionRecorder:
         ]
 
     def clear(self) -> None:
-        """Let go of what was kept."""
+        """Drop the recorded tensors."""
         self._queries.clear()
         self._keys.clear()
 
     def remove(self) -> None:
-        """Take the hooks out."""
+        """Remove the hooks from the model and drop the recorded tensors."""
         self.clear()
         for handle in self._handles:
             handle.remove()

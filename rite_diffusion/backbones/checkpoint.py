@@ -1,4 +1,4 @@
-"""What a single-file checkpoint holds, by its header alone: tensor names, shapes, metadata."""
+"""The header of a single-file checkpoint, and the family and parts that it shows."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -25,15 +25,15 @@ XL_CLIP, XL_OPEN_CLIP = "conditioner.embedders.0.transformer.", "conditioner.emb
 
 @dataclass(frozen=True)
 class Layout:
-    """What a family's checkpoints hold beside UNet and autoencoder, and what no tensor tells."""
+    """A family of checkpoints: its text encoders, and constants that are not in the file."""
 
     title: str
-    encoders: dict[str, str]  # start of the tensors' names -> what it is
+    encoders: dict[str, str]  # prefix of the tensors' names -> what the part is
     pixels: int  # side of the pictures that it was trained on
     latent_scale: float
 
     def parts(self) -> dict[str, str]:
-        """Start of the tensors' names -> what it is, of every part."""
+        """Prefix of the tensors' names -> what the part is, for every part."""
         return {UNET: "UNet", VAE: "autoencoder"} | self.encoders
 
 
@@ -46,24 +46,32 @@ SDXL = Layout(
     0.13025,
 )
 
-# Names that begin so belong to something else: what it is and what to do.
+# Prefixes of other kinds of files -> what the file is and what to do.
 _REMEDY = "pass a Stable Diffusion checkpoint"
+_WHOLE = "name the whole model too, by hub id or diffusers folder: FILE.safetensors@MODEL"
 FOREIGN = {
     "control_model.": f"a ControlNet; {_REMEDY}",
     "conditioner.embedders.0.model.": f"SDXL's refiner; {_REMEDY}",
     "lora_": "a LoRA adapter; pass it as an adapter and its base model as the base",
     "down_blocks.": "a diffusers UNet alone; pass the folder that holds model_index.json",
-    "double_blocks.": f"a Flux file; {_REMEDY}",
-    f"{UNET}double_blocks.": f"a Flux file; {_REMEDY}",
-    f"{UNET}joint_blocks.": f"an SD3 file; {_REMEDY}",
+} | {
+    f"{start}{block}": f"{kind}; {_WHOLE}"
+    for start in ("", UNET, "diffusion_model.")
+    for block, kind in {
+        "double_blocks.": "a Flux file",
+        "joint_blocks.": "an SD3 file",
+        "transformer_blocks.0.img_mod.": "a Qwen-Image file",
+        "layers.0.attention.": "a Z-Image or Lumina file",
+        "blocks.0.attn.wq.": "a Krea 2 file",
+    }.items()
 }
 
-# Tensors that a pipeline does without.
+# Tensors that a pipeline does not need.
 IDLE = re.compile(
     r"(first_stage_model\.)?model_ema\."  # running means of the weights
     r"|first_stage_model\.loss\."  # the autoencoder's critic
     r"|(betas|logvar|scale_factor|posterior_\w+|\w*alphas_cumprod\w*)$"  # SD1's noise schedule
-    r"|(v_pred|ztsnr)$"  # empty marks of another objective and schedule
+    r"|(v_pred|ztsnr)$"  # empty tensors that mark v-prediction and zero terminal SNR
     r"|cond_stage_model\.(.+\.)?(position_ids|logit_scale|text_projection(\.weight)?)$"
     r"|conditioner\.embedders\.\d\.(.+\.)?(position_ids|logit_scale)$"
     r"|conditioner\.embedders\.0\.(.+\.)?text_projection(\.weight)?$"
@@ -88,15 +96,15 @@ class Checkpoint:
         return self.shapes[name]
 
     def has(self, start: str) -> bool:
-        """Whether any tensor's name begins so."""
+        """Whether any tensor's name starts with `start`."""
         return any(name.startswith(start) for name in self.shapes)
 
     def length(self, start: str) -> int:
-        """How many parts a numbered list ("blocks.{}.") has, counted up from 0 to the first gap."""
+        """Length of a numbered list such as "blocks.{}.", from 0 to the first missing number."""
         return sum(1 for _ in takewhile(self.has, (start.format(i) for i in count())))
 
     def read(self, start: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Copies in `dtype` of the tensors whose names begin so, idle ones left out."""
+        """Tensors whose names start with `start`, as copies in `dtype`, without unneeded ones."""
         names = [name for name in self.shapes if name.startswith(start) and not IDLE.match(name)]
         with safe_open(self.path, framework="pt") as file:
             return {name: file.get_tensor(name).to(dtype, copy=True) for name in names}
@@ -122,7 +130,7 @@ def read_header(path: Path) -> Checkpoint:
 
 
 def _diagnosis(path: Path, error: SafetensorError) -> str:
-    """What a file that does not open seems to be, and what to do."""
+    """What kind of file one that cannot be opened seems to be, and what to do."""
     with path.open("rb") as file:
         head = file.read(64).lstrip().lower()
     if head.startswith(b"version https://git-lfs"):
@@ -136,14 +144,14 @@ def _diagnosis(path: Path, error: SafetensorError) -> str:
 
 
 def layout_of(checkpoint: Checkpoint) -> Layout:
-    """The family of a checkpoint, told by its text encoders' names."""
+    """The family of a checkpoint, found by the names of its text encoders."""
     if checkpoint.has("conditioner.embedders."):
         return SDXL
     return SD2 if checkpoint.has(OPEN_CLIP) else SD1
 
 
 def check_parts(checkpoint: Checkpoint) -> Layout:
-    """The checkpoint's family; raises BackboneError unless it holds that one's parts alone."""
+    """The checkpoint's family; BackboneError unless it has all parts of it and nothing else."""
     for start, kind in FOREIGN.items():
         if checkpoint.has(start):
             raise BackboneError(f"{checkpoint.path}: this is {kind} (found '{start}…')")
@@ -161,7 +169,7 @@ def check_parts(checkpoint: Checkpoint) -> Layout:
 
 
 def check_names(path: Path, faults: Mapping[str, Collection[str]]) -> None:
-    """Raises BackboneError that counts the faulty tensors by kind and names the first few."""
+    """Raise BackboneError where there are faulty tensors: their number by kind, and some names."""
     found = [
         f"{len(names)} {fault} ({', '.join(sorted(names)[:3])}{', …' if len(names) > 3 else ''})"
         for fault, names in faults.items()
@@ -174,8 +182,13 @@ def check_names(path: Path, faults: Mapping[str, Collection[str]]) -> None:
         )
 
 
-def filled(model: Model, part: dict[str, Tensor], weights: dict[str, Tensor], path: Path) -> Model:
-    """The model with `weights`, the file's `part` under the model's own names, in eval mode."""
+def load_weights(
+    model: Model, part: dict[str, Tensor], weights: dict[str, Tensor], path: Path
+) -> Model:
+    """The model with `weights` loaded, in eval mode; BackboneError unless all names and shapes fit.
+
+    `part` holds the same tensors under the file's names, to find those that were not converted.
+    """
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}
     kept = {tensor.data_ptr() for tensor in weights.values()}  # converters drop unknown names
     dropped = {name for name, tensor in part.items() if tensor.data_ptr() not in kept}

@@ -1,8 +1,8 @@
-"""Prompts of any length as chunks that a text encoder takes, each between its own marks.
+"""Prompts of any length, divided into chunks of the text encoder's length.
 
-As in A1111's web interface: a chunk holds as many tokens as the encoder's positions allow, a comma
-near its end ends it early, and BREAK ends it where it stands. Words that are learned, or that call
-an adapter, stay whole.
+As in A1111's web interface: a chunk has as many tokens as the encoder has positions, without begin
+and end marks; it ends earlier at a comma near its end, and at BREAK. Protected words (learned
+embeddings and adapters' triggers) are not divided.
 """
 
 import re
@@ -22,12 +22,12 @@ from rite_diffusion.backbones.learned_embeddings import (
 )
 from rite_diffusion.backbones.prompt_syntax import Section
 
-COMMA_REACH = 20 / 75  # of a chunk, counted from its end: where a comma ends it early
+COMMA_REACH = 20 / 75  # share of a chunk, from its end, in which a comma ends it early
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Tokens without marks, a weight for each, and where vectors of learned words stand."""
+    """Tokens without marks, a weight for each, and the positions of learned vectors."""
 
     ids: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
@@ -36,18 +36,18 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Unit:
-    """Tokens that stay in one chunk: an ordinary one, or a word's."""
+    """Tokens that stay in one chunk: a single token, or those of a protected word."""
 
     ids: list[int]
     weight: float
-    word: str = ""  # of learned vectors that stand in these places
-    first: int = 0  # which of the word's vectors comes first
+    word: str = ""  # of a learned embedding, whose vectors replace these tokens
+    first: int = 0  # index of the first of these vectors
 
 
 def cut_caption(
     tokenizer: Any, sections: Sequence[Section], vectors: Vectors, size: int
 ) -> list[Chunk]:
-    """The one chunk of a caption's first tokens, as many as the encoder takes."""
+    """A single chunk: the caption's first `size` tokens."""
     [[passage]] = sections
     ids, slots = tokens_of(tokenizer, passage.text, vectors)
     kept = [slot for slot in slots if slot.position <= size]
@@ -57,7 +57,7 @@ def cut_caption(
 def chunks_of(
     tokenizer: Any, sections: Sequence[Section], vectors: Vectors, size: int, whole: Collection[str]
 ) -> list[Chunk]:
-    """A prompt's chunks of up to `size` tokens, at least one; `whole` words are never split."""
+    """A prompt's chunks of up to `size` tokens, at least one; `whole` words are not divided."""
     comma = ids_of(tokenizer, ",")
     chunks = []
     for section in sections:
@@ -86,7 +86,7 @@ def _units(
 
 
 def _grouped(tokenizer: Any, text: str, whole: Collection[str]) -> list[list[int]]:
-    """The text's tokens one by one, but those of a whole word together."""
+    """The text's tokens in groups: one each, and all tokens of a whole word together."""
     spans = [part.span() for part in split_at(text, whole) if isinstance(part, re.Match)]
     if not spans:
         return [[each] for each in ids_of(tokenizer, text)]
@@ -95,13 +95,13 @@ def _grouped(tokenizer: Any, text: str, whole: Collection[str]) -> list[list[int
         text, add_special_tokens=False, truncation=False, return_offsets_mapping=True
     )  # fmt: skip
 
-    def home(place: int) -> tuple[int, int]:
+    def group_of(place: int) -> tuple[int, int]:
         start, end = found.offset_mapping[place]
         inside = (n for n, (first, last) in enumerate(spans) if start < last and end > first)
         number = next(inside, -1)
         return (number, 0) if number >= 0 else (-1, place)
 
-    groups = groupby(range(len(found.input_ids)), key=home)
+    groups = groupby(range(len(found.input_ids)), key=group_of)
     return [[found.input_ids[place] for place in places] for _, places in groups]
 
 
@@ -119,7 +119,7 @@ def _split(units: Sequence[Unit], size: int, comma: list[int]) -> list[list[Unit
 
 
 def _no_longer_than(size: int, units: Sequence[Unit]) -> list[Unit]:
-    """The units; one that no chunk has room for falls apart."""
+    """The units; one with more than `size` tokens is divided into single tokens."""
     parts = []
     for unit in units:
         whole = len(unit.ids) <= size
@@ -134,7 +134,7 @@ def _no_longer_than(size: int, units: Sequence[Unit]) -> list[Unit]:
 
 
 def _after_comma(chunk: Sequence[Unit], size: int, comma: list[int]) -> list[Unit]:
-    """What follows the last comma, if that is near the chunk's end; else nothing."""
+    """The units after the chunk's last comma, if that is near the end; else none."""
     places = [place for place, unit in enumerate(chunk) if unit.ids == comma and not unit.word]
     if not places:
         return []

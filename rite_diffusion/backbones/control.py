@@ -1,4 +1,4 @@
-"""Networks that a condition picture steers a base model with: ControlNets and T2I-Adapters."""
+"""ControlNets and T2I-Adapters: networks that guide a base model by a condition picture."""
 
 import json
 from pathlib import Path
@@ -18,9 +18,9 @@ KINDS: dict[str, type[ControlNetwork]] = {
 
 
 def load_control_network(source: str, dtype: torch.dtype, device: torch.device) -> ControlNetwork:
-    """The network of a diffusers folder or a hub id, frozen; BackboneError where there is none.
+    """The network in a diffusers folder or behind a hub id, frozen.
 
-    No pickle is opened.
+    Pickles are not opened. BackboneError where there is no such network.
     """
     try:
         kind = _kind(source)
@@ -33,7 +33,7 @@ def load_control_network(source: str, dtype: torch.dtype, device: torch.device) 
         ) from None
     assert isinstance(network, ControlNetModel | T2IAdapter)
     network.requires_grad_(False).eval()
-    nn.Module.to(network, device)  # diffusers' own `to` has no types
+    nn.Module.to(network, device)  # diffusers' own `to` is not typed
     return network
 
 
@@ -48,5 +48,5 @@ def _kind(source: str) -> type[ControlNetwork]:
         config = Path(hf_hub_download(source, "config.json"))
     name = json.loads(config.read_text(encoding="utf-8")).get("_class_name")
     if name not in KINDS:
-        raise ValueError(f"it is a {name}, this toolkit opens {', '.join(KINDS)}")
+        raise ValueError(f"it is a {name}; this toolkit opens {', '.join(KINDS)}")
     return KINDS[name]

@@ -1,4 +1,4 @@
-"""The cross-attentions of a UNet, in the order in which a picture passes them."""
+"""The cross-attentions of a UNet, in the order of the forward pass."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ STAGES = ("down_blocks", "mid_block", "up_blocks")
 
 
 def cross_attentions(unet: nn.Module) -> list[Attention]:
-    """All cross-attentions: down, middle, up."""
+    """All cross-attentions of the UNet: down blocks, mid block, up blocks."""
     named = [(p, m) for p, m in unet.named_modules() if isinstance(m, Attention)]
     return [
         module
@@ -19,11 +19,11 @@ def cross_attentions(unet: nn.Module) -> list[Attention]:
     ]
 
 
-def take_own_states(attentions: list[Attention]) -> None:
-    """Let cross-attention number l look at its own of layer-wise text states (B, L, tokens, width).
+def select_layer_states(attentions: list[Attention]) -> None:
+    """Add hooks that give cross-attention number l the states [:, l] of (B, L, tokens, width).
 
-    Of states (B, tokens, width) all see the same, as ever. The hooks depend on their input alone,
-    so they hold under gradient checkpointing and `torch.compile` too.
+    States (B, tokens, width) are passed on unchanged. The hooks depend on their input only, so they
+    work with gradient checkpointing and `torch.compile`.
     """
     for number, module in enumerate(attentions):
         module.register_forward_pre_hook(_own_states(number), with_kwargs=True)

@@ -1,4 +1,4 @@
-"""What tells one base model from another, whatever the precision of its weights."""
+"""Fingerprints of base models, equal or close whatever the precision of the weights."""
 
 from collections.abc import Sequence
 
@@ -12,9 +12,9 @@ BITS = 64
 def fingerprint(weights: Sequence[Tensor]) -> str:
     """16 hex digits: the signs of 64 random projections of the weights (Charikar 2002, Sec. 3).
 
-    Rounding the weights to another precision flips next to no bit. The share of bits in which two
-    models differ is the angle between their weights over pi: about half for strangers, few for a
-    model and what was fine-tuned from it.
+    The expected share of bits in which two models differ is the angle between their weights divided
+    by pi: about half for unrelated models, few for fine-tuned ones, and almost none for the same
+    weights in another precision.
     """
     flat = torch.cat([weight.detach().cpu().double().flatten() for weight in weights]).numpy()
     projections = np.random.RandomState(0).standard_normal((BITS, len(flat)))

@@ -1,8 +1,8 @@
-"""Prompts with learned words: ordinary tokens hold their places, a hook puts their vectors there.
+"""Learned embeddings in prompts: placeholder tokens, whose embeddings a hook replaces by vectors.
 
-The tables of the text encoders stay as they are. A word may have vectors of its own for every
-cross-attention ("layer-wise", Voynov et al. 2023, "P+"); a prompt that says one is encoded once for
-each, all in one batch, and its states are (layers, tokens, width).
+The text encoders' embedding tables do not change. An embedding may have other vectors for every
+cross-attention ("layer-wise", Voynov et al. 2023, "P+"); a prompt with one is encoded once for each
+cross-attention, all in one batch, and its states are (layers, tokens, width).
 """
 
 import re
@@ -17,25 +17,25 @@ from torch import Tensor, nn
 from rite_diffusion.backbones.protocols import LearnedEmbedding
 from rite_diffusion.errors import ConfigError
 
-PLACEHOLDER = "*"  # its token stands where a vector will be
+PLACEHOLDER = "*"  # its token marks the position of a vector
 
 Vectors = Mapping[str, Sequence[Tensor]]  # word -> per text encoder (layers, vectors, width)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a vector of a learned word stands among a prompt's tokens, the begin mark counted."""
+    """The position of a learned vector among a prompt's tokens, the begin mark included."""
 
     position: int
     word: str
-    number: int  # which of the word's vectors
+    number: int  # index of the vector among the word's
 
 
 def split_at(prompt: str, words: Collection[str]) -> list[str | re.Match[str]]:
-    """The prompt's ordinary text and, in their places, the learned words that it says.
+    """The prompt split at the words that it contains: text as str, words as matches, in order.
 
-    Upper and lower case are one, as in CLIP's tokenizer; of words that begin alike the longest
-    counts. A word of letters is found only where it stands alone.
+    Case is ignored, as in CLIP's tokenizer; of words with the same beginning the longest matches. A
+    word that begins or ends with a letter or digit does not match inside a longer word.
     """
     if not words:
         return [prompt]
@@ -55,28 +55,28 @@ def _alone(word: str) -> str:
 
 
 def vectors_in(prompts: Iterable[str], words: Mapping[str, LearnedEmbedding]) -> Vectors:
-    """The vectors of those learned words that some prompt says."""
+    """The vectors of the words that occur in the prompts."""
     found = [part[0] for p in prompts for part in split_at(p, words) if isinstance(part, re.Match)]
     names = {word.lower(): word for word in words}
     return {name: words[name].rows() for name in dict.fromkeys(names[f.lower()] for f in found)}
 
 
 def check_text(text: str) -> None:
-    """ConfigError where a text holds bytes that were no characters, as arguments may."""
+    """ConfigError where a text is not valid Unicode, as command-line arguments may be."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ConfigError(f"{text!r} is no text in UTF-8: write it anew.") from None
+        raise ConfigError(f"{text!r} is not UTF-8 text: write it again.") from None
 
 
 def ids_of(tokenizer: Any, text: str) -> list[int]:
-    """The text's tokens without begin and end marks; ConfigError for what is no text."""
+    """The text's tokens without begin and end marks; ConfigError for invalid Unicode."""
     check_text(text)
     return tokenizer(text, add_special_tokens=False, truncation=False).input_ids
 
 
 def tokens_of(tokenizer: Any, prompt: str, vectors: Vectors) -> tuple[list[int], list[Slot]]:
-    """All tokens of a prompt without marks, and where the vectors of learned words belong."""
+    """All tokens of a prompt without marks, and the positions of learned vectors."""
     [placeholder] = ids_of(tokenizer, PLACEHOLDER)
     names = {word.lower(): word for word in vectors}
     ids, slots = list[int](), list[Slot]()
@@ -94,9 +94,9 @@ def tokens_of(tokenizer: Any, prompt: str, vectors: Vectors) -> tuple[list[int],
 def positions_of(
     tokenizer: Any, caption: str, word: str, words: Mapping[str, LearnedEmbedding], size: int
 ) -> list[int]:
-    """Where the tokens of a word's first mention stand in a caption's encoding; [] for nowhere.
+    """Positions of a word's tokens in a caption's encoding, at its first mention; [] for none.
 
-    An encoding holds `size` tokens beside its marks.
+    The encoding has `size` tokens and two marks.
     """
     ids, slots = tokens_of(tokenizer, caption, vectors_in([caption], words))
     if word in words:
@@ -111,8 +111,8 @@ def positions_of(
 
 
 @dataclass(frozen=True)
-class Filling:
-    """Vectors (n, width) for n places in a batch of prompts' embeddings."""
+class Insertion:
+    """Vectors (n, width) for n positions in a batch of token embeddings."""
 
     rows: list[int]
     positions: list[int]
@@ -120,16 +120,16 @@ class Filling:
 
 
 @contextmanager
-def spliced(table: nn.Module, fillings: list[Filling]) -> Iterator[None]:
-    """The embedding table gives the fillings in their places, until the block ends."""
+def inserted(table: nn.Module, insertions: list[Insertion]) -> Iterator[None]:
+    """Within the block, the embedding table's output has the insertions' vectors."""
 
-    def fill(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
-        for each in fillings:
+    def insert(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
+        for each in insertions:
             places = torch.tensor([each.rows, each.positions], dtype=torch.long)
             output = output.index_put(tuple(places.to(output.device)), each.values.to(output))
         return output
 
-    handle = table.register_forward_hook(fill) if fillings else None
+    handle = table.register_forward_hook(insert) if insertions else None
     try:
         yield
     finally:

@@ -1,8 +1,8 @@
-"""Rows of a tensor, whose gradients add up in one order whatever the number of threads.
+"""Selection of rows whose gradients are summed in a fixed order, for repeatable training.
 
-The gradient of `values[places]` adds up the rows of equal places by atomic operations, in the order
-in which threads happen to come (PyTorch's index_put with accumulate on a CPU); floating-point sums
-differ with the order. A learned word or a caption stands in many rows of a batch.
+The gradient of `values[places]` sums the rows of repeated places with atomic operations, in the
+order in which threads arrive (PyTorch's index_put with accumulate on a CPU). Floating-point sums
+depend on the order. A learned embedding or a caption occurs in many rows of a batch.
 """
 
 from collections.abc import Sequence

@@ -1,11 +1,11 @@
 r"""Prompts as users write them, with the syntax of A1111's web interface.
 
     (word:1.3)   the word's text states times 1.3        BREAK        begins a new chunk
-    (word)       times 1.1                               \( \) \[ \]  brackets that are drawn
+    (word)       times 1.1                               \( \) \[ \]  brackets as text
     [word]       divided by 1.1                          nested ones multiply
 
-A bracket that is never closed holds to the prompt's end, one that was never opened is text, as
-there. What other tools would act on and this one cannot is refused, not drawn as words.
+As in A1111, an unclosed bracket reaches to the prompt's end, and an unopened one is text. Syntax of
+other tools that is not supported is refused, not read as words.
 """
 
 import re
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from rite_diffusion.backbones.learned_embeddings import check_text, split_at
 from rite_diffusion.errors import ConfigError
 
-ROUND, SQUARE = 1.1, 1 / 1.1  # what a pair of brackets multiplies with
+ROUND, SQUARE = 1.1, 1 / 1.1  # weights of a pair of brackets
 BREAK = re.compile(r"\s*\bBREAK\b\s*")
 
 _MARK = re.compile(
@@ -30,24 +30,24 @@ _SCHEDULED = re.compile(r":\s*[+-]?(\d+\.?\d*|\.\d+)\s*$")
 
 @dataclass(frozen=True)
 class Passage:
-    """A stretch of a prompt and what its text states are multiplied with."""
+    """A part of a prompt and the weight of its text states."""
 
     text: str
     weight: float = 1.0
 
 
-Section = list[Passage]  # what lies between two BREAKs
+Section = list[Passage]  # the text between two BREAKs
 
 
 def as_written(text: str) -> list[Section]:
-    """A caption's reading: every character is text."""
+    """A caption as a single passage, without prompt syntax."""
     return [[Passage(text)]]
 
 
 def read_prompt(prompt: str, literal: Collection[str] = ()) -> list[Section]:
-    """The prompt's passages, section by section; `literal` words are text whatever they hold.
+    """The prompt's passages, section by section; syntax within `literal` words is text.
 
-    ConfigError for syntax that is not supported and for what is no text.
+    ConfigError for syntax that is not supported and for invalid Unicode.
     """
     check_text(prompt)
     parts = split_at(prompt, literal)
@@ -57,20 +57,20 @@ def read_prompt(prompt: str, literal: Collection[str] = ()) -> list[Section]:
         if isinstance(part, str):
             reader.read(part)
         else:
-            reader.say(part[0])
+            reader.add(part[0])
     return reader.sections()
 
 
 class _Reader:
-    """Passages, and where the brackets that are open began."""
+    """The state of reading a prompt: passages so far, and where open brackets began."""
 
     def __init__(self, prompt: str):
         self.prompt = prompt
         self.passages: list[Passage | None] = []  # None: a BREAK
         self.open: dict[str, list[int]] = {"(": [], "[": []}
-        self.weight: str | None = None  # the one that stands before the next closing bracket
+        self.weight: str | None = None  # explicit weight of the bracket that closes next
 
-    def say(self, text: str) -> None:
+    def add(self, text: str) -> None:
         if text:
             self.passages.append(Passage(text))
 
@@ -80,12 +80,12 @@ class _Reader:
             self._plain(text[start : mark.start()])
             start = mark.end()
             if mark["escaped"]:
-                self.say(mark["escaped"][1:])
+                self.add(mark["escaped"][1:])
             elif mark["weight"] is not None:
                 if self.open["("]:
                     self.weight = mark["weight"]
                 else:
-                    self.say(mark[0])
+                    self.add(mark[0])
             else:
                 self._bracket(mark[0])
         self._plain(text[start:])
@@ -94,7 +94,7 @@ class _Reader:
         for number, part in enumerate(BREAK.split(text)):
             if number:
                 self.passages.append(None)
-            self.say(part)
+            self.add(part)
 
     def _bracket(self, bracket: str) -> None:
         if bracket in self.open:
@@ -102,7 +102,7 @@ class _Reader:
             return
         opened = self.open["(" if bracket == ")" else "["]
         if not opened:
-            self.say(bracket)
+            self.add(bracket)
             return
         usual = ROUND if bracket == ")" else SQUARE
         self._multiply(opened.pop(), usual if self.weight is None else self._number(self.weight))
@@ -113,7 +113,7 @@ class _Reader:
             return float(text)
         except ValueError:
             raise ConfigError(
-                f"prompt '{self.prompt}': the weight '{text}' is no number; write (word:1.3)."
+                f"prompt '{self.prompt}': the weight '{text}' is not a number; write (word:1.3)."
             ) from None
 
     def _multiply(self, start: int, factor: float) -> None:
@@ -122,7 +122,7 @@ class _Reader:
         ]
 
     def sections(self) -> list[Section]:
-        """What was read; equal neighbours are one passage."""
+        """The passages by section; neighbours of equal weight are joined."""
         for start in self.open["("]:
             self._multiply(start, ROUND)
         for start in self.open["["]:
@@ -140,7 +140,7 @@ class _Reader:
 
 
 def is_blank(sections: Iterable[Section]) -> bool:
-    """Whether a prompt says nothing at all."""
+    """Whether a prompt has no text."""
     return not any(passage.text for section in sections for passage in section)
 
 
@@ -148,7 +148,7 @@ def is_blank(sections: Iterable[Section]) -> bool:
 
 
 def _refuse_foreign(prompt: str, parts: Sequence[str | re.Match[str]]) -> None:
-    """ConfigError for what other tools would act on; escaped brackets and words are left out."""
+    """ConfigError for other tools' syntax outside escaped brackets and literal words."""
     bare = "".join(part if isinstance(part, str) else "_" * len(part[0]) for part in parts)
     bare = re.sub(r"\\.", "__", bare)
     if found := _NETWORK.search(bare):
@@ -160,12 +160,12 @@ def _refuse_foreign(prompt: str, parts: Sequence[str | re.Match[str]]) -> None:
     if found := _EMBEDDING.search(bare):
         raise ConfigError(
             f"prompt '{prompt}': {found[0]} is not read from the prompt; pass --adapter "
-            f"{found[1]}.safetensors and say the embedding's word."
+            f"{found[1]}.safetensors and write the embedding's word."
         )
     if re.search(r"\bAND\b", bare):
         raise ConfigError(
-            f"prompt '{prompt}': AND, which joins whole prompts elsewhere, is not supported; write "
-            "'and', or give each part a --region."
+            f"prompt '{prompt}': AND between prompts is not supported; write 'and', or give each "
+            "part a --region."
         )
     if changing := _changing(bare):
         raise ConfigError(
@@ -175,8 +175,8 @@ def _refuse_foreign(prompt: str, parts: Sequence[str | re.Match[str]]) -> None:
 
 
 def _changing(text: str) -> str:
-    """The first [from:to:when] or [one|other] of a text, "" where there is none."""
-    levels: list[tuple[str, int, str]] = []  # bracket, where its content begins, its own text
+    """The content of a text's first [from:to:when] or [one|other]; "" where there is none."""
+    levels: list[tuple[str, int, str]] = []  # bracket, start of its content, text outside it
     own = ""
     for place, letter in enumerate(text):
         if letter in "([":

@@ -1,4 +1,4 @@
-"""What a base model offers to training, generation and fusion, whatever its family."""
+"""The interface of a base model for training, generation and fusion, whatever its family."""
 
 from __future__ import annotations
 
@@ -13,54 +13,68 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LearnedEmbedding:
-    """A word beside those that the model came with; its vectors stand where a prompt says it.
+    """A learned embedding, whose vectors replace its word in prompts.
 
-    `rows()` gives per text encoder (layers, vectors, width), layers being 1 or one for each
-    cross-attention. It is asked whenever a prompt is encoded, so it may give what is in training.
+    `rows()` returns (layers, vectors, width) for each text encoder, where layers is 1 or the number
+    of cross-attentions. It is called at every encoding and may return tensors that are being
+    trained, so that gradients reach them.
     """
 
-    adapter: str  # that brought it
+    adapter: str  # name of the adapter that it belongs to
     rows: Callable[[], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser is told about a batch of prompts.
+    """The denoiser's text input for a batch of prompts, made by a backbone's `encode_prompts`."""
 
-    A backbone makes it and takes it; whoever stands between hands it on unread.
-    """
-
-    states: Tensor  # (B, tokens, width), or with words of many layers (B, layers, tokens, width)
-    extra: dict[str, Tensor] = field(default_factory=dict)  # (B, …) each: pooled embeddings, …
+    states: Tensor  # (B, tokens, width); with layer-wise embeddings (B, layers, tokens, width)
+    extra: dict[str, Tensor] = field(default_factory=dict)  # (B, …) each: pooled states, …
 
 
 PredictionType = Literal["epsilon", "v_prediction", "flow"]
 
 
 @dataclass(frozen=True)
-class NoiseSchedule:
-    """The forward process of a model: x_t = signal x_0 + sigma noise, at T timesteps.
+class Levels:
+    """Noise levels of a batch: x_t = signal x_0 + sigma noise."""
 
-    Later timesteps have more noise.
+    signal: Tensor  # (B,)
+    sigma: Tensor  # (B,)
+    times: Tensor  # (B,) the denoiser's time input
+    snr: Tensor  # (B,) (signal / sigma)^2
+
+
+class NoiseSchedule(Protocol):
+    """The forward process of a model, from clean latents at place 0 to noise at place 1."""
+
+    def levels(self, places: Tensor, cells: tuple[int, int], shift: float | None = None) -> Levels:
+        """The noise levels at places (B,) in [0, 1), for latents of `cells` (height, width).
+
+        `shift` replaces a flow's own shift towards noise; ConfigError for schedules without one.
+        """
+        ...
+
+
+def classifier_free(uncond: Tensor, cond: Tensor, guidance: float) -> Tensor:
+    """The guided prediction: uncond + w (cond - uncond) (Ho & Salimans 2022)."""
+    return uncond + guidance * (cond - uncond)
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How a guidance scale acts on a model.
+
+    `classifier_free`: `combine` joins the predictions for the negative prompt and the prompt.
+    `embedded`: the scale is an input of the model. `none`: a distilled model without a scale.
     """
 
-    signal: Tensor  # (T,)
-    sigma: Tensor  # (T,)
-    times: Tensor  # (T,) what the model is told
-    snr: Tensor  # (T,) (signal / sigma)^2
-
-    def __len__(self) -> int:
-        """The number of timesteps T."""
-        return len(self.times)
-
-    def to(self, device: device) -> NoiseSchedule:
-        """The schedule on a device."""
-        tables = (self.signal, self.sigma, self.times, self.snr)
-        return NoiseSchedule(*(table.to(device) for table in tables))
+    kind: Literal["classifier_free", "embedded", "none"] = "classifier_free"
+    combine: Callable[[Tensor, Tensor, float], Tensor] = classifier_free
 
 
 class ImageCodec(Protocol):
-    """Between pictures and latents."""
+    """Conversion between pictures and latents."""
 
     resolution: int  # pixels of the native side
     multiple: int  # picture sides are multiples of this many pixels
@@ -72,7 +86,7 @@ class ImageCodec(Protocol):
         ...
 
     def encoder_fingerprint(self) -> str:
-        """A name for what makes latents of pictures, the same for equal weights."""
+        """An id of the encoder from pictures to latents, the same for equal weights."""
         ...
 
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -80,15 +94,15 @@ class ImageCodec(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1]."""
+        """Pictures (B, 3, H, W) in [-1, 1] of latents (B, C, h, w)."""
         ...
 
 
 class TextConditioner(Protocol):
-    """From prompts to what the denoiser is conditioned on."""
+    """Conversion of prompts to the denoiser's conditioning."""
 
-    embeddings: dict[str, LearnedEmbedding]  # learned beside the model's own
-    triggers: dict[str, Sequence[str]]  # adapter -> words that call it, literal in prompts
+    embeddings: dict[str, LearnedEmbedding]  # word -> learned embedding
+    triggers: dict[str, Sequence[str]]  # adapter's name -> its trigger words
 
     @property
     def token_tables(self) -> list[Tensor]:
@@ -97,32 +111,36 @@ class TextConditioner(Protocol):
 
     @property
     def text_fingerprint(self) -> str:
-        """A name for what makes conditioning of prompts, the same for equal weights."""
+        """An id of text encoders and tokenizers, the same for equal weights."""
         ...
 
     @property
     def token_budget(self) -> int:
-        """Tokens that a caption, or a chunk of a prompt, may have, without begin and end marks."""
+        """Most tokens of a caption or of a prompt's chunk, without begin and end marks."""
         ...
 
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
-        """Conditioning of prompts as users write them: of any length, with weights."""
+        """Conditioning of prompts as users write them: of any length, with prompt syntax."""
         ...
 
     def encode_captions(self, captions: list[str]) -> Conditioning:
-        """Conditioning of literal captions, over-long ones cut.
+        """Conditioning of captions, without prompt syntax; tokens beyond the budget are cut off.
 
-        With gradients to the text encoder's trainable weights.
+        Gradients reach the text encoder's trainable weights.
         """
         ...
 
     @property
-    def literal_words(self) -> Sequence[str]:
-        """The words that prompts take literally and whole: learned ones and triggers."""
+    def protected_words(self) -> Sequence[str]:
+        """Words that prompts keep whole and without syntax: learned embeddings and triggers."""
         ...
 
     def token_count(self, prompt: str) -> int:
         """Number of the prompt's tokens, begin and end marks excluded."""
+        ...
+
+    def encoded_length(self, prompts: list[str]) -> int:
+        """Number of tokens in the states that `encode_prompts` returns, found without encoding."""
         ...
 
     def token_ids(self, text: str) -> list[int]:
@@ -130,43 +148,69 @@ class TextConditioner(Protocol):
         ...
 
     def token_positions(self, prompt: str, word: str) -> list[int]:
-        """Where a word's tokens stand in the encoded prompt, at its first mention."""
+        """Positions of a word's tokens in the encoded prompt, at its first mention."""
         ...
 
     def is_known_word(self, word: str) -> bool:
-        """Whether the model came with the word."""
+        """Whether the tokenizer has the word as a single token."""
         ...
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """How a model draws where a user does not say."""
+    """Sampling settings for a model where the user does not choose."""
 
     steps: int = 25  # denoising steps
     guidance: float = 7.5  # classifier-free guidance scale
 
 
+@dataclass(frozen=True)
+class Support:
+    """What can be trained on a model.
+
+    `distilled` says what to train on instead of a few-step model; empty where that is this one.
+    """
+
+    methods: frozenset[str] | None = None  # None: all
+    text_encoder: bool = True  # whether text encoders can be adapted
+    distilled: str = ""
+
+
 class Denoiser(Protocol):
-    """The network that predicts, with the noise that it was trained on."""
+    """The network that predicts, and the noise schedule that it was trained with."""
 
     prediction_type: PredictionType
-    noise_schedule: NoiseSchedule
+    guidance: Guidance
     defaults: Defaults
 
-    def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The prediction (B, C, h, w) for latents at times (B,) of the noise schedule."""
+    @property
+    def noise_schedule(self) -> NoiseSchedule:
+        """The forward process that the network was trained with."""
         ...
 
-    def new_scheduler(self) -> Any:
-        """A fresh diffusers scheduler for sampling."""
+    def denoise(
+        self,
+        noisy: Tensor,
+        times: Tensor,
+        conditioning: Conditioning,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """The prediction (B, C, h, w) for latents at times (B,) of the noise schedule.
+
+        `guidance` is the scale for models with embedded guidance, by default that of training.
+        """
+        ...
+
+    def sampler(self, steps: int, cells: tuple[int, int]) -> Any:
+        """A new diffusers scheduler set to `steps`, for latents of `cells` (height, width)."""
         ...
 
     def checkpoint_gradients(self, wanted: bool) -> None:
-        """Recompute activations in the backward pass instead of keeping them, or keep them."""
+        """Turn gradient checkpointing on or off: less memory, slower backward pass."""
         ...
 
     def compile_denoiser(self, wanted: bool) -> None:
-        """Run the denoiser through `torch.compile`, or as it is."""
+        """Turn `torch.compile` of the denoiser on or off."""
         ...
 
 
@@ -176,23 +220,25 @@ class AdapterHost(Protocol):
     name: str
     fingerprint: str
     denoiser_name: str  # which of the components is the denoiser: `unet`, `transformer`
+    family: str  # whose layers it has: `sd`, `sdxl`, `z-image`, ...
+    support: Support
 
     @property
     def components(self) -> dict[str, nn.Module]:
-        """The parts that adapters attach to, by name: the denoiser, `text_encoder`, …."""
+        """The modules that adapters attach to, by name: the denoiser, `text_encoder`, …."""
         ...
 
     def lora_targets(self, component: str, blocks: bool = False) -> list[str]:
-        """Paths of the attention projections within a component; or of all its blocks' layers."""
+        """Paths of a component's attention projections, or with `blocks` of all blocks' layers."""
         ...
 
 
 class CrossAttending(Protocol):
-    """A model whose text enters by cross-attention alone, as a UNet's does."""
+    """A model whose text input is cross-attention only, as in a UNet."""
 
     @property
     def cross_attentions(self) -> Sequence[nn.Module]:
-        """The layers that look at the text (diffusers' `Attention`), as a picture passes them."""
+        """The cross-attentions (diffusers' `Attention`) in the order of the forward pass."""
         ...
 
 
@@ -201,12 +247,12 @@ class Backbone(ImageCodec, TextConditioner, Denoiser, AdapterHost, CrossAttendin
 
     device: device
     dtype: dtype
-    attention: str  # the implementation of attention that is in use
+    attention: str  # the implementation of attention in use
 
     def release(self, names: Sequence[str]) -> None:
-        """Let encoders (`vae`, `text_encoder`, …) leave memory until something needs them."""
+        """Free the memory of encoders (`vae`, `text_encoder`, …) until they are used again."""
         ...
 
     def recall(self) -> None:
-        """Let released encoders be `components` like others."""
+        """Load released encoders again as soon as `components` is used."""
         ...

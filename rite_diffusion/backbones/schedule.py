@@ -1,4 +1,4 @@
-"""The noise schedule of a base model, read from its scheduler, and the sampler that follows it."""
+"""A base model's noise schedule, read from its scheduler, and a sampler for it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,15 +7,15 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from rite_diffusion.backbones.protocols import NoiseSchedule, PredictionType
-from rite_diffusion.errors import BackboneError
+from rite_diffusion.backbones.protocols import Levels, PredictionType
+from rite_diffusion.errors import BackboneError, ConfigError
 
 KINDS: tuple[PredictionType, ...] = ("epsilon", "v_prediction")  # of schedules in discrete steps
 UNSUPPORTED = ("use_dynamic_shifting", "invert_sigmas")  # of a flow's configuration
 
 
 def prediction_type(scheduler: Any, name: str) -> PredictionType:
-    """What the model of a diffusers scheduler predicts; BackboneError for what none here learns."""
+    """The prediction type of a diffusers scheduler's model; BackboneError if unsupported."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return "flow"
     kind = scheduler.config.get("prediction_type")
@@ -28,38 +28,64 @@ def prediction_type(scheduler: Any, name: str) -> PredictionType:
     return kind
 
 
-def noise_schedule(scheduler: Any, name: str) -> NoiseSchedule:
-    """The schedule of a diffusers scheduler that `prediction_type` accepts."""
+@dataclass(frozen=True)
+class TableSchedule:
+    """A noise schedule of T discrete timesteps; noise increases with the timestep."""
+
+    signal: Tensor  # (T,)
+    sigma: Tensor  # (T,)
+    times: Tensor  # (T,) the denoiser's time input
+    snr: Tensor  # (T,) (signal / sigma)^2
+
+    def __len__(self) -> int:
+        """The number of timesteps T."""
+        return len(self.times)
+
+    def to(self, device: torch.device) -> "TableSchedule":
+        """The schedule on a device."""
+        tables = (self.signal, self.sigma, self.times, self.snr)
+        return TableSchedule(*(table.to(device) for table in tables))
+
+    def levels(self, places: Tensor, cells: tuple[int, int], shift: float | None = None) -> Levels:
+        """The noise levels of the timesteps at places (B,) in [0, 1), for latents of any size."""
+        if shift is not None:
+            raise ConfigError("objective.shift is for bases with a continuous flow: leave it out.")
+        at = (places * len(self)).long().clamp(max=len(self) - 1).to(self.times.device)
+        return Levels(self.signal[at], self.sigma[at], self.times[at], self.snr[at])
+
+
+def noise_schedule(scheduler: Any, name: str) -> TableSchedule:
+    """The noise schedule of a diffusers scheduler that `prediction_type` accepts."""
     if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
         return _flow_schedule(scheduler, name)
     return ddpm_schedule(scheduler.alphas_cumprod)
 
 
-def ddpm_schedule(shares: Tensor) -> NoiseSchedule:
-    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, Eq. 4), from the a_t (T,)."""
+def ddpm_schedule(shares: Tensor) -> TableSchedule:
+    """The schedule x_t = sqrt(a) x_0 + sqrt(1 - a) noise (Ho et al. 2020, Eq. 4) of `shares` a."""
     snr = shares / (1 - shares).clamp(min=1e-8)
-    return NoiseSchedule(shares.sqrt(), (1 - shares).sqrt(), torch.arange(len(shares)), snr)
+    return TableSchedule(shares.sqrt(), (1 - shares).sqrt(), torch.arange(len(shares)), snr)
 
 
-def flow_schedule(sigmas: Tensor, length: int) -> NoiseSchedule:
-    """x_t = (1 - sigma) x_0 + sigma noise (Liu et al. 2023), from sigmas (T,) in (0, 1].
+def flow_schedule(sigmas: Tensor, length: int) -> TableSchedule:
+    """The schedule x_t = (1 - sigma) x_0 + sigma noise (Liu et al. 2023) of sigmas (T,) in (0, 1].
 
-    The model is told sigma times `length`.
+    The denoiser's time input is sigma * length.
     """
     signal = 1 - sigmas
-    return NoiseSchedule(signal, sigmas, sigmas * length, (signal / sigmas).square())
+    return TableSchedule(signal, sigmas, sigmas * length, (signal / sigmas).square())
 
 
-def _flow_schedule(scheduler: FlowMatchEulerDiscreteScheduler, name: str) -> NoiseSchedule:
+def _flow_schedule(scheduler: FlowMatchEulerDiscreteScheduler, name: str) -> TableSchedule:
     odd = [key for key in UNSUPPORTED if scheduler.config[key]]
     if odd:
         raise BackboneError(f"{name} has a flow schedule with {odd[0]}, which is not supported")
-    rising = torch.as_tensor(scheduler.sigmas).flip(0)  # diffusers has the noisiest first
+    rising = torch.as_tensor(scheduler.sigmas).flip(0)  # diffusers lists the noisiest first
     return flow_schedule(rising, scheduler.config["num_train_timesteps"])
 
 
 def sampler(kind: PredictionType, config: Any) -> "DDIMScheduler | FlowSampler":
-    """A deterministic sampler on the model's own schedule: DDIM (Song et al. 2021), or Euler."""
+    """A deterministic sampler for the model's schedule: Euler for flows, else DDIM (Song 2021)."""
     if kind == "flow":
         scheduler = FlowSampler.from_config(config, stochastic_sampling=False)
         assert isinstance(scheduler, FlowSampler)
@@ -71,23 +97,23 @@ def sampler(kind: PredictionType, config: Any) -> "DDIMScheduler | FlowSampler":
 
 @dataclass
 class FlowStep:
-    """What one step of a flow makes: latents with less noise, and where they are heading."""
+    """The result of a sampler's step: the next latents x_{t-1}, and the estimate of x_0."""
 
     prev_sample: Tensor
     pred_original_sample: Tensor
 
 
 class FlowSampler(FlowMatchEulerDiscreteScheduler):
-    """Euler steps along a rectified flow, called as DDIM's are."""
+    """Euler's method for a rectified flow, with the interface of diffusers' DDIMScheduler."""
 
     init_noise_sigma = 1.0
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor:
-        """The latents as the model sees them."""
+        """The latents unchanged: a flow model takes them as they are."""
         return sample
 
     def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor) -> FlowStep:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """The step from a timestep to the next; x_0 = x_t - sigma v for a velocity v."""
+        """One step to the next timestep; x_0 = x_t - sigma v for the velocity v = model_output."""
         sigma = timestep / self.config["num_train_timesteps"]
-        [made] = super().step(model_output, timestep, sample, return_dict=False)  # pyright: ignore[reportArgumentType]
-        return FlowStep(made, sample - sigma * model_output)
+        [latents] = super().step(model_output, timestep, sample, return_dict=False)  # pyright: ignore[reportArgumentType]
+        return FlowStep(latents, sample - sigma * model_output)

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL (Podell et al. 2023): two text encoders, and the picture's size is told."""
+"""Stable Diffusion XL (Podell et al. 2023): two text encoders, and size conditioning."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +15,7 @@ from rite_diffusion.backbones.stable_diffusion import Pipeline, StableDiffusion
 class StableDiffusionXL(StableDiffusion):
     """An SDXL model behind the Backbone protocol; its weights are frozen."""
 
+    family = "sdxl"
     encoder_names = ("vae", "text_encoder", "text_encoder_2")
 
     def __init__(
@@ -33,11 +34,11 @@ class StableDiffusionXL(StableDiffusion):
     @property
     def text_encoder_2(self) -> Any:
         """The second text encoder, a CLIPTextModelWithProjection."""
-        return self._encoder("text_encoder_2")
+        return self.encoders["text_encoder_2"]
 
     @property
     def text_fingerprint(self) -> str:
-        """Of both encoders and tokenizers, the dtype, and what the empty prompt is."""
+        """An id of both encoders and tokenizers, the dtype, and the handling of empty prompts."""
         return super().text_fingerprint + ("-zeros" if self._empty_is_zero else "")
 
     @property
@@ -46,11 +47,11 @@ class StableDiffusionXL(StableDiffusion):
         return [*super().token_tables, self.text_encoder_2.get_input_embeddings().weight]
 
     def _encode(self, prompts: list[list[Section]], chunked: Chunked) -> Conditioning:
-        """Both encoders' last hidden states but one, side by side, and the second's pooled one.
+        """Both encoders' penultimate hidden states, concatenated, and the second's pooled states.
 
-        The empty prompt is all zeros where the model was trained so. States are (B, layers, tokens,
-        width) where a prompt says a word that differs from layer to layer; the pooled one, of which
-        the UNet takes one, is the first chunk's, the mean over the layers.
+        States are (B, tokens, width), or (B, layers, tokens, width) with layer-wise embeddings;
+        pooled states (B, width) are those of the first chunk, averaged over layers. Both are zero
+        for an empty prompt where the model was trained so.
         """
         expansion = self._expanded(prompts, chunked)
         hidden = {"output_hidden_states": True}
@@ -61,19 +62,25 @@ class StableDiffusionXL(StableDiffusion):
         states = expansion.gathered(torch.cat(each, dim=-1))
         pooled = expansion.gathered_pooled(second.text_embeds)  # (B, width)
         if self._empty_is_zero:
-            says = torch.tensor([not is_blank(each) for each in prompts], device=self.device)
-            states = states * says.view(-1, *[1] * (states.ndim - 1))
-            pooled = pooled * says[:, None]
+            mask = torch.tensor([not is_blank(each) for each in prompts], device=self.device)
+            states = states * mask.view(-1, *[1] * (states.ndim - 1))
+            pooled = pooled * mask[:, None]
         return Conditioning(states, {"pooled": pooled})
 
     @property
     def _tokenizers(self) -> list[Any]:
         return [self.tokenizer, self.tokenizer_2]
 
-    def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The UNet's prediction (B, C, h, w) for latents at timesteps (B,).
+    def denoise(
+        self,
+        noisy: Tensor,
+        times: Tensor,
+        conditioning: Conditioning,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """The UNet's prediction (B, C, h, w) for latents at times (B,).
 
-        It is told that the picture was never larger than this, and not cropped.
+        Size conditioning: original and target size are the latents' size in pixels, uncropped.
         """
         height, width = (side * self.pixels_per_latent for side in noisy.shape[-2:])
         sizes = torch.tensor([height, width, 0, 0, height, width], device=self.device)
@@ -83,7 +90,7 @@ class StableDiffusionXL(StableDiffusion):
         }
         return self.unet(
             noisy.to(self.dtype),
-            timesteps,
+            times,
             encoder_hidden_states=conditioning.states.to(self.dtype),
             added_cond_kwargs=added,
         ).sample

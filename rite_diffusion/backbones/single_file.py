@@ -1,9 +1,9 @@
 """A Stable Diffusion 1.x, 2.x or XL pipeline from one .safetensors file in the original layout.
 
-Nothing is downloaded: sizes are read off the tensors' shapes, so that any width opens. What shapes
-cannot say is taken to be as in the published models: 8 attention heads in SD1's UNet and heads of
-64 channels elsewhere, norms over 32 groups, the scale of latents, the pictures' size, the noise
-schedule, and that SD2 predicts the velocity.
+Nothing is downloaded: sizes are read from the tensors' shapes, so models of any width load. The
+rest is assumed to be as in the published models: 8 attention heads in SD1's UNet and heads of 64
+channels elsewhere, norms over 32 groups, the scale of latents, the pictures' size, the noise
+schedule, and v-prediction for SD2.
 """
 
 import re
@@ -39,8 +39,8 @@ from rite_diffusion.backbones.checkpoint import (
     XL_OPEN_CLIP,
     Checkpoint,
     check_parts,
-    filled,
     layout_of,
+    load_weights,
     read_header,
 )
 from rite_diffusion.backbones.clip_tokenizer import clip_tokenizer
@@ -60,10 +60,10 @@ LENGTH = "max_position_embeddings"
 
 
 def load_single_file(path: Path, dtype: torch.dtype = torch.float32) -> Pipeline:
-    """The pipeline of a `.safetensors` checkpoint, its weights in `dtype`, in eval mode.
+    """The pipeline of a `.safetensors` checkpoint, with weights in `dtype`, in eval mode.
 
-    Raises BackboneError where the file is damaged, a pickle or another kind of model, and where its
-    tensors are not exactly those that its sizes call for.
+    Raises BackboneError where the file is damaged, a pickle or another kind of model, or where
+    tensors are missing, unexpected or of another shape.
     """
     checkpoint = read_header(path)
     layout = check_parts(checkpoint)
@@ -100,7 +100,7 @@ def load_single_file(path: Path, dtype: torch.dtype = torch.float32) -> Pipeline
 def unet_config(checkpoint: Checkpoint) -> Config:
     """Arguments of UNet2DConditionModel.
 
-    `input_blocks` lists conv_in, then for each level its resnets and, but for the last, a
+    `input_blocks` lists conv_in, then the resnets of each level and, except for the last level, a
     downsampler; `output_blocks` mirrors it.
     """
     resnet = UNET + "input_blocks.{}.0.in_layers.2.weight"
@@ -165,22 +165,22 @@ def vae_config(checkpoint: Checkpoint) -> Config:
 
 
 def vae_levels(checkpoint: Checkpoint) -> int:
-    """Levels of the autoencoder, one more than it halves the picture."""
+    """Number of resolutions in the autoencoder; it halves the picture between them."""
     checkpoint.shape(f"{VAE}encoder.down.0.block.0.conv1.weight")
     return checkpoint.length(VAE + "encoder.down.{}.")
 
 
 def picture_size(checkpoint: Checkpoint) -> int:
-    """Pixels along the side of a picture that the model was trained on, where the file says it.
+    """Side in pixels of the pictures that the model was trained on, by the file or its family.
 
-    The key is that of Stability's ModelSpec, which trainers such as kohya's write.
+    The file states it under a key of Stability's ModelSpec, which trainers such as kohya's write.
     """
     stated = re.fullmatch(r"(\d{2,4})x\d{2,4}", checkpoint.metadata.get("modelspec.resolution", ""))
     return int(stated[1]) if stated else layout_of(checkpoint).pixels
 
 
 def check_sizes(path: Path, unet: Config, vae: Config, texts: list[Config]) -> None:
-    """Raises BackboneError where the parts do not fit each other or are not text-to-image."""
+    """Raise BackboneError where the parts do not fit each other or are not text-to-image."""
     channels, latents = unet["in_channels"], vae["latent_channels"]
     attended, states = unet["cross_attention_dim"], sum(clip["hidden_size"] for clip in texts)
     widths = {*unet["block_out_channels"], *vae["block_out_channels"]}
@@ -193,20 +193,20 @@ def check_sizes(path: Path, unet: Config, vae: Config, texts: list[Config]) -> N
         (channels != latents, f"its UNet takes {channels} channels, its latents have {latents}"),
         (attended != states, f"its UNet reads text of width {attended}, its CLIP gives {states}"),
         (any(width % 32 for width in widths), f"widths {widths} are not all multiples of 32"),
-        (bool(odd), f"CLIP's width {odd_widths} is no multiple of 64"),
+        (bool(odd), f"CLIP's width {odd_widths} is not a multiple of 64"),
         (tokens < TOKENS, f"it knows {tokens} tokens, CLIP's tokenizer {TOKENS}"),
         (positions < POSITIONS, f"it reads {positions} tokens, CLIP's tokenizer gives {POSITIONS}"),
     ]
     for found, fault in faults:
         if found:
             raise BackboneError(
-                f"{path} is no Stable Diffusion that this toolkit can train: {fault}. "
+                f"{path} is not a Stable Diffusion that this toolkit can train: {fault}. "
                 "Pass another checkpoint, or the model's diffusers folder."
             )
 
 
 def noise_schedule(checkpoint: Checkpoint) -> DDIMScheduler:
-    """The published sampler; a `v_pred` or `ztsnr` mark changes objective or last timestep."""
+    """The published scheduler; tensors `v_pred` and `ztsnr` set its prediction and terminal SNR."""
     default = "v" if layout_of(checkpoint) is SD2 else "epsilon"
     stated = checkpoint.metadata.get("modelspec.prediction_type", default)
     velocity = "v_pred" in checkpoint.shapes or stated == "v"
@@ -230,7 +230,7 @@ def _load_unet(checkpoint: Checkpoint, config: Config, dtype: torch.dtype) -> UN
     with init_empty_weights():
         model = UNet2DConditionModel(**config)
     weights = _converted(convert_ldm_unet_checkpoint, part, config, checkpoint.path)
-    return filled(model, part, weights, checkpoint.path)
+    return load_weights(model, part, weights, checkpoint.path)
 
 
 def _load_vae(checkpoint: Checkpoint, config: Config, dtype: torch.dtype) -> AutoencoderKL:
@@ -238,15 +238,15 @@ def _load_vae(checkpoint: Checkpoint, config: Config, dtype: torch.dtype) -> Aut
     with init_empty_weights():
         model = AutoencoderKL(**config)
     weights = _converted(convert_ldm_vae_checkpoint, part, config, checkpoint.path)
-    return filled(model, part, weights, checkpoint.path)
+    return load_weights(model, part, weights, checkpoint.path)
 
 
 def _converted(
     convert: Callable, part: dict[str, Tensor], config: Config, path: Path
 ) -> dict[str, Tensor]:
-    """The file's `part` under diffusers' names.
+    """The file's `part` under diffusers' names; BackboneError where a tensor is missing.
 
-    For a sampler's weight without its bias the converters raise KeyError or yield None.
+    Where an up- or downsampler lacks its bias, the converters raise KeyError or return None for it.
     """
     try:
         weights = convert(part, config)

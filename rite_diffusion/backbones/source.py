@@ -1,37 +1,50 @@
-"""From what a user calls a base model to an open backbone: pocket, folder, file or hub id."""
+"""Loading a base model by the name that a user gives: pocket, folder, file or hub id."""
 
+import importlib
 import json
 import threading
 import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import diffusers.utils.logging
 import torch
 import transformers.utils.logging
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
 
 from rite_diffusion.backbones.protocols import Backbone, Defaults
-from rite_diffusion.backbones.sdxl import StableDiffusionXL
-from rite_diffusion.backbones.stable_diffusion import Pipeline, StableDiffusion
 from rite_diffusion.errors import BackboneError
 from rite_diffusion.files.writing import user_path
 
-# Both libraries draw progress bars and warn of what is no concern of this toolkit's user; warnings
-# while they load are held back where the package is imported.
+# Both libraries print progress bars and warnings that do not help this toolkit's users; warnings at
+# their import are turned off in this package's __init__.
 for _library in (transformers.utils.logging, diffusers.utils.logging):
     _library.set_verbosity_error()
     _library.disable_progress_bar()
 
 POCKET = Path(__file__).parent / "pocket" / "weights"
-OWN_DEFAULTS = {"pocket": Defaults(guidance=3.0)}  # at which its pictures look best
+OWN_DEFAULTS = {"pocket": Defaults(guidance=3.0)}  # best for its pictures
 PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
-PIPELINES = {
-    "StableDiffusionPipeline": StableDiffusionPipeline,
-    "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
+# The class of a diffusers pipeline, and the module and class that make a backbone of it; imported
+# when one of its models is opened.
+FAMILIES = {
+    "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
+    "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
+    "ZImagePipeline": ("flow.z_image", "ZImage"),
+    "Flux2KleinPipeline": ("flow.flux2", "Flux2"),
+    "Flux2Pipeline": ("flow.flux2", "Flux2"),
+    "FluxPipeline": ("flow.flux", "Flux"),
+    "ChromaPipeline": ("flow.chroma", "Chroma"),
+    "QwenImagePipeline": ("flow.qwen_image", "QwenImage"),
+    "StableDiffusion3Pipeline": ("flow.sd3", "StableDiffusion3"),
+    "Krea2Pipeline": ("flow.krea2", "Krea2"),
+    "Lumina2Pipeline": ("flow.lumina2", "Lumina2"),
 }
-LIBRARIES = {"diffusers", "transformers", "stable_diffusion", None}  # that a model's parts are of
+LIBRARIES = {"diffusers", "transformers", "stable_diffusion", None}  # of a pipeline's parts
 
 _LOADING = threading.Lock()  # diffusers and transformers patch torch's modules while they load
 
@@ -48,23 +61,72 @@ def default_device() -> torch.device:
 def load_backbone(
     base: str, precision: str | None = None, device: torch.device | None = None
 ) -> Backbone:
-    """The base model behind a name: `pocket`, a diffusers folder, a `.safetensors` or a hub id.
+    """The base model `pocket`, or that of a diffusers folder, a `.safetensors` file or a hub id.
 
-    Weights are read in `precision` (fp32, fp16, bf16), by default fp16 on CUDA and fp32 elsewhere.
-    No pickle is opened and no code from a hub is run. Raises BackboneError where there is none.
+    `FILE.safetensors@MODEL` is a flow transformer whose denoiser is in the file and whose other
+    parts are those of a folder or hub id. Weights are loaded in `precision` (fp32, fp16, bf16), by
+    default fp16 on CUDA and fp32 elsewhere; flow transformers, which overflow in fp16, in bf16
+    except on a CPU. Pickles are not opened and code from a hub is not run. Raises BackboneError
+    where there is no such model or it is not supported.
     """
     device = device or default_device()
-    precision = precision or ("fp16" if device.type == "cuda" else "fp32")
+    flows = is_flow(base)
+    precision = precision or default_precision(device, flows)
+    if flows and precision == "fp16":
+        raise BackboneError(f"{base} overflows in fp16, as flow transformers do: use bf16 or fp32.")
     reopen = partial(open_pipeline, base, DTYPES[precision])
     pipeline = reopen()
-    xl = isinstance(pipeline, StableDiffusionXLPipeline)
-    kind = StableDiffusionXL if xl else StableDiffusion
-    attention, own = choose_attention(pipeline), OWN_DEFAULTS.get(base, Defaults())
+    kind = family_of(pipeline)
+    attention = "sdpa" if flows else choose_attention(pipeline)
+    own = OWN_DEFAULTS.get(base)
     return kind(pipeline, base, device, attention, reopen, own)
 
 
+def default_precision(device: torch.device, flows: bool) -> str:
+    """The precision of a base's weights where none is wanted; `flows`: of a flow transformer."""
+    if device.type == "cpu" or (device.type != "cuda" and not flows):
+        return "fp32"
+    return "bf16" if flows else "fp16"
+
+
+def pipeline_name(base: str) -> str | None:
+    """The pipeline class that a folder's or a hub model's index names, before it is opened.
+
+    None for other kinds of bases, and where there is no index.
+    """
+    try:
+        index = _index_of(denoiser_and_whole(base)[1])
+        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return name if isinstance(name, str) else None
+
+
+def is_flow(base: str) -> bool:
+    """Whether a base is known for a flow transformer before it is opened."""
+    module, _ = FAMILIES.get(pipeline_name(base) or "", ("", ""))
+    return module.startswith("flow.")
+
+
+def family_name(base: str) -> str | None:
+    """A base's family, such as `z-image`, before it is opened; None where that is not known."""
+    name = pipeline_name(base)
+    return family_class(name).family if name in FAMILIES else None
+
+
+def family_class(name: str) -> Any:
+    """The class that makes a backbone of a pipeline of this class name."""
+    module, kind = FAMILIES[name]
+    return getattr(importlib.import_module(f"rite_diffusion.backbones.{module}"), kind)
+
+
+def family_of(pipeline: DiffusionPipeline) -> Any:
+    """The class that makes a backbone of a pipeline."""
+    return family_class(type(pipeline).__name__)
+
+
 def usable_precision(wanted: str, device: torch.device) -> tuple[str, str]:
-    """The precision that a device can train in, and why it is not the wanted one, or ""."""
+    """The precision for training on a device, and why it is not the wanted one, or ""."""
     if wanted == "fp16" and device.type == "cpu":
         return "fp32", "precision fp32: fp16 does not train on a CPU"
     on_cuda = wanted == "bf16" and device.type == "cuda"
@@ -73,10 +135,10 @@ def usable_precision(wanted: str, device: torch.device) -> tuple[str, str]:
     return wanted, ""
 
 
-def choose_attention(pipeline: Pipeline) -> str:
+def choose_attention(pipeline: DiffusionPipeline) -> str:
     """The attention backend now in use: xformers where CUDA is there and it works, else SDPA.
 
-    Of an xformers that does not work, the reason is told.
+    Else that is PyTorch's SDPA, followed by the reason why xformers does not work on this GPU.
     """
     if not torch.cuda.is_available():
         return "sdpa"
@@ -88,15 +150,18 @@ def choose_attention(pipeline: Pipeline) -> str:
     return "xformers"
 
 
-def open_pipeline(base: str, dtype: torch.dtype) -> Pipeline:
+def open_pipeline(base: str, dtype: torch.dtype) -> DiffusionPipeline:
     """The diffusers pipeline of a base model; threads take turns."""
     with _LOADING:
         return _open(base, dtype)
 
 
-def _open(base: str, dtype: torch.dtype) -> Pipeline:
+def _open(base: str, dtype: torch.dtype) -> DiffusionPipeline:
     if base == "pocket":
         return _from_folder(POCKET, dtype)
+    file, whole = denoiser_and_whole(base)
+    if file is not None:
+        return _with_denoiser(file, whole, dtype)
     path = user_path(base)
     if path.suffix.lower() in PICKLES:
         raise BackboneError(
@@ -112,7 +177,54 @@ def _open(base: str, dtype: torch.dtype) -> Pipeline:
     return _from_hub(base, dtype)
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> Pipeline:
+def denoiser_and_whole(base: str) -> tuple[Path | None, str]:
+    """The file of `FILE.safetensors@MODEL` and its model; None and the base for other bases."""
+    file, _, whole = base.partition(".safetensors@")
+    return (user_path(f"{file}.safetensors"), whole) if whole else (None, base)
+
+
+def _with_denoiser(file: Path, whole: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """A model with the denoiser of a file, in the original layout or diffusers'.
+
+    Of the model's own denoiser only the configuration is read.
+    """
+    name = pipeline_name(whole)
+    if name not in FAMILIES or not is_flow(whole):
+        raise BackboneError(
+            f"{whole} is not a flow transformer's folder or hub id, whose other parts could go "
+            f"with {file.name}."
+        )
+    if not file.is_file():
+        raise BackboneError(f"{file} does not exist.")
+    source = str(user_path(whole)) if user_path(whole).is_dir() else whole
+    try:
+        denoiser = denoiser_class(source).from_single_file(
+            str(file), config=source, subfolder="transformer", torch_dtype=dtype
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise BackboneError(f"{file} does not fit {whole}'s denoiser: {reason}") from None
+    return _pretrained(getattr(diffusers, name), source, dtype, transformer=denoiser)
+
+
+def denoiser_class(source: str) -> Any:
+    """The class of the transformer in a folder's or a hub model's index."""
+    parts = json.loads(_index_of(source).read_text(encoding="utf-8"))
+    return getattr(diffusers, parts["transformer"][1])
+
+
+def _index_of(base: str) -> Path:
+    """The path of a base's model_index.json; of a hub id that in the cache, or downloaded."""
+    path = POCKET if base == "pocket" else user_path(base)
+    if not path.exists() and base.count("/") == 1:
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+        found = try_to_load_from_cache(base, "model_index.json")
+        return Path(found if isinstance(found, str) else hf_hub_download(base, "model_index.json"))
+    return path / "model_index.json"
+
+
+def _from_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
     index = folder / "model_index.json"
     if not index.is_file():
         raise BackboneError(
@@ -126,26 +238,32 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Pipeline:
         raise BackboneError(f"{folder} does not open as Stable Diffusion: {error}") from None
 
 
-def _pipeline_class(base: str, index: Path) -> type[Pipeline]:
+def _pipeline_class(base: str, index: Path) -> type[DiffusionPipeline]:
     """The pipeline that a model_index.json calls for; BackboneError for foreign classes or code."""
     try:
         parts = json.loads(index.read_text(encoding="utf-8"))
         name = parts["_class_name"]
-        libraries = {value[0] for value in parts.values() if isinstance(value, list)}
+        libraries = {library for value in parts.values() for library in _library_of(value)}
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise BackboneError(f"{index} cannot be read ({error}): get the model again") from None
-    if not isinstance(name, str) or name not in PIPELINES:
-        known = ", ".join(PIPELINES)
-        raise BackboneError(f"{base} is a {name}, this toolkit opens {known}")
+    if not isinstance(name, str) or name not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise BackboneError(f"{base} is a {name}; this toolkit opens {known}")
     if not libraries <= LIBRARIES:
         foreign = ", ".join(sorted(str(each) for each in libraries - LIBRARIES))
-        raise BackboneError(f"{base} wants code from {foreign}, which is never run")
-    return PIPELINES[name]
+        raise BackboneError(f"{base} needs code from {foreign}, which is never run")
+    return getattr(diffusers, name)
 
 
-def _from_hub(name: str, dtype: torch.dtype) -> Pipeline:
+def _library_of(entry: Any) -> list[str | None]:
+    """The library of a part, which is listed as [library, class]; nothing of other entries."""
+    is_part = isinstance(entry, list) and len(entry) == 2
+    return entry[:1] if is_part and all(isinstance(e, str | None) for e in entry) else []
+
+
+def _from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     remedy = "Pass 'pocket', a diffusers folder, a .safetensors file or a hub id (owner/model)."
@@ -158,6 +276,11 @@ def _from_hub(name: str, dtype: torch.dtype) -> Pipeline:
     try:
         kind = _pipeline_class(name, Path(hf_hub_download(name, "model_index.json")))
         return _pretrained(kind, name, dtype)
+    except GatedRepoError:
+        raise BackboneError(
+            f"base model '{name}' is gated: accept its licence at https://huggingface.co/{name}, "
+            "log in with `hf auth login`, and try again."
+        ) from None
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BackboneError(
@@ -165,8 +288,10 @@ def _from_hub(name: str, dtype: torch.dtype) -> Pipeline:
         ) from None
 
 
-def _pretrained(kind: type[Pipeline], source: str, dtype: torch.dtype, **options) -> Pipeline:
-    if kind is StableDiffusionPipeline:  # SDXL's has no safety checker to leave out
+def _pretrained(
+    kind: type[DiffusionPipeline], source: str, dtype: torch.dtype, **options
+) -> DiffusionPipeline:
+    if kind.__name__ == "StableDiffusionPipeline":  # SDXL's has no safety checker to leave out
         options |= {
             "safety_checker": None,
             "feature_extractor": None,

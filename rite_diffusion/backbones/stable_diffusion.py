@@ -1,6 +1,5 @@
 """Stable Diffusion 1.x and 2.x, and the pocket base: one CLIP text encoder, UNet, autoencoder."""
 
-import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import Any, ClassVar
@@ -14,7 +13,8 @@ from diffusers import (
 from torch import Tensor, nn
 
 from rite_diffusion.backbones.chunks import chunks_of, cut_caption
-from rite_diffusion.backbones.cross_attention import cross_attentions, take_own_states
+from rite_diffusion.backbones.cross_attention import cross_attentions, select_layer_states
+from rite_diffusion.backbones.encoders import Encoders, autoencoder_digest, text_digest
 from rite_diffusion.backbones.expansion import Chunked, Expansion
 from rite_diffusion.backbones.fingerprint import fingerprint
 from rite_diffusion.backbones.learned_embeddings import ids_of, positions_of, tokens_of, vectors_in
@@ -22,8 +22,10 @@ from rite_diffusion.backbones.prompt_syntax import Section, as_written, read_pro
 from rite_diffusion.backbones.protocols import (
     Conditioning,
     Defaults,
+    Guidance,
     LearnedEmbedding,
     PredictionType,
+    Support,
 )
 from rite_diffusion.backbones.schedule import FlowSampler, noise_schedule, prediction_type, sampler
 
@@ -35,8 +37,7 @@ PROJECTIONS = {
     "text_encoder": _CLIP,
     "text_encoder_2": _CLIP,
 }
-# Beside the attention, the linear layers and convolutions of the UNet's blocks: what LyCORIS calls
-# LoCon adapts.
+# The other linear layers and convolutions of the UNet's blocks, which LoCon (LyCORIS) adapts too.
 BLOCKS = (
     "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "conv_shortcut",
     "time_emb_proj", "downsamplers.0.conv", "upsamplers.0.conv",
@@ -46,11 +47,14 @@ BLOCKS = (
 class StableDiffusion:
     """A Stable Diffusion model behind the Backbone protocol; its weights are frozen.
 
-    `reopen` reads the pipeline again, for encoders that were released and are needed once more.
+    `reopen` loads the pipeline again, for encoders that were released and are needed again.
     """
 
     multiple = 8
     denoiser_name = "unet"
+    family = "sd"
+    guidance = Guidance()
+    support = Support()
     encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
 
     def __init__(
@@ -67,14 +71,12 @@ class StableDiffusion:
         self.device = device
         self.attention = attention
         self.unet = pipeline.unet.requires_grad_(False).eval().to(device)
-        self._encoders = self._prepared(pipeline)
-        self._released = set[str]()
-        self._reopen = reopen
+        self.encoders = Encoders(pipeline, self.encoder_names, device, reopen)
         self.tokenizer = pipeline.tokenizer
         self.embeddings: dict[str, LearnedEmbedding] = {}
         self.triggers: dict[str, Sequence[str]] = {}
         self.cross_attentions = cross_attentions(self.unet)
-        take_own_states(self.cross_attentions)
+        select_layer_states(self.cross_attentions)
         self.dtype: torch.dtype = self.unet.dtype
         self.latent_channels: int = self.unet.config.in_channels
         self.prediction_type: PredictionType = prediction_type(pipeline.scheduler, name)
@@ -83,101 +85,66 @@ class StableDiffusion:
         self.resolution: int = self.unet.config.sample_size * self.pixels_per_latent
         self.fingerprint = fingerprint([self.unet.conv_in.weight, self.unet.conv_out.weight])
 
-    def _prepared(self, pipeline: Pipeline) -> dict[str, Any]:
-        """The pipeline's autoencoder and text encoders on the device."""
-        encoders = {
-            name: getattr(pipeline, name).requires_grad_(False).eval().to(self.device)
-            for name in self.encoder_names
-        }
-        if pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
-            pipeline.vae.float()  # SDXL's overflows in half precision
-        return encoders
-
     @property
     def components(self) -> dict[str, nn.Module]:
-        """The UNet and the text encoders; of released ones perhaps without their weights."""
-        names = [name for name in self.encoder_names if name != "vae"]
-        there = {n: self._encoders[n] if n in self._released else self._encoder(n) for n in names}
-        return {"unet": self.unet, **there}
+        """The UNet and the text encoders; released encoders may be without weights."""
+        encoders = self.encoders
+        return {"unet": self.unet} | {
+            name: encoders.as_it_is(name) if name in encoders.released else encoders[name]
+            for name in encoders.text_names
+        }
 
     def release(self, names: Sequence[str]) -> None:
-        """Let encoders leave the device's memory for the computer's, on a CPU altogether.
+        """Move encoders from the device to the CPU's memory, or on a CPU out of memory.
 
-        They are back as soon as something is to be encoded or decoded.
+        They are loaded again when something is encoded or decoded.
         """
-        place = "meta" if self.device.type == "cpu" else "cpu"
-        self._released |= set(names)
-        for name in names:
-            if self._encoders[name].device.type != "meta":
-                self._encoders[name].to(place)
+        self.encoders.release(names)
 
     def recall(self) -> None:
-        """Let released encoders be `components` like others, which come back when looked at."""
-        self._released.clear()
-
-    def _encoder(self, name: str) -> Any:
-        """An encoder on the device, brought back where it was released."""
-        if self._encoders[name].device.type == "meta":
-            fresh = self._prepared(self._reopen())
-            gone = [key for key, each in self._encoders.items() if each.device.type == "meta"]
-            self._encoders |= {key: fresh[key] for key in gone}
-        elif self._encoders[name].device.type != self.device.type:
-            self._encoders[name].to(self.device)
-        return self._encoders[name]
+        """Load released encoders again as soon as `components` is used."""
+        self.encoders.recall()
 
     @property
     def vae(self) -> Any:
-        """The autoencoder between pictures and latents, an AutoencoderKL."""
-        return self._encoder("vae")
+        """The autoencoder, an AutoencoderKL."""
+        return self.encoders["vae"]
 
     @property
     def text_encoder(self) -> Any:
         """The first text encoder, a CLIPTextModel."""
-        return self._encoder("text_encoder")
+        return self.encoders["text_encoder"]
 
     @property
     def pixels_per_latent(self) -> int:
         """Pixels along one side of a latent cell."""
-        return 2 ** (len(self._encoders["vae"].config.block_out_channels) - 1)
+        return 2 ** (len(self.encoders.as_it_is("vae").config.block_out_channels) - 1)
 
     @property
     def token_budget(self) -> int:
-        """Tokens that a caption, or a chunk of a prompt, may have, without begin and end marks."""
-        names = [name for name in self.encoder_names if name != "vae"]
-        positions = [self._encoders[name].config.max_position_embeddings for name in names]
+        """Most tokens of a caption or of a prompt's chunk, without begin and end marks."""
+        encoders = [self.encoders.as_it_is(name) for name in self.encoders.text_names]
+        positions = [encoder.config.max_position_embeddings for encoder in encoders]
         lengths = [tokenizer.model_max_length for tokenizer in self._tokenizers]
         return min(*positions, *lengths) - 2
 
     def encoder_fingerprint(self) -> str:
-        """First 16 hex digits of a SHA-256 over the autoencoder's encoding half."""
-        digest = hashlib.sha256(str(self.vae.config.scaling_factor).encode())
-        for name, weight in self.vae.state_dict().items():
-            if not name.startswith(("decoder.", "post_quant_conv.")):
-                digest.update(weight.detach().cpu().float().numpy().tobytes())
-        return f"{digest.hexdigest()[:16]}-{self.vae.dtype}".replace("torch.", "")
+        """First 16 hex digits of a SHA-256 over the autoencoder's encoder, and its dtype."""
+        return autoencoder_digest(self.vae)
 
     @property
     def text_fingerprint(self) -> str:
-        """First 16 hex digits of a SHA-256 over the text encoders and tokenizers, and the dtype."""
+        """An id of text encoders, tokenizers and the dtype, the same for equal weights."""
         return f"{self._text_digest}-{self.dtype}".replace("torch.", "")
 
     @cached_property
     def _text_digest(self) -> str:
-        digest = hashlib.sha256()
-        for name, encoder in self._encoders.items():
-            if name == "vae":
-                continue
-            tokenizer = getattr(self, name.replace("text_encoder", "tokenizer"))
-            facts = [encoder.config.to_json_string(), tokenizer.special_tokens_map]
-            digest.update(f"{facts} {sorted(tokenizer.get_vocab().items())}".encode())
-            for weight in encoder.state_dict().values():
-                digest.update(weight.cpu().flatten().view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:16]
+        return text_digest(self.encoders)
 
     def lora_targets(self, component: str, blocks: bool = False) -> list[str]:
-        """Paths of the q, k, v and output projections of every attention of a component.
+        """Paths of the q, k, v and output projections of every attention in a component.
 
-        With `blocks`, also those of the other layers of the UNet's blocks.
+        With `blocks`, also the paths of the other layers in the UNet's blocks.
         """
         wanted = PROJECTIONS[component]
         if blocks and component == "unet":
@@ -187,23 +154,23 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
-        """Latents (B, C, h, w), the posterior's mean, of pictures (B, 3, H, W) in [-1, 1]."""
+        """Latents (B, C, h, w), means of the posterior, of pictures (B, 3, H, W) in [-1, 1]."""
         pixels = pixels.to(self.device, self.vae.dtype)
         return self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
 
     def checkpoint_gradients(self, wanted: bool) -> None:
-        """Recompute the UNet's activations in the backward pass instead of keeping them."""
+        """Turn gradient checkpointing of the UNet on or off."""
         if wanted:
             self.unet.enable_gradient_checkpointing()
         else:
             self.unet.disable_gradient_checkpointing()
 
     def compile_denoiser(self, wanted: bool) -> None:
-        """Run the UNet through `torch.compile`, or as it is."""
+        """Turn `torch.compile` of the UNet on or off."""
         if wanted:
             self.unet.compile()
         else:
-            self.unet._compiled_call_impl = None  # torch has no public way back
+            self.unet._compiled_call_impl = None  # PyTorch has no public call to undo `compile`
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -219,24 +186,30 @@ class StableDiffusion:
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """Conditioning of prompts as users write them: of any length, with weights and BREAK.
 
-        Prompts of one batch get as many chunks as the longest. ConfigError for syntax that is not
-        supported.
+        All prompts of a batch have as many chunks as the longest. ConfigError for syntax that is
+        not supported.
         """
-        whole = self.literal_words
-        return self._encode(
-            [read_prompt(text, whole) for text in prompts],
-            partial(chunks_of, size=self.token_budget, whole=whole),
-        )
+        return self._encode(*self._read(prompts))
+
+    def encoded_length(self, prompts: list[str]) -> int:
+        """Number of tokens in the states that `encode_prompts` returns, found without encoding."""
+        return self._expanded(*self._read(prompts)).encoded_length
+
+    def _read(self, prompts: list[str]) -> tuple[list[list[Section]], Chunked]:
+        """The prompts' sections, and the function that divides them into chunks."""
+        whole = self.protected_words
+        sections = [read_prompt(text, whole) for text in prompts]
+        return sections, partial(chunks_of, size=self.token_budget, whole=whole)
 
     def encode_captions(self, captions: list[str]) -> Conditioning:
-        """Conditioning of training captions: brackets are text, over-long captions are cut."""
+        """Conditioning of captions, without prompt syntax; tokens beyond the budget are cut off."""
         chunked = partial(cut_caption, size=self.token_budget)
         return self._encode([as_written(text) for text in captions], chunked)
 
     def _encode(self, prompts: list[list[Section]], chunked: Chunked) -> Conditioning:
         """The text encoder's last hidden states (B, tokens, width).
 
-        (B, layers, tokens, width) where a prompt says a word that differs from layer to layer.
+        They are (B, layers, tokens, width) where a prompt contains a layer-wise embedding.
         """
         expansion = self._expanded(prompts, chunked)
         states = expansion.encode(self.text_encoder, 0).last_hidden_state
@@ -251,8 +224,8 @@ class StableDiffusion:
         return [self.tokenizer]
 
     @property
-    def literal_words(self) -> list[str]:
-        """The words that prompts take literally and whole: learned ones and adapters' triggers."""
+    def protected_words(self) -> list[str]:
+        """Words that prompts keep whole and without syntax: learned embeddings and triggers."""
         called = [word for words in self.triggers.values() for word in words]
         return list(dict.fromkeys([*self.embeddings, *called]))
 
@@ -265,18 +238,26 @@ class StableDiffusion:
         return len(tokens_of(self.tokenizer, prompt, vectors_in([prompt], self.embeddings))[0])
 
     def token_positions(self, prompt: str, word: str) -> list[int]:
-        """Where a word's tokens stand in the encoded prompt, at its first mention."""
+        """Positions of a word's tokens in the encoded prompt, at its first mention."""
         return positions_of(self.tokenizer, prompt, word, self.embeddings, self.token_budget)
 
     def is_known_word(self, word: str) -> bool:
-        """Whether the tokenizer holds the word whole, as it does what the model already knows."""
+        """Whether the tokenizer has the word as a single token."""
         return word.isalpha() and len(self.token_ids(word)) == 1
 
-    def denoise(self, noisy: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The UNet's prediction (B, C, h, w) for latents at timesteps (B,)."""
+    def denoise(
+        self,
+        noisy: Tensor,
+        times: Tensor,
+        conditioning: Conditioning,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """The UNet's prediction (B, C, h, w) for latents at times (B,)."""
         states = conditioning.states.to(self.dtype)
-        return self.unet(noisy.to(self.dtype), timesteps, encoder_hidden_states=states).sample
+        return self.unet(noisy.to(self.dtype), times, encoder_hidden_states=states).sample
 
-    def new_scheduler(self) -> DDIMScheduler | FlowSampler:
-        """A deterministic sampler on the model's own noise schedule."""
-        return sampler(self.prediction_type, self._scheduler_config)
+    def sampler(self, steps: int, cells: tuple[int, int]) -> DDIMScheduler | FlowSampler:
+        """A deterministic sampler for the model's noise schedule, set to `steps`."""
+        scheduler = sampler(self.prediction_type, self._scheduler_config)
+        scheduler.set_timesteps(steps, device=self.device)
+        return scheduler

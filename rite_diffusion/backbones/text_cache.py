@@ -1,7 +1,7 @@
-"""What a text encoder that is not trained says of prompts, on disk.
+"""A cache on disk of captions' conditioning, for text encoders that are not trained.
 
-An entry's name is the digest of the prompt, its folder's that of the encoders: an edited caption or
-another model is another entry, and none is ever stale.
+An entry is named by the caption's digest, its folder by that of the text encoders, so an edited
+caption or another model is another entry.
 """
 
 from hashlib import sha256
@@ -14,10 +14,10 @@ from rite_diffusion.files.cache import cached_tensors
 
 
 def cached_conditioning(backbone: Backbone, prompt: str, folder: Path | None) -> Conditioning:
-    """The conditioning (1, …) of a prompt, from the cache if it has it.
+    """The conditioning (1, …) of a caption, from the cache in `folder` where it has it.
 
-    Encoded alone, so that it does not depend on which prompts come with it. An entry that cannot be
-    read is made again.
+    The caption is encoded alone, so the result does not depend on the rest of a batch. An entry
+    that cannot be read is replaced. RunError where the cache cannot be written.
     """
     if folder is None:
         return backbone.encode_captions([prompt])

@@ -8,12 +8,18 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from rite_diffusion.backbones.checkpoint import CLIP, OPEN_CLIP, XL_OPEN_CLIP, Checkpoint, filled
+from rite_diffusion.backbones.checkpoint import (
+    CLIP,
+    OPEN_CLIP,
+    XL_OPEN_CLIP,
+    Checkpoint,
+    load_weights,
+)
 from rite_diffusion.errors import BackboneError
 
 Config = dict[str, Any]
 
-END = 49407  # the token that closes a prompt and whose state is the pooled one
+END = 49407  # the end mark, whose state is the pooled state
 
 _OPEN_NAMES = {
     "token_embedding.": "embeddings.token_embedding.",
@@ -28,7 +34,7 @@ _OPEN_NAMES = {
 
 
 def clip_config(checkpoint: Checkpoint, start: str = CLIP) -> Config:
-    """Arguments of CLIPTextConfig for OpenAI's CLIP, whose heads have 64 channels."""
+    """Arguments of CLIPTextConfig for OpenAI's CLIP; its heads have 64 channels."""
     stem = start + ("text_model." if checkpoint.has(f"{start}text_model.") else "")
     tokens, width = checkpoint.shape(f"{stem}embeddings.token_embedding.weight")
     positions, _ = checkpoint.shape(f"{stem}embeddings.position_embedding.weight")
@@ -44,7 +50,7 @@ def clip_config(checkpoint: Checkpoint, start: str = CLIP) -> Config:
 
 
 def open_clip_config(checkpoint: Checkpoint, start: str) -> Config:
-    """Arguments of CLIPTextConfig for OpenCLIP; SD2 does without its last layer."""
+    """Arguments of CLIPTextConfig for OpenCLIP; SD2 does not use its last layer."""
     tokens, width = checkpoint.shape(f"{start}token_embedding.weight")
     positions, _ = checkpoint.shape(f"{start}positional_embedding")
     layers = checkpoint.length(start + "transformer.resblocks.{}.")
@@ -64,7 +70,7 @@ def open_clip_config(checkpoint: Checkpoint, start: str) -> Config:
 
 
 def text_config(checkpoint: Checkpoint, start: str) -> Config:
-    """Arguments of CLIPTextConfig for the text encoder whose tensors' names begin so."""
+    """Arguments of CLIPTextConfig for the text encoder whose tensors' names start with `start`."""
     is_open = start in (OPEN_CLIP, XL_OPEN_CLIP)
     return open_clip_config(checkpoint, start) if is_open else clip_config(checkpoint, start)
 
@@ -78,7 +84,7 @@ def load_clip(
         model = CLIPTextModel(CLIPTextConfig(**config))
     # transformers >= 5.6 has no `text_model` level, and some old files have none either.
     flat = {name.removeprefix(start).removeprefix("text_model."): part[name] for name in part}
-    return filled(model, part, flat, checkpoint.path)
+    return load_weights(model, part, flat, checkpoint.path)
 
 
 def load_open_clip(checkpoint: Checkpoint, config: Config, dtype: torch.dtype) -> CLIPTextModel:
@@ -86,7 +92,7 @@ def load_open_clip(checkpoint: Checkpoint, config: Config, dtype: torch.dtype) -
     part, weights = _read_open_clip(checkpoint, config, dtype, OPEN_CLIP)
     with init_empty_weights():
         model = CLIPTextModel(CLIPTextConfig(**config))
-    return filled(model, part, weights, checkpoint.path)
+    return load_weights(model, part, weights, checkpoint.path)
 
 
 def load_projected_clip(
@@ -100,13 +106,13 @@ def load_projected_clip(
     }
     with init_empty_weights():
         model = CLIPTextModelWithProjection(CLIPTextConfig(**config))
-    return filled(model, part, nested, checkpoint.path)
+    return load_weights(model, part, nested, checkpoint.path)
 
 
 def _read_open_clip(
     checkpoint: Checkpoint, config: Config, dtype: torch.dtype, start: str
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The used part of a file, and the same under transformers' names."""
+    """The tensors that are used, under the file's names and under transformers' names."""
     used = (None, *range(config["num_hidden_layers"]))
     read = checkpoint.read(start, dtype)
     part = {name: tensor for name, tensor in read.items() if _layer(name) in used}
@@ -122,13 +128,13 @@ def _layer(name: str) -> int | None:
 
 
 def _open_clip_weights(name: str, tensor: Tensor, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """One of OpenCLIP's tensors under transformers' names: q, k and v are one there."""
+    """An OpenCLIP tensor under transformers' names; it is split where it holds q, k and v."""
     if name == "text_projection":
         return {"text_projection.weight": tensor.T}
     name = re.sub(r"^transformer\.resblocks\.", "encoder.layers.", name)
     if found := re.fullmatch(r"(.+)\.attn\.in_proj_(weight|bias)", name):
         if len(tensor) % 3:
-            raise BackboneError(f"{checkpoint.path}: {name} is no q, k and v in one")
+            raise BackboneError(f"{checkpoint.path}: {name} cannot be split into q, k and v")
         parts = zip("qkv", tensor.chunk(3), strict=True)
         return {f"{found[1]}.self_attn.{key}_proj.{found[2]}": value for key, value in parts}
     for theirs, ours in _OPEN_NAMES.items():

@@ -1,4 +1,4 @@
-"""Commands for adapter files: inspect, convert, card, push. Heavy imports are inside them."""
+"""`rite inspect`, `convert`, `card` and `push`. Heavy imports are inside the commands."""
 
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +27,7 @@ def convert(
     to: Annotated[str, typer.Option(help="kohya, diffusers, peft or comfyui.")],
     out: Annotated[Path | None, typer.Option(help="Default: FILE-<to> beside FILE.")] = None,
     base: Annotated[
-        str | None, typer.Option(help="Its base model, to load the export in and draw with.")
+        str | None, typer.Option(help="Its base model, to check the export with.")
     ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="fp32, fp16 or bf16; default: the file's.")
@@ -43,13 +43,13 @@ def convert(
         ),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace files that --out does not name, too.")
+        bool, typer.Option("--overwrite", help="Replace existing files that --out does not name.")
     ] = False,
     allow_loss: Annotated[
-        bool, typer.Option("--allow-loss", help="Write it even where more than 1 % is lost.")
+        bool, typer.Option("--allow-loss", help="Accept a relative error above 1 %.")
     ] = False,
 ) -> None:
-    """Write an adapter in another tool's dialect and prove it by loading it back."""
+    """Write an adapter in another tool's dialect and check it by loading it."""
     from rite_diffusion.api.convert import convert as converted
     from rite_diffusion.cli.output import describe_export
 
@@ -72,7 +72,7 @@ def convert(
 def card(
     file: Annotated[Path, typer.Argument(help="An adapter, .safetensors.")],
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a README.md that is there.")
+        bool, typer.Option("--overwrite", help="Replace an existing README.md.")
     ] = False,
 ) -> None:
     """Write an adapter's model card, README.md, beside its file."""
@@ -85,7 +85,7 @@ def card(
 def push(
     file: Annotated[Path, typer.Argument(help="An adapter, .safetensors.")],
     repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub.")],
-    public: Annotated[bool, typer.Option("--public", help="Let everyone see it.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public.")] = False,
 ) -> None:
     """Upload an adapter and its card to a hub repository, private unless asked."""
     from rite_diffusion.api.publish import push as pushed

@@ -1,4 +1,4 @@
-"""The `rite` command. Everything heavy is imported inside the commands."""
+"""The `rite` command. Heavy imports are inside the commands."""
 
 import os
 import sys
@@ -23,37 +23,37 @@ app = typer.Typer(
 for _group in (train, generate, fusion, adapters, machine):
     app.add_typer(_group.app)
 
-# The parent of all faults of options and arguments.
+# Base class of all errors of options and arguments, which typer does not export.
 _UsageError = cast(type[typer.BadParameter], typer.BadParameter.__base__)
 
 
 def main() -> None:
-    """Run a command; whatever the user can mend becomes one line and exit code 2."""
+    """Run a command; errors that the user can fix become one line and exit code 2."""
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except RiteError as error:
         signal = getattr(error, "signal", None)
-        _complain(str(error), 2 if signal is None else 128 + signal)
-    except BrokenPipeError:  # whoever read the output has left
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it at the very end)
+        _exit_with(str(error), 2 if signal is None else 128 + signal)
+    except BrokenPipeError:  # the reader of a pipe has ended
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python flushes it on exit)
         sys.exit(1)
     except OSError as error:
-        _complain(": ".join(filter(None, [error.filename, error.strerror or str(error)])), 2)
+        _exit_with(": ".join(filter(None, [error.filename, error.strerror or str(error)])), 2)
     except typer.Abort:
-        _complain("stopped", 130)
+        _exit_with("stopped", 130)
     except _UsageError as error:
-        _complain_of_usage(error)
+        _exit_with_usage(error)
 
 
-def _complain_of_usage(error: typer.BadParameter) -> None:
+def _exit_with_usage(error: typer.BadParameter) -> None:
     text, context = error.format_message(), error.ctx
-    if "\n" in text:  # the help, of a command without arguments
+    if "\n" in text:  # the help text of a command without arguments
         print(text, file=sys.stderr)
         sys.exit(2)
-    _complain(f"{text} See {context.command_path if context else 'rite'} --help.", 2)
+    _exit_with(f"{text} See {context.command_path if context else 'rite'} --help.", 2)
 
 
-def _complain(text: str, code: int) -> None:
+def _exit_with(text: str, code: int) -> None:
     print(f"rite: {printable(text)}", file=sys.stderr)
     sys.exit(code)
 

@@ -1,4 +1,4 @@
-"""The commands that put several adapters together. Everything heavy is imported inside them."""
+"""`rite fuse` and `rite sketch`. Heavy imports are inside the commands."""
 
 from pathlib import Path
 from typing import Annotated
@@ -22,19 +22,23 @@ def fuse(
     rank: Annotated[int | None, typer.Option(help="Largest rank of a layer.")] = None,
     refine: Annotated[
         int,
-        typer.Option(min=0, max=10, help="Times to solve again, with the fused in place."),
+        typer.Option(
+            min=0, max=10, help="Times to solve again, on inputs that the fused adapter gives."
+        ),
     ] = 0,
     report: Annotated[
         bool, typer.Option("--report", help="Show conflicts; write .report.json and .report.png.")
     ] = False,
     base: Annotated[str | None, typer.Option(help="Base model; default: the adapters'.")] = None,
-    steps: Annotated[int, typer.Option(min=1, max=1000, help="Of pictures for statistics.")] = 20,
+    steps: Annotated[
+        int, typer.Option(min=1, max=1000, help="Denoising steps of pictures for statistics.")
+    ] = 20,
     seed: Annotated[int, typer.Option(help="Seed of pictures for statistics.")] = 0,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="A method's setting: --set preserve=0.5.")
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace files that --out does not name, too.")
+        bool, typer.Option("--overwrite", help="Replace existing files that --out does not name.")
     ] = False,
     allow_loss: Annotated[
         bool, typer.Option("--allow-loss", help="Accept a rank that loses more than 1 %.")
@@ -64,11 +68,13 @@ def sketch(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Default: FILE.sketch.safetensors.")] = None,
     base: Annotated[str | None, typer.Option(help="Base model; default: the adapter's.")] = None,
-    directions: Annotated[int, typer.Option(help="Kept per layer: more is larger.")] = 64,
+    directions: Annotated[
+        int, typer.Option(help="Directions kept per layer; more make a larger file.")
+    ] = 64,
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Denoising steps.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the first picture.")] = 0,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an earlier file of the default name.")
+        bool, typer.Option("--overwrite", help="Replace an existing file of the default name.")
     ] = False,
 ) -> None:
     """Write an adapter's statistics beside it, so that others fuse it without drawing."""

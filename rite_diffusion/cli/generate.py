@@ -1,4 +1,4 @@
-"""`rite generate` and `rite grid`. Everything heavy is imported inside the commands."""
+"""`rite generate` and `rite grid`. Heavy imports are inside the commands."""
 
 from pathlib import Path
 from typing import Annotated
@@ -20,8 +20,8 @@ def generate(
     region: Annotated[
         list[str] | None,
         typer.Option(
-            help='Part with its own prompt: "x0,y0,x1,y1: prompt :: negative", or "at word: ...", '
-            "where the picture would have that word."
+            help='Box with its own prompt: "x0,y0,x1,y1: prompt :: negative", or "at word: ...", '
+            "the box where the plain picture shows that word."
         ),
     ] = None,
     combine: Annotated[
@@ -52,7 +52,7 @@ def generate(
         bool, typer.Option("--other-base", help="Use adapters on a base they were not made for.")
     ] = False,
 ) -> None:
-    """Make pictures of a prompt, with any number of adapters."""
+    """Draw pictures of a prompt, with any number of adapters."""
     from rite_diffusion.api.generate import draw
     from rite_diffusion.generation.request import PictureRequest
 
@@ -80,7 +80,7 @@ def grid(
     ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Default: 0.")] = None,
     columns: Annotated[
-        str, typer.Option(help="What runs right: prompt, adapter, weight, method or seed.")
+        str, typer.Option(help="Axis of the columns: prompt, adapter, weight, method or seed.")
     ] = "seed",
     base: Annotated[str | None, typer.Option(help="Base model; default: the adapters'.")] = None,
     steps: Annotated[
@@ -96,7 +96,8 @@ def grid(
     cell: Annotated[int, typer.Option(min=32, max=1024, help="Pixels of a picture's side.")] = 192,
     out: Annotated[Path | None, typer.Option(help="The sheet; default: grid.png.")] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a grid.png that --out does not name.")
+        bool,
+        typer.Option("--overwrite", help="Replace an existing grid.png that --out does not name."),
     ] = False,
 ) -> None:
     """Draw a sheet over prompts, adapters, weights, methods and seeds; each may be repeated."""

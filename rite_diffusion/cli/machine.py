@@ -1,4 +1,4 @@
-"""`rite doctor` and `rite studio`. Everything heavy is imported inside the commands."""
+"""`rite doctor` and `rite studio`. Heavy imports are inside the commands."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ app = typer.Typer()
 
 @app.command()
 def doctor() -> None:
-    """Show versions, devices and what is missing, with how to get it."""
+    """Show versions, devices and missing packages, with the command that installs them."""
     from rite_diffusion.api.doctor import examine
     from rite_diffusion.cli.output import describe_findings
 
@@ -37,7 +37,7 @@ def studio(
         bool, typer.Option("--mcp", help="Also serve as tools for assistants (MCP).")
     ] = False,
 ) -> None:
-    """Open the web page: train, generate, fuse, compare, look after adapters."""
+    """Serve the web page: train, generate, fuse, compare, manage adapters."""
     from rite_diffusion.studio.serve import Settings, launch
 
     page = launch(Settings(workspace, host, port, tuple(auth or ()), share, mcp))

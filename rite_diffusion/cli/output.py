@@ -1,4 +1,4 @@
-"""What the commands print."""
+"""The output of the commands."""
 
 import json
 import sys
@@ -24,13 +24,13 @@ from rite_diffusion.files.writing import printable
 from rite_diffusion.methods import METHODS
 from rite_diffusion.methods.triggers import captions_without_trigger
 from rite_diffusion.photos.folder import PhotoFolder
-from rite_diffusion.training.plan import Found, Plan, PlanObserver
-from rite_diffusion.training.rates import describe_course
+from rite_diffusion.training.plan import FoundPictures, Plan, PlanObserver
+from rite_diffusion.training.rates import describe_schedule
 from rite_diffusion.training.run import Cost
 from rite_diffusion.training.trainer import StepReport
 
 LONG_TRIGGER = 5  # tokens; "<dog>" has three
-FAINT = 0.01  # share of white below which a mask may be a mistake
+FAINT = 0.01  # share of white below which a mask is reported
 RECENT = 20  # steps whose loss and speed are shown as a mean
 LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 
@@ -44,9 +44,9 @@ def _say(text: str) -> None:
 
 
 class PlanPrinter(PlanObserver):
-    """Prints what was found in the photo folders, and what will be done with it."""
+    """Prints a plan while it is made: photos found, then the training."""
 
-    def found(self, pictures: Found, config: TrainConfig) -> None:
+    def found(self, pictures: FoundPictures, config: TrainConfig) -> None:
         """Print the pictures."""
         describe_found(pictures, config)
 
@@ -55,12 +55,12 @@ class PlanPrinter(PlanObserver):
         describe_training(plan)
 
     def drawing(self, line: str) -> None:
-        """Print how far the class pictures are."""
+        """Print the progress of the class pictures."""
         _say(line)
 
 
-def describe_found(found: Found, config: TrainConfig) -> None:
-    """Print what was found in the photo folders, and what of it the user may not have meant."""
+def describe_found(found: FoundPictures, config: TrainConfig) -> None:
+    """Print what was found in the photo folders, with what may be a mistake of the user."""
     folder = found.folder
     photos = folder.photos
     where = ", ".join(source.photos for source in config.sources())
@@ -90,8 +90,8 @@ def describe_found(found: Found, config: TrainConfig) -> None:
     sys.stdout.flush()
 
 
-def _describe_classes(found: Found, config: TrainConfig) -> None:
-    """Print which pictures keep the class as it is."""
+def _describe_classes(found: FoundPictures, config: TrainConfig) -> None:
+    """Print the class pictures, given and still to be drawn."""
     prior = config.prior
     given: dict[str, int] = {}
     for photo in found.classes.photos:
@@ -103,7 +103,7 @@ def _describe_classes(found: Found, config: TrainConfig) -> None:
 
 
 def _describe_unused(folder: PhotoFolder) -> None:
-    """Print the files that are not used, those of one reason together."""
+    """Print the files that are not used, grouped by reason."""
     reasons: dict[str, list[str]] = {}
     for path, reason in folder.skipped:
         reasons.setdefault(reason, []).append(path.name)
@@ -112,7 +112,7 @@ def _describe_unused(folder: PhotoFolder) -> None:
 
 
 def describe_training(plan: Plan) -> None:
-    """Print what the base model makes of the photos, and how it will be trained on them."""
+    """Print views, concepts, base, adapter and schedule of a training."""
     _describe_views(plan)
     config, backbone, optim = plan.config, plan.backbone, plan.config.optim
     for concept in config.concepts():
@@ -127,12 +127,12 @@ def describe_training(plan: Plan) -> None:
         text = f", text encoder {optim.lr_text_encoder:g}" if config.trains_text_encoder else ""
         rates = f"{optim.name}, rate {optim.lr_unet:g}{text}"
     _line("training", f"{config.steps} steps of {config.batch}, {rates}, seed {config.seed}")
-    _line("", describe_course(config))
+    _line("", describe_schedule(config))
     sys.stdout.flush()
 
 
 def _describe_views(plan: Plan) -> None:
-    """Print what becomes of photos and captions at the base's size and with its tokens."""
+    """Print held-out photos, buckets, cut captions and photos that are scaled up."""
     budget = plan.backbone.token_budget
     if plan.held_out:
         _line("held out", ", ".join(photo.path.name for photo in plan.held_out))
@@ -154,7 +154,7 @@ def _describe_views(plan: Plan) -> None:
 
 
 def describe_cost(plan: Plan, cost: Cost) -> None:
-    """Print what a run will take."""
+    """Print the estimated time and memory of a run."""
     duration = timedelta(seconds=round(cost.seconds_per_step * plan.config.steps))
     each = f"{cost.seconds_per_step:.2f} s a step"
     _line("cost", f"about {duration} ({each}), {cost.peak_bytes / 1e9:.1f} GB of memory")
@@ -162,9 +162,9 @@ def describe_cost(plan: Plan, cost: Cost) -> None:
 
 @contextmanager
 def training_progress(steps: int) -> Iterator[Callable[[StepReport], None]]:
-    """A progress bar with loss, images/s and time left; yields what to call after each step.
+    """A progress bar with loss, images/s and time left; yields the function to call per step.
 
-    Where standard output is no terminal, a line now and then.
+    Where standard output is not a terminal, it prints lines instead.
     """
     columns = (
         TextColumn("training  "),
@@ -197,9 +197,9 @@ def _recent_figures(recent: Sequence[StepReport]) -> tuple[float, float]:
 
 
 def _progress_lines(steps: int) -> Callable[[StepReport], None]:
-    """What prints a line after the first step, the last, and others every half minute.
+    """A function that prints a line after the first and last step, and every LINE_EVERY seconds.
 
-    Time left is told from the second line on: the first step waits for all that is prepared.
+    The second line is the first with the time left, as the first step includes preparations.
     """
     recent, printed = list[StepReport](), time.monotonic()
     first: tuple[int, float] | None = None  # the first step and when it was done
@@ -224,7 +224,7 @@ def _progress_lines(steps: int) -> Callable[[StepReport], None]:
 
 
 def describe_result(plan: Plan, adapter: Path) -> None:
-    """Print where the adapter is and what to try next."""
+    """Print the adapter's path and a command that draws with it."""
     size = adapter.stat().st_size / 1e6
     trigger = plan.config.concepts()[0].trigger
     prompt = f"a {trigger} on a blue background"
@@ -236,7 +236,7 @@ def describe_result(plan: Plan, adapter: Path) -> None:
 
 
 def describe_adapter(path: Path, adapter: Adapter) -> None:
-    """Print an adapter's facts."""
+    """Print an adapter's header and contents."""
     facts = asdict(adapter.info)
     config, concepts = facts.pop("config"), facts.pop("concepts")
     ranks = ", ".join(str(rank) for rank in adapter.ranks())
@@ -271,9 +271,9 @@ def describe_adapter(path: Path, adapter: Adapter) -> None:
 
 @contextmanager
 def picture_progress(what: str = "pictures") -> Iterator[Callable[[int, int], None]]:
-    """A progress bar of pictures; yields what to call with those done and their total.
+    """A progress bar of pictures; yields the function to call with pictures done and their number.
 
-    Where standard output is no terminal, a line every half minute.
+    Where standard output is not a terminal, it prints a line every LINE_EVERY seconds.
     """
     console = Console()
     if not console.is_terminal:
@@ -299,14 +299,14 @@ def _picture_lines(what: str) -> Callable[[int, int], None]:
 
 
 def describe_fused(path: Path) -> None:
-    """Print what a fused adapter answers to."""
+    """Print a fused adapter's triggers and path."""
     info = load_adapter(path).info
     _line("concepts", info.trigger)
     _line("adapter", f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 def describe_conflicts(outcome: Outcome) -> None:
-    """Print crosstalk, errors before and after, and the worst layers; then what was written."""
+    """Print crosstalk, errors before and after, the worst layers, and the files written."""
     report = outcome.report
     width = max(10, *(len(name) + 2 for name in report.concepts))
     _say(f"crosstalk   {'of':<{width}}" + "".join(f"{n:>{width}}" for n in report.concepts))
@@ -325,7 +325,7 @@ def describe_conflicts(outcome: Outcome) -> None:
 
 
 def describe_export(export: Export) -> None:
-    """Print what was written and what its checks showed."""
+    """Print the files of a conversion and the results of its checks."""
     _line("read", f"{len(export.adapter.pairs)} modules in {export.adapter.dialect}'s names")
     for note in export.adapter.notes:
         _line("note", note)
@@ -345,7 +345,7 @@ def describe_export(export: Export) -> None:
 
 
 def describe_findings(findings: list[Finding]) -> None:
-    """Print the doctor's findings."""
+    """Print the findings of `rite doctor`."""
     for finding in findings:
         _say(f"{'ok' if finding.good else '--':<4}{finding.name:<16}{finding.text}")
         if finding.remedy:

@@ -1,4 +1,4 @@
-"""What commands share: settings as options and `--set` give them, and lines for a terminal."""
+"""What commands share: the settings tree of their options, and printing of lines."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ from rite_diffusion.files.writing import printable
 
 
 def say(text: object) -> None:
-    """Print a line, which may hold what a file says."""
+    """Print a line without control characters, as it may quote a file."""
     print(printable(str(text)))
 
 
 def settings_tree(given: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
-    """The settings tree of command-line options that were given, `--set` first."""
+    """The settings tree of `--set` assignments and of the options given, which win."""
     from rite_diffusion.config import merge, parse_assignments
 
     pairs = {key: value for key, value in given.items() if value is not None}

@@ -1,4 +1,4 @@
-"""`rite train`, `rite mask` and `rite demo`. Everything heavy is imported inside the commands."""
+"""`rite train`, `rite mask` and `rite demo`. Heavy imports are inside the commands."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +19,7 @@ def train(
         str | None, typer.Option(help='New word for the concept, such as "<robot>".')
     ] = None,
     class_noun: Annotated[
-        str | None, typer.Option("--class", help="What it is: robot, dog, cake.")
+        str | None, typer.Option("--class", help="Class of the concept: robot, dog, cake.")
     ] = None,
     base: Annotated[
         str | None, typer.Option(help="pocket, a diffusers folder, a .safetensors or a hub id.")
@@ -33,19 +33,23 @@ def train(
     optimizer: Annotated[
         str | None, typer.Option(help="adamw, adamw_plus, rite, scaled_adamw, scaled_sgd or sgd.")
     ] = None,
-    lr: Annotated[str | None, typer.Option(help="Learning rate, or auto to try some out.")] = None,
+    lr: Annotated[
+        str | None, typer.Option(help="Learning rate, or auto to find one by short trials.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; default: runs/<photos>.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any setting: --set optim.warmup=20.")
     ] = None,
     override: Annotated[
-        bool, typer.Option("--override", help="Go on with a stopped run though settings differ.")
+        bool, typer.Option("--override", help="Resume a stopped run though settings differ.")
     ] = False,
     sketch: Annotated[
-        bool, typer.Option("--sketch", help="Leave statistics beside it, for fusing (rite sketch).")
+        bool, typer.Option("--sketch", help="Write a sketch beside the adapter, for fusing.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Report, try a step, stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Report, measure a step, write nothing.")
+    ] = False,
 ) -> None:
     """Train a concept adapter from a folder of photos."""
     from rite_diffusion.config import merge, read_toml
@@ -77,7 +81,7 @@ def _report_and_train(
     override: bool,
     dry_run: bool,
 ) -> Path | None:
-    """Print the plan, then train, and return the adapter's path; None where nobody prints."""
+    """Print the plan, then train; the adapter's path, None where there is nothing more to do."""
     from rite_diffusion.cli import output
     from rite_diffusion.training import run
     from rite_diffusion.training.plan import plan_training
@@ -101,7 +105,7 @@ def _report_and_train(
 
 
 def _number_or_word(text: str | None) -> float | str | None:
-    """The number that an option's text says, else the text, which the settings will judge."""
+    """The option's text as a number, else unchanged; the settings check it."""
     try:
         return None if text is None else float(text)
     except ValueError:
@@ -111,16 +115,20 @@ def _number_or_word(text: str | None) -> float | str | None:
 @app.command()
 def mask(
     photos: Annotated[Path, typer.Argument(help="Folder that holds the photos.")],
-    class_noun: Annotated[str, typer.Option("--class", help="What they show: robot, dog, cake.")],
-    base: Annotated[str, typer.Option(help="Base model whose attention is asked.")] = "pocket",
+    class_noun: Annotated[
+        str, typer.Option("--class", help="Class of the subject: robot, dog, cake.")
+    ],
+    base: Annotated[
+        str, typer.Option(help="Base model whose attention finds the subject.")
+    ] = "pocket",
     model: Annotated[
-        Path | None, typer.Option(help="A segmenter's .onnx file, to be asked instead of the base.")
+        Path | None, typer.Option(help="A segmenter's .onnx file, to use instead of the base.")
     ] = None,
     override: Annotated[
-        bool, typer.Option("--override", "--overwrite", help="Replace masks.")
+        bool, typer.Option("--override", "--overwrite", help="Replace existing masks.")
     ] = False,
 ) -> None:
-    """Write masks of the subject beside the photos, for `rite train` to look at."""
+    """Write masks of the subject beside the photos; `rite train` uses them."""
     from rite_diffusion.api.masks import make_masks
 
     report = make_masks(photos, class_noun, base=base, model=model, override=override)
@@ -135,7 +143,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Run folder; default: runs/demo.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
 ) -> None:
-    """Learn the example robot on the pocket base and show it before and after."""
+    """Train the example robot on the pocket base and draw it before and after."""
     from rite_diffusion.api import demo as example
     from rite_diffusion.cli import output
 

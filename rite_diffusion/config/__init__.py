@@ -1,7 +1,7 @@
-"""Settings: strict models, TOML in and out, presets.
+"""Settings: strict models, reading and writing TOML, presets.
 
-One rule: a default is written once, here or in a preset; an unknown key is an error that names the
-nearest known one.
+A default is written once, here or in a preset. An unknown key is an error that names the nearest
+known one.
 """
 
 from rite_diffusion.config.schema import (

@@ -28,12 +28,19 @@ class LoraSection(Section):
     )
     text_encoder: bool = Field(default=True, description="adapt the text encoder's attention too")
     layers: Literal["attention", "blocks"] = Field(
-        default="attention", description="or all layers of the UNet's blocks, convolutions too"
+        default="attention", description="or all layers of the denoiser's blocks, convolutions too"
+    )
+    assistant: str | None = Field(
+        default=None,
+        description="an adapter that acts while this one trains, for distilled few-step bases",
+    )
+    distilled: bool = Field(
+        default=False, description="train on a distilled base without an assistant all the same"
     )
 
 
 class OptimSection(Section):
-    """The optimizer; rates that are not set fall back to `lr`, and that to the optimizer's own."""
+    """The optimizer; a rate that is not set defaults to `lr`, and `lr` to the optimizer's own."""
 
     name: str = Field(default="adamw", description="see rite_diffusion.optim.OPTIMIZERS")
     lr: Rate | Literal["auto"] | None = Field(
@@ -58,11 +65,11 @@ class OptimSection(Section):
 
 
 class TokenSection(Section):
-    """New words, for the methods that learn their embeddings."""
+    """Learned embeddings, for the methods that have them."""
 
     init: ClassTemplate = Field(
         default="{class_noun}",
-        description="word as whose embedding a concept's last vector starts; empty: random",
+        description="word whose embedding a concept's last vector starts from; empty: random",
     )
     vectors: int | None = Field(
         default=None, ge=1, le=16, description="per new word; default: 1, ed_lora's only word: 2"
@@ -70,14 +77,14 @@ class TokenSection(Section):
     deviation: float | None = Field(
         default=None, gt=0, le=1, description="of random starts; default: that of all embeddings"
     )
-    first: int = Field(default=0, ge=0, description="pivotal: steps in which words train alone")
+    first: int = Field(default=0, ge=0, description="pivotal: steps that train embeddings only")
     stop_norm: float | None = Field(
-        default=None, gt=0, description="mean norm of the vectors at which they are held"
+        default=None, gt=0, description="mean norm of the vectors at which their training ends"
     )
 
 
 class CustomDiffusionSection(Section):
-    """What trains in the cross-attentions' keys and values."""
+    """Training of the cross-attentions' keys and values."""
 
     weights: Literal["full", "lora"] = Field(
         default="full", description="whole matrices, or pairs of lora.rank"
@@ -85,7 +92,7 @@ class CustomDiffusionSection(Section):
 
 
 class AttentionSection(Section):
-    """Where new words may look, by the subject's mask."""
+    """Regularisation of the new words' attention maps by the subject's mask."""
 
     weight: float = Field(default=0.01, ge=0, description="of the loss on attention maps; 0: none")
     subject: Literal["outside", "fit"] = Field(
@@ -95,7 +102,7 @@ class AttentionSection(Section):
 
 
 class CaptionSection(Section):
-    """What the pictures are called in training."""
+    """Changes of captions in training."""
 
     shuffle: bool = Field(default=False, description="the order of comma-separated parts")
     keep: int = Field(default=1, ge=0, description="first parts that stay in place")
@@ -103,19 +110,17 @@ class CaptionSection(Section):
 
 
 class AugmentSection(Section):
-    """Views of a picture besides the picture itself; all are encoded once, before training."""
+    """Views of each picture; the first is the picture, and all are encoded before training."""
 
     flip: bool = Field(default=False, description="every view also mirrored")
-    views: int = Field(
-        default=1, ge=1, le=1000, description="differently drawn views of each picture"
-    )
-    crop: float = Field(default=0.0, ge=0, le=0.5, description="most that is cut off each length")
+    views: int = Field(default=1, ge=1, le=1000, description="number of views of each picture")
+    crop: float = Field(default=0.0, ge=0, le=0.5, description="most cut off width and height")
     colour: float = Field(
         default=0.0, ge=0, le=0.5, description="most that brightness, contrast, saturation change"
     )
     scale_and_prefix: bool = Field(
         default=False,
-        description="small and close-up views that the caption tells of: Kumari et al. 2023",
+        description="small and close-up views, named in the caption: Kumari et al. 2023",
     )
 
     @model_validator(mode="after")
@@ -136,7 +141,7 @@ class PriorSection(Section):
 
 
 class ObjectiveSection(Section):
-    """What the loss weighs."""
+    """The loss: its form, its weighting, and how timesteps and noise are drawn."""
 
     loss: Literal["mse", "huber"] = Field(default="mse", description="of the prediction's error")
     huber_delta: float = Field(default=0.1, gt=0, description="errors above it count linearly")
@@ -149,6 +154,12 @@ class ObjectiveSection(Section):
     )
     timestep_mean: float = Field(default=0.0, description="of logit_normal")
     timestep_deviation: float = Field(default=1.0, gt=0, description="of logit_normal")
+    shift: float | None = Field(
+        default=None, gt=0, description="flow: towards noise; default: the base's, by picture size"
+    )
+    guidance: float | None = Field(
+        default=None, ge=0, description="bases with embedded guidance: the scale while training"
+    )
     noise_offset: float = Field(
         default=0.0, ge=0, le=1, description="share of noise that is one value per channel"
     )
@@ -161,14 +172,14 @@ class ObjectiveSection(Section):
 
 
 class ValidationSection(Section):
-    """The loss on pictures that are not trained on, at fixed timesteps and noise."""
+    """The loss on held-out pictures, at fixed timesteps and noise."""
 
     every: int = Field(default=50, ge=1, description="steps")
     photos: int = Field(default=0, ge=0, description="how many are held out; 0: no validation")
 
 
 class PreviewSection(Section):
-    """Pictures made while training."""
+    """Pictures drawn during training."""
 
     every: int = Field(default=100, ge=0, description="steps; 0: none")
     prompts: list[ConceptTemplate] = Field(
@@ -181,7 +192,7 @@ class PreviewSection(Section):
 
 
 class CheckpointSection(Section):
-    """How often the adapter is written while training."""
+    """When the adapter is written during training, and which files are kept."""
 
     every: int = Field(default=100, ge=1, description="steps")
     keep: int = Field(default=2, ge=1, description="newest checkpoints to keep")
@@ -189,7 +200,7 @@ class CheckpointSection(Section):
 
 
 class SourceSection(Section):
-    """A photo folder and what it shows; what it leaves out comes from the table above it."""
+    """A photo folder and its concept; a missing setting is taken from the table above."""
 
     photos: str | None = Field(default=None, description="folder with the pictures")
     trigger: Name | None = Field(default=None, description="new word that calls the concept")
@@ -219,7 +230,7 @@ class DatasetSection(SourceSection):
 
 @dataclass(frozen=True)
 class PhotoSource:
-    """A photo folder with everything that the tables above it say."""
+    """A photo folder with its settings, those of the tables above it included."""
 
     photos: str
     concept: Concept
@@ -234,7 +245,7 @@ class TrainConfig(SourceSection):
     base: str = Field(
         "pocket", description="`pocket`, a hub id, a diffusers folder or a .safetensors"
     )
-    # At the top, what every table below may change has a value.
+    # At the top level these have defaults, which the tables below may override.
     templates: list[ConceptTemplate] = Field(  # pyright: ignore[reportIncompatibleVariableOverride]
         default=["a {trigger}", "a photo of a {trigger}"],
         min_length=1,
@@ -317,17 +328,17 @@ class TrainConfig(SourceSection):
 
     @property
     def trains_text_encoder(self) -> bool:
-        """Whether the text encoder's own layers learn, which `optim.lr_text_encoder` is for."""
+        """Whether the text encoder's layers train; their rate is `optim.lr_text_encoder`."""
         return self.lora.text_encoder and self.method != "custom_diffusion"
 
     def with_rates(self, rate: float) -> "TrainConfig":
-        """With a rate for the denoiser and, if it trains, half of it for the text encoder."""
+        """With `rate` for the denoiser and half of it for a text encoder that trains."""
         text_encoder = rate / 2 if self.trains_text_encoder else self.optim.lr_text_encoder
         rates = {"lr_unet": rate, "lr_text_encoder": text_encoder}
         return self.model_copy(update={"optim": self.optim.model_copy(update=rates)})
 
     def _tables(self) -> list[dict[str, Any]]:
-        """Each photo folder's settings: its own, then its dataset's, then the general ones."""
+        """Each photo folder's settings; those missing are its dataset's, else the top level's."""
         general = self.model_dump(include=set(SourceSection.model_fields))
         tables = []
         for dataset in self.dataset:
@@ -337,7 +348,7 @@ class TrainConfig(SourceSection):
         return tables or [general]
 
     def sources(self) -> list[PhotoSource]:
-        """The photo folders to train on; one where there are no `[[dataset]]` tables."""
+        """The photo folders to train on; a single one where there are no `[[dataset]]` tables."""
         return [
             PhotoSource(
                 table["photos"],
@@ -350,5 +361,5 @@ class TrainConfig(SourceSection):
         ]
 
     def concepts(self) -> list[Concept]:
-        """The distinct concepts that are learned, in order."""
+        """The distinct concepts to learn, in order."""
         return list(dict.fromkeys(source.concept for source in self.sources()))

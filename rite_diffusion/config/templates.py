@@ -1,4 +1,4 @@
-"""Templates of captions and prompts, in which `{trigger}` and `{class_noun}` stand for words."""
+"""Templates of captions and prompts, with placeholders `{trigger}` and `{class_noun}`."""
 
 import re
 from collections.abc import Collection, Mapping
@@ -15,7 +15,7 @@ OF_CONCEPT, OF_CLASS = ("trigger", "class_noun"), ("class_noun",)
 
 
 def words_of(concept: Concept) -> dict[str, str]:
-    """What the placeholders of a concept's templates stand for."""
+    """Placeholder -> word, for a concept's templates."""
     return {"trigger": concept.trigger, "class_noun": concept.class_noun}
 
 
@@ -31,7 +31,7 @@ def fill(template: str, words: Mapping[str, str]) -> str:
 
 
 def unknown_placeholder(template: str, known: Collection[str]) -> str | None:
-    """What is wrong with a template's first placeholder that is not known; None for none."""
+    """A message about a template's first unknown placeholder; None where all are known."""
     for found in _PLACEHOLDER.findall(template):
         if found[1:-1] not in known:
             names = " and ".join(f"{{{name}}}" for name in known)

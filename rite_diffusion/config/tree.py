@@ -14,7 +14,7 @@ from rite_diffusion.files.writing import user_path
 
 
 def preset_folder() -> Path:
-    """Where the presets lie: inside the installed package, or beside it in a checkout."""
+    """The folder of presets: in the installed package, or beside it in a checkout."""
     package = Path(__file__).parents[1]
     installed = package / "configs"
     return installed if installed.is_dir() else package.parent / "configs"
@@ -26,7 +26,10 @@ def preset_names() -> list[str]:
 
 
 def load_preset(name: str) -> dict[str, Any]:
-    """Settings of a preset by its name, or of any TOML file by its path."""
+    """The settings of a preset, by its name, or of a TOML file, by its path.
+
+    Raises ConfigError where there is neither.
+    """
     path = user_path(name) if name.endswith(".toml") else preset_folder() / f"{name}.toml"
     known = ", ".join(preset_names())
     if name not in preset_names() and not (name.endswith(".toml") and path.is_file()):
@@ -35,7 +38,7 @@ def load_preset(name: str) -> dict[str, Any]:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The settings tree of a TOML file."""
+    """The settings tree of a TOML file; raises ConfigError where it cannot be read."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -45,7 +48,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
-    """The two settings trees as one; `high` wins leaf by leaf."""
+    """The two settings trees merged; leaves of `high` replace those of `low`."""
     result = dict(low)
     for key, value in high.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
@@ -54,7 +57,7 @@ def merge(low: dict[str, Any], high: dict[str, Any]) -> dict[str, Any]:
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The leaves of a settings tree by their dotted keys."""
+    """The leaves of a settings tree, by dotted key."""
     leaves: dict[str, Any] = {}
     for key, value in tree.items():
         inner = flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else None
@@ -63,7 +66,10 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """Settings tree of `optim.lr=1e-4` lines; values are TOML, bare words are strings."""
+    """The settings tree of assignments such as `optim.lr=1e-4`.
+
+    Values are TOML, or else strings. Raises ConfigError where one is not `key=value`.
+    """
     tree: dict[str, Any] = {}
     for assignment in assignments:
         key, sign, text = assignment.partition("=")
@@ -81,7 +87,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
 
 
 def known_keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> list[str]:
-    """Every dotted key of a model; those of a list's tables come without their number."""
+    """Every dotted key of a model; keys in tables of a list have no index."""
     keys = []
     for name, info in model.model_fields.items():
         inner = next(iter(get_args(info.annotation)), info.annotation)
@@ -93,7 +99,7 @@ def known_keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> list[s
 
 
 def explain(fault: Any, model: type[BaseModel]) -> str:
-    """One fault of a pydantic model in words: the setting, what it was given, what it takes."""
+    """A message for one of pydantic's errors: the setting, its value, and what is allowed."""
     key = ".".join(str(part) for part in fault["loc"])
     if fault["type"] == "extra_forbidden":
         plain = ".".join(part for part in fault["loc"] if isinstance(part, str))
@@ -128,10 +134,12 @@ def from_toml(text: str) -> TrainConfig:
 
 
 def without_paths(config: TrainConfig) -> TrainConfig:
-    """The configuration with the last names of its folders, for files that go to others."""
+    """The configuration with only the last part of each folder's path, for files to share."""
     tree = config.model_dump(exclude_none=True)
     tables = [tree, *tree["dataset"], *(own for each in tree["dataset"] for own in each["subset"])]
     for table in tables:
         for key in {"photos", "class_photos"} & table.keys():
             table[key] = Path(table[key]).name
+    if "assistant" in tree["lora"]:
+        tree["lora"]["assistant"] = Path(tree["lora"]["assistant"]).name
     return resolve(tree)

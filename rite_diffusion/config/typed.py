@@ -7,10 +7,10 @@ Table = Mapping[str, Any]  # a section's settings by name
 
 
 class TrainSettings(TypedDict, total=False):
-    """What `TrainConfig` takes; a test holds the names against it.
+    """The settings of `TrainConfig` as keyword arguments.
 
-    `trigger`, `class_noun` and the like are for one photo folder; `dataset` lists several, with a
-    `photos`, `trigger` and `class_noun` each.
+    `trigger`, `class_noun`, `class_photos`, `templates` and `repeats` are those of a single photo
+    folder; `dataset` lists several, each with its own `photos`, `trigger` and `class_noun`.
     """
 
     trigger: str | None

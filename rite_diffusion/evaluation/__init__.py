@@ -1,1 +1,1 @@
-"""Scores of generated pictures by networks that no training here has ever used as a signal."""
+"""Scores of generated pictures by a network that is never used in training."""

@@ -1,12 +1,12 @@
-"""The judge: a small network that says what a small picture shows, and whether it is a concept.
+"""The judge: a small network that recognises objects and concepts in small pictures.
 
-It was trained apart from the pocket bases, on other scenes and other distortions, and nothing is
-ever trained against it (`train/judge.py` made it). Three questions, one feature map:
+It was trained by `train/judge.py` on other scenes and distortions than the pocket base, and nothing
+is trained against it. It has three outputs:
 
     nouns     which noun the picture shows, or its left and its right half; "" for none
     colours   which colour its background has
-    embed     a unit vector per picture: near for one object, far for two, even for objects that
-              the network never saw, which makes it a measure of a concept's identity
+    embed     a unit vector per picture, close for the same object and distant for others, also for
+              objects that it was not trained on: a measure of a concept's identity
 
 A judge's file says at which side pictures are judged and how wide its network is.
 """
@@ -168,7 +168,7 @@ def as_pixels(images: list[Image.Image], side: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Judge:
-    """A trained network with the words for its answers.
+    """A trained network with the names of its classes.
 
     A network with one answer more than there are nouns says "" where no noun can be seen.
     `prototypes` holds one unit vector per noun and style; `accuracy` what the judge itself gets
@@ -181,7 +181,7 @@ class Judge:
     colour_names: tuple[str, ...]
     prototypes: Tensor  # (p, e)
     prototype_names: tuple[str, ...]
-    threshold: float  # least similarity at which a picture counts as a concept
+    threshold: float  # least similarity at which a picture shows a concept
     accuracy: dict
 
     @torch.no_grad()
@@ -224,16 +224,16 @@ class Judge:
         return (self.embed(pictures) @ self.prototype(photos)).mean().item()
 
     def concept_scores(self, prototype: Tensor, embeddings: Tensor) -> Tensor:
-        """Cosines (n,) of embeddings to a concept's prototype; -1 where a noun is nearer."""
+        """Cosines (n,) of embeddings (n, e) to a prototype (e,); -1 where a noun is nearer."""
         similarity = embeddings @ prototype
         nearest_noun = (embeddings @ self.prototypes.T).amax(-1)
         return similarity.where(similarity > nearest_noun, -1.0)
 
     def recognised(self, photos: list[Image.Image], pictures: list[Image.Image]) -> list[bool]:
-        """Whether each picture shows what the photos show.
+        """Whether each picture shows the photos' concept.
 
-        It does where its embedding is nearer to the photos' prototype than to that of any noun,
-        and nearer than the threshold.
+        That is where its embedding is nearer to the photos' prototype than to any noun's, and
+        their similarity is above the threshold.
         """
         scores = self.concept_scores(self.prototype(photos), self.embed(pictures))
         return (scores > self.threshold).tolist()
@@ -243,7 +243,7 @@ class Judge:
 
 
 def save_judge(judge: Judge, path: Path) -> None:
-    """Write a judge as half-precision safetensors, its words and figures in the header."""
+    """Write a judge as half-precision safetensors, with names and figures in the header."""
     state = judge.network.state_dict() | {"prototypes": judge.prototypes}
     halves = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     header = {
@@ -259,7 +259,7 @@ def save_judge(judge: Judge, path: Path) -> None:
 
 
 def read_judge(path: Path) -> Judge:
-    """The judge in a file of `save_judge`, frozen, in single precision."""
+    """The judge in a file that `save_judge` wrote, frozen, in single precision."""
     with safe_open(path, "pt") as file:
         header = {key: json.loads(value) for key, value in file.metadata().items()}
         tensors = {key: file.get_tensor(key) for key in file.keys()}
@@ -290,7 +290,7 @@ def _shape_in(header: dict) -> Shape:
 
 @cache
 def load_judge() -> Judge:
-    """The judge that comes with the package."""
+    """The judge in the package."""
     with resources.as_file(
         resources.files("rite_diffusion.evaluation") / "judge.safetensors"
     ) as path:

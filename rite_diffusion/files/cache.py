@@ -1,4 +1,4 @@
-"""Tensors on disk that can be made again, so that the next run need not make them."""
+"""A cache of tensors on disk, for results that can be computed again."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +16,10 @@ from rite_diffusion.files.writing import write_atomically
 def cached_tensors(
     path: Path, name: str, make: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The tensors of a cache entry, among them `name`.
+    """The tensors of a cache entry, on the CPU.
 
-    An entry that is not there or cannot be read is made and written; RunError where that fails.
+    Where the entry is missing, damaged or without the tensor `name`, `make` computes it, and it is
+    written. RunError where that fails.
     """
     known = _read(path)
     if name in known:
@@ -31,7 +32,7 @@ def cached_tensors(
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    """The tensors of an entry; none where there is no entry, or a damaged one."""
+    """The tensors of an entry; empty where it is missing or damaged."""
     try:
         tensors = load(path.read_bytes())
     except (OSError, SafetensorError):
@@ -41,7 +42,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Writing to a folder of the cache; RunError where it cannot be written."""
+    """Turns an OSError in the block, which writes to a cache folder, into a RunError."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, what may be replaced, and the place for what can be remade."""
+"""Paths from users, atomic writing of files, checks of outputs, and the cache folder."""
 
 import json
 import mimetypes
@@ -18,28 +18,28 @@ _MODEL_SUFFIXES = {".safetensors", ".ckpt", ".pt", ".pth", ".onnx", ".gguf", ".t
 
 
 def user_path(path: str | Path) -> Path:
-    """A path as a user wrote it, `~` expanded; PathError for one that no file can have."""
+    """A user's path with `~` expanded; PathError for a path that no file can have."""
     try:
         expanded = Path(path).expanduser()
         with suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             expanded.lstat()  # ValueError for a NUL byte, OSError for a name that is too long
     except (RuntimeError, ValueError, OSError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise PathError(f"{str(path)!r} is no path ({reason}): check its spelling.") from None
-    # `.` and `..` get their names, since names of other files follow from them.
+        raise PathError(f"{str(path)!r} is not a path ({reason}): check its spelling.") from None
+    # `.` and `..` are resolved, as names of other files are made from the path's name.
     return expanded if expanded.name not in ("", "..") else expanded.resolve()
 
 
 def printable(text: str) -> str:
-    """A text that may come from a file, as a terminal may show it: one line, no control codes."""
+    """The text on one line, control codes escaped, so that it is safe to print."""
     if text.isprintable():
         return text
     shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     return "".join(shown)
 
 
-def say_on_stderr(line: str) -> None:
-    """Print a line for people, apart from what a command prints."""
+def print_to_stderr(line: str) -> None:
+    """Print a line to standard error, control codes escaped."""
     print(printable(line), file=sys.stderr)
 
 
@@ -47,14 +47,14 @@ def file_output(path: str | Path, suffix: str) -> Path:
     """The path of a file to write; OutputError where its name does not end in `suffix`."""
     wanted = user_path(path)
     if wanted.suffix.lower() != suffix:
-        raise OutputError(f"{wanted} is no {suffix} file: name one as --out.")
+        raise OutputError(f"{wanted} is not a {suffix} file: name one as --out.")
     return wanted
 
 
 def folder_output(path: str | Path) -> Path:
-    """The path of a folder to write in, which need not be there yet.
+    """The path of a folder to write to, which need not exist.
 
-    OutputError for a file, for a name that only files have, and where nothing can be written.
+    OutputError for a file, a name with a file's suffix, and a folder that cannot be written.
     """
     wanted = user_path(path)
     kind, _ = mimetypes.MimeTypes().guess_type(wanted.name)
@@ -76,11 +76,11 @@ def check_outputs(
     sources: Iterable[Path] = (),
     overwrite: bool = False,
 ) -> None:
-    """OutputError where writing these files would destroy one, or cannot be done; writes nothing.
+    """Raise OutputError where these files cannot be written without loss; writes nothing.
 
-    `named` are paths that the user gave: a file there is replaced. `derived` are names that follow
-    from something else: nothing may be there, unless `overwrite`. No two are the same, and none is
-    one of `sources`, the files and folders that the command reads.
+    `named` are paths that the user gave; a file there may be replaced. `derived` are paths that
+    follow from others; they must not exist, unless `overwrite`. All must differ from one another
+    and from `sources`, the files and folders that the command reads.
     """
     asked, others, read = list(named), list(derived), list(sources)
     taken: dict[str, Path] = {}
@@ -112,7 +112,7 @@ def _refuse_source(path: Path, real: Path, sources: Iterable[Path]) -> None:
 
 
 def _probe(folder: Path) -> None:
-    """OSError where no file can be made in a folder, which may not be there yet; leaves nothing."""
+    """Raise OSError where a folder, which need not exist, cannot be written; changes nothing."""
     missing = _missing(folder)
     probe = folder / f".rite-{os.getpid()}"
     try:
@@ -124,7 +124,7 @@ def _probe(folder: Path) -> None:
 
 
 def _missing(folder: Path) -> list[Path]:
-    """The folder and those above it that are not there, the deepest first."""
+    """The folder and its parents that do not exist, the deepest first."""
     return [each for each in (folder, *folder.parents) if not each.exists()]
 
 
@@ -135,10 +135,10 @@ def _remove_empty(folders: Iterable[Path]) -> None:
 
 
 @contextmanager
-def workplace(folder: Path) -> Iterator[Path]:
-    """A new folder inside `folder`, made if need be, whose files are moved out when they are whole.
+def staging_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder inside `folder`, which is made if needed, for files to be moved out of it.
 
-    It is removed at the end; if the block fails, folders that were made go too.
+    It is removed at the end; if the block fails, so are folders that were made.
     """
     missing = _missing(folder)
     try:
@@ -151,14 +151,14 @@ def workplace(folder: Path) -> Iterator[Path]:
 
 
 def write_output(path: Path, content: bytes) -> None:
-    """`write_atomically`, in a folder that is made if need be."""
+    """Write a file with `write_atomically`; its folder is made if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a temporary file beside `path`, flush it to the disk, and rename it into place."""
-    # A short name: that of `path` may be as long as names can be.
+    # A short name, as the name of `path` may have the greatest length that is allowed.
     short = f"{zlib.crc32(os.fsencode(path.name)):08x}"
     temporary = path.with_name(f".{os.getpid()}-{short}.tmp")
     try:
@@ -172,7 +172,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file that another process may be writing; empty where there is none."""
+    """The object in a JSON file; empty where the file is missing or not an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -181,7 +181,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def cache_folder() -> Path:
-    """Where encoded photos and class pictures are kept: `RITE_CACHE`, or the user's cache."""
+    """The folder for encoded photos and class pictures: `RITE_CACHE`, or in the user's cache."""
     chosen = os.environ.get("RITE_CACHE")
     if chosen:
         return Path(chosen)
@@ -190,7 +190,7 @@ def cache_folder() -> Path:
 
 @contextmanager
 def reading(path: Path, fault: type[Exception]) -> Iterator[None]:
-    """Reading of files below a path; what the system refuses becomes one line of a `fault`."""
+    """Turns an OSError in the block, which reads a path, into a `fault` with a one-line message."""
     try:
         yield
     except OSError as error:

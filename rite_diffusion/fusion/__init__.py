@@ -1,4 +1,4 @@
-"""Several adapters into one: a method per file, statistics of inputs, a report of conflicts."""
+"""Fusion of several adapters into one: methods, statistics of layers' inputs, conflict reports."""
 
 from rite_diffusion.fusion.layer import Factors, Layer
 from rite_diffusion.fusion.methods import FUSIONS, Fusion

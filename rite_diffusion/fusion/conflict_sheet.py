@@ -1,4 +1,4 @@
-"""A sheet that shows a fusion's conflicts: crosstalk, errors, and the layers that lose most."""
+"""A picture of a fusion's conflict report: crosstalk, errors, and the worst layers."""
 
 import math
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ PICTURE = 112
 
 @dataclass(frozen=True)
 class ConceptPictures:
-    """A concept drawn by its adapter alone, by all adapters added up, and by the fused one."""
+    """Pictures of a concept by its adapter alone, by the sum of all adapters, and by the fused."""
 
     alone: list[Image.Image]
     summed: list[Image.Image]
@@ -40,7 +40,7 @@ def _number(value: float) -> str:
 
 
 def _short(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: float) -> str:
-    """The text, its end cut off where it is wider than `width` pixels."""
+    """The text, shortened with "…" where it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -49,14 +49,14 @@ def _short(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width:
 
 
 def layer_label(name: str) -> str:
-    """A layer's name without what all names share."""
+    """A layer's name without the parts that all names have."""
     words = name.removeprefix("lora_unet_").removeprefix("lora_te_text_model_encoder_")
     text = words.replace("transformer_blocks_0_", "").replace("_to_out_0", "_to_out")
     return f"text {text}" if name.startswith("lora_te") else text
 
 
 class _Sheet:
-    """A page that panels are drawn on from top to bottom."""
+    """A page on which panels are drawn from top to bottom."""
 
     def __init__(self, height: int):
         self.image = Image.new("RGB", (WIDTH, height), PAPER)
@@ -80,7 +80,7 @@ class _Sheet:
 
 
 def conflict_sheet(report: ConflictReport, pictures: list[ConceptPictures]) -> Image.Image:
-    """The sheet of a report; `pictures`, one entry per concept, may be empty."""
+    """The picture of a report; `pictures` has an entry per concept, or is empty."""
     count = len(report.concepts)
     top = 92 + max(count * CELL, count * (2 * BAR + 20) + 48) + 40
     strips = 78 + 2 * count * (STRIP + 3) + 50

@@ -1,8 +1,8 @@
-"""DoRA layers as plain updates, which is what can be added up and fused.
+"""DoRA layers as plain updates of the base's weights, which can be added and fused.
 
-A DoRA makes m (W + D) / |W + D| of a weight W (Liu et al. 2024, Eq. 5). What it adds to W scales
-the rows of W itself, so it has full rank, however small that of D: a fusion of DoRAs is a large
-file unless it is cut to a rank.
+A DoRA replaces a weight W by m (W + D) / |W + D| (Liu et al. 2024, Eq. 5). Since it scales the rows
+of W, the difference has full rank, whatever the rank of D: a fusion of DoRAs is a large file unless
+`rank` limits it.
 """
 
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ from rite_diffusion.types import LoraPair
 
 
 def has_dora(adapter: Adapter) -> bool:
-    """Whether a layer of the adapter is a DoRA."""
+    """Whether any layer of the adapter is a DoRA."""
     return any(pair.magnitude is not None for pair in adapter.pairs)
 
 
 def as_plain(adapter: Adapter, weights: Mapping[str, Tensor]) -> Adapter:
-    """The adapter with every DoRA layer as the update it makes of the base's weight there."""
+    """The adapter with DoRA layers as plain updates; `weights` are the base's by module name."""
     pairs = [
         pair if pair.magnitude is None else plain_pair(pair, weights[pair.name])
         for pair in adapter.pairs
@@ -32,7 +32,7 @@ def as_plain(adapter: Adapter, weights: Mapping[str, Tensor]) -> Adapter:
 
 
 def plain_pair(pair: LoraPair, weight: Tensor) -> LoraPair:
-    """The pair of scale 1 and full rank that adds what a DoRA makes of a weight."""
+    """The pair of scale 1 and full rank with the update of a DoRA on a base's weight."""
     exact = weight.detach().cpu().double()
     update = (adapted_weight(_in_double(pair), exact) - exact).flatten(1)  # (out, inputs)
     out, inputs = update.shape

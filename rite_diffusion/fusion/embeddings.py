@@ -1,4 +1,4 @@
-"""Embeddings of several adapters' triggers, put together."""
+"""Learned embeddings of several adapters, merged."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ from rite_diffusion.errors import FusionError
 
 
 def merge_tokens(each: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Token name -> embedding of all adapters; FusionError where two embed one name differently.
+    """All adapters' learned embeddings by word; FusionError where two differ for one word.
 
-    A weight scales an adapter's updates, never its tokens: a trigger means what it was trained to.
+    An adapter's weight does not scale its embeddings.
     """
     merged: dict[str, Tensor] = {}
     for tokens in each:

@@ -1,7 +1,7 @@
-"""One layer of a fusion: what each concept adds to it, and what flows into it there.
+"""One layer of a fusion: each concept's update of it, and the statistics of its inputs.
 
-Everything is flat: a convolution's kernel (in, k, k) is a vector of in * k * k inputs, as it is
-for `torch.nn.functional.unfold`.
+Weights are flat: a convolution's kernel (in, k, k) is a vector of in * k * k inputs, as in
+`torch.nn.functional.unfold`.
 """
 
 from dataclasses import dataclass
@@ -33,20 +33,20 @@ class Factors:
 
 @dataclass(frozen=True)
 class Part:
-    """One concept's share in a layer: its update, its weight included, and its inputs."""
+    """One concept's part in a layer: its update, times its weight, and its inputs' statistics."""
 
-    concept: str  # hash of the adapter's tensors
-    factors: Factors  # of rank 0 where the adapter leaves the layer alone
-    gram: AnySecondMoment | None  # None: no statistics
+    concept: str  # digest of the adapter's tensors
+    factors: Factors  # of rank 0 where the adapter does not change the layer
+    second_moment: AnySecondMoment | None  # None: no statistics
 
 
 @dataclass(frozen=True)
 class Layer:
-    """All concepts' parts in one layer, in an order that no permutation of them changes."""
+    """All concepts' parts in one layer, in an order that does not depend on the user's."""
 
     name: str
     parts: list[Part]
-    base: AnySecondMoment | None  # what flows in where the base model draws ordinary things
+    base: AnySecondMoment | None  # of the inputs while the base model draws ordinary prompts
 
     @property
     def rank(self) -> int:
@@ -55,34 +55,34 @@ class Layer:
 
 
 def flat(pair: LoraPair, weight: float) -> Factors:
-    """The pair's update times a weight; scale and weight go into `down`.
+    """The pair's update times `weight`; scale and weight are multiplied into `down`.
 
-    FusionError for a DoRA: its update takes the base's weight, and `as_plain` makes it.
+    FusionError for a DoRA: its update depends on the base's weight, see `as_plain`.
     """
     if pair.magnitude is not None:
-        raise FusionError(f"{pair.name} is a DoRA, whose update takes the base: use `rite fuse`.")
+        raise FusionError(f"{pair.name} is a DoRA, whose update needs the base: use `rite fuse`.")
     down = pair.down.detach().double().flatten(1)
     return Factors(pair.up.detach().double().flatten(1), pair.scale * weight * down)
 
 
-def nothing(like: Factors) -> Factors:
-    """The update of rank 0 for the same weight."""
+def zero_update(like: Factors) -> Factors:
+    """An update of rank 0 with the shape of `like`."""
     return Factors(like.up[:, :0], like.down[:0])
 
 
 def stack(parts: list[Factors]) -> Factors:
-    """The sum of updates, exactly: (B_1 … B_n) (A_1; …; A_n)."""
+    """The exact sum of updates: (B_1 … B_n) (A_1; …; A_n)."""
     return Factors(torch.cat([p.up for p in parts], 1), torch.cat([p.down for p in parts]))
 
 
 def as_pair(name: str, factors: Factors, kernel: torch.Size) -> LoraPair:
-    """A LoRA pair of scale 1 for weights (out, *kernel): (in,) or (in, k, k)."""
+    """A LoRA pair of scale 1; `kernel` is (in,) or (in, k, k) of its weight (out, *kernel)."""
     down = factors.down.reshape(factors.rank, *kernel).float()
     up = factors.up.float()
     return LoraPair(name, down, up[:, :, None, None] if len(kernel) == 3 else up, 1.0)
 
 
-def output_energy(factors: Factors, gram: AnySecondMoment) -> float:
-    """E|D x|^2 of an update D = up @ down over the inputs of a Gram: tr(D G D^T)."""
-    inner = gram.times(factors.down) @ factors.down.mT  # (r, r)
+def output_energy(factors: Factors, moment: AnySecondMoment) -> float:
+    """E|D x|^2 of an update D over inputs of second moment G: tr(D G D^T)."""
+    inner = moment.times(factors.down) @ factors.down.mT  # (r, r)
     return ((factors.up.mT @ factors.up) * inner).sum().clamp(min=0).item()

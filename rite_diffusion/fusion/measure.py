@@ -1,4 +1,4 @@
-"""Sketches from a base model: with an adapter in place, and without."""
+"""Sketches measured on a base model, with an adapter and without."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -9,10 +9,10 @@ from rite_diffusion.adapters.names import module_name
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.fusion.members import digest_of
 from rite_diffusion.fusion.prompts import ordinary_prompts
-from rite_diffusion.fusion.sketch import Sketch, SketchFacts
+from rite_diffusion.fusion.sketch import Sketch, SketchMetadata
 from rite_diffusion.fusion.statistics import Drawing, SecondMoments, collect
 
-NAME = "sketched"
+NAME = "sketched"  # of the adapter while it is attached
 
 
 def measure_concept(
@@ -23,7 +23,7 @@ def measure_concept(
     drawing: Drawing,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SecondMoments:
-    """What flows into the named layers while the adapter, at weight 1, draws the prompts."""
+    """Second moments of the layers' inputs while the adapter, at weight 1, draws the prompts."""
     attach(backbone, adapter, NAME)
     try:
         return collect(backbone, prompts, names, drawing, progress)
@@ -39,7 +39,7 @@ def measure_concepts(
     drawing: Drawing,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[SecondMoments]:
-    """What flows into the named layers while each adapter, alone, draws prompts of its own."""
+    """Second moments of the layers' inputs for each adapter, which draws its own prompts alone."""
     total, done = sum(map(len, prompts)) * drawing.pictures, 0
     found = []
     for adapter, each in zip(adapters, prompts, strict=True):
@@ -61,7 +61,7 @@ def measure(
     drawing: Drawing,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Sketch]:
-    """A sketch of each adapter, all with the same base, over all layers that one may adapt."""
+    """A sketch of each adapter, with the base's statistics, of the layers in `sketched_layers`."""
     names = sketched_layers(backbone, adapters)
     ordinary = unique(prompt for adapter in adapters for prompt in ordinary_prompts(adapter.info))
     own = sum(map(len, prompts)) * drawing.pictures
@@ -71,14 +71,14 @@ def measure(
     )
     base = collect(backbone, ordinary, names, drawing, lambda done, _: progress(own + done, total))
     return [
-        Sketch(concept, base, facts(backbone, adapter, each))
+        Sketch(concept, base, sketch_metadata(backbone, adapter, each))
         for adapter, concept, each in zip(adapters, concepts, prompts, strict=True)
     ]
 
 
-def facts(backbone: Backbone, adapter: Adapter, prompts: Sequence[str]) -> SketchFacts:
-    """What a sketch's header says."""
-    return SketchFacts(
+def sketch_metadata(backbone: Backbone, adapter: Adapter, prompts: Sequence[str]) -> SketchMetadata:
+    """The metadata of a sketch's header."""
+    return SketchMetadata(
         adapter=digest_of(adapter),
         base_fingerprint=backbone.fingerprint,
         prompts="\n".join(prompts),
@@ -87,7 +87,7 @@ def facts(backbone: Backbone, adapter: Adapter, prompts: Sequence[str]) -> Sketc
 
 
 def sketched_layers(backbone: Backbone, adapters: Sequence[Adapter]) -> list[str]:
-    """The layers of the adapters and every attention projection, which other adapters may have."""
+    """The layers of the adapters, and all attention projections, which other adapters may use."""
     own = [pair.name for adapter in adapters for pair in adapter.pairs]
     common = [
         module_name(component, path)
@@ -98,5 +98,5 @@ def sketched_layers(backbone: Backbone, adapters: Sequence[Adapter]) -> list[str
 
 
 def unique(words: Iterable[str]) -> list[str]:
-    """The words without repetitions, in order."""
+    """The words without duplicates, in order."""
     return list(dict.fromkeys(words))

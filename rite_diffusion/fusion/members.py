@@ -1,4 +1,4 @@
-"""The adapters of a fusion: which may be fused, in which order, and what is known of them."""
+"""The adapters of a fusion, checked and sorted, and their layers."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from rite_diffusion.adapters import Adapter
-from rite_diffusion.adapters.attach import is_other_base, without_ones
+from rite_diffusion.adapters.attach import as_matrix_shape, is_other_base
 from rite_diffusion.errors import FusionError
-from rite_diffusion.fusion.layer import Layer, Part, flat, nothing
+from rite_diffusion.fusion.layer import Layer, Part, flat, zero_update
 from rite_diffusion.fusion.second_moments import mean
 from rite_diffusion.fusion.sketch import Sketch
 from rite_diffusion.types import LoraPair
@@ -20,32 +20,32 @@ from rite_diffusion.types import LoraPair
 
 @dataclass(frozen=True)
 class Member:
-    """An adapter in a fusion, at its weight, with the statistics that its concept gave."""
+    """An adapter in a fusion, its weight, and the statistics of its concept."""
 
     adapter: Adapter
     weight: float
     file: Path
     sketch: Sketch | None = None
-    plain: Adapter | None = None  # where the adapter holds DoRA layers: those as plain updates
+    plain: Adapter | None = None  # of an adapter with DoRA layers: the same with plain updates
 
     @cached_property
     def digest(self) -> str:
-        """Hash of the adapter's tensors."""
+        """Digest of the adapter's tensors."""
         return digest_of(self.adapter)
 
     @cached_property
     def pairs(self) -> dict[str, LoraPair]:
-        """Layer name -> the adapter's pair there."""
+        """The adapter's pairs by layer name."""
         return {pair.name: pair for pair in (self.plain or self.adapter).pairs}
 
     @property
     def label(self) -> str:
-        """The trigger, or the file's name where there is none."""
+        """The trigger, or the file's name where there is no trigger."""
         return self.adapter.info.trigger or self.file.name
 
 
 def digest_of(adapter: Adapter) -> str:
-    """First 16 hex digits of a SHA-256 over pairs, shifts and tokens, ordered by name."""
+    """First 16 hex digits of a SHA-256 over pairs, shifts and embeddings, sorted by name."""
     digest = hashlib.sha256()
     for pair in sorted(adapter.pairs, key=lambda pair: pair.name):
         digest.update(f"{pair.name} {pair.scale!r} {tuple(pair.down.shape)}".encode())
@@ -63,8 +63,12 @@ def _content(values: Tensor) -> bytes:
     return values.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
-def checked(members: Sequence[Member]) -> list[Member]:
-    """The members in an order that depends on their content alone; FusionError where they clash."""
+def check_and_sort(members: Sequence[Member]) -> list[Member]:
+    """The members sorted by trigger and digest, so that the order of arguments does not matter.
+
+    FusionError where there are none, two are the same or share a trigger, a weight is 0, or bases
+    or shapes differ.
+    """
     if not members:
         raise FusionError("no adapters to fuse: pass their files.")
     _refuse_repetition(members)
@@ -89,8 +93,8 @@ def _refuse_repetition(members: Sequence[Member]) -> None:
         for trigger in member.adapter.info.triggers():
             if trigger in triggers:
                 raise FusionError(
-                    f"{member.file} and {triggers[trigger]} both answer to '{trigger}', and no "
-                    "prompt could tell them apart: train one of them with another trigger."
+                    f"{member.file} and {triggers[trigger]} both have the trigger '{trigger}', so "
+                    "no prompt could call only one: train one of them with another trigger."
                 )
             triggers[trigger] = member.file
 
@@ -111,7 +115,7 @@ def _refuse_other_shapes(members: Sequence[Member]) -> None:
     shapes: dict[str, tuple[tuple[int, ...], Path]] = {}
     for member in members:
         for pair in member.adapter.pairs:
-            shape = without_ones((pair.up.shape[0], *pair.down.shape[1:]))
+            shape = as_matrix_shape((pair.up.shape[0], *pair.down.shape[1:]))
             other, file = shapes.setdefault(pair.name, (shape, member.file))
             if shape != other:
                 raise FusionError(
@@ -121,13 +125,13 @@ def _refuse_other_shapes(members: Sequence[Member]) -> None:
 
 
 def layers(members: Sequence[Member]) -> Iterator[tuple[Layer, torch.Size]]:
-    """Every layer that a member adapts, with the shape (in,) or (in, k, k) of its kernels.
+    """Every layer that a member adapts, with the shape (in,) or (in, k, k) of its kernel.
 
-    Of a 1x1 convolution, which some files hold as a matrix, it is that of the first adapter.
+    A 1x1 convolution, which some files store as a matrix, has the shape in the first adapter.
     """
     for name in sorted({name for member in members for name in member.pairs}):
         example = next(m.pairs[name] for m in members if name in m.pairs)
-        empty = nothing(flat(example, 1.0))
+        empty = zero_update(flat(example, 1.0))
         parts = [
             Part(
                 member.digest,

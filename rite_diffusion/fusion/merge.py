@@ -1,4 +1,4 @@
-"""Adapters into one adapter, layer by layer."""
+"""Fusion of adapters into one, layer by layer."""
 
 import json
 from collections.abc import Sequence
@@ -14,14 +14,14 @@ from rite_diffusion.fusion import FUSIONS, Fusion
 from rite_diffusion.fusion.embeddings import merge_tokens
 from rite_diffusion.fusion.layer import as_pair
 from rite_diffusion.fusion.loss import Loss
-from rite_diffusion.fusion.members import Member, checked, layers
+from rite_diffusion.fusion.members import Member, check_and_sort, layers
 from rite_diffusion.fusion.settings import FusionSettings
 from rite_diffusion.fusion.shifts import merge_shifts
 from rite_diffusion.types import LoraPair
 
 
 def method_named(name: str) -> Fusion:
-    """The method of a name; FusionError lists the known ones."""
+    """The fusion method of that name; FusionError lists the known ones."""
     if name not in FUSIONS:
         raise FusionError(f"no method '{name}': choose one of {', '.join(sorted(FUSIONS))}.")
     return FUSIONS[name]
@@ -29,27 +29,27 @@ def method_named(name: str) -> Fusion:
 
 @dataclass(frozen=True)
 class Merged:
-    """A fused adapter, and what a limit on its rank lost of it."""
+    """A fused adapter, and the loss from the limit on its rank."""
 
     adapter: Adapter
     loss: float  # relative Frobenius error of all layers' updates
 
 
-# One adapter at its weight is itself, whatever the method: there is nothing to reconcile.
+# A single adapter is returned at its weight, whatever the method.
 _ALONE = Fusion(lambda layer, settings: layer.parts[0].factors, statistics=False)
 
 
 def merge(members: Sequence[Member], name: str, settings: FusionSettings) -> Adapter:
-    """One adapter with all members' concepts; their order does not matter.
+    """One adapter with all members' concepts, by the method `name`; their order does not matter.
 
-    A single member comes back at its weight. Raises FusionError for members that cannot be fused.
+    A single member is returned at its weight. Raises FusionError for members that cannot be fused.
     """
     return merge_with_loss(members, name, settings).adapter
 
 
 def merge_with_loss(members: Sequence[Member], name: str, settings: FusionSettings) -> Merged:
-    """What `merge` makes, and what was cut off."""
-    members = checked(members)
+    """The adapter that `merge` returns, and the loss from the limit on its rank."""
+    members = check_and_sort(members)
     method = method_named(name) if len(members) > 1 else _ALONE
     pairs, loss = list[LoraPair](), Loss()
     for layer, kernel in layers(members):
@@ -64,7 +64,7 @@ def merge_with_loss(members: Sequence[Member], name: str, settings: FusionSettin
 
 
 def fused_info(members: Sequence[Member], name: str, settings: FusionSettings) -> AdapterInfo:
-    """The header of a fused adapter: all triggers, where each came from, and the settings."""
+    """The metadata of a fused adapter: all triggers, the source of each, and the settings."""
     infos = [member.adapter.info for member in members]
     table = {"method": name} | settings.model_dump(exclude_none=True)
     return AdapterInfo(
@@ -86,7 +86,7 @@ def _joined(words) -> str:
 
 
 def provenance(member: Member) -> list[dict]:
-    """What is known of a member's concepts; those of a member that was fused, one by one."""
+    """One entry for a member's concept, or one for each concept of a member that is fused."""
     info = member.adapter.info
     if info.concepts:
         inner = json.loads(info.concepts)

@@ -1,4 +1,4 @@
-"""What is drawn for statistics."""
+"""The prompts that are drawn for statistics."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from rite_diffusion.adapters import AdapterInfo
 from rite_diffusion.config import fill
 from rite_diffusion.errors import FusionError
 
-# With the trigger alone and with the words that prompts put around it.
+# The trigger alone, and in the context of common prompts.
 CONCEPT = (
     "{trigger}",
     "a {trigger}",
@@ -14,7 +14,7 @@ CONCEPT = (
     "a {trigger} on a blue background",
     "a picture of a {trigger} on a white background",
 )
-# Ordinary things, and the empty prompt of classifier-free guidance.
+# The empty prompt of classifier-free guidance, and ordinary things.
 ORDINARY = (
     "",
     "a photo of a person",
@@ -26,17 +26,17 @@ ORDINARY = (
 
 
 def concept_prompts(info: AdapterInfo, file: Path) -> list[str]:
-    """Prompts that call an adapter's concepts; FusionError where its file names none."""
+    """Prompts with an adapter's triggers; FusionError where its file does not state one."""
     triggers = info.triggers()
     if not triggers:
         raise FusionError(
-            f"{file} does not say which word calls its concept: make its sketch first, with "
+            f"{file} does not state the trigger of its concept: make its sketch first, with "
             f'`rite sketch {file} --prompt "a photo of …"`.'
         )
     return [fill(prompt, {"trigger": trigger}) for trigger in triggers for prompt in CONCEPT]
 
 
 def ordinary_prompts(info: AdapterInfo) -> list[str]:
-    """Prompts of what an adapter should leave alone, its class among them."""
+    """Prompts that an adapter should not change; its class is one of them."""
     nouns = [noun.strip() for noun in info.class_noun.split(",") if noun.strip()]
     return [*ORDINARY, *(f"a photo of a {noun}" for noun in nouns)]

@@ -1,14 +1,13 @@
-"""What interferes in a fusion, and what the fusion made of it, from the Gram matrices alone.
+"""The conflicts between adapters before and after fusion, from second moments of layers' inputs.
 
 Per layer, with D_i the update of concept i and x_i its inputs:
 
     crosstalk of j on i   |D_j x_i| / |D_i x_i|           size of j's output on i's inputs
-    error of an update D  |(D - D_i) x_i| / |D_i x_i|     0: concept i as alone; 1: as good as lost
-    drift of D            |D x_0| / mean |D_i x_i|        what ordinary prompts feel of it
+    error of an update D  |(D - D_i) x_i| / |D_i x_i|     0: as with adapter i alone; 1: lost
+    drift of D            |D x_0| / mean |D_i x_i|        size of its output on ordinary prompts
 
-|D x| is the root mean square over the inputs. Sheets and totals show medians over layers, which one
-odd layer does not move. "Before" is the plain sum of all updates, which is what several attached
-adapters are.
+|D x| is the root mean square over the inputs. Totals are medians over layers, which are robust to
+single layers. "Before" is the plain sum of all updates, as with several attached adapters.
 """
 
 import math
@@ -18,11 +17,11 @@ from statistics import median
 
 from rite_diffusion.adapters import Adapter
 from rite_diffusion.fusion.layer import Factors, Layer, Part, flat, output_energy, stack
-from rite_diffusion.fusion.members import Member, checked, layers
+from rite_diffusion.fusion.members import Member, check_and_sort, layers
 from rite_diffusion.fusion.methods.gram import with_statistics
 from rite_diffusion.fusion.second_moments import AnySecondMoment
 
-WORST = 8  # layers that the report names
+WORST = 8  # number of worst layers in a report
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,18 @@ class ConflictReport:
     layers: list[LayerConflict]
 
     def worst_layers(self) -> list[LayerConflict]:
-        """Layers in which a concept lost most."""
+        """The layers with the largest errors after fusion."""
         return sorted(self.layers, key=lambda layer: -layer.worst)[:WORST]
 
     def as_dict(self) -> dict:
-        """Everything as JSON can hold it: NaN becomes None."""
+        """The report as JSON-compatible values; NaN becomes None."""
         content = asdict(self) | {"worst": [layer.name for layer in self.worst_layers()]}
         return {key: _without_nan(value) for key, value in content.items()}
 
 
 def report_on(members: Sequence[Member], fused: Adapter) -> ConflictReport:
-    """The conflicts of members that all have sketches, before and after they were fused."""
-    members = checked(members)
+    """The conflicts of members, which must have sketches, before and after their fusion."""
+    members = check_and_sort(members)
     made = {pair.name: flat(pair, 1.0) for pair in fused.pairs}
     found = [layer_conflict(layer, made[layer.name]) for layer, _ in layers(members)]
     count = range(len(members))
@@ -88,9 +87,9 @@ def layer_conflict(layer: Layer, fused: Factors) -> LayerConflict:
     with_statistics(layer)
     parts = layer.parts
     total = stack([part.factors for part in parts])
-    own = [_rms_output(part.factors, part.gram) for part in parts]
+    own = [_rms_output(part.factors, part.second_moment) for part in parts]
     crosstalk = [
-        [_ratio(_rms_output(other.factors, part.gram), alone) for other in parts]
+        [_ratio(_rms_output(other.factors, part.second_moment), alone) for other in parts]
         for part, alone in zip(parts, own, strict=True)
     ]
     usual = [value for value in own if value > 0]
@@ -105,14 +104,14 @@ def layer_conflict(layer: Layer, fused: Factors) -> LayerConflict:
     )
 
 
-def _rms_output(factors: Factors, gram: AnySecondMoment | None) -> float:
-    """Root mean square output of an update; 0 where nothing is known of the inputs."""
-    return output_energy(factors, gram) ** 0.5 if gram is not None else 0.0
+def _rms_output(factors: Factors, moment: AnySecondMoment | None) -> float:
+    """Root mean square output of an update; 0 where there are no statistics."""
+    return output_energy(factors, moment) ** 0.5 if moment is not None else 0.0
 
 
 def _error(update: Factors, part: Part, alone: float) -> float:
     negative = Factors(-part.factors.up, part.factors.down)
-    return _ratio(_rms_output(stack([update, negative]), part.gram), alone)
+    return _ratio(_rms_output(stack([update, negative]), part.second_moment), alone)
 
 
 def _ratio(value: float, of: float) -> float:

@@ -1,7 +1,6 @@
-"""Second moments of a layer's inputs, exact or as a sketch, and what fusion does with them.
+"""Second moments of a layer's inputs, exact or as a sketch, and the algebra that fusion needs.
 
-G = E[x x^T] (inputs, inputs) stands for all the inputs x that a layer has seen: for any update D,
-E|D x|^2 = tr(D G D^T).
+With G = E[x x^T] (inputs, inputs), E|D x|^2 = tr(D G D^T) for any update D.
 """
 
 from __future__ import annotations
@@ -19,9 +18,9 @@ class SecondMoment:
     """G = basis^T diag(values) basis + tail I; exact where `basis` has all directions."""
 
     basis: Tensor  # (k, inputs), orthonormal rows
-    values: Tensor  # (k,) descending: what each direction has beyond the tail
+    values: Tensor  # (k,) descending: eigenvalues minus the tail
     tail: float
-    rows: int  # how many inputs were seen
+    rows: int  # number of inputs
 
     @property
     def spectral(self) -> SecondMoment:
@@ -61,10 +60,10 @@ class SecondMoment:
 
 @dataclass(frozen=True, eq=False)
 class FullSecondMoment:
-    """G itself; its eigenvectors, which take longest, are found when first asked for.
+    """G as a matrix; its eigenvectors are computed when they are first used.
 
-    Half of the symmetric matrix is kept, in single precision: a large model has a hundred of them
-    for each concept. The sums were in float64; rounding once is far below any ridge.
+    The upper triangle is stored in single precision: a large model has about a hundred matrices per
+    concept. Sums are in float64, and one rounding is far below any ridge.
     """
 
     upper: Tensor  # (inputs * (inputs + 1) / 2,) the upper triangle, row by row
@@ -73,7 +72,7 @@ class FullSecondMoment:
 
     @cached_property
     def spectral(self) -> SecondMoment:
-        """The same by its eigenvectors."""
+        """The same by its eigendecomposition."""
         values, vectors = torch.linalg.eigh(self.matrix())
         return from_eigen(vectors.mT.flip(0), values.flip(0).clamp(min=0), 0.0, self.rows)
 
@@ -96,7 +95,7 @@ class FullSecondMoment:
 
 
 def full_second_moment(moments: Tensor, rows: int) -> FullSecondMoment:
-    """The FullGram of a symmetric matrix (inputs, inputs)."""
+    """The FullSecondMoment of a symmetric matrix (inputs, inputs)."""
     width = len(moments)
     upper = moments[tuple(torch.triu_indices(width, width))]
     return FullSecondMoment(upper.float(), width, rows)
@@ -108,38 +107,40 @@ AnySecondMoment = SecondMoment | FullSecondMoment
 def from_eigen(
     basis: Tensor, values: Tensor, rest: float, rows: int, keep: int | None = None
 ) -> SecondMoment:
-    """The Gram of leading eigenvectors (k, inputs) and values, where the others sum to `rest`.
+    """A SecondMoment of leading eigenvectors (k, inputs) and values; the others sum to `rest`.
 
-    `keep` of them are kept; the tail is the mean of all others, so the trace stays.
+    At most `keep` are kept. The tail is the mean of all others, so the trace does not change.
     """
     width, most = basis.shape[1], len(values) if keep is None else min(keep, len(values))
-    beyond = values.sum() + rest - values.cumsum(0)  # what is left after k + 1 directions
+    beyond = values.sum() + rest - values.cumsum(0)  # sum of the others after k + 1 directions
     others = (width - torch.arange(1, len(values) + 1)).clamp(min=1)
     tails = (beyond / others).clamp(min=0)
-    above = (values > tails + 1e-12 * values[0])[:most]  # below the tail, a direction joins it
+    above = (values > tails + 1e-12 * values[0])[:most]  # other directions belong to the tail
     count = max(int(above.long().cumprod(0).sum()), 1)
     tail = tails[count - 1].item() if count < width else 0.0
     return SecondMoment(basis[:count], values[:count] - tail, tail, rows)
 
 
-def truncated(gram: AnySecondMoment, keep: int) -> SecondMoment:
-    """The same Gram with at most `keep` directions; the rest goes into the tail."""
-    whole = gram.spectral
+def truncated(moment: AnySecondMoment, keep: int) -> SecondMoment:
+    """The second moment with at most `keep` directions and the rest as tail."""
+    whole = moment.spectral
     outside = whole.width - len(whole.values)
     rest = outside * whole.tail
     return from_eigen(whole.basis, whole.values + whole.tail, rest, whole.rows, keep)
 
 
-def mean(grams: Sequence[AnySecondMoment]) -> AnySecondMoment:
-    """The mean of Grams; one that many share, as of one base, is not summed again."""
-    first, rows = grams[0], sum(gram.rows for gram in grams)
-    if all(_same(gram, first) for gram in grams[1:]):
+def mean(moments: Sequence[AnySecondMoment]) -> AnySecondMoment:
+    """The mean of second moments; equal ones, such as several of one base, are not summed."""
+    first, rows = moments[0], sum(moment.rows for moment in moments)
+    if all(_same(moment, first) for moment in moments[1:]):
         return first
-    if any(isinstance(gram, FullSecondMoment) for gram in grams):
-        return full_second_moment(torch.stack([gram.matrix() for gram in grams]).mean(0), rows)
-    roots = torch.cat([gram.spectral.root() for gram in grams]) / len(grams) ** 0.5
+    if any(isinstance(moment, FullSecondMoment) for moment in moments):
+        return full_second_moment(
+            torch.stack([moment.matrix() for moment in moments]).mean(0), rows
+        )
+    roots = torch.cat([moment.spectral.root() for moment in moments]) / len(moments) ** 0.5
     _, singular, basis = torch.linalg.svd(roots, full_matrices=False)
-    tail = sum(gram.spectral.tail for gram in grams) / len(grams)
+    tail = sum(moment.spectral.tail for moment in moments) / len(moments)
     return SecondMoment(basis, singular.square(), tail, rows)
 
 
@@ -153,21 +154,25 @@ def _same(one: AnySecondMoment, other: AnySecondMoment) -> bool:
 class SecondMomentSum:
     """S = sum_i weight_i G_i + ridge * (mean eigenvalue of the sum) * I.
 
-    A matrix (inputs, inputs), or, where the Grams have few directions together, their roots R with
-    S = R^T R + tail I, so that no such matrix is made.
+    Stored as a matrix (inputs, inputs), or as roots R with S = R^T R + tail I where the second
+    moments have few directions in total.
     """
 
-    def __init__(self, grams: Sequence[AnySecondMoment], weights: Sequence[float], ridge: float):
-        pairs = list(zip(grams, weights, strict=True))
-        width = grams[0].width
-        floor = ridge * sum(weight * gram.trace for gram, weight in pairs) / width
-        few = [gram for gram in grams if isinstance(gram, SecondMoment)]
-        self.low_rank = len(few) == len(grams) and sum(len(g.values) for g in few) < width // 2
+    def __init__(self, moments: Sequence[AnySecondMoment], weights: Sequence[float], ridge: float):
+        pairs = list(zip(moments, weights, strict=True))
+        width = moments[0].width
+        floor = ridge * sum(weight * moment.trace for moment, weight in pairs) / width
+        few = [moment for moment in moments if isinstance(moment, SecondMoment)]
+        self.low_rank = len(few) == len(moments) and sum(len(g.values) for g in few) < width // 2
         if self.low_rank:
-            self.roots = torch.cat([weight**0.5 * gram.spectral.root() for gram, weight in pairs])
-            self.tail = floor + sum(weight * gram.spectral.tail for gram, weight in pairs)
+            self.roots = torch.cat(
+                [weight**0.5 * moment.spectral.root() for moment, weight in pairs]
+            )
+            self.tail = floor + sum(weight * moment.spectral.tail for moment, weight in pairs)
         else:
-            self.matrix = sum((weight * gram.matrix() for gram, weight in pairs), torch.zeros(()))
+            self.matrix = sum(
+                (weight * moment.matrix() for moment, weight in pairs), torch.zeros(())
+            )
             self.matrix.diagonal().add_(floor)
 
     def times(self, rows: Tensor) -> Tensor:
@@ -177,9 +182,9 @@ class SecondMomentSum:
         return rows @ self.matrix
 
     def solve(self, rows: Tensor) -> Tensor:
-        """Rows (n, inputs) times S^-1, by Cholesky.
+        """Rows (n, inputs) times S^-1, by Cholesky factorisation.
 
-        Of roots by the Woodbury identity S^-1 = (I - R^T (tail I + R R^T)^-1 R) / tail.
+        With roots, by the Woodbury identity S^-1 = (I - R^T (tail I + R R^T)^-1 R) / tail.
         """
         if not self.low_rank:
             return torch.cholesky_solve(rows.mT, torch.linalg.cholesky(self.matrix)).mT

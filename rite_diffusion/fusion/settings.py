@@ -1,4 +1,4 @@
-"""What can be set about a fusion."""
+"""The settings of a fusion."""
 
 from collections.abc import Mapping
 from typing import Any, TypedDict
@@ -10,7 +10,7 @@ from rite_diffusion.errors import FusionError
 
 
 class FusionSettings(BaseModel):
-    """Settings of all methods; each reads its own."""
+    """The settings of all fusion methods; each method uses some."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -36,7 +36,7 @@ class FusionSettings(BaseModel):
         description="gram: weight of the base's inputs; a concept has 1",
     )
     refine: int = Field(
-        default=0, ge=0, le=10, description="how often statistics are taken anew, of the fused one"
+        default=0, ge=0, le=10, description="times to fuse again by the fused adapter's statistics"
     )
     constraints: int = Field(
         default=8, ge=1, le=4096, description="custom_diffusion: exact directions per concept"
@@ -44,7 +44,7 @@ class FusionSettings(BaseModel):
 
 
 class FusionOptions(TypedDict, total=False):
-    """`FusionSettings` as keyword arguments; a test holds the names against it."""
+    """The settings of `FusionSettings` as keyword arguments."""
 
     rank: int | None
     error: float | None

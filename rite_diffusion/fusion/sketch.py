@@ -1,9 +1,9 @@
-"""The sketch file: what flows into each layer when an adapter draws its concept.
+"""The sketch file: second moments of each layer's inputs while an adapter draws its concept.
 
-`dog.sketch.safetensors` beside `dog.safetensors` lets anyone fuse the adapter without sampling.
+With `dog.sketch.safetensors` beside `dog.safetensors` the adapter is fused without sampling.
 
     <concept|base>.<layer>.basis    (k, inputs) half precision, orthonormal rows
-    <concept|base>.<layer>.values   (k,) what each direction has beyond the tail
+    <concept|base>.<layer>.values   (k,) eigenvalues minus the tail
     <concept|base>.<layer>.tail     scalar
 
 `base` holds the same for ordinary prompts without the adapter. Layers that share their inputs are
@@ -29,8 +29,8 @@ KIND = "rite_sketch"
 
 
 @dataclass(frozen=True)
-class SketchFacts:
-    """What a sketch was made of."""
+class SketchMetadata:
+    """The metadata of a sketch."""
 
     adapter: str  # digest of the adapter's tensors
     base_fingerprint: str
@@ -40,15 +40,15 @@ class SketchFacts:
 
 @dataclass(frozen=True)
 class Sketch:
-    """Gram matrices by layer with an adapter in place and its prompts, and without."""
+    """Second moments by layer: `concept` with an adapter and its prompts, `base` without."""
 
     concept: SecondMoments
     base: SecondMoments
-    facts: SketchFacts
+    metadata: SketchMetadata
 
 
 def sketch_path(adapter: Path) -> Path:
-    """Where an adapter's sketch lies: `dog.safetensors` -> `dog.sketch.safetensors`."""
+    """The path of an adapter's sketch: `dog.safetensors` -> `dog.sketch.safetensors`."""
     return adapter.with_name(adapter.name.removesuffix(".safetensors") + SUFFIX)
 
 
@@ -56,28 +56,28 @@ def save_sketch(path: Path, sketch: Sketch, keep: int) -> None:
     """Write a sketch atomically, with at most `keep` directions per layer."""
     tensors: dict[str, Tensor] = {}
     layers: dict[str, dict[str, list]] = {}
-    for side, grams in (("concept", sketch.concept), ("base", sketch.base)):
+    for side, moments in (("concept", sketch.concept), ("base", sketch.base)):
         homes: dict[int, str] = {}
         layers[side] = {}
-        for name, gram in grams.items():
-            home = homes.setdefault(id(gram), f"{side}.{name}")
-            layers[side][name] = [home, gram.rows]
+        for name, moment in moments.items():
+            home = homes.setdefault(id(moment), f"{side}.{name}")
+            layers[side][name] = [home, moment.rows]
             if home == f"{side}.{name}":
-                tensors |= _tensors(home, truncated(gram, keep))
-    header = {KIND: "1", "layers": json.dumps(layers)} | asdict(sketch.facts)
+                tensors |= _tensors(home, truncated(moment, keep))
+    header = {KIND: "1", "layers": json.dumps(layers)} | asdict(sketch.metadata)
     write_output(path, save(tensors, header))
 
 
-def _tensors(home: str, gram: SecondMoment) -> dict[str, Tensor]:
+def _tensors(home: str, moment: SecondMoment) -> dict[str, Tensor]:
     return {
-        f"{home}.basis": gram.basis.half().contiguous(),
-        f"{home}.values": gram.values.float().contiguous(),
-        f"{home}.tail": torch.tensor(gram.tail),
+        f"{home}.basis": moment.basis.half().contiguous(),
+        f"{home}.values": moment.values.float().contiguous(),
+        f"{home}.tail": torch.tensor(moment.tail),
     }
 
 
 def load_sketch(path: Path) -> Sketch:
-    """The sketch in a file; FusionError where it is none."""
+    """The sketch in a file; FusionError where the file is damaged or not a sketch."""
     try:
         with safe_open(path, "pt") as file:
             header = file.metadata() or {}
@@ -87,25 +87,29 @@ def load_sketch(path: Path) -> Sketch:
             f"{path} is damaged: {error}. Make it again with `rite sketch`."
         ) from None
     if KIND not in header:
-        raise FusionError(f"{path} is no sketch. Make one with `rite sketch`.")
+        raise FusionError(f"{path} is not a sketch. Make one with `rite sketch`.")
     try:
         layers = json.loads(header["layers"])
         homes = {home: rows for side in layers.values() for home, rows in side.values()}
-        grams: SecondMoments = {home: _gram(tensors, home, rows) for home, rows in homes.items()}
+        moments: SecondMoments = {
+            home: _second_moment(tensors, home, rows) for home, rows in homes.items()
+        }
         sides: dict[str, SecondMoments] = {
-            side: {name: grams[home] for name, (home, _) in layers[side].items()}
+            side: {name: moments[home] for name, (home, _) in layers[side].items()}
             for side in ("concept", "base")
         }
-        facts = SketchFacts(**{field.name: header[field.name] for field in fields(SketchFacts)})
+        metadata = SketchMetadata(
+            **{field.name: header[field.name] for field in fields(SketchMetadata)}
+        )
     except (KeyError, ValueError, TypeError) as error:
         raise FusionError(
             f"{path} is incomplete ({error}). Make it again with `rite sketch`."
         ) from None
-    return Sketch(sides["concept"], sides["base"], facts)
+    return Sketch(sides["concept"], sides["base"], metadata)
 
 
-def _gram(tensors: dict[str, Tensor], home: str, rows: int) -> SecondMoment:
-    """A stored Gram; rounding to half precision bent the basis, QR straightens it."""
+def _second_moment(tensors: dict[str, Tensor], home: str, rows: int) -> SecondMoment:
+    """A stored second moment; QR makes the basis orthonormal again after rounding to half."""
     basis, values = tensors[f"{home}.basis"].double(), tensors[f"{home}.values"].double()
     tail = float(tensors[f"{home}.tail"])
     fits = basis.ndim == 2 and values.shape == basis.shape[:1] and len(basis) <= basis.shape[1]

@@ -1,7 +1,7 @@
-"""What flows into each layer while a base model draws: Gram matrices, streaming.
+"""Second moments of layers' inputs while a base model draws, as running sums.
 
-Features are never kept: each layer's inputs go into a running sum as they pass. Layers that get
-the very same tensor (queries, keys and values of one attention; keys and values of all
+Inputs are not stored: each is added to its layer's sum during the forward pass. Layers with the
+same input tensor (queries, keys and values of one attention; keys and values of all
 cross-attentions) share one sum.
 """
 
@@ -10,11 +10,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rite_diffusion.adapters.attach import places
+from rite_diffusion.adapters.attach import adaptable_layers, base_layer
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.fusion.second_moments import (
@@ -27,13 +26,13 @@ from rite_diffusion.fusion.second_moments import (
 from rite_diffusion.generation.denoise import conditional, denoising
 from rite_diffusion.seeding import check_seed
 
-EXACT_WIDTH = 2048  # inputs of a linear layer; a wider one's Gram is sketched as it streams
-EXACT_WIDTH_CONVOLUTION = 768  # unfolded; a model has dozens, and neighbours' inputs are alike
-SKETCH_WIDTH = 256  # directions of such a sketch
-ROUNDING = 1e-6  # of products in single precision, relative to the largest
+EXACT_WIDTH = 2048  # inputs; a wider linear layer's second moment is sketched
+EXACT_WIDTH_CONVOLUTION = 768  # the same for unfolded convolutions, of which a model has dozens
+SKETCH_WIDTH = 256  # directions of a sketch
+ROUNDING = 1e-6  # error of products in single precision, relative to the largest
 CHUNK = 8192  # rows in one product
 
-SecondMoments = dict[str, AnySecondMoment]  # layer name -> what flows into it
+SecondMoments = dict[str, AnySecondMoment]  # layer name -> second moment of its inputs
 
 
 # --- running sums ------------------------------------------------------------------------------
@@ -47,21 +46,21 @@ class ExactSum:
         self.rows = 0
 
     def add(self, inputs: Tensor) -> None:
-        """Take in rows (n, inputs)."""
+        """Add rows (n, inputs)."""
         for chunk in inputs.split(CHUNK):
             self.total += chunk.mT @ chunk
         self.rows += len(inputs)
 
-    def gram(self) -> FullSecondMoment:
+    def second_moment(self) -> FullSecondMoment:
         """The mean of x x^T."""
         return full_second_moment(self.total.cpu().double() / self.rows, self.rows)
 
 
 class SketchSum:
-    """Sum of x x^T seen through a fixed random matrix (Nystrom's approximation).
+    """Sum of x x^T times a fixed random matrix, for Nystrom's approximation.
 
-    Tropp et al. 2017, arXiv 1706.05736; instead of their shift, directions that are rounding of the
-    products are left out.
+    Tropp et al. 2017, arXiv 1706.05736. Instead of their shift, directions below the rounding error
+    of the products are left out.
     """
 
     def __init__(self, width: int, device: torch.device):
@@ -73,15 +72,15 @@ class SketchSum:
         self.rows = 0
 
     def add(self, inputs: Tensor) -> None:
-        """Take in rows (n, inputs)."""
+        """Add rows (n, inputs)."""
         test = self.test.to(inputs.dtype)
         for chunk in inputs.split(CHUNK):
             self.seen += chunk.mT @ (chunk @ test)
             self.energy += chunk.double().square().sum().item()
         self.rows += len(inputs)
 
-    def gram(self) -> SecondMoment:
-        """The mean of x x^T: leading directions, the rest of the trace as a tail."""
+    def second_moment(self) -> SecondMoment:
+        """The mean of x x^T: its leading directions, and the rest of the trace as tail."""
         seen, test = self.seen.cpu().double(), self.test.cpu().double()
         inner = test.mT @ seen
         values, vectors = torch.linalg.eigh((inner + inner.mT) / 2)
@@ -94,11 +93,11 @@ class SketchSum:
 
 
 def _sum_dtype(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # which knows no float64
+    return torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
 
 
 def running_sum(layer: nn.Module, width: int, device: torch.device) -> ExactSum | SketchSum:
-    """The sum that suits a layer and the width of its rows."""
+    """An exact sum, or for rows wider than the layer's limit a sketch."""
     most = EXACT_WIDTH if isinstance(layer, nn.Linear) else EXACT_WIDTH_CONVOLUTION
     return (ExactSum if width <= most else SketchSum)(width, device)
 
@@ -107,9 +106,9 @@ def running_sum(layer: nn.Module, width: int, device: torch.device) -> ExactSum 
 
 
 def input_rows(layer: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
-    """Rows (n, inputs) of what a linear or convolutional layer multiplies by its flat weight.
+    """Rows (n, inputs) that a linear or convolutional layer multiplies by its flat weight.
 
-    A convolution's pictures are unfolded one at a time.
+    The inputs of a convolution are unfolded one sample at a time.
     """
     if inputs.dtype in (torch.float16, torch.bfloat16):
         inputs = inputs.float()
@@ -131,7 +130,7 @@ def _padding(layer: nn.Conv2d) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Watched:
-    """A layer to watch: the module that is called, and the weights' own module in it."""
+    """A layer whose inputs are recorded: the module that is called, and the base's own layer."""
 
     called: nn.Module
     layer: nn.Module
@@ -139,13 +138,12 @@ class Watched:
 
 def watched(backbone: Backbone, names: Sequence[str]) -> dict[str, Watched]:
     """The layers of these names, whether or not LoRA wraps them."""
-    homes = places(backbone)
+    known = adaptable_layers(backbone)
     found = {}
     for name in names:
-        component, path = homes[name]
+        component, path = known[name]
         called = backbone.components[component].get_submodule(path)
-        layer = called.base_layer if isinstance(called, LoraLayer) else called
-        found[name] = Watched(called, layer)
+        found[name] = Watched(called, base_layer(called))
     return found
 
 
@@ -168,7 +166,7 @@ def _watch(
 
 @dataclass(frozen=True)
 class Drawing:
-    """How pictures are drawn for statistics: without guidance, as Mix-of-Show does."""
+    """How pictures are drawn for statistics: without guidance, as in Mix-of-Show."""
 
     steps: int = 20
     pictures: int = 1  # per prompt
@@ -186,18 +184,18 @@ DEFAULT_DRAWING = Drawing()
 
 
 def _draw(backbone: Backbone, prompt: str, seed: int, steps: int) -> None:
-    """Denoise one picture of a prompt and throw it away."""
+    """Denoise one picture of a prompt, for the hooks only."""
     for _ in denoising(backbone, conditional(backbone, [prompt]), [seed], steps=steps):
         pass
 
 
-def leaders(
+def shared_inputs(
     backbone: Backbone, layers: dict[str, Watched], prompts: Sequence[str]
 ) -> dict[str, str]:
-    """Layer name -> the first layer that is given the very same tensors and unfolds them alike.
+    """Layer name -> the first layer with the same input tensors and the same unfolding.
 
-    Found by one denoising step of each prompt: learned words may differ from one cross-attention to
-    the next where ordinary ones do not. A step's inputs are held so that no two share an address.
+    Found by one denoising step of each prompt, as layer-wise embeddings give cross-attentions
+    different inputs. The inputs of a step are kept, so that no address is used twice.
     """
     seen: dict[str, list[tuple]] = {name: [] for name in layers}
     held: list[Tensor] = []
@@ -223,9 +221,12 @@ def collect(
     drawing: Drawing,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> SecondMoments:
-    """The Gram of each named layer while the backbone, as it is now, draws the prompts."""
+    """Second moments of the named layers' inputs while the backbone draws the prompts.
+
+    Attached adapters act. `progress` is called with the numbers of pictures drawn and in total.
+    """
     layers = watched(backbone, names)
-    led = leaders(backbone, layers, prompts)
+    shared = shared_inputs(backbone, layers, prompts)
     sums: dict[str, ExactSum | SketchSum] = {}
 
     def see(name: str, layer: nn.Module, inputs: Tensor) -> None:
@@ -234,11 +235,11 @@ def collect(
                 sums[name] = running_sum(layer, rows.shape[1], rows.device)
             sums[name].add(rows)
 
-    with _watch({name: layers[name] for name in sorted(set(led.values()))}, see):
+    with _watch({name: layers[name] for name in sorted(set(shared.values()))}, see):
         total = len(prompts) * drawing.pictures
         for index in range(total):
             prompt = prompts[index // drawing.pictures]
             _draw(backbone, prompt, drawing.seed + index, drawing.steps)
             progress(index + 1, total)
-    grams = {name: total.gram() for name, total in sums.items()}
-    return {name: grams[led[name]] for name in names if name in led}
+    found = {name: total.second_moment() for name, total in sums.items()}
+    return {name: found[shared[name]] for name in names if name in shared}

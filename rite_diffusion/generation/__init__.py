@@ -1,1 +1,1 @@
-"""Prompts and adapters in, pictures out."""
+"""Generation: pictures of prompts, with adapters, regions and condition pictures."""

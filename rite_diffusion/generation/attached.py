@@ -1,4 +1,4 @@
-"""Adapters that are in a model: what a drawing must know of them to turn each up and down."""
+"""Attached adapters, with what is needed to scale them while drawing."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from rite_diffusion.backbones.protocols import Backbone
 
 @dataclass(frozen=True)
 class Attached:
-    """An adapter in the backbone: its name there, its weight, and the words that call it."""
+    """An adapter attached to a backbone: its name there, its weight and its triggers."""
 
     name: str
     weight: float
@@ -19,12 +19,12 @@ class Attached:
 
 
 def attached_name(index: int) -> str:
-    """What the adapter that was chosen at this place is called in the backbone."""
+    """The name, in the backbone, of the chosen adapter with this index."""
     return f"adapter_{index}"
 
 
 def as_attached(chosen: Sequence[Chosen]) -> list[Attached]:
-    """The chosen adapters under the names that they are attached by."""
+    """The chosen adapters with the names by which they are attached."""
     return [
         Attached(attached_name(index), each.weight, each.adapter.info.triggers())
         for index, each in enumerate(chosen)
@@ -35,7 +35,7 @@ def as_attached(chosen: Sequence[Chosen]) -> list[Attached]:
 def scaled_by(
     backbone: Backbone, adapters: Sequence[Attached], factors: Sequence[float]
 ) -> Iterator[None]:
-    """The backbone with each adapter's weight times its factor, until the block ends."""
+    """Multiply each adapter's weight by its factor until the block ends."""
     try:
         for adapter, factor in zip(adapters, factors, strict=True):
             set_weight(backbone, adapter.name, adapter.weight * factor)

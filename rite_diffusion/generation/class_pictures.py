@@ -1,4 +1,4 @@
-"""Pictures of a class that the base itself draws, for prior preservation."""
+"""Class pictures drawn by the base, for prior preservation."""
 
 from collections.abc import Callable
 from hashlib import sha256
@@ -15,9 +15,11 @@ STEPS = 25
 def class_pictures(
     backbone: Backbone, prompts: list[str], count: int, progress: Callable[[str], None]
 ) -> Path:
-    """A folder with `count` pictures of the prompts in turn, seeds 0, 1, …; those it has are kept.
+    """A folder with `count` pictures of the prompts in turn, with seeds from 0 on.
 
-    It lies in the cache, under the base's fingerprint and a digest of what decides the pictures.
+    It is in the cache, named by the base's fingerprint and a digest of all that decides the
+    pictures; existing pictures are not drawn again. `progress` is called with a line about those
+    that are.
     """
     guidance = backbone.defaults.guidance
     facts = f"{prompts}\n{count}\n{STEPS}\n{guidance}\n{backbone.resolution}\n{backbone.dtype}"

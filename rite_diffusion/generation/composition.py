@@ -1,8 +1,8 @@
 """Several adapters in one picture without merging them (Zhong et al. 2024, arXiv 2402.16843).
 
     sum        all adapters at once, their updates added up
-    switch     one adapter at a time, in their order, each for a few steps
-    composite  in every step the mean of what the model predicts with each adapter alone
+    switch     one adapter at a time, in order, each for a few steps
+    composite  in every step the mean of the predictions with each adapter alone
 
 `composite` takes as many predictions per step as there are adapters; the others take one.
 """
@@ -17,7 +17,7 @@ from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.generation.attached import Attached, scaled_by
 from rite_diffusion.generation.denoise import Predict, guided
 
-PERIOD = 5  # steps that `switch` stays with an adapter, as in the paper
+PERIOD = 5  # steps per turn of an adapter with `switch`, as in the paper
 
 
 def switched(
@@ -27,7 +27,7 @@ def switched(
     guidance: float,
     adapters: Sequence[Attached],
 ) -> Predict:
-    """LoRA Switch: what predicts with one adapter after the other, PERIOD steps each."""
+    """LoRA Switch: a predictor that uses one adapter after the other, PERIOD steps each."""
     each = _each_alone(backbone, prompt, negative, guidance, adapters)
     steps = count()
     return lambda latents, timestep: each[next(steps) // PERIOD % len(each)](latents, timestep)
@@ -40,7 +40,7 @@ def composed(
     guidance: float,
     adapters: Sequence[Attached],
 ) -> Predict:
-    """LoRA Composite: what predicts the mean over the adapters, each alone in the model."""
+    """LoRA Composite: a predictor of the mean of the predictions with each adapter alone."""
     each = _each_alone(backbone, prompt, negative, guidance, adapters)
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
@@ -56,9 +56,9 @@ def _each_alone(
     guidance: float,
     adapters: Sequence[Attached],
 ) -> list[Predict]:
-    """What predicts with each adapter alone, text encoder included; the base where there is none.
+    """A predictor with each adapter alone, in the text encoder too; of the base if there are none.
 
-    The model is changed for the length of each prediction only.
+    Adapters are scaled only during each prediction.
     """
     rows = torch.eye(len(adapters)).tolist() or [[]]
     return [_scaled_prediction(backbone, prompt, negative, guidance, adapters, row) for row in rows]

@@ -79,6 +79,8 @@ def load_controls(
 
     BackboneError where a network cannot be opened, ConfigError where it is not for this base.
     """
+    if wanted and not backbone.cross_attentions:
+        raise ConfigError(f"condition pictures are for Stable Diffusion, {backbone.name} is not.")
     return [_control(backbone, each, width, height) for each in wanted]
 
 
@@ -128,7 +130,7 @@ def under_control(
     """
     if not controls:
         return predict
-    tokens = backbone.encode_prompts(list(texts)).states.shape[-2]
+    tokens = backbone.encoded_length(list(texts))
     features = [_features(each) for each in controls]
 
     def hook(module: nn.Module, arguments: tuple, keywords: dict[str, Any]):

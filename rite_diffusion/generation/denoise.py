@@ -1,4 +1,4 @@
-"""Pictures of prompts by classifier-free guidance, each a function of its own seed."""
+"""The denoising loop, with guidance; each picture depends on its own seed."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,7 +14,7 @@ Predict = Callable[[Tensor, Tensor], Tensor]  # (latents (B, C, h, w), timestep)
 
 
 def initial_noise(backbone: Backbone, seeds: Sequence[int], width: int, height: int) -> Tensor:
-    """Noise (B, C, h, w), each picture's drawn on the CPU from its own seed."""
+    """Standard normal noise (B, C, h, w), drawn on the CPU from each picture's own seed."""
     scale = backbone.pixels_per_latent
     shape = (backbone.latent_channels, height // scale, width // scale)
     draws = [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -29,24 +29,34 @@ def guided_prediction(
     conditioning: Conditioning,
     guidance: float,
 ) -> Tensor:
-    """Uncond + w (cond - uncond) (Ho & Salimans 2022); conditioning is [uncond; cond], (2B, …)."""
+    """The prediction (B, C, h, w) with guidance; conditioning is of `guidance_prompts`."""
+    if backbone.guidance.kind != "classifier_free":
+        times = timestep.expand(len(latents))
+        return backbone.denoise(latents, times, conditioning, guidance).float()
     both = torch.cat([latents, latents])
     prediction = backbone.denoise(both, timestep.expand(len(both)), conditioning).float()
     uncond, cond = prediction.chunk(2)
-    return uncond + guidance * (cond - uncond)
+    return backbone.guidance.combine(uncond, cond, guidance)
+
+
+def guidance_prompts(backbone: Backbone, prompts: list[str], negative: str) -> list[str]:
+    """The prompts to encode for guidance: [negatives; prompts], or the prompts only."""
+    if backbone.guidance.kind != "classifier_free":
+        return prompts
+    return [negative] * len(prompts) + prompts
 
 
 def guided(backbone: Backbone, prompts: list[str], negative: str, guidance: float) -> Predict:
-    """What predicts with classifier-free guidance, for one prompt per picture."""
+    """A predictor with guidance, for one prompt per picture."""
     with torch.no_grad():
-        conditioning = backbone.encode_prompts([negative] * len(prompts) + prompts)
+        conditioning = backbone.encode_prompts(guidance_prompts(backbone, prompts, negative))
     return partial(
         guided_prediction, backbone=backbone, conditioning=conditioning, guidance=guidance
     )
 
 
 def conditional(backbone: Backbone, prompts: list[str]) -> Predict:
-    """What predicts from the prompts alone, without guidance; one prompt per picture."""
+    """A predictor conditioned on the prompts without guidance; one prompt per picture."""
     with torch.no_grad():
         conditioning = backbone.encode_prompts(prompts)
     return lambda latents, timestep: backbone.denoise(
@@ -64,14 +74,14 @@ def denoising(
     width: int | None = None,
     height: int | None = None,
 ) -> Iterator[Tensor]:
-    """After each step, what the model takes the final latents (B, C, h, w) to be.
+    """The estimate of the final latents (B, C, h, w) after each step; the last are the result.
 
-    The last are the pictures' own. Sides are in pixels.
+    `width` and `height` are in pixels and default to the base's resolution.
     """
     side = backbone.resolution
     latents = initial_noise(backbone, seeds, width or side, height or side)
-    scheduler = backbone.new_scheduler()
-    scheduler.set_timesteps(steps, device=backbone.device)
+    rows, columns = latents.shape[-2:]
+    scheduler = backbone.sampler(steps, (rows, columns))
     latents = latents * scheduler.init_noise_sigma
     for timestep in scheduler.timesteps:
         prediction = predict(scheduler.scale_model_input(latents, timestep), timestep)
@@ -91,12 +101,12 @@ def sample(
     width: int | None = None,
     height: int | None = None,
 ) -> list[Image]:
-    """One picture per prompt and seed, all in one batch; sides in pixels."""
+    """One picture per pair of prompt and seed, drawn in one batch; sides are in pixels."""
     predict = guided(backbone, prompts, negative, guidance)
     *_, latents = denoising(backbone, predict, seeds, steps=steps, width=width, height=height)
-    return pictures(backbone, latents)
+    return decode_pictures(backbone, latents)
 
 
-def pictures(backbone: Backbone, latents: Tensor) -> list[Image]:
-    """The pictures of latents (B, C, h, w)."""
+def decode_pictures(backbone: Backbone, latents: Tensor) -> list[Image]:
+    """The pictures decoded from latents (B, C, h, w)."""
     return [to_image(pixels) for pixels in backbone.decode(latents)]

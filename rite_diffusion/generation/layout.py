@@ -1,10 +1,9 @@
-"""Where a prompt's picture has its things: boxes for regions that name a word instead of one.
+"""Boxes of a prompt's words in its picture, for regions that name a word instead of a box.
 
-A word's cells are those in which the model predicts something else once the word is left out of
-the prompt, as DiffEdit finds what to edit (Couairon et al. 2022, arXiv 2210.11427, Sec. 3.2), here
-on the way from noise to the picture. That asks nothing of how a model reads its prompt, which the
-cross-attention maps of the word would: a text encoder may tell of a word at other tokens, as the
-pocket base's does of a second noun.
+A word's cells are those where the prediction changes when the word is left out of the prompt, as
+DiffEdit finds what to edit (Couairon et al. 2022, arXiv 2210.11427, Sec. 3.2), here while the
+picture is drawn from noise. The word's cross-attention maps would not do: a text encoder may encode
+a word at other tokens than its own, as the pocket base's does with a second noun.
 """
 
 import math
@@ -18,11 +17,11 @@ from torch.nn import functional as F
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.generation.denoise import Predict, denoising
-from rite_diffusion.generation.regions import mention
+from rite_diffusion.generation.regions import word_pattern
 from rite_diffusion.photos.cutout import otsu
 
-EARLY = 0.5  # of the steps: the layout is settled in the first ones
-RIM = 0.02  # of a word's total on each side, which its box leaves out
+EARLY = 0.5  # share of the steps that is drawn: the layout forms in the first ones
+MARGIN = 0.02  # share of a word's total that its box leaves out on each side
 
 Corners = tuple[float, float, float, float]  # left, top, right, bottom as fractions
 
@@ -38,41 +37,43 @@ def find_boxes(
     width: int,
     height: int,
 ) -> list[Corners]:
-    """A box for each word of the prompt in the picture that `predict` draws; sides in pixels.
+    """A box for each word of the prompt, in the picture that `predict` draws.
 
-    ConfigError where leaving out a word changes nothing.
+    `width` and `height` are in pixels. ConfigError where leaving out a word changes nothing.
     """
-    without = [" ".join(mention(word).sub("", prompt, count=1).split()) for word in words]
+    without = [" ".join(word_pattern(word).sub("", prompt, count=1).split()) for word in words]
     with torch.no_grad():
         conditioning = backbone.encode_prompts([prompt, *without])
     changes = []
 
-    def watched(latents: Tensor, timestep: Tensor) -> Tensor:
+    def predict_and_compare(latents: Tensor, timestep: Tensor) -> Tensor:
         count = 1 + len(words)
         each = latents.expand(count, -1, -1, -1)
         whole, *less = backbone.denoise(each, timestep.expand(count), conditioning).float()
         changes.append(torch.stack([(other - whole).abs().mean(0) for other in less]))
         return predict(latents, timestep)
 
-    drawing = denoising(backbone, watched, [seed], steps=steps, width=width, height=height)
+    drawing = denoising(
+        backbone, predict_and_compare, [seed], steps=steps, width=width, height=height
+    )
     for _ in islice(drawing, math.ceil(EARLY * steps)):
         pass
     maps = torch.stack(changes).mean(0)
     for word, own in zip(words, maps, strict=True):
         if not own.max() > own.min():
             raise ConfigError(f"the picture of '{prompt}' is the same without '{word}'")
-    return [box_of(own) for own in parted(maps)]
+    return [box_of(own) for own in exclusive_maps(maps)]
 
 
-def parted(maps: Tensor) -> Tensor:
-    """Maps (words, h, w), smoothed, each relative to its mean, and 0 where another's is larger."""
+def exclusive_maps(maps: Tensor) -> Tensor:
+    """Maps (words, h, w) smoothed, divided by their means, and 0 where another's is larger."""
     maps = F.avg_pool2d(maps[None], 3, stride=1, padding=1, count_include_pad=False)[0]
     maps = maps / maps.mean((1, 2), keepdim=True)
     return maps * (maps == maps.amax(0))
 
 
 def box_of(values: Tensor) -> Corners:
-    """The box around a map's (h, w) large values, a cell wider on each side."""
+    """The box around the large values of a map (h, w), one cell wider on each side."""
     greys = (values / values.max() * 255).byte().cpu().numpy()
     large = values * torch.from_numpy(greys > otsu(greys)).to(values.device)
     top, bottom = _bounds(large.sum(1))
@@ -81,9 +82,9 @@ def box_of(values: Tensor) -> Corners:
 
 
 def _bounds(totals: Tensor) -> tuple[float, float]:
-    """First and last place, as fractions, between which nearly all of the totals (n,) lies."""
+    """Bounds, as fractions, that hold all of the totals (n,) but MARGIN on each side."""
     shares = (totals.cumsum(0) / totals.sum()).tolist()
-    first = next(place for place, share in enumerate(shares) if share > RIM)
-    last = next(place for place, share in enumerate(shares) if share >= 1 - RIM)
+    first = next(place for place, share in enumerate(shares) if share > MARGIN)
+    last = next(place for place, share in enumerate(shares) if share >= 1 - MARGIN)
     cells = len(shares)
     return round(max(first - 1, 0) / cells, 4), round(min(last + 2, cells) / cells, 4)

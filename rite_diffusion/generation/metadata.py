@@ -1,4 +1,4 @@
-"""Parameters inside PNG files: JSON for this toolkit, text for tools that read A1111's."""
+"""Parameters in PNG files: JSON for this toolkit, and text in A1111's form for other tools."""
 
 import json
 from dataclasses import asdict
@@ -13,8 +13,8 @@ from rite_diffusion.generation.request import Parameters
 KEY = "rite"
 
 
-def png_of(image: Image.Image, parameters: Parameters) -> bytes:
-    """A picture as a PNG file that holds its parameters."""
+def encode_png(image: Image.Image, parameters: Parameters) -> bytes:
+    """The bytes of a PNG file with a picture and its parameters."""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", parameters.as_text())
     info.add_text(KEY, json.dumps(asdict(parameters)))
@@ -24,9 +24,9 @@ def png_of(image: Image.Image, parameters: Parameters) -> bytes:
 
 
 def read_parameters(path: Path) -> Parameters:
-    """The parameters that `png_of` put in.
+    """The parameters that `encode_png` wrote into a PNG file.
 
-    KeyError where a picture has none, ValueError where they are not what they should be.
+    KeyError where it has none, ValueError where they are invalid.
     """
     with Image.open(path, formats=("PNG",)) as image:
         return TypeAdapter(Parameters).validate_json(image.info[KEY])

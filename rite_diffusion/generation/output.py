@@ -1,4 +1,4 @@
-"""Where pictures are written."""
+"""Paths of pictures."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -8,7 +8,10 @@ from rite_diffusion.files.writing import check_outputs, folder_output, user_path
 
 
 def picture_target(out: str | Path, num: int, sources: Iterable[Path]) -> Path:
-    """A `.png`, or a folder for any number of pictures; OutputError where it cannot be written."""
+    """The path for `num` pictures: a `.png` for one, or a folder.
+
+    ConfigError for one file for several pictures, OutputError where it cannot be written.
+    """
     path = user_path(out)
     if path.suffix.lower() == ".png" and not path.is_dir():
         if num > 1:
@@ -19,7 +22,7 @@ def picture_target(out: str | Path, num: int, sources: Iterable[Path]) -> Path:
 
 
 def write_next(folder: Path, content: bytes) -> Path:
-    """Write a picture as the next free `00000.png` of a folder; no other process takes its name."""
+    """Write a PNG as the next free `00000.png`, which other processes cannot take; its path."""
     folder.mkdir(parents=True, exist_ok=True)
     while True:
         numbers = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()]

@@ -1,4 +1,4 @@
-"""One picture from its parameters, and the parameters from what a user leaves open."""
+"""Resolving a request into parameters, and drawing the picture of parameters."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,21 +13,26 @@ from rite_diffusion.errors import ConfigError
 from rite_diffusion.generation.attached import Attached, scaled_by
 from rite_diffusion.generation.composition import COMPOSITIONS, SUM
 from rite_diffusion.generation.control import Control, under_control
-from rite_diffusion.generation.denoise import Predict, denoising, guided, pictures
+from rite_diffusion.generation.denoise import Predict, decode_pictures, denoising, guided
 from rite_diffusion.generation.layout import find_boxes
 from rite_diffusion.generation.regional import regionally_guided
-from rite_diffusion.generation.regions import Sought, adapter_weights, parse_region, parse_regions
+from rite_diffusion.generation.regions import (
+    WordRegion,
+    adapter_weights,
+    parse_region,
+    parse_regions,
+)
 from rite_diffusion.generation.request import Parameters, PictureRequest
 
 LONGEST_SIDE = 4096  # pixels
 
 
-def resolved(
+def resolve_request(
     backbone: Backbone, request: PictureRequest, adapters: Sequence[Record] = ()
 ) -> Parameters:
-    """Everything that decides a picture of this model; what the request leaves open is the base's.
+    """The parameters of a request; what it leaves None takes the base's default.
 
-    ConfigError for what the model cannot draw.
+    `adapters` are the records of those attached. ConfigError for what the base cannot draw.
     """
     width = backbone.resolution if request.width is None else request.width
     height = backbone.resolution if request.height is None else request.height
@@ -36,7 +41,9 @@ def resolved(
             raise ConfigError(
                 f"side {side} is not a multiple of {backbone.multiple} up to {LONGEST_SIDE}"
             )
-    request.check(backbone.literal_words)
+    request.check(backbone.protected_words)
+    if request.negative and backbone.guidance.kind != "classifier_free":
+        raise ConfigError(f"{backbone.name} has no negative prompt: leave it out.")
     guidance = backbone.defaults.guidance if request.guidance is None else request.guidance
     return Parameters(
         prompt=request.prompt,
@@ -57,19 +64,18 @@ def resolved(
     )
 
 
-def with_boxes(
+def resolve_boxes(
     backbone: Backbone,
     parameters: Parameters,
     adapters: Sequence[Attached] = (),
     controls: Sequence[Control] = (),
 ) -> Parameters:
-    """The parameters with a box for each region that names a word of the prompt instead of one.
+    """The parameters with a box found for each region that names a word.
 
-    Boxes are those of the things in the prompt's own picture, without the adapters that regions
-    call.
+    Words are located in the picture of the prompt, without the adapters that regions call.
     """
     parts = parse_regions(parameters.regions, parameters.prompt)
-    words = [part.word for part in parts if isinstance(part, Sought)]
+    words = [part.word for part in parts if isinstance(part, WordRegion)]
     if not words:
         return parameters
     prompt = parameters.prompt
@@ -83,7 +89,7 @@ def with_boxes(
             height=parameters.height,
         )  # fmt: skip
     found = iter(boxes)
-    regions = [part.at(*next(found)) if isinstance(part, Sought) else part for part in parts]
+    regions = [part.at(*next(found)) if isinstance(part, WordRegion) else part for part in parts]
     return replace(parameters, regions=[str(region) for region in regions])
 
 
@@ -93,10 +99,10 @@ def estimates(
     adapters: Sequence[Attached] = (),
     controls: Sequence[Control] = (),
 ) -> Iterator[Tensor]:
-    """The latents (1, C, h, w) that the model expects after each step; the last are the result.
+    """The estimate of the final latents (1, C, h, w) after each step; the last are the result.
 
-    `adapters` are those in the model; regions and compositions turn them up and down. `controls`
-    are those that the parameters name. Every region has its box: see `placed`.
+    `adapters` are those attached; regions and compositions scale them. `controls` are those that
+    the parameters name. Every region must have a box: see `resolve_boxes`.
     """
     return denoising(
         backbone,
@@ -134,12 +140,12 @@ def _prediction(
     return guided(backbone, [prompt], negative, guidance)
 
 
-def picture(
+def draw_picture(
     backbone: Backbone,
     parameters: Parameters,
     adapters: Sequence[Attached] = (),
     controls: Sequence[Control] = (),
 ) -> Image:
-    """The picture that the parameters decide; the adapters they name are in the model already."""
+    """The picture of the parameters; the adapters they name must be attached already."""
     *_, latents = estimates(backbone, parameters, adapters, controls)
-    return pictures(backbone, latents)[0]
+    return decode_pictures(backbone, latents)[0]

@@ -1,9 +1,9 @@
 """Drawing with regions: each has its own prompt in every cross-attention and its own adapters.
 
-In a cross-attention the picture's queries meet every region's prompt apart, each with that region's
-adapters, and the outputs are put together by the regions' shares (Mix-of-Show, arXiv 2305.18292,
-regionally controllable sampling, with shares instead of hard boxes). In every other layer an
-adapter's residual is scaled cell by cell with its weight there.
+A cross-attention is computed for every region's prompt, each with that region's adapters, and the
+outputs are averaged with the regions' shares as weights (Mix-of-Show, arXiv 2305.18292, regionally
+controllable sampling, with shares instead of hard boxes). In every other layer the output of an
+adapter is multiplied, cell by cell, by the adapter's factor there.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from rite_diffusion.adapters.attach import lora_layers
 from rite_diffusion.backbones.protocols import Backbone, Conditioning
 from rite_diffusion.generation.attached import Attached, scaled_by
-from rite_diffusion.generation.denoise import Predict, guided_prediction
+from rite_diffusion.generation.denoise import Predict, guidance_prompts, guided, guided_prediction
 from rite_diffusion.generation.regions import Region, adapter_weights, region_shares
 
 
-class Plan:
-    """The share of each part in every cell, at every resolution, and the adapters' factors."""
+class RegionPlan:
+    """Each part's share in every cell, at every resolution, and the adapters' factors.
+
+    Parts are the whole picture and then the regions.
+    """
 
     def __init__(
         self,
@@ -34,21 +37,21 @@ class Plan:
         self.regions = regions
         self.height, self.width = height, width  # of the latents, in cells
         self.factors = torch.tensor(factors)  # (1 + regions, adapters)
-        self.lengths = lengths  # tokens of the parts' states
-        self.branch: int | None = None  # the region whose prompt a cross-attention looks at now
+        self.lengths = lengths  # number of tokens of each part's states
+        self.branch: int | None = None  # the part whose prompt a cross-attention uses now
         self._shares: dict[tuple[int, int], Tensor] = {}
 
     def shares(self, height: int, width: int, like: Tensor) -> Tensor:
-        """Shares (1 + regions, height, width) of `like`'s device and type."""
+        """Shares (1 + regions, height, width) on `like`'s device and of its dtype."""
         key = height, width
         if key not in self._shares:
             self._shares[key] = region_shares(self.regions, height, width)
         return self._shares[key].to(like)
 
     def grid(self, cells: int) -> tuple[int, int]:
-        """Height and width of a map of so many cells: the latents' halved some times, rounded up.
+        """Height and width of a map of so many cells: the latents' halved repeatedly, rounded up.
 
-        (0, 0) where none has that many: the values are no map.
+        (0, 0) where no such size has that many cells: the values are not a map.
         """
         height, width = self.height, self.width
         while height * width > cells:
@@ -56,10 +59,10 @@ class Plan:
         return (height, width) if height * width == cells else (0, 0)
 
     def factor_map(self, adapter: int, output: Tensor) -> Tensor:
-        """What to scale an adapter's residual with: a number, or a map that fits its output.
+        """The factor on an adapter's output: a scalar, or a map that broadcasts to it.
 
-        Outputs are (B, C, h, w) or (B, cells, C); of anything else, such as time embeddings, there
-        is one for the whole picture, which takes the mean over it.
+        Outputs are (B, C, h, w) or (B, cells, C). Any other, such as a time embedding's, belongs to
+        the whole picture and takes the mean factor.
         """
         factors = self.factors[:, adapter].to(output)
         if self.branch is not None:
@@ -77,12 +80,12 @@ class Plan:
 
 
 class RegionalAttention:
-    """A cross-attention's processor that looks at each part's prompt apart.
+    """An attention processor that attends to each part's prompt separately.
 
-    `encoder_hidden_states` holds the parts' states side by side, (B, tokens of all, width).
+    `encoder_hidden_states` holds the parts' states concatenated, (B, tokens of all, width).
     """
 
-    def __init__(self, original, plan: Plan):
+    def __init__(self, original, plan: RegionPlan):
         self.original = original
         self.plan = plan
 
@@ -94,7 +97,7 @@ class RegionalAttention:
         attention_mask: Tensor | None = None,
         **others,
     ) -> Tensor:
-        """The parts' outputs (B, cells, C), put together by their shares."""
+        """The mean of the parts' outputs (B, cells, C), weighted by their shares."""
         plan = self.plan
         height, width = plan.grid(hidden_states.shape[1])
         shares = plan.shares(height, width, hidden_states).flatten(1)  # (parts, cells)
@@ -112,8 +115,8 @@ class RegionalAttention:
 
 
 @contextmanager
-def regional(backbone: Backbone, plan: Plan, adapters: Sequence[Attached]) -> Iterator[None]:
-    """The denoiser with regional cross-attentions and routed adapters, until the block ends."""
+def regional(backbone: Backbone, plan: RegionPlan, adapters: Sequence[Attached]) -> Iterator[None]:
+    """Use regional cross-attentions and adapter factors in the denoiser until the block ends."""
     denoiser = backbone.components[backbone.denoiser_name]
     with ExitStack() as stack:
         for module in denoiser.modules():
@@ -125,13 +128,13 @@ def regional(backbone: Backbone, plan: Plan, adapters: Sequence[Attached]) -> It
         inside = set(denoiser.modules())
         for index, adapter in enumerate(adapters):
             for layer in lora_layers(backbone, adapter.name).values():
-                if layer in inside:
+                if layer in inside:  # PEFT mixes adapters per sample at most, not per cell
                     handle = layer.lora_B[adapter.name].register_forward_hook(_scaled(plan, index))
                     stack.callback(handle.remove)
         yield
 
 
-def _scaled(plan: Plan, adapter: int):
+def _scaled(plan: RegionPlan, adapter: int):
     def hook(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
         return output * plan.factor_map(adapter, output)
 
@@ -146,24 +149,25 @@ def encode_parts(
     adapters: Sequence[Attached],
     factors: list[list[float]],
 ) -> tuple[Conditioning, list[int]]:
-    """Conditioning (2 count, …, tokens of all, width) of (prompt, negative) per part, and lengths.
+    """Conditioning (2 count, …, tokens of all, width) of the parts, and each part's token count.
 
-    Lengths are the parts' tokens. Each part is encoded with its own adapter weights. Rows are
-    [negatives; prompts]. What there is but states, such as SDXL's pooled embeddings, is the whole
-    picture's.
+    `texts` are (prompt, negative prompt) of each part, encoded with the part's adapter factors.
+    Rows are [negatives; prompts]. Conditioning other than states, such as SDXL's pooled states, is
+    that of the whole picture.
     """
     parts = []
     for (prompt, negative), row in zip(texts, factors, strict=True):
         with scaled_by(backbone, adapters, row):
-            parts.append(backbone.encode_prompts([negative] * count + [prompt] * count))
-    joined = Conditioning(side_by_side([part.states for part in parts]), parts[0].extra)
+            asked = guidance_prompts(backbone, [prompt] * count, negative)
+            parts.append(backbone.encode_prompts(asked))
+    joined = Conditioning(concatenated_states([part.states for part in parts]), parts[0].extra)
     return joined, [part.states.shape[-2] for part in parts]
 
 
-def side_by_side(states: Sequence[Tensor]) -> Tensor:
-    """States (B, tokens, width) or layer-wise (B, layers, tokens, width) joined along the tokens.
+def concatenated_states(states: Sequence[Tensor]) -> Tensor:
+    """States (B, tokens, width) or layer-wise (B, layers, tokens, width), concatenated by tokens.
 
-    Where one is layer-wise, the others say the same to every layer.
+    Where one is layer-wise, the others are repeated for every layer.
     """
     depth = max((each.shape[1] for each in states if each.ndim == 4), default=0)
     if depth:
@@ -171,6 +175,36 @@ def side_by_side(states: Sequence[Tensor]) -> Tensor:
             each if each.ndim == 4 else each[:, None].expand(-1, depth, -1, -1) for each in states
         ]
     return torch.cat(list(states), -2)
+
+
+def mixed(
+    backbone: Backbone,
+    texts: Sequence[tuple[str, str]],
+    shares: Tensor,
+    guidance: float,
+    count: int,
+    adapters: Sequence[Attached],
+    factors: list[list[float]],
+) -> Predict:
+    """A predictor that mixes each part's prediction by its shares (parts, height, width).
+
+    Every part, of a (prompt, negative prompt), is predicted alone for the whole picture, with its
+    own adapter factors (MultiDiffusion, Bar-Tal et al. 2023, with shares instead of masks).
+    """
+    predictors = []
+    for (prompt, negative), row in zip(texts, factors, strict=True):
+        with scaled_by(backbone, adapters, row):
+            predictors.append(guided(backbone, [prompt] * count, negative, guidance))
+
+    def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+        result = torch.zeros_like(latents)
+        for alone, row, share in zip(predictors, factors, shares.to(latents), strict=True):
+            if share.any():
+                with scaled_by(backbone, adapters, row):
+                    result += share * alone(latents, timestep)
+        return result
+
+    return predict
 
 
 def regionally_guided(
@@ -185,17 +219,21 @@ def regionally_guided(
     count: int = 1,
     adapters: Sequence[Attached] = (),
 ) -> Predict:
-    """What predicts the prompt's picture with the regions' prompts in it, `count` in a batch.
+    """A predictor of a picture of the prompt with regions, for a batch of `count`.
 
-    A region without a negative prompt takes the whole's. Sides are in pixels. The model is changed
-    for the length of each prediction only.
+    A region without a negative prompt takes the picture's. Sides are in pixels. The denoiser is
+    changed only during each prediction. Where text enters by other ways than cross-attention, the
+    parts' predictions are mixed.
     """
     factors = adapter_weights(regions, prompt, [adapter.triggers for adapter in adapters])
     texts = [(prompt, negative)]
     texts += [(region.prompt, region.negative or negative) for region in regions]
-    conditioning, lengths = encode_parts(backbone, texts, count, adapters, factors)
     scale = backbone.pixels_per_latent
-    plan = Plan(regions, height // scale, width // scale, factors, lengths)
+    if not backbone.cross_attentions:
+        shares = region_shares(regions, height // scale, width // scale)
+        return mixed(backbone, texts, shares, guidance, count, adapters, factors)
+    conditioning, lengths = encode_parts(backbone, texts, count, adapters, factors)
+    plan = RegionPlan(regions, height // scale, width // scale, factors, lengths)
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
         with regional(backbone, plan, adapters):

@@ -1,4 +1,4 @@
-"""A picture that is asked for, and all that decided one: of commands, Python, studio and PNGs."""
+"""Requests for pictures, and the parameters of a picture; all interfaces share them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -10,12 +10,12 @@ from rite_diffusion.errors import ConfigError
 from rite_diffusion.generation.composition import COMPOSITIONS, SUM
 from rite_diffusion.seeding import check_seed
 
-MOST_PICTURES, MOST_STEPS, MOST_GUIDANCE = 10_000, 1000, 100
+MAX_PICTURES, MAX_STEPS, MAX_GUIDANCE = 10_000, 1000, 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class PictureRequest:
-    """A picture that is asked for; None stands for the base model's own."""
+    """A request for a picture; None stands for the base model's default."""
 
     prompt: str
     negative: str = ""
@@ -24,22 +24,22 @@ class PictureRequest:
     guidance: float | None = None  # classifier-free guidance scale
     width: int | None = None  # pixels
     height: int | None = None
-    regions: Sequence[str] = ()  # as `--region` takes them
-    combine: str = SUM  # how several adapters act together
-    controls: Sequence[str] = ()  # condition pictures and their networks
+    regions: Sequence[str] = ()  # texts as of `--region`
+    combine: str = SUM  # sum, switch or composite
+    controls: Sequence[str] = ()  # condition pictures and their networks, as of `--control`
 
     def check(self, literal: Sequence[str] = (), num: int = 1) -> None:
-        """ConfigError for what no base draws: amounts, and syntax of prompts.
+        """ConfigError for numbers out of range and prompts with invalid syntax, on any base.
 
-        `literal` words are text in prompts; `num` pictures have seeds in a row.
+        `literal` words are plain text in prompts; `num` pictures have consecutive seeds.
         """
-        if not 1 <= num <= MOST_PICTURES:
-            raise ConfigError(f"{num} pictures are not between 1 and {MOST_PICTURES}")
+        if not 1 <= num <= MAX_PICTURES:
+            raise ConfigError(f"{num} pictures are not between 1 and {MAX_PICTURES}")
         check_seed(self.seed, num)
-        if self.steps is not None and not 1 <= self.steps <= MOST_STEPS:
-            raise ConfigError(f"{self.steps} steps are not between 1 and {MOST_STEPS}")
-        if self.guidance is not None and not 0 <= self.guidance <= MOST_GUIDANCE:
-            raise ConfigError(f"guidance {self.guidance} is not between 0 and {MOST_GUIDANCE}")
+        if self.steps is not None and not 1 <= self.steps <= MAX_STEPS:
+            raise ConfigError(f"{self.steps} steps are not between 1 and {MAX_STEPS}")
+        if self.guidance is not None and not 0 <= self.guidance <= MAX_GUIDANCE:
+            raise ConfigError(f"guidance {self.guidance} is not between 0 and {MAX_GUIDANCE}")
         if self.combine not in (SUM, *COMPOSITIONS):
             known = ", ".join((SUM, *COMPOSITIONS))
             raise ConfigError(f"no way '{self.combine}' to combine adapters: choose one of {known}")
@@ -49,7 +49,7 @@ class PictureRequest:
             read_prompt(text, literal)
 
     def series(self, num: int) -> list[Self]:
-        """`num` requests with seeds in a row."""
+        """`num` requests with consecutive seeds."""
         return [replace(self, seed=self.seed + index) for index in range(num)]
 
 
@@ -70,7 +70,7 @@ class Parameters(PictureRequest):
     sampler: str = "DDIM"
 
     def as_text(self) -> str:
-        """The parameters in A1111's form."""
+        """The parameters as text in the form of A1111's web interface."""
         lines = [self.prompt]
         if self.negative:
             lines.append(f"Negative prompt: {self.negative}")

@@ -1,4 +1,4 @@
-"""How a concept is learned: METHODS by name."""
+"""Methods of learning a concept; METHODS has them by name."""
 
 from rite_diffusion.methods.custom_diffusion import CustomDiffusion
 from rite_diffusion.methods.ed_lora import EdLora

@@ -1,8 +1,8 @@
-"""Custom Diffusion (Kumari et al. 2023): how cross-attentions read the text, and a modifier.
+"""Custom Diffusion (Kumari et al. 2023): keys and values of cross-attentions, and a modifier.
 
-Keys and values of all cross-attentions train, whole or as LoRA, and a word that modifies its class:
-a prompt that says "<robot>" is encoded as "<robot> robot" would be. Prior preservation and scaled
-views are settings of their own, `prior` and `augment`.
+The key and value matrices of all cross-attentions train, whole or as LoRA, with a learned embedding
+that modifies the class noun: "<robot>" in a prompt is encoded as "<robot> robot". Prior
+preservation and scaled views are settings of their own, `prior` and `augment`.
 """
 
 import torch
@@ -18,7 +18,7 @@ KEYS_AND_VALUES = (".attn2.to_k", ".attn2.to_v")
 
 
 class CustomDiffusion(EmbeddingMethod):
-    """Keys and values that learn from all of a text but its begin mark, and a modifier."""
+    """Trains keys and values, without gradients from the begin token, and a modifier embedding."""
 
     def __init__(self, backbone: Backbone, config: TrainConfig):
         targets = backbone.lora_targets(backbone.denoiser_name)
@@ -30,14 +30,14 @@ class CustomDiffusion(EmbeddingMethod):
             )
         else:
             weights = FullWeights(backbone, paths)
-        new_placeholders = NewEmbeddings(backbone, config, named=True)
-        super().__init__(backbone, config, weights, new_placeholders)
+        embeddings = NewEmbeddings(backbone, config, with_class_noun=True)
+        super().__init__(backbone, config, weights, embeddings)
         denoiser = backbone.components[backbone.denoiser_name]
         layers = [denoiser.get_submodule(path) for path in paths]
         self._handles = [layer.register_forward_hook(_hold_begin_mark) for layer in layers]
 
     def remove(self) -> None:
-        """Take weights, words and hooks out."""
+        """Remove weights, learned embeddings and hooks."""
         for handle in self._handles:
             handle.remove()
         super().remove()
@@ -46,6 +46,6 @@ class CustomDiffusion(EmbeddingMethod):
 def _hold_begin_mark(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
     """Keys or values (B, tokens, width), the first token's without gradient.
 
-    Every prompt has that token, so what it teaches would act on all of them.
+    Every prompt has that token: what it learns would change all prompts.
     """
     return torch.cat([output[:, :1].detach(), output[:, 1:]], dim=1)

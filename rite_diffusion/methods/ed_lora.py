@@ -1,8 +1,9 @@
-"""ED-LoRA, how Mix-of-Show learns one concept (Gu et al. 2023, arXiv 2305.18292).
+"""ED-LoRA, the single-concept method of Mix-of-Show (Gu et al. 2023, arXiv 2305.18292).
 
-Two vectors per concept, the first for its looks and the second for its class, each apart for every
-cross-attention (Voynov et al. 2023), and LoRA in the attention of UNet and text encoder at scale 1.
-The maps of the vectors are kept inside the subject's mask, as in the released code.
+Each concept has two vectors, the first for its appearance and the second for its class, with values
+of their own in every cross-attention (Voynov et al. 2023), and LoRA in the attention of UNet and
+text encoder at scale 1. A penalty keeps the vectors' attention maps inside the subject's mask, as
+in the released code.
 """
 
 from functools import lru_cache
@@ -19,22 +20,22 @@ from rite_diffusion.methods.new_embeddings import NewEmbeddings, new_placeholder
 from rite_diffusion.methods.weights import lora_weights
 from rite_diffusion.seeding import Stream, generator
 
-CAPTIONS_KEPT = 256  # places of words in them that stay in memory
-INSIDE = 0.5  # a latent cell's mask, above which it is of the subject
+CAPTIONS_KEPT = 256  # captions whose token positions stay in memory
+INSIDE = 0.5  # mask of a latent cell above which it belongs to the subject
 
 
 class EdLora(EmbeddingMethod):
-    """Layer-wise words, LoRA around them, and a penalty on where the words look."""
+    """Layer-wise learned embeddings, LoRA, and a penalty on the embeddings' attention maps."""
 
     wants_masks = True
 
     def __init__(self, backbone: Backbone, config: TrainConfig):
         weights = lora_weights(backbone, config)
-        for number, pair in enumerate(weights.pairs()):  # as a linear layer's own start
+        for number, pair in enumerate(weights.pairs()):  # as torch initialises linear layers
             draws = generator(config.seed, Stream.NEW_EMBEDDINGS, number)
             nn.init.kaiming_uniform_(pair.down, a=5**0.5, generator=draws)
         layers = len(backbone.cross_attentions)
-        learned = NewEmbeddings(backbone, config, layers=layers, alone=2)
+        learned = NewEmbeddings(backbone, config, layers=layers, single_word_vectors=2)
         super().__init__(backbone, config, weights, learned)
         self._concepts = [
             tuple(new_placeholders(backbone, concept)) for concept in config.concepts()
@@ -44,7 +45,7 @@ class EdLora(EmbeddingMethod):
         self._recorder = AttentionRecorder(watched)
 
     def penalty(self, captions: list[str], masks: Tensor | None) -> Tensor | float:
-        """Mean over the captions' samples that say a concept of what `attention_penalty` gives."""
+        """The weighted mean of `attention_penalty` over samples whose caption has a concept."""
         settings = self.config.attention
         if masks is None or not settings.weight:
             return 0.0
@@ -62,25 +63,26 @@ class EdLora(EmbeddingMethod):
         return settings.weight * torch.cat(parts).mean() if parts else 0.0
 
     def _find(self, caption: str, words: tuple[str, ...]) -> list[int]:
-        """Where a concept's vectors stand in a prompt; [] where it does not say them all."""
+        """Token positions of a concept's vectors in a caption; [] unless all of them are there."""
         found = [self.backbone.token_positions(caption, word) for word in words]
         whole = [self.backbone.embeddings[word].rows()[0].shape[1] for word in words]
-        said = [len(own) for own in found] == whole
-        return [place for own in found for place in own] if said else []
+        complete = [len(own) for own in found] == whole
+        return [place for own in found for place in own] if complete else []
 
     def remove(self) -> None:
-        """Take weights, words and hooks out."""
+        """Remove weights, learned embeddings and hooks."""
         self._recorder.remove()
         super().remove()
 
 
 def attention_penalty(maps: Tensor, subjects: Tensor, subject: str) -> Tensor:
-    """Penalty (B,) on the maps (B, n, h, w) of a concept's vectors, each relative to its largest.
+    """Penalty (B,) on the attention maps (B, n, h, w) of a concept's vectors.
 
-    All but the last, which say what it looks like, pay the mean of what lies outside the subject.
-    The last, which says what it is, does so too, or with subject = "fit" pays its mean squared
-    distance from the mask. `subjects` (B, 1, H, W) is 1 in the latent cells of the subject. Where
-    nothing is outside, nothing is paid for it.
+    Maps are divided by their maxima. The penalty of all vectors but the last, which describe the
+    appearance, is the mean of their maps outside the subject. That of the last, which stands for
+    the class, is the same, or with subject = "fit" its mean squared difference from the mask.
+    `subjects` (B, 1, H, W) is 1 in the latent cells of the subject. Without cells outside, the mean
+    is 0.
     """
     height, width = maps.shape[-2:]
     covered = F.adaptive_avg_pool2d(subjects, (height, width))  # (B, 1, h, w)

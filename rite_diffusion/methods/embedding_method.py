@@ -1,4 +1,4 @@
-"""What the methods share that learn words."""
+"""The base class of methods with learned embeddings."""
 
 from collections.abc import Sequence
 
@@ -14,42 +14,42 @@ from rite_diffusion.types import LoraPair
 
 
 class EmbeddingMethod(Method):
-    """New words, and weights around them."""
+    """Learned embeddings for new words, and other weights."""
 
     def __init__(
         self,
         backbone: Backbone,
         config: TrainConfig,
         weights: Weights,
-        new_placeholders: NewEmbeddings,
+        embeddings: NewEmbeddings,
     ):
         super().__init__(backbone, config)
         self._weights = weights
-        self._words = new_placeholders
+        self._embeddings = embeddings
 
     def groups(self) -> list[dict]:
-        """The weights by component, and the words."""
+        """A group for each component's weights and one for the learned embeddings."""
         pairs = parameter_groups(self.backbone, self._weights.named, self.config.optim)
-        return [*pairs, self._words.group()]
+        return [*pairs, self._embeddings.group()]
 
     def begin(self, step: int) -> None:
-        """All train, but for words that have grown."""
-        self._words.train(True)
+        """Train everything, except embeddings that have reached `tokens.stop_norm`."""
+        self._embeddings.train(True)
 
     def conditioning(self, captions: list[str]) -> Conditioning:
-        """The text encoder's states of the captions, with the words as they are now."""
+        """The text encoder's states of the captions, with the embeddings' current values."""
         return self.backbone.encode_captions(captions)
 
     def pairs(self) -> list[LoraPair]:
-        """The pairs in training."""
+        """The LoRA pairs in training."""
         return self._weights.pairs()
 
     def embeddings(self) -> dict[str, Sequence[Tensor]]:
-        """The learned words."""
-        return self._words.content()
+        """The learned embeddings by word."""
+        return self._embeddings.content()
 
     def remove(self) -> None:
-        """Take weights and words out."""
+        """Remove weights and learned embeddings."""
         self._weights.remove()
         remove_embeddings(self.backbone, NAME)
         super().remove()

@@ -1,15 +1,13 @@
-"""Plain LoRA (Hu et al. 2021) on the attention of denoiser and text encoder, or on more layers."""
+"""LoRA (Hu et al. 2021) on the attention of denoiser and text encoder, or on more layers."""
 
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from rite_diffusion._version import __version__
 from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
-from rite_diffusion.adapters.adapter import shown_base
-from rite_diffusion.backbones.ordered import rows_of
+from rite_diffusion.adapters.adapter import base_name
+from rite_diffusion.backbones.conditioning import KeptConditioning, joined, rows
 from rite_diffusion.backbones.protocols import Backbone, Conditioning
 from rite_diffusion.backbones.text_cache import cached_conditioning
 from rite_diffusion.config import TrainConfig
@@ -23,18 +21,18 @@ from rite_diffusion.methods.weights import (
 )
 from rite_diffusion.types import LoraPair
 
-CAPTIONS_KEPT = 256  # states that stay in memory where the text encoder does not train
+BYTES_KEPT = 2**28  # of captions' states in memory if the text encoder does not train
 
 
 class PlainLora(Method):
-    """Pairs on the layers that `lora.layers` names; each component has its own learning rate."""
+    """LoRA pairs on the layers of `lora.layers`; each component has its own learning rate."""
 
     def __init__(self, backbone: Backbone, config: TrainConfig):
         super().__init__(backbone, config)
         self._weights = lora_weights(backbone, config)
         folder = cache_folder() / "captions" if config.cache else None
         encode = partial(cached_conditioning, backbone, folder=folder)
-        self._frozen_states = lru_cache(CAPTIONS_KEPT)(encode)
+        self._frozen_states = KeptConditioning(encode, BYTES_KEPT)
 
     def groups(self) -> list[dict]:
         """A group for the UNet's pairs and one for each text encoder's."""
@@ -46,32 +44,33 @@ class PlainLora(Method):
         return not self.config.lora.text_encoder
 
     def conditioning(self, captions: list[str]) -> Conditioning:
-        """The text encoder's states of the captions, of equal ones encoded once.
+        """The text encoder's states of the captions; equal captions are encoded once.
 
-        Where the text encoder does not train, the states of past captions are kept.
+        If the text encoder does not train, states are cached.
         """
         distinct = list(dict.fromkeys(captions))
         if self.text_is_frozen:
-            encoded = _joined([self._frozen_states(text) for text in distinct])
+            encoded = joined([self._frozen_states(text) for text in distinct])
         else:
             encoded = self.backbone.encode_captions(distinct)
-        return _repeated(encoded, [distinct.index(text) for text in captions])
+        return rows(encoded, [distinct.index(text) for text in captions])
 
     def pairs(self) -> list[LoraPair]:
         """The pairs in training."""
         return self._weights.pairs()
 
     def remove(self) -> None:
-        """Take the LoRA layers out."""
+        """Remove the LoRA layers."""
         self._weights.remove()
         super().remove()
 
 
 class Lora:
-    """LoRA pairs in a backbone, for a training loop of one's own; `remove` takes them out.
+    """LoRA pairs injected into a backbone (Hu et al. 2021), for a training loop of one's own.
 
-    `layers` is "attention" or "blocks", all layers of the denoiser's blocks; scale = alpha / rank,
-    `alpha` defaults to the rank. Fresh pairs change nothing: `up` is zero.
+    `layers` is "attention", or "blocks" for all layers of the denoiser's blocks; `text_encoder`
+    adapts the text encoders' attention too. scale = alpha / rank; `alpha` defaults to `rank`.
+    `down` is drawn by `seed` and `up` is zero, so that new pairs change nothing.
     """
 
     def __init__(
@@ -89,20 +88,23 @@ class Lora:
         self._weights = LoraWeights(backbone, paths, rank=rank, alpha=alpha, seed=seed)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """A torch parameter group for each component, with names; rates are the optimizer's."""
+        """A torch parameter group for each component: `name`, and `params` as (name, parameter)."""
         return [{"name": name, "params": list(own)} for name, own in self._weights.named.items()]
 
     def pairs(self) -> list[LoraPair]:
-        """The live pairs."""
+        """The pairs; their tensors are the parameters in training."""
         return self._weights.pairs()
 
     def save(self, path: str | Path, *, trigger: str, class_noun: str = "") -> Path:
-        """Write the pairs as an adapter file, `.safetensors`, and return its path."""
+        """Write the pairs as an adapter file, `.safetensors`, and return its path.
+
+        Raises RiteError where it cannot be written.
+        """
         target = user_path(path)
         info = AdapterInfo(
             trigger=trigger,
             class_noun=class_noun,
-            base=shown_base(self.backbone.name),
+            base=base_name(self.backbone.name),
             base_fingerprint=self.backbone.fingerprint,
             method="lora",
             version=__version__,
@@ -111,17 +113,5 @@ class Lora:
         return target
 
     def remove(self) -> None:
-        """Take the pairs out of the backbone again."""
+        """Remove the pairs from the backbone."""
         self._weights.remove()
-
-
-def _joined(parts: list[Conditioning]) -> Conditioning:
-    """The conditioning of all the parts' prompts, in order."""
-    extra = {name: torch.cat([part.extra[name] for part in parts]) for name in parts[0].extra}
-    return Conditioning(torch.cat([part.states for part in parts]), extra)
-
-
-def _repeated(encoded: Conditioning, places: list[int]) -> Conditioning:
-    """The conditioning of the prompts at these places, which may repeat."""
-    extra = {name: rows_of(values, places) for name, values in encoded.extra.items()}
-    return Conditioning(rows_of(encoded.states, places), extra)

@@ -1,4 +1,4 @@
-"""What a method of learning tells the trainer, which knows none of them by name."""
+"""The interface between the trainer and a method of learning a concept."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ from rite_diffusion.backbones.protocols import Backbone, Conditioning
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.types import LoraPair
 
-NAME = "concept"  # of what is in training, within the backbone
+NAME = "concept"  # under which trained weights and embeddings are attached to the backbone
 
 
 class Method(ABC):
-    """One way to learn a concept: made on a backbone, it has put its trainable weights in.
+    """A method of learning a concept; its constructor adds trainable weights to the backbone.
 
-    The rates of `config.optim` must be set. All that a continued run needs lies in the parameters
-    that `groups` names: whatever else a method does is a function of them and of the step.
+    The rates of `config.optim` must be set. All state that a resumed run needs must be in the
+    parameters of `groups`; anything else must be a function of them and of the step.
     """
 
-    wants_masks = False  # whether it teaches less without masks of the subject
+    wants_masks = False  # whether it learns better with masks of the subject
 
     def __init__(self, backbone: Backbone, config: TrainConfig):
         self.backbone = backbone
@@ -31,7 +31,7 @@ class Method(ABC):
         """Torch parameter groups: `name`, `params` as (name, parameter) tuples, `lr`."""
 
     def schedule(self, step: int) -> tuple[int, int]:
-        """First step and length of the course of rates that a step, counted from 0, is part of."""
+        """First step and length of the learning-rate schedule at a step, counted from 0."""
         return 0, self.config.steps
 
     def begin(self, step: int) -> None:
@@ -40,30 +40,30 @@ class Method(ABC):
 
     @property
     def text_is_frozen(self) -> bool:
-        """Whether the conditioning of a caption never changes, so that it can be kept on disk."""
+        """Whether the conditioning of a caption never changes, so that it can be cached."""
         return False
 
     @abstractmethod
     def conditioning(self, captions: list[str]) -> Conditioning:
-        """Conditioning of a batch of captions, with gradients to what trains."""
+        """Conditioning of a batch of captions, with gradients to trainable parameters."""
 
     def penalty(self, captions: list[str], masks: Tensor | None) -> Tensor | float:
-        """What the method adds to the loss of the batch that was just denoised.
+        """A scalar to add to the loss of the batch that was just denoised.
 
-        `masks` (B, 1, h, w) are the weights of the latent cells.
+        `masks` (B, 1, h, w) are the weights of the latent cells in [0, 1].
         """
         return 0.0
 
     @abstractmethod
     def pairs(self) -> list[LoraPair]:
-        """The live LoRA pairs that go into the adapter file."""
+        """The LoRA pairs of the adapter file; their tensors are those in training."""
 
     def embeddings(self) -> dict[str, Sequence[Tensor]]:
-        """The learned words that go into the adapter file, with vectors for each text encoder."""
+        """The learned embeddings of the adapter file: word -> tensors, one per text encoder."""
         return {}
 
     def remove(self) -> None:
-        """Take everything out of the backbone again; a subclass goes on with its own."""
+        """Remove the method from the backbone; subclasses remove theirs and call this."""
         self.backbone.triggers.pop(NAME, None)
 
     def parameters(self) -> list[nn.Parameter]:

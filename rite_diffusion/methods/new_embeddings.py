@@ -1,4 +1,4 @@
-"""The new words of a run's concepts: vectors that train, and nothing else of the tables does."""
+"""Learned embeddings in training, for the new words of a run's triggers."""
 
 from collections.abc import Sequence
 
@@ -14,13 +14,12 @@ from rite_diffusion.types import Concept
 
 
 class NewEmbeddings:
-    """The words of all triggers that the base does not know, put among the backbone's words.
+    """Embeddings of the triggers' words that the base does not know, added to the backbone.
 
-    A concept is called by the vectors of all its words, in order. The last starts as the embedding
-    of `tokens.init`, each before it as noise, one draw for all layers (as in Mix-of-Show).
-    Words have `tokens.vectors`, by default one, but `alone` where a trigger has no second word.
-    With `named`, the class noun's own embedding follows the last word and does not train, unless
-    the trigger has ordinary words itself.
+    The last vector of a concept starts as the embedding of `tokens.init`, the others as noise, the
+    same in all layers (as in Mix-of-Show). Each word has `tokens.vectors` vectors: by default one,
+    or `single_word_vectors` if the trigger is one word. `with_class_noun` appends the class noun's
+    own embedding to the last word, without training it, unless the trigger has known words too.
     """
 
     def __init__(
@@ -29,23 +28,23 @@ class NewEmbeddings:
         config: TrainConfig,
         *,
         layers: int = 1,
-        alone: int = 1,
-        named: bool = False,
+        single_word_vectors: int = 1,
+        with_class_noun: bool = False,
     ):
         self.backbone = backbone
         self.config = config
-        # Word -> (layers, vectors, width) per text encoder; nouns follow a word and do not train.
+        # Word -> (layers, vectors, width) per text encoder. Embeddings of nouns do not train.
         self.learned: dict[str, list[nn.Parameter]] = {}
         self._nouns: dict[str, list[Tensor]] = {}
         for concept in config.concepts():
             words = new_placeholders(backbone, concept)
-            vectors = config.tokens.vectors or (alone if len(words) == 1 else 1)
+            vectors = config.tokens.vectors or (single_word_vectors if len(words) == 1 else 1)
             for word in words:
                 self._refuse_known(word)
                 starts = self._starts(concept, word == words[-1], vectors)
                 learned = [nn.Parameter(each.expand(layers, -1, -1).clone()) for each in starts]
                 self.learned[word] = learned
-                if named and word == words[-1] and words == concept.trigger.split():
+                if with_class_noun and word == words[-1] and words == concept.trigger.split():
                     noun = backbone.token_ids(concept.class_noun)
                     rows = [table[noun].float() for table in backbone.token_tables]
                     self._nouns[word] = [each.expand(layers, -1, -1) for each in rows]
@@ -58,7 +57,7 @@ class NewEmbeddings:
             raise ConfigError(f"'{word}' has two meanings: give each concept words of its own")
 
     def _starts(self, concept: Concept, last: bool, vectors: int) -> list[Tensor]:
-        """Initial vectors (vectors, width) of a word for each text encoder."""
+        """Initial values (vectors, width) of a word's embedding for each text encoder."""
         chosen = fill(self.config.tokens.init, words_of(concept))
         ids = self.backbone.token_ids(chosen) if last else []
         starts = []
@@ -72,7 +71,7 @@ class NewEmbeddings:
         return starts
 
     def rows(self, word: str) -> list[Tensor]:
-        """All vectors that stand where a prompt says a word, per text encoder, live."""
+        """The tensors (layers, vectors, width) of a word per text encoder, with gradients."""
         learned: list[Tensor] = list(self.learned[word])
         nouns = self._nouns.get(word)
         if nouns is None:
@@ -80,11 +79,11 @@ class NewEmbeddings:
         return [torch.cat([own, noun], 1) for own, noun in zip(learned, nouns, strict=True)]
 
     def content(self) -> dict[str, Sequence[Tensor]]:
-        """All words with their vectors, as they go into the adapter file."""
+        """Word -> tensors per text encoder, for the adapter file."""
         return {word: self.rows(word) for word in self.learned}
 
     def group(self) -> dict:
-        """The parameter group of the learned vectors."""
+        """The parameter group of the learned embeddings."""
         return {
             "name": "tokens",
             "params": [
@@ -98,9 +97,9 @@ class NewEmbeddings:
 
     @torch.no_grad()
     def train(self, wanted: bool) -> None:
-        """Let the vectors train, unless they have grown to `tokens.stop_norm`, or hold them.
+        """Set whether the embeddings train; not if their mean norm has reached `tokens.stop_norm`.
 
-        Held vectors keep their norms: what has grown once stays held, as in Mix-of-Show's code.
+        Vectors that do not train keep their norms, so they never train again (as in Mix-of-Show).
         """
         vectors = [each for encoders in self.learned.values() for each in encoders]
         stop = self.config.tokens.stop_norm
@@ -112,5 +111,5 @@ class NewEmbeddings:
 
 
 def new_placeholders(backbone: Backbone, concept: Concept) -> list[str]:
-    """The words of a concept's trigger that the base does not know."""
+    """The words of a concept's trigger that the base does not know, which get embeddings."""
     return [word for word in concept.trigger.split() if not backbone.is_known_word(word)]

@@ -1,7 +1,8 @@
-"""Pivotal tuning: embeddings of new words, and LoRA around them.
+"""Pivotal tuning: a learned embedding and LoRA, one after the other or together.
 
 Roich et al. 2021 invert a picture first and then tune the model around that pivot; here the pivot
-is a word (Gal et al. 2022) and the tuning LoRA. With `tokens.first` = 0 both train together.
+is a learned embedding (Gal et al. 2022), and the tuning is LoRA. With `tokens.first` = 0 both train
+together.
 """
 
 from rite_diffusion.backbones.protocols import Backbone
@@ -13,26 +14,26 @@ from rite_diffusion.types import LoraPair
 
 
 class Pivotal(EmbeddingMethod):
-    """New words for `tokens.first` steps, then LoRA with the words held; or both together."""
+    """Trains embeddings for `tokens.first` steps, then LoRA with fixed embeddings; or both."""
 
     def __init__(self, backbone: Backbone, config: TrainConfig):
         weights = lora_weights(backbone, config)
         super().__init__(backbone, config, weights, NewEmbeddings(backbone, config))
 
     def schedule(self, step: int) -> tuple[int, int]:
-        """Each of the two phases has its own course of rates."""
+        """First step and length of a phase: each has a learning-rate schedule of its own."""
         first = self.config.tokens.first
         return (0, first) if step < first else (first, self.config.steps - first)
 
     def begin(self, step: int) -> None:
-        """First the words alone, then the pairs alone; or both."""
+        """Train the embeddings, from step `tokens.first` on the pairs; with 0 both."""
         first = self.config.tokens.first
         for named in self._weights.named.values():
             for _, parameter in named:
                 parameter.requires_grad_(step >= first)
-        self._words.train(step < first or not first)
+        self._embeddings.train(step < first or not first)
 
     def pairs(self) -> list[LoraPair]:
-        """The pairs in training; none while the words train alone."""
+        """The pairs in training; none while only the embeddings train."""
         pairs = super().pairs()
         return pairs if any(pair.up.any() for pair in pairs) else []

@@ -1,4 +1,4 @@
-"""Triggers as the base reads them: what a caption says, and what two concepts must not share."""
+"""Triggers: checks against the base's vocabulary and each other, and keeping them in captions."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,12 +13,12 @@ from rite_diffusion.types import Concept
 
 
 def contains_word(text: str, trigger: str) -> bool:
-    """Whether a text has a trigger as a word of its own, in upper or lower case."""
+    """Whether a text contains a trigger as a whole word, in upper or lower case."""
     return len(split_at(text, {trigger: None})) > 1
 
 
 def check_triggers(backbone: Backbone, concepts: Sequence[Concept]) -> None:
-    """Raise ConfigError for a trigger of known words alone, and for two that are read alike."""
+    """ConfigError for a trigger of known words only, and for two with the same tokens."""
     for concept in concepts:
         if all(backbone.is_known_word(word) for word in concept.trigger.split()):
             raise ConfigError(
@@ -41,14 +41,14 @@ def check_triggers(backbone: Backbone, concepts: Sequence[Concept]) -> None:
 
 
 def check_prompts(prompts: Sequence[str], triggers: Sequence[str]) -> None:
-    """Raise ConfigError for a prompt, with `{trigger}` for each, of syntax not supported."""
+    """ConfigError for a preview prompt of unsupported syntax, with any trigger filled in."""
     for prompt in prompts:
         for trigger in triggers:
             read_prompt(prompt.replace("{trigger}", trigger), triggers)
 
 
 def captions_without_trigger(folder: PhotoFolder, triggers: Sequence[str]) -> list[str]:
-    """Captions that teach no trigger."""
+    """Captions without any of the triggers."""
     captions = [photo.caption for photo in folder.photos]
     return [text for text in captions if not any(contains_word(text, each) for each in triggers)]
 
@@ -56,9 +56,9 @@ def captions_without_trigger(folder: PhotoFolder, triggers: Sequence[str]) -> li
 def with_triggers_kept(
     backbone: Backbone, folders: Sequence[PhotoFolder], triggers: Sequence[str]
 ) -> tuple[list[PhotoFolder], list[tuple[str, str]]]:
-    """The folders with captions that keep their trigger, and each caption that would not have.
+    """The folders with triggers kept in all captions, and the captions that were changed.
 
-    With such a caption come its triggers that the base's budget of tokens would have cut off.
+    Those come with their triggers that the base's limit of tokens would have cut off.
     """
     moved: dict[str, str] = {}
     result = []
@@ -76,9 +76,9 @@ def with_triggers_kept(
 def with_trigger_kept(
     backbone: Backbone, caption: str, triggers: Sequence[str]
 ) -> tuple[str, str | None]:
-    """The caption, and those of its triggers that would have been cut off with its end.
+    """The caption with its triggers within the base's limit of tokens, and those that were not.
 
-    They are the end now. Triggers within the base's budget stay where they are.
+    The latter are moved to the end; None where there are none.
     """
     budget, words = backbone.token_budget, caption.split()
     wanted = [each for each in triggers if contains_word(caption, each)]
@@ -94,7 +94,7 @@ def with_trigger_kept(
 
 
 def _within(backbone: Backbone, words: list[str], end: str, budget: int) -> str:
-    """As many of the words as fit into the budget with an end after them."""
+    """As many of the words as fit into the token budget, with `end` after them."""
     for count in range(len(words), 0, -1):
         text = " ".join([*words[:count], end]).rstrip()
         if backbone.token_count(text) <= budget:

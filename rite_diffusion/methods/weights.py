@@ -1,4 +1,4 @@
-"""What a method can train in a backbone beside words: LoRA pairs, or whole matrices."""
+"""Trainable weights of a backbone other than embeddings: LoRA pairs, or whole matrices."""
 
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ NamedParameters = dict[str, list[tuple[str, nn.Parameter]]]  # by component
 
 
 class Weights(Protocol):
-    """Trainable weights that are in the backbone until `remove`."""
+    """Trainable weights that act in the backbone until `remove`."""
 
     @property
     def named(self) -> NamedParameters:
@@ -26,24 +26,24 @@ class Weights(Protocol):
         ...
 
     def pairs(self) -> list[LoraPair]:
-        """What they add to the base's weights."""
+        """The updates of the base's weights as LoRA pairs."""
         ...
 
     def remove(self) -> None:
-        """Take them out."""
+        """Remove them from the backbone."""
         ...
 
 
 def adapted_paths(
     backbone: Backbone, layers: str = "attention", text_encoder: bool = True
 ) -> dict[str, list[str]]:
-    """Paths per component of the layers to adapt: of the attention, or of all `blocks`."""
+    """Component -> paths of the layers to adapt: `attention`, or all layers of the `blocks`."""
     components = list(backbone.components) if text_encoder else [backbone.denoiser_name]
     return {name: backbone.lora_targets(name, layers == "blocks") for name in components}
 
 
 def check_rank(backbone: Backbone, lora: LoraSection) -> None:
-    """Raise ConfigError for a rank that the narrowest adapted layer cannot have."""
+    """ConfigError for a rank above the width of the narrowest adapted layer."""
     layers = [
         backbone.components[part].get_submodule(path)
         for part, paths in adapted_paths(backbone, lora.layers, lora.text_encoder).items()
@@ -61,7 +61,7 @@ def check_rank(backbone: Backbone, lora: LoraSection) -> None:
 def parameter_groups(
     backbone: Backbone, named: NamedParameters, optim: OptimSection
 ) -> list[dict[str, Any]]:
-    """A torch parameter group for each component, at the rates that the settings give it."""
+    """A torch parameter group for each component, with the settings' learning rates."""
     return [
         {
             "name": component,
@@ -74,7 +74,7 @@ def parameter_groups(
 
 
 class LoraWeights:
-    """Fresh pairs at paths per component, a function of the seed; scale = alpha / rank.
+    """New LoRA pairs on layers by component, initialised by a seed; scale = alpha / rank.
 
     `alpha` defaults to the rank.
     """
@@ -96,20 +96,20 @@ class LoraWeights:
 
     @property
     def named(self) -> NamedParameters:
-        """The factors by component."""
+        """Component -> the factors `down` and `up` of its pairs."""
         return self._named
 
     def pairs(self) -> list[LoraPair]:
-        """The pairs in training."""
+        """The LoRA pairs in training."""
         return read_pairs(self.backbone, NAME)
 
     def remove(self) -> None:
-        """Take the LoRA layers out."""
+        """Remove the LoRA layers."""
         detach(self.backbone, NAME)
 
 
 def lora_weights(backbone: Backbone, config: TrainConfig) -> LoraWeights:
-    """Fresh pairs as a configuration wants them."""
+    """New LoRA pairs with the settings of a `TrainConfig`."""
     lora = config.lora
     paths = adapted_paths(backbone, lora.layers, lora.text_encoder)
     return LoraWeights(backbone, paths, rank=lora.rank, alpha=lora.alpha, seed=config.seed)
@@ -121,9 +121,9 @@ def _trainable(backbone: Backbone, component: str) -> list[tuple[str, nn.Paramet
 
 
 class FullWeights:
-    """Whole matrices of the denoiser's linear layers, as what is added to the base's own.
+    """Updates of whole weight matrices of the denoiser's linear layers.
 
-    Weight decay therefore draws to the base, where decay of the sum would draw to zero.
+    The update is the parameter, so weight decay pulls to the base's weights instead of to zero.
     """
 
     def __init__(self, backbone: Backbone, paths: list[str]):
@@ -140,16 +140,16 @@ class FullWeights:
 
     @property
     def named(self) -> NamedParameters:
-        """The matrices, all of the denoiser."""
+        """The update matrices, all of the denoiser."""
         deltas = self._deltas.items()
         return {self.component: [(f"{self.component}.{path}.delta", d) for path, d in deltas]}
 
     def pairs(self) -> list[LoraPair]:
-        """The matrices as pairs of full rank, which are exact: one factor is the identity."""
+        """The updates as pairs of full rank, without loss: one factor is the identity."""
         return [full_pair(module_name(self.component, path), d) for path, d in self._deltas.items()]
 
     def remove(self) -> None:
-        """Take the hooks out."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -162,7 +162,7 @@ def _adding(delta: nn.Parameter):
 
 
 def full_pair(name: str, delta: Tensor) -> LoraPair:
-    """A delta (out, in) as a pair of its full rank."""
+    """An update (out, in) as a pair of full rank."""
     delta = delta.detach()
     identity = torch.eye(min(delta.shape), dtype=delta.dtype, device=delta.device)
     wide = delta.shape[0] <= delta.shape[1]

@@ -1,7 +1,7 @@
-"""Optimizers for LoRA, usable with any PyTorch model: this package imports torch alone.
+"""Optimizers for LoRA, for any PyTorch model; this package needs only torch.
 
-`LoraRite(lora_param_groups(model), lr=1e-3)` trains any model with LoRA layers of PEFT;
-`OPTIMIZERS[name].build(groups)` makes one by its name.
+`LoraRite(lora_param_groups(model), lr=1e-3)` trains a model with LoRA layers of PEFT;
+`OPTIMIZERS[name].build(groups)` builds an optimizer by name.
 """
 
 from rite_diffusion.errors import ConfigError
@@ -25,7 +25,7 @@ OPTIMIZERS: dict[str, OptimizerSpec] = {
 
 
 def optimizer_spec(name: str) -> OptimizerSpec:
-    """The optimizer's specification; ConfigError names the known ones."""
+    """The specification of the optimizer of that name; ConfigError lists the known names."""
     if name not in OPTIMIZERS:
         raise ConfigError(f"no optimizer '{name}': choose one of {', '.join(sorted(OPTIMIZERS))}")
     return OPTIMIZERS[name]

@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov & Hutter 2019), torch's own in its fused form."""
+"""AdamW (Loshchilov & Hutter 2019): PyTorch's, fused."""
 
 import torch
 
@@ -8,7 +8,7 @@ from rite_diffusion.optim.spec import OptimizerSpec
 def adamw(
     groups: list[dict], betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
 ) -> torch.optim.AdamW:
-    """AdamW over parameter groups."""
+    """PyTorch's fused AdamW for parameter groups."""
     return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
 
 

@@ -1,4 +1,4 @@
-"""LoRA+: AdamW with a higher rate for `up` (Hayou et al. 2024, arXiv 2402.12354)."""
+"""LoRA+: AdamW with a higher learning rate for `up` (Hayou et al. 2024, arXiv 2402.12354)."""
 
 import torch
 
@@ -12,10 +12,10 @@ def adamw_plus(
     eps: float = 1e-8,
     ratio: float = 16.0,
 ) -> torch.optim.AdamW:
-    """AdamW over named parameter groups, each divided: `up` factors get `ratio` times its rate.
+    """AdamW for named parameter groups, in which `up` factors have `ratio` times the group's rate.
 
-    The paper's Sec. 4 shows that the rates should differ by the order of the width; its practical
-    advice is a ratio of 2^4.
+    By the paper's Sec. 4 the ratio of the rates should grow with the width; its practical advice is
+    2^4.
     """
     divided = []
     for group in groups:

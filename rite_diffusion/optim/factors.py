@@ -1,4 +1,4 @@
-"""LoRA factors: found by name, checked, and stacked by shape so that all are updated as one."""
+"""LoRA factors: found by name, checked, and stacked by shape for batched updates."""
 
 import re
 from collections.abc import Iterator
@@ -9,35 +9,36 @@ from torch import Tensor, nn
 
 from rite_diffusion.errors import OptimizerError
 
-# One part of a parameter's dotted name says which factor it is: PEFT's lora_A and lora_B (and
+# The part of a parameter's dotted name that tells the factors apart: PEFT's lora_A and lora_B (and
 # lora_embedding_A, …), kohya's lora_down and lora_up, diffusers' older lora.down and lora.up.
 _ROLE = re.compile(r"(?:^|(?<=\.))lora(?:_embedding)?[._](A|B|down|up)(?=\.|$)")
 
-State = dict[str, Tensor]  # of one part: each value has the stack's n as its first dimension
+State = dict[str, Tensor]  # of one part of a stack: values (n, …) for its n parameters
 
 
 def factor_of(name: str, parameter: Tensor) -> tuple[str, str] | None:
     """("down" or "up", the pair's name) of a factor; None for any other parameter."""
     found = _ROLE.search(name)
-    if found is None or parameter.dim() < 2:  # a LoRA layer's bias is no factor
+    if found is None or parameter.dim() < 2:  # a LoRA layer's bias is not a factor
         return None
     role = "down" if found[1] in ("A", "down") else "up"
     return role, f"{name[: found.start()]}*{name[found.end() :]}"
 
 
 def module_of(pair: str) -> str:
-    """The adapted module's name, for people."""
+    """The adapted module's name, for messages."""
     return pair.partition(".*")[0]
 
 
 def lora_param_groups(
     model: nn.Module, lr_other: float | None = None, weight_decay_other: float | None = None
 ) -> list[dict]:
-    """Parameter groups of any model with LoRA layers: the factors, and whatever else trains.
+    """Parameter groups for a model with LoRA layers: the factors, and all other trainable ones.
 
-    The parameters come with their names, by which the optimizers here find the pairs. Tokens,
-    DoRA's magnitudes, norms and biases form the second group, which may have a rate and a weight
-    decay of its own. Raises OptimizerError where nothing trains, or where one factor is frozen.
+    Parameters are listed with their names, by which the optimizers here find the pairs. The second
+    group has embeddings, DoRA's magnitudes, norms and biases; `lr_other` and `weight_decay_other`
+    are its learning rate and weight decay. Raises OptimizerError where no factor is trainable; a
+    pair with one frozen factor is refused by the optimizer.
     """
     names = dict(model.named_parameters())
     factors = {name: factor_of(name, parameter) for name, parameter in names.items()}
@@ -59,14 +60,14 @@ def lora_param_groups(
 
 @dataclass
 class Stack:
-    """n parameters of equal shape that are updated as one tensor; LoRA pairs have two parts.
+    """n parameters, or n LoRA pairs, of equal shapes, which are updated as one tensor per part.
 
-    The parts of a pair are `down` (rank, …) and `up` (out, rank, …), in this order.
+    A stack of pairs has two parts, `down` (rank, …) and `up` (out, rank, …), in this order.
     """
 
-    group: dict  # torch's parameter group
+    group: dict  # PyTorch's parameter group
     names: list[str]  # of the pairs, or of the single parameters
-    parts: list[list[Tensor]]  # one list of n parameters, or two
+    parts: list[list[Tensor]]  # n parameters for each part
     step: int = 0
     state: list[State] = field(default_factory=list)  # one per part; empty before the first step
 
@@ -77,7 +78,7 @@ class Stack:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in: float32, or float64 where parameters are."""
+        """The dtype of the arithmetic: float32, or float64 for float64 parameters."""
         return torch.promote_types(self.parts[0][0].dtype, torch.float32)
 
     def gather(self, part: int, gradients: bool) -> Tensor:
@@ -98,7 +99,7 @@ class Stack:
         torch._foreach_copy_(parameters, list(values.unbind()))
 
     def select(self, members: list[int]) -> "Stack":
-        """A stack of some of the members, with their state."""
+        """A stack of the members at these indices, with their state."""
         return Stack(
             self.group,
             [self.names[i] for i in members],
@@ -115,9 +116,9 @@ def gradient_of(parameter: Tensor) -> Tensor:
 
 
 def pair_up(names: list[str], parameters: list[Tensor]) -> dict[str, list[Tensor]]:
-    """Pair's name -> [down, up], other parameter's name -> [parameter].
+    """[down, up] by the pair's name, and [parameter] by name for other parameters.
 
-    Raises OptimizerError naming the module whose factor is missing, frozen or of another rank.
+    Raises OptimizerError naming a module whose factor is missing, frozen or of another rank.
     """
     halves: dict[str, dict[str, Tensor]] = {}
     found: dict[str, list[Tensor]] = {}
@@ -134,7 +135,7 @@ def pair_up(names: list[str], parameters: list[Tensor]) -> dict[str, list[Tensor
 
 
 def check_pair(pair: str, half: dict[str, Tensor]) -> None:
-    """Raise OptimizerError unless both factors are there, train, and have one rank."""
+    """Raise OptimizerError unless both factors exist, are trainable, and have the same rank."""
     module = module_of(pair)
     if len(half) == 1:
         raise OptimizerError(
@@ -150,7 +151,7 @@ def check_pair(pair: str, half: dict[str, Tensor]) -> None:
         )
     if down.shape[0] != up.shape[1] or up[0, 0].numel() != 1:
         raise OptimizerError(
-            f"{module}: down {tuple(down.shape)} and up {tuple(up.shape)} are no LoRA pair: "
+            f"{module}: down {tuple(down.shape)} and up {tuple(up.shape)} are not a LoRA pair: "
             "expected (rank, in, …) and (out, rank)"
         )
     if down.device != up.device or down.dtype != up.dtype:
@@ -161,7 +162,7 @@ def check_pair(pair: str, half: dict[str, Tensor]) -> None:
 
 
 def stacks_of(group: dict) -> Iterator[Stack]:
-    """The stacks of a parameter group: members agree in shape, dtype and device."""
+    """The stacks of a parameter group; members have the same shape, dtype and device."""
     if "param_names" not in group:
         raise OptimizerError(
             "parameters need their names, by which LoRA pairs are found: pass "

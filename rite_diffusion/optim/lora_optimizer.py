@@ -1,4 +1,4 @@
-"""What the LoRA-aware optimizers share: stacks, state that can be saved, AdamW for the rest."""
+"""Base class of the LoRA-aware optimizers: stacks, saving of state, AdamW for other parameters."""
 
 from abc import abstractmethod
 from collections import defaultdict
@@ -17,15 +17,15 @@ FUSED = ("cpu", "cuda", "xpu", "mps")  # devices with torch's fused AdamW
 
 
 class LoraOptimizer(Optimizer):
-    """Updates LoRA pairs by a rule of its own and every other parameter by AdamW.
+    """An optimizer with its own rule for LoRA pairs, and AdamW for every other parameter.
 
-    All pairs of one shape are one stacked tensor, so the number of operations does not grow with
-    the number of pairs. Arithmetic and state are float32 (float64 for float64 parameters) whatever
-    the parameters' type. Parameters without a gradient, and their state, stay as they are.
+    Pairs of equal shape are one stacked tensor, so the number of operations does not grow with the
+    number of pairs. Arithmetic and state are float32 (float64 for float64 parameters) whatever the
+    parameters' dtype. Parameters without a gradient, and their state, do not change.
 
-    Takes named parameters or groups of them, such as `lora_param_groups(model)`. `step` raises
-    OptimizerError, before anything has changed, naming the module of a gradient that is sparse or
-    not finite. Closures work as in torch's own optimizers.
+    `params` are named parameters or groups of them, such as `lora_param_groups(model)`. `step`
+    raises OptimizerError, before anything has changed, naming the module of a gradient that is
+    sparse or not finite. Closures work as in PyTorch's optimizers.
     """
 
     def __init__(self, params: Any, defaults: dict[str, Any]):
@@ -39,12 +39,12 @@ class LoraOptimizer(Optimizer):
     ) -> list[list[Tensor]]:
         """New values of all pairs.
 
-        Per stack, values and gradients are [down (n, rank, in), up (n, out, rank)]. Each
-        `stack.step` counts this step already; `stack.state` is empty at the first.
+        Per stack, values and gradients are [down (n, rank, in), up (n, out, rank)]. `stack.step`
+        is 1 at the first step; `stack.state` is empty then.
         """
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add named parameters; raises OptimizerError for factors that are no pairs."""
+        """Add named parameters; raises OptimizerError for factors that do not form pairs."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         check_settings(group)
@@ -52,7 +52,7 @@ class LoraOptimizer(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Update every parameter that has a gradient; returns what the closure returned."""
+        """Update every parameter that has a gradient; returns the closure's value."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -78,7 +78,7 @@ class LoraOptimizer(Optimizer):
         return loss
 
     def _active_stacks(self) -> list[Stack]:
-        """The stacks whose members all have gradients; others are divided until that is so."""
+        """The stacks of members with gradients; stacks are divided where only some have one."""
         active, every = [], []
         for stack in self._stacks:
             has = [all(p.grad is not None for p in member) for member in zip(*stack.parts)]  # noqa: B905
@@ -94,7 +94,7 @@ class LoraOptimizer(Optimizer):
         return active
 
     def _publish(self) -> None:
-        """Give each parameter its part of the stacks' state."""
+        """Copy the stacks' state into PyTorch's state per parameter."""
         for stack in [stack for stack in self._stacks if stack.step]:
             states = stack.state or [{} for _ in stack.parts]
             for parameters, state in zip(stack.parts, states, strict=True):
@@ -103,15 +103,14 @@ class LoraOptimizer(Optimizer):
                     self.state[parameter] = own | {"step": torch.tensor(float(stack.step))}
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything an exact continuation needs, per parameter, as torch lays it out."""
+        """The state for an exact continuation, per parameter, in PyTorch's form."""
         self._publish()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore a `state_dict` bit for bit.
 
-        Raises OptimizerError where it belongs to parameters of other names: pairs are never matched
-        by position.
+        Raises OptimizerError where the names of its parameters differ from the optimizer's.
         """
         saved = [n for group in state_dict["param_groups"] for n in group.get("param_names", [])]
         own = [name for group in self.param_groups for name in group["param_names"]]
@@ -125,13 +124,13 @@ class LoraOptimizer(Optimizer):
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
         parameters = [p for group in self.param_groups for p in group["params"]]
         for index, parameter in zip(indices, parameters, strict=True):
-            if index in state_dict["state"]:  # as it was: torch has cast it to the parameter's type
+            if index in state_dict["state"]:  # uncast: PyTorch has cast it to the parameter's dtype
                 state = state_dict["state"][index]
                 self.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
         self._restack()
 
     def _restack(self) -> None:
-        """Build the stacks anew from the state per parameter."""
+        """Build the stacks from PyTorch's state per parameter."""
         self._stacks = []
         for group in self.param_groups:
             for whole in stacks_of(group):
@@ -158,7 +157,7 @@ class LoraOptimizer(Optimizer):
 
 
 def stack_state(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """State per parameter as one stacked state; the step counts are left out."""
+    """The states of n parameters, stacked to (n, …); step counts are left out."""
     return {key: torch.stack([s[key] for s in states]) for key in states[0] if key != "step"}
 
 
@@ -168,7 +167,7 @@ def gather(stack: Stack, gradients: bool) -> list[Tensor]:
 
 
 def check_settings(settings: dict[str, Any]) -> None:
-    """Raise OptimizerError naming a setting out of its range."""
+    """Raise OptimizerError naming a setting that is out of range."""
     for name in (
         "lr",
         "eps",

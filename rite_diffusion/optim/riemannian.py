@@ -1,4 +1,4 @@
-"""The Riemannian gradient of LoRA pairs, which the two scaled optimizers share."""
+"""The Riemannian gradient of LoRA pairs, for scaled SGD and scaled AdamW."""
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ def gram(rows: Tensor) -> Tensor:
 def damped_inverse(matrix: Tensor, damping: float, stack: Stack) -> Tensor:
     """(matrix + damping I)^-1 of positive semidefinite matrices (n, r, r).
 
-    With damping, rounding can make no matrix singular: the type's precision times the trace is
-    added too. Without, OptimizerError names a module whose factor is rank deficient.
+    With damping > 0, the dtype's precision times the trace is added too, so that rounding makes no
+    matrix singular. With damping 0, OptimizerError names a module with a rank-deficient factor.
     """
     tiny = torch.finfo(matrix.dtype).eps
     diagonal = matrix.diagonal(dim1=-2, dim2=-1)  # (n, r)
@@ -41,9 +41,9 @@ def riemannian_gradient(
 ) -> list[Tensor]:
     """Gradients of [down, up] in the metric of Zhang & Pilanci (2024), Sec. 3.
 
-    g_down <- (up^T up + damping I)^-1 g_down,  g_up <- g_up (down down^T + damping I)^-1, both from
-    the factors before the step. (The authors' released code moves `down` first and preconditions
-    `up` with the moved one.)
+    g_down <- (up^T up + damping I)^-1 g_down,  g_up <- g_up (down down^T + damping I)^-1, both with
+    the factors before the step. (The authors' released code updates `down` first and preconditions
+    `up` with the new one.)
     """
     down, up = values  # (n, r, in), (n, out, r)
     damping = stack.group["damping"]

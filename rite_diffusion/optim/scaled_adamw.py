@@ -11,10 +11,10 @@ from rite_diffusion.optim.spec import OptimizerSpec
 
 
 class ScaledAdamW(LoraOptimizer):
-    """AdamW whose moments see the Riemannian gradient (Zhang & Pilanci 2024, "scaled AdamW").
+    """AdamW on the Riemannian gradient (Zhang & Pilanci 2024, "scaled AdamW").
 
-    Both factors are preconditioned from their values before the step. Unlike scaled SGD it is not
-    invariant to how a product is split into factors: the second moment is kept per entry.
+    Both preconditioners use the factors before the step. Unlike scaled SGD it depends on how a
+    product is split into factors, because the second moment is elementwise.
 
     Args:
         params: named parameters, such as `lora_param_groups(model)`.
@@ -40,7 +40,7 @@ class ScaledAdamW(LoraOptimizer):
     def update_pairs(
         self, stacks: list[Stack], values: list[list[Tensor]], gradients: list[list[Tensor]]
     ) -> list[list[Tensor]]:
-        """AdamW's step with preconditioned gradients."""
+        """New values after AdamW's step with preconditioned gradients."""
         for stack, value, gradient in zip(stacks, values, gradients, strict=True):
             adamw_step(stack, value, riemannian_gradient(stack, value, gradient))
         return values

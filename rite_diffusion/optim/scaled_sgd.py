@@ -19,10 +19,10 @@ class ScaledSGD(LoraOptimizer):
     Args:
         params: named parameters, such as `lora_param_groups(model)`.
         lr: learning rate.
-        momentum: of the Riemannian gradient; the paper has none.
+        momentum: of the Riemannian gradient; the paper uses none.
         weight_decay: decoupled, on the factors.
         damping: added to the diagonal of the r x r Gram matrices (the paper's delta).
-        betas: of the AdamW that updates parameters which are no LoRA factors.
+        betas: of AdamW, which updates parameters that are not LoRA factors.
         eps: of that AdamW.
     """
 

@@ -1,4 +1,4 @@
-"""Stochastic gradient descent with momentum, torch's own in its fused form."""
+"""Stochastic gradient descent with momentum: PyTorch's, fused."""
 
 import torch
 
@@ -6,7 +6,7 @@ from rite_diffusion.optim.spec import OptimizerSpec
 
 
 def sgd(groups: list[dict], momentum: float = 0.9) -> torch.optim.SGD:
-    """SGD with momentum over parameter groups."""
+    """PyTorch's fused SGD with momentum for parameter groups."""
     return torch.optim.SGD(groups, momentum=momentum, fused=True)
 
 

@@ -1,4 +1,4 @@
-"""What the trainer needs to know of an optimizer."""
+"""The specification of an optimizer for the trainer."""
 
 import inspect
 from collections.abc import Callable
@@ -12,22 +12,22 @@ from rite_diffusion.errors import OptimizerError
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """A way to build an optimizer and the learning rate that suits it.
+    """A function that builds an optimizer, and its default learning rate.
 
-    `make` takes torch parameter groups, whose `params` are (name, parameter) tuples, and options;
-    each group has its `lr` and may have `weight_decay`.
+    `make` takes PyTorch parameter groups, whose `params` are (name, parameter) tuples, and options;
+    each group has `lr` and may have `weight_decay`.
     """
 
     make: Callable[..., Optimizer]
     lr: float
 
     def options(self) -> dict[str, Any]:
-        """Options with their defaults, beside the rate and the weight decay that groups carry."""
+        """The options and their defaults, without `lr` and `weight_decay`, which groups have."""
         parameters = list(inspect.signature(self.make).parameters.values())[1:]
         return {p.name: p.default for p in parameters if p.name not in ("lr", "weight_decay")}
 
     def build(self, groups: list[dict], **options: Any) -> Optimizer:
-        """The optimizer; raises OptimizerError for an option it does not have."""
+        """The optimizer for the groups; raises OptimizerError for an unknown option."""
         known = self.options()
         unknown = [name for name in options if name not in known]
         if unknown:

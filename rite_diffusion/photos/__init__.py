@@ -1,1 +1,1 @@
-"""Photo folder -> checked pictures with captions -> batches of latents."""
+"""Photos: reading folders, captions and masks, views, buckets, and encoding to latents."""

@@ -1,6 +1,6 @@
-"""Views of a photo: itself, then random cuts, colours and scales, each with its caption and mask.
+"""Views of a photo: the photo, then random crops, colours and scales, with caption and mask.
 
-A view is a function of (seed, photo, number), so that views can be encoded once, before training.
+A view is a function of (seed, photo, number), so views are encoded once, before training.
 """
 
 from dataclasses import dataclass, replace
@@ -13,26 +13,26 @@ from rite_diffusion.photos.images import fit
 from rite_diffusion.seeding import Stream, generator
 from rite_diffusion.types import Photo
 
-SCALES = (0.4, 1.4)  # of the photo in its frame (Kumari et al. 2023, Sec. 4)
+SCALES = (0.4, 1.4)  # range of the random scale (Kumari et al. 2023, Sec. 4)
 SMALL, CLOSE = (0.6, ("very small", "far away")), (1.2, ("zoomed in", "close up"))
 
 
 @dataclass(frozen=True)
 class View:
-    """One way to show a photo, in the size it is trained at."""
+    """A version of a photo, in the size that is trained on."""
 
     image: Image.Image
     caption: str
-    mask: Image.Image | None  # mode L, white is learned; None: all of it
-    valid: Image.Image | None  # mode L, black where there is no photo; None: it is everywhere
+    mask: Image.Image | None  # mode L, white where the subject is; None: everywhere
+    valid: Image.Image | None  # mode L, black outside the photo; None: the photo fills the view
 
 
 def views_of(
     photo: Photo, size: tuple[int, int], augment: AugmentSection, seed: int, index: int
 ) -> list[View]:
-    """The photo in a size (width, height), and `augment.views` - 1 variations of it.
+    """The views of a photo in a size (width, height): itself, then `augment.views` - 1 random ones.
 
-    With `augment.flip`, the mirror image of each follows it.
+    With `augment.flip`, each is followed by its mirror image.
     """
     image, mask = photo.open()
     whole = View(image, photo.caption, mask, None)
@@ -49,7 +49,7 @@ def views_of(
 
 
 def _fitted(view: View, size: tuple[int, int]) -> View:
-    """The view's middle in a size (width, height)."""
+    """The view scaled to cover a size (width, height), then cropped to its centre."""
     return replace(view, image=fit(view.image, *size), mask=view.mask and fit(view.mask, *size))
 
 
@@ -58,7 +58,7 @@ def _uniform(low: float, high: float, draws: torch.Generator) -> float:
 
 
 def _cut(view: View, most: float, draws: torch.Generator) -> View:
-    """A part of the view, of its shape and anywhere in it, at least 1 - `most` of each side."""
+    """A random crop of the view, of the same shape and at least 1 - `most` of each side."""
     width, height = view.image.size
     kept = 1 - _uniform(0, most, draws)
     left, top = (_uniform(0, 1 - kept, draws) for _ in range(2))
@@ -72,7 +72,7 @@ def _cut(view: View, most: float, draws: torch.Generator) -> View:
 
 
 def _coloured(view: View, most: float, draws: torch.Generator) -> View:
-    """Brightness, contrast and saturation each changed by up to a share `most`."""
+    """The view with brightness, contrast and saturation changed by up to a share `most`."""
     image = view.image
     for enhance in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
         image = enhance(image).enhance(_uniform(1 - most, 1 + most, draws))
@@ -80,27 +80,27 @@ def _coloured(view: View, most: float, draws: torch.Generator) -> View:
 
 
 def _scaled(view: View, draws: torch.Generator) -> View:
-    """The view smaller on grey, or closer, and a caption that says so (Kumari et al. 2023).
+    """The view smaller on grey, or larger, with a caption that says so (Kumari et al. 2023).
 
-    Only where the photo is does it count.
+    `valid` leaves the grey out of the loss.
     """
     scale = _uniform(*SCALES, draws)
     inner = (round(view.image.width * scale), round(view.image.height * scale))
     image = _placed(view.image, inner, "gray")
     mask = view.mask and _placed(view.mask, inner, "black")
     valid = _placed(Image.new("L", view.image.size, 255), inner, "black")
-    return View(image, _told(view.caption, scale, draws), mask, valid)
+    return View(image, _with_scale_words(view.caption, scale, draws), mask, valid)
 
 
 def _placed(image: Image.Image, inner: tuple[int, int], ground: str) -> Image.Image:
-    """The image scaled to a size, in the middle of a frame of its own size before."""
+    """The image scaled to a size, centred in a frame of its original size."""
     scaled = image.resize(inner, Image.Resampling.LANCZOS)
     frame = Image.new(image.mode, image.size, ground)
     frame.paste(scaled, ((image.width - inner[0]) // 2, (image.height - inner[1]) // 2))
     return frame
 
 
-def _told(caption: str, scale: float, draws: torch.Generator) -> str:
+def _with_scale_words(caption: str, scale: float, draws: torch.Generator) -> str:
     if SMALL[0] <= scale <= CLOSE[0]:
         return caption
     words = (SMALL if scale < SMALL[0] else CLOSE)[1]

@@ -1,7 +1,7 @@
-"""Aspect-ratio buckets: pictures keep their shape instead of being cut to squares.
+"""Aspect-ratio buckets: pictures keep their shape instead of being cropped to squares.
 
-Every bucket is an endless stream of its own samples, and a step takes its whole batch from one of
-them: nothing is dropped, padded or shown twice in an epoch to fill a batch.
+A step takes its whole batch from one bucket, and each bucket goes on with its next samples: none is
+dropped, padded, or shown twice in an epoch to fill a batch.
 """
 
 import math
@@ -12,18 +12,18 @@ import torch
 
 from rite_diffusion.seeding import Stream, generator
 
-WIDEST = 2.0  # long side over short side
+MAX_RATIO = 2.0  # long side over short side
 
 
 def bucket_sizes(resolution: int, multiple: int) -> list[tuple[int, int]]:
     """Sizes (width, height) of at most resolution^2 pixels, sides multiples of `multiple`.
 
-    For each width the largest height that fits, up to a ratio of 2, narrow ones first.
+    For each width the largest height that fits, up to a ratio of 2; sorted by width.
     """
     area, sizes = resolution * resolution, []
     for width in range(multiple, 2 * resolution + 1, multiple):
         height = area // width // multiple * multiple
-        if height and max(width, height) <= WIDEST * min(width, height):
+        if height and max(width, height) <= MAX_RATIO * min(width, height):
             sizes.append((width, height))
     return sizes
 
@@ -35,9 +35,9 @@ def bucket_of(size: tuple[int, int], sizes: list[tuple[int, int]]) -> tuple[int,
 
 
 def bucket_of_step(counts: list[int], seed: int, step: int) -> tuple[int, int]:
-    """(bucket, how many batches it has given before) of a step.
+    """The bucket of a step, and the number of batches taken from it before.
 
-    In every `sum(counts)` steps, bucket b has its turn `counts[b]` times, in random order.
+    In every `sum(counts)` steps, bucket b is used `counts[b]` times, in random order.
     """
     if len(counts) == 1:
         return 0, step
@@ -51,9 +51,9 @@ def bucket_of_step(counts: list[int], seed: int, step: int) -> tuple[int, int]:
 
 
 def batch_indices(buckets: list[list[int]], batch: int, seed: int, step: int) -> list[int]:
-    """Indices of one step's samples: each bucket goes through its epochs, each in random order.
+    """Indices of a step's samples; each epoch of a bucket is in a random order of its own.
 
-    A function of (seed, step) alone, so that a resumed run sees what an unbroken one would.
+    A function of (seed, step) only, so a resumed run uses the same batches as an uninterrupted one.
     """
     bucket, turn = bucket_of_step([len(members) for members in buckets], seed, step)
     members = buckets[bucket]

@@ -1,4 +1,4 @@
-"""Captions as they lie beside pictures: text files, and rows of `metadata.jsonl`."""
+"""Reading of captions: text files, and rows of `metadata.jsonl`."""
 
 import json
 import re
@@ -10,7 +10,7 @@ from rite_diffusion.errors import PhotoFolderError
 from rite_diffusion.files.writing import reading
 
 TABLE = "metadata.jsonl"
-TEXTS = ("text", "caption", "prompt")  # keys of a row's caption; the first that is there counts
+TEXTS = ("text", "caption", "prompt")  # keys of a row's caption, in order of preference
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character, which JSON can escape
 FORM = '{"file_name": "a.jpg", "text": "…"}'
 
@@ -26,13 +26,13 @@ class Row:
 
 
 def read_caption(path: Path) -> str:
-    """A caption file's text on one line; PhotoFolderError where it cannot be read as UTF-8."""
+    """A caption file's text as one line; PhotoFolderError where it cannot be read as UTF-8."""
     return " ".join(_read_text(path).split())
 
 
 def read_table(path: Path) -> list[Row]:
-    """The rows of a `metadata.jsonl`; PhotoFolderError naming the first line that is none."""
-    # Lines end with \n alone: U+2028 and the like may stand inside a JSON string.
+    """The rows of a `metadata.jsonl`; PhotoFolderError names the first invalid line."""
+    # Only \n ends a line: U+2028 and the like may be inside a JSON string.
     lines = enumerate(_read_text(path).split("\n"), 1)
     return [_row(path, number, line) for number, line in lines if line.strip()]
 
@@ -48,7 +48,7 @@ def _row(path: Path, number: int, line: str) -> Row:
 
 
 def _text(path: Path, number: int, row: dict[str, Any]) -> str:
-    """The row's caption on one line; null and no key at all are none."""
+    """The row's caption as one line, empty where it is null or missing."""
     text = next((row[key] for key in TEXTS if row.get(key) is not None), "")
     if not isinstance(text, str) or _SURROGATE.search(text):
         raise PhotoFolderError(
@@ -59,7 +59,7 @@ def _text(path: Path, number: int, row: dict[str, Any]) -> str:
 
 
 def _parts(name: str) -> tuple[str, ...]:
-    """Folders and file of a relative path, of Windows too; () where it leads out."""
+    """The parts of a relative POSIX or Windows path; () where it leads out of the folder."""
     path = PurePosixPath(name.replace("\\", "/"))
     drive = len(path.parts) > 0 and path.parts[0].endswith(":")
     return () if path.is_absolute() or drive or ".." in path.parts else path.parts

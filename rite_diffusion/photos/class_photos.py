@@ -1,4 +1,4 @@
-"""Pictures of a class, which train along to keep it as it is (prior preservation)."""
+"""Class pictures for prior preservation (Ruiz et al. 2023)."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,17 +13,17 @@ TEMPLATE = "a {class_noun}"  # the caption of a picture that has none
 
 
 def read_class_photos(folder: Path, class_noun: str) -> PhotoFolder:
-    """The pictures of a class in a folder; PhotoFolderError as for photos.
+    """The class pictures of a folder; PhotoFolderError as of `read_photos`.
 
-    Their captions may hold `{class_noun}` alone. A picture without a caption is "a {class_noun}".
+    Captions may contain `{class_noun}`; the default caption is "a {class_noun}".
     """
     return read_photos(folder, {"class_noun": class_noun}, [TEMPLATE])
 
 
 def given_class_photos(sources: Sequence[PhotoSource]) -> tuple[list[PhotoFolder], list[str]]:
-    """The given pictures of each class, and the class nouns of which none are given.
+    """The given folders of class pictures, and the class nouns without any.
 
-    Several folders of one class count together. Raises ConfigError for a folder of photos.
+    Raises ConfigError for a folder that holds the photos of a concept.
     """
     photos = {_resolved(source.photos): source.concept for source in sources}
     folders: dict[str, dict[Path, Path]] = {}
@@ -55,11 +55,11 @@ def refuse_concepts(
     pictures: Sequence[Photo],
     photos: Sequence[Photo],
     triggers: Sequence[str],
-    says: Callable[[str, str], bool],
+    contains: Callable[[str, str], bool],
 ) -> None:
-    """Raise ConfigError where a picture of the class is a concept's photo or has its trigger.
+    """ConfigError where a class picture is a concept's photo or its caption has a trigger.
 
-    `says` tells whether a caption has a trigger.
+    `contains(caption, trigger)` returns whether a caption has a trigger.
     """
     concepts = {photo.digest: photo for photo in photos}
     for picture in pictures:
@@ -70,7 +70,7 @@ def refuse_concepts(
                 "pictures of other things of its class, or leave class_photos out."
             )
         for trigger in triggers:
-            if says(picture.caption, trigger):
+            if contains(picture.caption, trigger):
                 raise ConfigError(
                     f'class_photos: the caption "{picture.caption}" of {picture.path} holds the '
                     f"trigger {trigger}, which pictures of the class must not have: reword it."

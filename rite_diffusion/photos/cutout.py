@@ -1,24 +1,24 @@
-"""From a rough map of where the subject is to a mask that follows its outline."""
+"""Masks with sharp outlines from rough maps of the subject."""
 
 import numpy as np
 from PIL import Image
 
 SIDE = 64  # pixels of the small picture whose colours are compared
 ROUNDS = 20
-TRUST = 0.5  # logits between the map's surest cell and one at the parting, at most
-BORDER = 4.0  # logits taken from the outermost pixels
-SPREAD = 20.0  # grey levels: standard deviation of the colours' kernel
-FLOOR = 1e-6  # of a density
+MAP_WEIGHT = 0.5  # logits per unit of a map's score above the threshold
+BORDER_PENALTY = 4.0  # logits subtracted from the outermost pixels
+BANDWIDTH = 20.0  # grey levels: standard deviation of the density kernel
+FLOOR = 1e-6  # added to densities
 
 
 def cut_out(scores: np.ndarray, photo: Image.Image) -> Image.Image:
     """The mask of a photo, white where its subject is, from scores (h, w) in [0, 1].
 
-    A small copy's pixels are parted by their colours: in turn, each side's colour density is
-    estimated from the pixels that are likely on it, and each pixel's likelihood from the densities,
-    the scores and the border, which subjects touch less than grounds do. The alternation is
-    GrabCut's (Rother et al. 2004, Section 3) with soft sides and kernel densities; the border is
-    Wei et al.'s prior (2012, Section 2).
+    The pixels of a small copy are divided into subject and background by colour. Two steps
+    alternate: the colour densities of both are estimated from the pixels' probabilities, and the
+    probabilities from the densities, the scores, and a prior against pixels at the border. This is
+    GrabCut (Rother et al. 2004, Section 3) with probabilities and kernel densities; the prior is of
+    Wei et al. (2012, Section 2).
     """
     small = photo.convert("RGB").resize((SIDE, SIDE), Image.Resampling.BOX)
     likely = _likelihood(_resized(scores, (SIDE, SIDE)), np.asarray(small, np.float32))
@@ -27,15 +27,15 @@ def cut_out(scores: np.ndarray, photo: Image.Image) -> Image.Image:
 
 
 def _likelihood(scores: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """How likely (SIDE, SIDE) each of the pixels (SIDE, SIDE, 3) is the subject's."""
-    parting = otsu((scores.clip(0, 1) * 255).astype(np.uint8)) / 255
-    prior = TRUST * (scores.clip(0, 1) - parting)
-    prior[[0, 1, -2, -1]] -= BORDER
-    prior[2:-2, [0, 1, -2, -1]] -= BORDER
+    """Probability (SIDE, SIDE) that each of the pixels (SIDE, SIDE, 3) is of the subject."""
+    threshold = otsu((scores.clip(0, 1) * 255).astype(np.uint8)) / 255
+    prior = MAP_WEIGHT * (scores.clip(0, 1) - threshold)
+    prior[[0, 1, -2, -1]] -= BORDER_PENALTY
+    prior[2:-2, [0, 1, -2, -1]] -= BORDER_PENALTY
     colours = pixels.reshape(-1, 3)
     squares = (colours**2).sum(1)
     distances = squares[:, None] + squares - 2 * colours @ colours.T
-    kernel = np.exp(-distances / (2 * SPREAD**2))
+    kernel = np.exp(-distances / (2 * BANDWIDTH**2))
     likely = _sigmoid(2 * prior)
     for _ in range(ROUNDS):
         subject = likely.reshape(-1)
@@ -51,13 +51,13 @@ def _sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def _resized(values: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Values (h, w) at another (width, height), smoothly."""
+    """Values (h, w) resized to (width, height), bicubic."""
     image = Image.fromarray(values.astype(np.float32))
     return np.asarray(image.resize(size, Image.Resampling.BICUBIC), np.float32)
 
 
 def otsu(greys: np.ndarray) -> int:
-    """The grey that parts a picture into two classes farthest apart (Otsu 1979, Eq. 18)."""
+    """The threshold, 0 to 255, with the largest between-class variance (Otsu 1979, Eq. 18)."""
     counts = np.bincount(greys.ravel(), minlength=256).astype(float)
     weights = counts.cumsum() / counts.sum()  # of the lower class
     means = (counts * np.arange(256)).cumsum() / counts.sum()

@@ -1,4 +1,4 @@
-"""Photos as latents in memory."""
+"""Photos encoded to latents in memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,23 +21,23 @@ from rite_diffusion.seeding import Stream, generator
 from rite_diffusion.types import Concept, Photo
 
 LONGEST_SIDE = 4096  # pixels
-UNEVEN = 0.1  # most by which groups that are shown equally often differ, as a share
+TOLERANCE = 0.1  # largest relative difference of how often balanced groups are shown
 
 
 @dataclass(frozen=True)
 class LatentSet:
-    """An epoch's samples: rows of the views' latents, which are kept once."""
+    """The samples of an epoch, as indices of latents, each of which is stored once."""
 
     latents: list[Tensor]  # (C, h, w) fp32 each
-    masks: list[Tensor] | None  # (1, h, w) in [0, 1] each; None where no view has one
-    samples: list[int]  # row of each sample; repeated photos come several times
+    masks: list[Tensor] | None  # (1, h, w) in [0, 1] each; None if no view has one
+    samples: list[int]  # index into `latents` of each sample; repeated photos occur several times
     captions: list[str]  # of the samples
     weights: list[float]  # of the samples' losses
     names: list[str]  # of the samples' files
 
     @cached_property
     def buckets(self) -> list[list[int]]:
-        """The samples of each shape."""
+        """Indices of the samples, grouped by the shape of their latents."""
         shapes: dict[torch.Size, list[int]] = {}
         for sample, row in enumerate(self.samples):
             shapes.setdefault(self.latents[row].shape, []).append(sample)
@@ -46,28 +46,28 @@ class LatentSet:
 
 @dataclass(frozen=True)
 class Encoding:
-    """How photos become latents."""
+    """The settings that decide the latents of photos."""
 
-    resolution: int  # pixels of a square of the pictures' area
-    bucketed: bool = False  # else all are cut to squares
+    resolution: int  # pixels: pictures have the area of a square of this side
+    bucketed: bool = False  # otherwise all are cropped to squares
     augment: AugmentSection = AugmentSection()
-    mask_floor: float = 0.0  # weight of what a mask leaves out
-    seed: int = 0  # of the views
-    cache: Path | None = None  # folder of latents that were encoded before
+    mask_floor: float = 0.0  # weight of cells outside the mask
+    seed: int = 0  # of the random views
+    cache: Path | None = None  # folder of cached latents
 
 
 def target_sizes(
     photos: Sequence[Photo], resolution: int, multiple: int, bucketed: bool
 ) -> list[tuple[int, int]]:
-    """The size (width, height) to which each photo is scaled and cut."""
+    """The size (width, height) to which each photo is scaled and cropped."""
     sizes = bucket_sizes(resolution, multiple) if bucketed else [(resolution, resolution)]
     return [bucket_of(photo.size, sizes) for photo in photos]
 
 
 def balanced(groups: Sequence[Sequence[Photo]]) -> list[Photo]:
-    """All photos, repeated so that an epoch shows each group as often, to within a tenth.
+    """All photos, repeated so that an epoch shows each group equally often, to within a tenth.
 
-    Repeats are the smallest whole numbers that do so.
+    Repeats are the smallest integers that do so.
     """
     counts = [sum(photo.repeats for photo in group) for group in groups]
     goals = count_up(max(counts), max(counts))
@@ -80,16 +80,16 @@ def balanced(groups: Sequence[Sequence[Photo]]) -> list[Photo]:
 
 
 def _divides(count: int, goal: int) -> bool:
-    """Whether a whole multiple of a count is near enough to a goal."""
-    return abs(round(goal / count) * count - goal) <= UNEVEN * goal
+    """Whether a multiple of a count is within TOLERANCE of a goal."""
+    return abs(round(goal / count) * count - goal) <= TOLERANCE * goal
 
 
 def hold_out(
     folders: Sequence[PhotoFolder], concepts: Sequence[Concept], count: int, seed: int
 ) -> tuple[list[list[Photo]], list[Photo]]:
-    """Each concept's photos to train on, and `count` photos that a seeded draw holds out.
+    """Each concept's photos to train on, and `count` random photos for validation.
 
-    `concepts` has the concept of each folder. Raises ConfigError where nothing of one is left.
+    `concepts` has the concept of each folder. Raises ConfigError where a concept has no photo left.
     """
     photos = [photo for folder in folders for photo in folder.photos]
     order = torch.randperm(len(photos), generator=generator(seed, 0, Stream.HELD_OUT)).tolist()
@@ -108,7 +108,7 @@ def hold_out(
 
 
 def training_side(backbone: Backbone, resolution: int | None) -> int:
-    """The side of training pictures in pixels; ConfigError for one that the model cannot have."""
+    """The side of training pictures in pixels; ConfigError where it does not fit the backbone."""
     side = backbone.resolution if resolution is None else resolution
     if side % backbone.multiple or not 0 < side <= LONGEST_SIDE:
         raise ConfigError(
@@ -140,7 +140,7 @@ def encode_photos(backbone: Backbone, photos: Sequence[Photo], how: Encoding) ->
 
 
 def _mask(view: View, cells: torch.Size, floor: float) -> Tensor:
-    """Weights (1, h, w) of a view's latent cells: 0 where there is no photo, else >= `floor`."""
+    """Weights (1, h, w) of a view's latent cells: 0 outside the photo, at least `floor` in it."""
     weights = torch.ones(1, *cells)
     if view.mask is not None:
         weights = mask_tensor(view.mask, cells).clamp(min=floor)

@@ -1,4 +1,4 @@
-"""A folder of photos as the trainer finds it: what is used, what is not and why."""
+"""Photo folders: the usable photos, and the files that are skipped, with reasons."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,40 +19,40 @@ from rite_diffusion.photos.pixels import UnreadableImage
 from rite_diffusion.photos.sidecars import Unused
 from rite_diffusion.types import Concept, Photo
 
-LEAST_SIDE = 16  # pixels
-LONGEST_SHAPE = 6  # long side over short side
-ALIKE = 5  # bits of 64 in which near-duplicates may differ
+MIN_SIDE = 16  # pixels
+MAX_RATIO = 6  # long side over short side
+MAX_DIFFERENT_BITS = 5  # bits of 64 in which near-duplicates may differ
 
 
 @dataclass(frozen=True)
 class PhotoFolder:
-    """The usable photos of a folder, and the files that are not used with the reason."""
+    """The usable photos of a folder, and the skipped files with reasons."""
 
     photos: list[Photo]
     skipped: list[Unused]
     captioned: int  # photos whose caption came from a file
 
     def sizes(self) -> str:
-        """Range of the photos' sizes in words."""
+        """The range of the photos' sizes as text: "64x64 to 512x768"."""
         found = sorted({photo.size for photo in self.photos})
         names = [f"{width}x{height}" for width, height in found]
         return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
     def near_duplicates(self) -> list[tuple[str, str]]:
-        """Names of pictures that look alike."""
+        """Names of photos that look alike, in pairs."""
         pairs = combinations(self.photos, 2)
         return [
             (a.path.name, b.path.name)
             for a, b in pairs
-            if (a.likeness ^ b.likeness).bit_count() <= ALIKE
+            if (a.perceptual_hash ^ b.perceptual_hash).bit_count() <= MAX_DIFFERENT_BITS
         ]
 
     def smaller_than(self, side: int) -> list[str]:
-        """Names of pictures that have to be scaled up."""
+        """Names of photos with a side below `side` pixels, which must be scaled up."""
         return [photo.path.name for photo in self.photos if min(photo.size) < side]
 
     def repeats(self) -> list[tuple[str, int, int]]:
-        """Name of each folder whose photos are shown several times, their number, how often."""
+        """(folder, number of photos, repeats) for each folder with repeated photos."""
         counts: dict[tuple[Path, int], int] = {}
         for photo in self.photos:
             key = (photo.path.parent, photo.repeats)
@@ -61,7 +61,7 @@ class PhotoFolder:
 
 
 def joined(folders: Sequence[PhotoFolder]) -> PhotoFolder:
-    """Several folders as one."""
+    """Several folders joined into one."""
     return PhotoFolder(
         [photo for folder in folders for photo in folder.photos],
         [each for folder in folders for each in folder.skipped],
@@ -84,11 +84,12 @@ def read_folder(
 def read_photos(
     folder: Path, words: Mapping[str, str], templates: Sequence[str], repeats: int = 1
 ) -> PhotoFolder:
-    """The folder's photos in the order of their names, captioned.
+    """The folder's photos with captions, in the order of their names.
 
-    A photo without a caption of its own gets one of `templates` in turn; placeholders stand for
-    `words` everywhere. Each picture is opened, looked at and let go. Raises PhotoFolderError where
-    a sidecar cannot be used, no photo is usable, or more pictures are broken than whole.
+    A photo without a caption file gets one of `templates` in turn; `words` are the values of
+    placeholders. Each picture is opened and checked, but its pixels are not kept. Raises
+    PhotoFolderError where a sidecar cannot be used, where no photo is usable, and where more
+    pictures are damaged than usable.
     """
     listing = list_pictures(folder)
     photos, broken = list[Photo](), list[Unused]()
@@ -96,7 +97,7 @@ def read_photos(
     for picture in listing.pictures:
         caption = _caption(picture, words, templates[len(photos) % len(templates)])
         try:
-            photo = _look_at(picture, caption)
+            photo = _inspect_photo(picture, caption)
         except UnreadableImage as fault:
             broken.append((picture.path, str(fault)))
         else:
@@ -115,12 +116,12 @@ def _caption(picture: Picture, words: Mapping[str, str], template: str) -> str:
     return fill(picture.caption or template, words)
 
 
-def _look_at(picture: Picture, caption: str) -> Photo:
-    """The photo without its pixels; UnreadableImage says why there is none."""
-    path, stamps = picture.path, _stamps(picture)
+def _inspect_photo(picture: Picture, caption: str) -> Photo:
+    """The photo without its pixels; UnreadableImage where it cannot be used."""
+    path, stamps = picture.path, _file_stamps(picture)
     upright = open_upright(path)
     short, long = sorted(upright.image.size)
-    if short < LEAST_SIDE or long > LONGEST_SHAPE * short:
+    if short < MIN_SIDE or long > MAX_RATIO * short:
         width, height = upright.image.size
         raise UnreadableImage(f"{width}x{height} is too small or too long a strip")
     mask = mask_of(upright, picture.mask)
@@ -142,8 +143,8 @@ def _digest(image: Image.Image) -> str:
     return digest.hexdigest()[:16]
 
 
-def _stamps(picture: Picture) -> list[tuple[int, int]]:
-    """Time of change and size of a picture's and its mask's file."""
+def _file_stamps(picture: Picture) -> list[tuple[int, int]]:
+    """(modification time, size) of the files of a picture and its mask."""
     with reading(picture.path, PhotoFolderError):
         stats = [path.stat() for path in (picture.path, picture.mask) if path is not None]
     return [(stat.st_mtime_ns, stat.st_size) for stat in stats]
@@ -152,8 +153,8 @@ def _stamps(picture: Picture) -> list[tuple[int, int]]:
 def _open_again(
     picture: Picture, stamps: list[tuple[int, int]]
 ) -> tuple[Image.Image, Image.Image | None]:
-    """Pixels and mask of a photo that was looked at before; PhotoFolderError if it has changed."""
-    if _stamps(picture) != stamps:
+    """Pixels and mask of a photo; PhotoFolderError if its files have changed since the check."""
+    if _file_stamps(picture) != stamps:
         raise PhotoFolderError(f"{picture.path} or its mask has just changed: start again.")
     try:
         upright = open_upright(picture.path)

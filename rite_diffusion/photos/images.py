@@ -1,4 +1,4 @@
-"""Any picture file as upright RGB with the colours that its maker saw."""
+"""Picture files as upright sRGB, and conversion from and to tensors."""
 
 import warnings
 from collections.abc import Sequence
@@ -26,23 +26,23 @@ ORIENTATION = 0x0112  # the EXIF tag
 
 @dataclass(frozen=True)
 class Upright:
-    """A picture file, turned as its EXIF says."""
+    """The content of a picture file, turned by its EXIF orientation."""
 
-    image: Image.Image  # RGB, transparency laid on white
-    opacity: Image.Image | None  # mode L; None where all of it is opaque
-    orientation: int  # EXIF's, from 1 to 8, by which the file's pixels were turned
+    image: Image.Image  # RGB, on white where transparent
+    opacity: Image.Image | None  # mode L; None if opaque everywhere
+    orientation: int  # of EXIF, 1 to 8
 
 
 def open_image(path: Path) -> Image.Image:
-    """The picture as upright RGB; of an animation its first frame.
+    """The picture as upright RGB, of an animation the first frame.
 
-    Raises UnreadableImage for what is no picture, is cut off, or has over 100 megapixels.
+    Raises UnreadableImage for other files, damaged pictures, and those above 100 megapixels.
     """
     return open_upright(path).image
 
 
 def open_upright(path: Path) -> Upright:
-    """The picture with its opacity and how it was turned; raises as `open_image` does."""
+    """The picture with opacity and orientation; raises as `open_image` does."""
     image, orientation = open_pixels(path)
     try:
         return Upright(on_white(image), opacity(image), orientation)
@@ -51,7 +51,7 @@ def open_upright(path: Path) -> Upright:
 
 
 def open_pixels(path: Path) -> tuple[Image.Image, int]:
-    """The picture in its own mode, upright, and the EXIF orientation by which it was turned."""
+    """The picture, upright and in its own mode, and its EXIF orientation."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged EXIF, of large pictures
@@ -75,7 +75,7 @@ def open_pixels(path: Path) -> tuple[Image.Image, int]:
 
 @lru_cache(maxsize=1)
 def _formats() -> tuple[str, ...]:
-    """The formats that are read: with pillow-heif, HEIF too."""
+    """The formats that can be read; HEIF if pillow-heif is installed."""
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
@@ -85,7 +85,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def _unidentified(path: Path) -> str:
-    """Why a file is not opened: no picture, or one that needs an extra."""
+    """Why Pillow cannot open a file: not a picture, or HEIC without pillow-heif."""
     with path.open("rb") as stream:
         start = stream.read(12)
     if start[4:8] == b"ftyp" and start[8:12] in HEIF_BRANDS and "HEIF" not in _formats():
@@ -94,18 +94,18 @@ def _unidentified(path: Path) -> str:
 
 
 def fit(image: Image.Image, width: int, height: int) -> Image.Image:
-    """The picture's centre in the wanted size: scaled to cover it, then cropped."""
+    """The picture scaled to cover a size, then cropped to its centre."""
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
 def mask_tensor(mask: Image.Image, cells: Sequence[int]) -> Tensor:
-    """The mask (1, h, w) in [0, 1] of latent cells, of a mask that is cut as its picture is."""
+    """The mask of latent cells (1, h, w) in [0, 1]; `cells` is (h, w)."""
     small = mask.resize((cells[1], cells[0]), Image.Resampling.BOX)
     return torch.from_numpy(np.asarray(small, np.float32) / 255)[None]
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """64 bits that near-duplicates share but for a few: each of 8x8 spots against the next."""
+    """A 64-bit difference hash: whether each of 8x8 cells is darker than the one right of it."""
     grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
     bits = (grey[:, 1:] > grey[:, :-1]).flatten()
     return int("".join("1" if bit else "0" for bit in bits), 2)
@@ -118,6 +118,6 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """Picture of pixels (3, H, W) in [-1, 1]."""
+    """The picture of pixels (3, H, W) in [-1, 1], clipped to the range."""
     array = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0)
     return Image.fromarray(array.cpu().numpy())

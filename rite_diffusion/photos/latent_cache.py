@@ -1,7 +1,7 @@
-"""Latents on disk, so that the same pictures are not encoded again for the next run.
+"""A cache of latents on disk, so that pictures are encoded once for all runs.
 
-An entry's name is the digest of the pixels that the encoder sees, its folder's that of the encoder:
-an edited photo, another cut or another model is another entry, and none is ever stale.
+An entry is named by the digest of the pixels that are encoded, its folder by that of the encoder.
+An edited photo, another crop or another model has another entry, so entries are never out of date.
 """
 
 from hashlib import sha256
@@ -14,9 +14,9 @@ from rite_diffusion.files.cache import cached_tensors
 
 
 def cached_latents(backbone: Backbone, pixels: Tensor, folder: Path | None) -> Tensor:
-    """Latents (B, C, h, w) fp32 of pictures (B, 3, H, W) in [-1, 1], from the cache if it has them.
+    """Latents (B, C, h, w) fp32 of pictures (B, 3, H, W) in [-1, 1], from the cache if there.
 
-    An entry that cannot be read is made again.
+    An entry that cannot be read is replaced.
     """
 
     def encode() -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
-"""What lies in a photo folder: the pictures with their sidecars, and all that is not used.
+"""Listing of a photo folder: pictures with their sidecars, and the files that are not used.
 
-Pictures lie in the folder itself; or all of them in subfolders `10_name` as kohya's tools have
-them, whose number says how often an epoch shows each; or in subfolders that `metadata.jsonl` names.
+Pictures are in the folder itself; or all in subfolders `10_name`, as of kohya's tools, whose number
+is the repeats per epoch; or in subfolders that `metadata.jsonl` names.
 """
 
 import os
@@ -17,24 +17,24 @@ from rite_diffusion.photos.images import SUFFIXES
 from rite_diffusion.photos.sidecars import (
     MASK_FOLDER,
     Unused,
-    caption_owners,
     is_caption,
     is_mask,
     is_picture,
-    mask_owners,
+    match_captions,
+    match_masks,
 )
 
-MOST_REPEATS = 1000
+MAX_REPEATS = 1000
 _REPEATED = re.compile(r"(\d+)_.+", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture file with what is written about it; whether it is one is still to be seen."""
+    """A file with a picture's suffix, with its sidecars; it has not been opened yet."""
 
     path: Path
     repeats: int = 1
-    caption: str = ""  # its own; empty where it has none
+    caption: str = ""  # of its sidecar or row; empty if there is none
     caption_from: Path | None = None
     mask: Path | None = None
 
@@ -45,12 +45,12 @@ class Listing:
 
     pictures: list[Picture]
     unused: list[Unused]
-    folders: list[str]  # names of subfolders, for a reader who meant one of them
+    folders: list[str]  # names of subfolders, for messages
 
 
 @dataclass
-class _Place:
-    """The files of one folder, by what they are."""
+class _FolderFiles:
+    """The files of one folder by kind."""
 
     path: Path
     repeats: int = 1
@@ -63,10 +63,10 @@ class _Place:
 
 
 def list_pictures(root: Path) -> Listing:
-    """What lies in a photo folder; nothing but captions is read.
+    """The content of a photo folder; only captions are read.
 
     Raises PhotoFolderError where the folder or a caption cannot be read, a caption file is not
-    UTF-8, or a folder's name would show its pictures more than 1,000 times.
+    UTF-8, or a folder's name asks for more than 1,000 repeats.
     """
     with reading(root, PhotoFolderError):
         if not root.is_dir():
@@ -81,16 +81,16 @@ def list_pictures(root: Path) -> Listing:
     return Listing(pictures, unused + faults, [path.name for path in places[0].folders])
 
 
-def _places(root: Path) -> list[_Place]:
-    """The folders whose pictures are used: the first is the root."""
-    first = _look(root, root)
+def _places(root: Path) -> list[_FolderFiles]:
+    """The folders whose pictures are used, first the root."""
+    first = _list_folder(root, root)
     places = [first]
     named = _named_folders(first)
-    for place in places:  # grows: a named folder may lie in a named folder
+    for place in places:  # grows, as named folders may be nested
         for path in place.folders:
             repeated = _REPEATED.fullmatch(path.name)
             if path in named:
-                places.append(_look(path, root))
+                places.append(_list_folder(path, root))
             elif repeated and place is first and not first.pictures:
                 _add_repeated(places, path, root, int(repeated[1]))
             else:
@@ -98,14 +98,14 @@ def _places(root: Path) -> list[_Place]:
     return places
 
 
-def _add_repeated(places: list[_Place], path: Path, root: Path, repeats: int) -> None:
-    if repeats > MOST_REPEATS:
+def _add_repeated(places: list[_FolderFiles], path: Path, root: Path, repeats: int) -> None:
+    if repeats > MAX_REPEATS:
         raise PhotoFolderError(
             f"{path} would show each picture {repeats:,} times an epoch, as kohya's tools read its "
             "name. Rename it if the number means something else, or pass it as the photo folder."
         )
     if repeats:
-        place = _look(path, root)
+        place = _list_folder(path, root)
         place.repeats = repeats
         places.append(place)
     else:
@@ -118,8 +118,8 @@ def _why_not_entered(path: Path, repeated: bool) -> str:
     return "a folder, not looked into: pass it as the photo folder"
 
 
-def _named_folders(place: _Place) -> set[Path]:
-    """Folders in which a table's pictures lie, with those above them."""
+def _named_folders(place: _FolderFiles) -> set[Path]:
+    """The folders that hold a table's pictures, with their parents."""
     if place.table is None:
         return set()
     named = set()
@@ -129,9 +129,9 @@ def _named_folders(place: _Place) -> set[Path]:
     return named
 
 
-def _look(folder: Path, root: Path) -> _Place:
-    """The entries of a folder, sorted by what they are."""
-    place = _Place(folder)
+def _list_folder(folder: Path, root: Path) -> _FolderFiles:
+    """The entries of a folder by kind."""
+    place = _FolderFiles(folder)
     for path in sorted(folder.iterdir()):
         fault = _fault_of(path, root)
         if fault:
@@ -152,7 +152,7 @@ def _look(folder: Path, root: Path) -> _Place:
     return place
 
 
-def _add_folder(place: _Place, path: Path, root: Path) -> None:
+def _add_folder(place: _FolderFiles, path: Path, root: Path) -> None:
     if path.name != MASK_FOLDER:
         place.folders.append(path)
         return
@@ -167,11 +167,11 @@ def _add_folder(place: _Place, path: Path, root: Path) -> None:
 
 
 def _fault_of(path: Path, root: Path) -> str | None:
-    """Why an entry is not even looked at, whatever its name says."""
+    """The reason to skip an entry of any kind, None where there is none."""
     if path.name.startswith("."):
         return "hidden: its name begins with a dot"
     if path.is_symlink():
-        if _leads_nowhere(path):
+        if _is_broken_link(path):
             return "a link that leads nowhere"
         if path.is_dir():
             return "a link to a folder, not followed"
@@ -180,8 +180,8 @@ def _fault_of(path: Path, root: Path) -> str | None:
     return None if path.is_dir() or path.is_file() else "neither a file nor a folder"
 
 
-def _leads_nowhere(link: Path) -> bool:
-    """Whether a link's target is not there, or is the link itself."""
+def _is_broken_link(link: Path) -> bool:
+    """Whether a link's target is missing, or is the link itself."""
     try:
         link.stat()
     except OSError:
@@ -198,7 +198,7 @@ def _foreign(path: Path) -> str:
 
 
 def _is_clutter(path: Path) -> bool:
-    """Whether the system left a file that looks like nothing of a photo folder."""
+    """Whether a file is one that systems create, such as Thumbs.db, and not worth a report."""
     if not path.name.startswith("."):
         return path.name in ("Thumbs.db", "desktop.ini")
     looks_like = is_picture(path) or is_mask(path) or is_caption(path) or path.suffix == ".jsonl"
@@ -206,9 +206,9 @@ def _is_clutter(path: Path) -> bool:
 
 
 def _captions_of_tables(
-    places: Sequence[_Place],
+    places: Sequence[_FolderFiles],
 ) -> tuple[dict[Path, tuple[str, Path]], list[Unused]]:
-    """Picture -> its caption and the table that it is from; and rows of no use."""
+    """Picture -> its caption and the table that has it; and the rows that cannot be used."""
     pictures = {os.path.normpath(path): path for place in places for path in place.pictures}
     found: dict[Path, tuple[str, Path]] = {}
     faults: list[Unused] = []
@@ -240,11 +240,11 @@ def _fault_of_row(
 
 
 def _with_sidecars(
-    place: _Place, rows: dict[Path, tuple[str, Path]], unused: list[Unused]
+    place: _FolderFiles, rows: dict[Path, tuple[str, Path]], unused: list[Unused]
 ) -> Iterator[Picture]:
-    """The pictures of a folder; sidecars of no use are added to `unused`."""
-    captions = caption_owners(place.captions, place.pictures)
-    masks = mask_owners(place.masks, place.pictures)
+    """The pictures of a folder with sidecars; those that are not used are added to `unused`."""
+    captions = match_captions(place.captions, place.pictures)
+    masks = match_masks(place.masks, place.pictures)
     unused += captions.unused + masks.unused
     for path in place.pictures:
         text, source = rows.get(path, ("", None))

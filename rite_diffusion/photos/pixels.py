@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms
 
-# Mode that a profile is applied in -> the colour space that the profile must be of.
+# Mode in which a profile is applied -> the colour space that the profile must have.
 SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}
-OVERSHOOT = 2.0  # largest value of a float picture that is still taken for one in [0, 1]
+MAX_FLOAT = 2.0  # largest value of a float picture that counts as one in [0, 1]
 
 
 class UnreadableImage(Exception):
-    """The picture cannot be used; the message is the reason."""
+    """The picture cannot be used; the message says why."""
 
 
 def on_white(image: Image.Image) -> Image.Image:
-    """8-bit sRGB of a picture of any mode, transparency laid on white."""
+    """A picture of any mode as 8-bit sRGB, on white where transparent."""
     colours, alpha = rgb(image), opacity(image)
     if alpha is None:
         return colours
@@ -27,10 +27,10 @@ def on_white(image: Image.Image) -> Image.Image:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """8-bit sRGB of a picture of any mode, its transparency left aside.
+    """A picture of any mode as 8-bit sRGB, without its transparency.
 
-    An embedded ICC profile is converted from; without one, or with one that is damaged or of
-    another colour space, values count as sRGB.
+    An embedded ICC profile is applied. Without one, or with one that is damaged or of another
+    colour space, values are taken as sRGB.
     """
     plain = _without_alpha(image)
     if plain.mode == "LAB":
@@ -41,7 +41,7 @@ def rgb(image: Image.Image) -> Image.Image:
         return plain.convert("RGB")
     if plain.mode not in SPACES:
         plain = plain.convert("RGB")
-    for mode in dict.fromkeys((plain.mode, "RGB")):  # a grey picture may carry a profile of RGB
+    for mode in dict.fromkeys((plain.mode, "RGB")):  # a grey picture may have an RGB profile
         transform = _to_srgb(profile, mode)
         if transform is not None:
             return _applied(plain.convert(mode), transform)
@@ -49,7 +49,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
 
 def opacity(image: Image.Image) -> Image.Image | None:
-    """How opaque each pixel is (mode L), None where all of them are."""
+    """The alpha channel (mode L), None if all pixels are opaque."""
     transparent = image.info.get("transparency")
     if _is_deep(image):
         if not isinstance(transparent, int):
@@ -63,12 +63,12 @@ def opacity(image: Image.Image) -> Image.Image | None:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether a picture is one channel of more than 8 bits."""
+    """Whether a picture has one channel of more than 8 bits."""
     return image.mode.startswith("I") or image.mode == "F"
 
 
 def _without_alpha(image: Image.Image) -> Image.Image:
-    """The picture without transparency, in a mode without a palette and of 8 bits."""
+    """The picture without transparency and palette, in a mode of 8 bits."""
     if _is_deep(image):
         return Image.fromarray(eight_bits(np.asarray(image)))
     if image.mode in ("1", "LA"):
@@ -79,15 +79,15 @@ def _without_alpha(image: Image.Image) -> Image.Image:
 
 
 def eight_bits(values: np.ndarray) -> np.ndarray:
-    """Values of any number type as uint8, scaled by the range that they are written in.
+    """Values of any number type as uint8, scaled from their range.
 
-    That is [0, 1] of floats up to OVERSHOOT, [0, 255] where no value is larger, [0, 65535] where
-    none is larger, else up to the largest value. Raises UnreadableImage for values that are none.
+    The range is [0, 1] for floats up to MAX_FLOAT; otherwise [0, 255] or [0, 65535], the first that
+    holds all values, or up to the largest. Raises UnreadableImage for values that are not finite.
     """
     if not np.isfinite(values).all():
         raise UnreadableImage("damaged: some pixels are no numbers")
     most = float(values.max())
-    if values.dtype.kind == "f" and most <= OVERSHOOT:
+    if values.dtype.kind == "f" and most <= MAX_FLOAT:
         peak = 1.0
     else:
         peak = next((bound for bound in (255.0, 65535.0) if most <= bound), most)
@@ -102,7 +102,7 @@ def _srgb() -> ImageCms.ImageCmsProfile:
 
 @lru_cache(maxsize=8)
 def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """What converts pixels of a mode from a profile; None where the profile does not fit."""
+    """The transform from a profile to sRGB for a mode; None where the profile does not fit."""
     try:
         source = ImageCms.getOpenProfile(BytesIO(profile))
         core: Any = source.profile  # Pillow's annotation is of another attribute
@@ -115,5 +115,5 @@ def _to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
 
 def _applied(image: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:
     converted = ImageCms.applyTransform(image, transform)
-    assert converted is not None  # None is for conversions in place
+    assert converted is not None  # None is returned for conversions in place only
     return converted

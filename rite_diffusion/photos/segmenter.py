@@ -1,4 +1,4 @@
-"""A segmenter in an ONNX file, such as U2-Net (Qin et al. 2020), that finds a photo's subject."""
+"""Segmenters in ONNX files, such as U2-Net (Qin et al. 2020), that find a photo's subject."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +11,19 @@ from rite_diffusion.errors import ConfigError
 Segmenter = Callable[[Image.Image], Image.Image]  # photo -> mask of its size, white: the subject
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1]
-SIDE = 320  # pixels, where the model does not say
-FLAT = 1e-6  # least range of a map that shows something
+SIDE = 320  # pixels, for models without a fixed input size
+MIN_RANGE = 1e-6  # of a map that shows a subject
 
 
 class NoSubject(Exception):
-    """Nothing stands out in the photo."""
+    """No subject was found in the photo."""
 
 
 def load_segmenter(model: Path) -> Segmenter:
-    """The segmenter in an `.onnx` file; one picture in, one map out. ConfigError for any other."""
+    """The segmenter of an `.onnx` file that takes a picture (1, 3, h, w) and returns a map.
+
+    ConfigError where it cannot be opened or takes other inputs, or onnxruntime is missing.
+    """
     try:
         import onnxruntime  # pyright: ignore[reportMissingImports] (an extra)
         from onnxruntime.capi import (  # pyright: ignore[reportMissingImports]
@@ -51,17 +54,17 @@ def load_segmenter(model: Path) -> Segmenter:
 
 
 def _pixels(photo: Image.Image, width: int, height: int) -> np.ndarray:
-    """Normalised pixels (1, 3, height, width)."""
+    """Pixels (1, 3, height, width), normalised by ImageNet's mean and deviation."""
     small = photo.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
     pixels = (np.asarray(small, np.float32) / 255 - MEAN) / DEVIATION
     return pixels.transpose(2, 0, 1)[None].astype(np.float32)
 
 
 def _mask(values: np.ndarray, size: tuple[int, int]) -> Image.Image:
-    """The mask of a map (1, 1, h, w), from its least to its largest value."""
+    """The mask of a map (1, 1, h, w), scaled from its least to its largest value."""
     plane = values.reshape(values.shape[-2:]) if values.size else values
     low, high = plane.min(), plane.max()
-    if not high - low > FLAT:
+    if not high - low > MIN_RANGE:
         raise NoSubject
     greys = ((plane - low) / (high - low) * 255).astype(np.uint8)
     return Image.fromarray(greys).resize(size, Image.Resampling.BILINEAR)

@@ -1,6 +1,6 @@
-"""Which caption and which mask belong to which picture, by their names.
+"""Matching of captions and masks (sidecars) to pictures by file name.
 
-A sidecar names its picture in full (`a.jpg.txt`, `masks/a.jpg.png`), or by its stem (`a.txt`,
+A sidecar has its picture's full name (`a.jpg.txt`, `masks/a.jpg.png`), or its stem (`a.txt`,
 `masks/a.png`, `a-masklabel.png`) where no other picture beside it has that stem.
 """
 
@@ -11,28 +11,28 @@ from unicodedata import normalize
 
 from rite_diffusion.photos.images import SUFFIXES
 
-CAPTION_SUFFIXES = (".txt", ".caption")  # the first wins
+CAPTION_SUFFIXES = (".txt", ".caption")  # in order of preference
 MASK_ENDING = "-masklabel"
 MASK_FOLDER = "masks"
 
-Unused = tuple[Path, str]  # a file and why it is not used
+Unused = tuple[Path, str]  # a file, and the reason why it is not used
 
 
 @dataclass(frozen=True)
-class Owners:
-    """Which sidecar is each picture's, and the sidecars that are no picture's."""
+class Matches:
+    """Each picture's sidecar, and the sidecars that are not used."""
 
     of: dict[Path, Path] = field(default_factory=dict)
-    others: dict[Path, list[Path]] = field(default_factory=dict)  # that its picture has besides
-    unused: list[Unused] = field(default_factory=list)  # `others` too
+    others: dict[Path, list[Path]] = field(default_factory=dict)  # a picture's further sidecars
+    unused: list[Unused] = field(default_factory=list)  # includes `others`
 
     def all_of(self, picture: Path) -> list[Path]:
-        """Every sidecar that names a picture alone, the one that counts first."""
+        """All sidecars of a picture, first the one that is used."""
         return [self.of[picture], *self.others[picture]] if picture in self.of else []
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file is a picture by its name, and not a mask beside one."""
+    """Whether a file is a picture by its name, not a mask beside one."""
     return path.suffix.lower() in SUFFIXES and not path.stem.endswith(MASK_ENDING)
 
 
@@ -46,29 +46,29 @@ def is_caption(path: Path) -> bool:
     return path.suffix.lower() in CAPTION_SUFFIXES
 
 
-def caption_owners(captions: Iterable[Path], pictures: Sequence[Path]) -> Owners:
-    """Which caption file is each picture's."""
-    return _owners({path: path.stem for path in captions}, pictures, "caption", _caption_rank)
+def match_captions(captions: Iterable[Path], pictures: Sequence[Path]) -> Matches:
+    """Each picture's caption file."""
+    return _match({path: path.stem for path in captions}, pictures, "caption", _caption_rank)
 
 
-def mask_owners(masks: Iterable[Path], pictures: Sequence[Path]) -> Owners:
-    """Which mask file is each picture's."""
-    called = {path: path.stem.removesuffix(MASK_ENDING) for path in masks}
-    return _owners(called, pictures, "mask", _mask_rank)
+def match_masks(masks: Iterable[Path], pictures: Sequence[Path]) -> Matches:
+    """Each picture's mask file."""
+    named = {path: path.stem.removesuffix(MASK_ENDING) for path in masks}
+    return _match(named, pictures, "mask", _mask_rank)
 
 
 def new_mask_path(picture: Path, pictures: Iterable[Path]) -> Path:
-    """Where a mask of a picture goes that has no file of one yet."""
+    """The path for a new mask of a picture."""
     return picture.parent / MASK_FOLDER / f"{_unshared(picture, pictures)}.png"
 
 
 def new_caption_path(picture: Path, pictures: Iterable[Path]) -> Path:
-    """Where a caption of a picture goes that has no file of one yet."""
+    """The path for a new caption of a picture."""
     return picture.with_name(f"{_unshared(picture, pictures)}{CAPTION_SUFFIXES[0]}")
 
 
 def _unshared(picture: Path, pictures: Iterable[Path]) -> str:
-    """The picture's stem, or its full name where its stem would not mean it alone."""
+    """The picture's stem, or its full name where another picture has that stem or name."""
     beside = [each for each in pictures if each.parent == picture.parent]
     key = _key(picture.stem)
     alone = [_key(each.stem) for each in beside].count(key) == 1
@@ -78,7 +78,7 @@ def _unshared(picture: Path, pictures: Iterable[Path]) -> str:
 
 
 def _key(name: str) -> str:
-    """A name as it is compared: macOS writes accents apart from their letters."""
+    """A name in Unicode's composed form, for comparison: macOS decomposes accented letters."""
     return normalize("NFC", name)
 
 
@@ -90,12 +90,12 @@ def _mask_rank(path: Path) -> tuple:
     return (path.suffix.lower() != ".png", not path.stem.endswith(MASK_ENDING))
 
 
-def _owners(called: Mapping[Path, str], pictures: Sequence[Path], kind: str, rank) -> Owners:
-    """Each picture's best sidecar; `called` says of which picture each one is by its name."""
+def _match(named: Mapping[Path, str], pictures: Sequence[Path], kind: str, rank) -> Matches:
+    """Each picture's best sidecar; `named` is sidecar -> name or stem of its picture."""
     names, stems = _grouped(pictures, "name"), _grouped(pictures, "stem")
     candidates: dict[Path, list[tuple[bool, Path]]] = {}
-    found = Owners()
-    for path, name in called.items():
+    found = Matches()
+    for path, name in named.items():
         full = names.get(_key(name), [])
         meant = full or stems.get(_key(name), [])
         if len(meant) == 1:

@@ -1,1 +1,1 @@
-"""The studio: train, generate, fuse and compare in one web page, over the recipes of the CLI."""
+"""The studio: train, generate, fuse and compare in one web page, by the functions of `api`."""

@@ -1,4 +1,4 @@
-"""Who may reach the studio."""
+"""Access to the studio: addresses, user names and passwords."""
 
 import asyncio
 import hmac
@@ -10,7 +10,7 @@ from rite_diffusion.errors import StudioError
 from rite_diffusion.studio.workspace import checked_name
 
 SHORTEST_PASSWORD = 8  # characters
-PAUSE = 0.5  # seconds that a wrong password costs
+PAUSE = 0.5  # seconds until a wrong password is answered
 
 
 def is_loopback(host: str) -> bool:
@@ -22,7 +22,7 @@ def is_loopback(host: str) -> bool:
 
 
 def read_logins(texts: Sequence[str]) -> dict[str, str]:
-    """User -> password of `user:password` texts; StudioError where one is none."""
+    """User -> password, from `user:password` texts; StudioError for a text of another form."""
     logins = {}
     for text in texts:
         user, colon, password = text.partition(":")
@@ -35,8 +35,8 @@ def read_logins(texts: Sequence[str]) -> dict[str, str]:
     return logins
 
 
-def refuse_open_door(host: str, share: bool, logins: dict[str, str]) -> None:
-    """Raise StudioError where others could reach a studio that asks nobody for a password."""
+def require_password(host: str, share: bool, logins: dict[str, str]) -> None:
+    """Raise StudioError where other machines could reach a studio without passwords."""
     if logins or (is_loopback(host) and not share):
         return
     what = "--share" if share else f"--host {host}"
@@ -46,16 +46,19 @@ def refuse_open_door(host: str, share: bool, logins: dict[str, str]) -> None:
     )
 
 
-def gatekeeper(logins: dict[str, str]) -> Callable[[str, str], Awaitable[bool]]:
-    """What Gradio asks for each login; those of one user are answered in turn, wrong ones late."""
-    turns: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+def login_check(logins: dict[str, str]) -> Callable[[str, str], Awaitable[bool]]:
+    """The function by which Gradio checks a login.
 
-    async def admit(user: str, password: str) -> bool:
+    It answers one login of a user at a time, and wrong passwords after a pause: guessing is slow.
+    """
+    locks: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def check(user: str, password: str) -> bool:
         expected = logins.get(user, "")
-        async with turns[user if expected else ""]:
+        async with locks[user if expected else ""]:
             if expected and hmac.compare_digest(expected.encode(), password.encode()):
                 return True
             await asyncio.sleep(PAUSE)
             return False
 
-    return admit
+    return check

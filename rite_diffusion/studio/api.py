@@ -1,4 +1,4 @@
-"""The studio as a typed API: the same page's endpoints under names that stay.
+"""The studio's API for programs: typed endpoints whose names stay the same.
 
 from gradio_client import Client
 
@@ -17,17 +17,17 @@ from rite_diffusion.errors import StudioError
 from rite_diffusion.studio import fusing, library
 from rite_diffusion.studio.endpoints import endpoint
 from rite_diffusion.studio.exports import export
-from rite_diffusion.studio.page import shown, tell, uploaded
+from rite_diffusion.studio.page import checked_upload, link_to, show_note
 from rite_diffusion.studio.presets import STANDARD, training_settings
-from rite_diffusion.studio.sheet_orders import SheetOrder, draw_sheet
+from rite_diffusion.studio.sheet_requests import SheetRequest, draw_sheet
 from rite_diffusion.studio.state import DEVICE, Studio
 from rite_diffusion.studio.workspace import name_from, title_of
 
-MOST_PICTURES = 64  # of one request
+MAX_PICTURES = 64  # of one request
 
 
 def build(studio: Studio) -> None:
-    """Add the endpoints to the page that is being built."""
+    """Add the endpoints to the page under construction."""
     _build_generation(studio)
     _build_training(studio)
     _build_library(studio)
@@ -35,8 +35,8 @@ def build(studio: Studio) -> None:
 
 
 def file_data(path: Path, name: str | None = None) -> Any:
-    """A file as Gradio's clients fetch it."""
-    return _linked(shown(path, name))
+    """The value from which Gradio's clients download a file."""
+    return _linked(link_to(path, name))
 
 
 def _linked(link: str) -> Any:
@@ -44,11 +44,11 @@ def _linked(link: str) -> Any:
 
 
 def path_in(file: Any) -> Path:
-    """Where an uploaded file lies; Gradio's FileData is a dictionary by then."""
+    """The path of an uploaded file, which Gradio passes as a dictionary."""
     path = file.get("path")
     if not isinstance(path, str):
-        raise StudioError('a file is {"path": …} of one that was uploaded: send it first.')
-    return uploaded(path)
+        raise StudioError('a file must be {"path": …} of an upload: send the file first.')
+    return checked_upload(path)
 
 
 def _build_generation(studio: Studio) -> None:
@@ -87,8 +87,8 @@ def _generation(studio: Studio) -> Callable:
         """
         from rite_diffusion.generation.request import PictureRequest
 
-        if not 1 <= num <= MOST_PICTURES:
-            raise StudioError(f"num = {num} is not between 1 and {MOST_PICTURES}")
+        if not 1 <= num <= MAX_PICTURES:
+            raise StudioError(f"num = {num} is not between 1 and {MAX_PICTURES}")
         space = studio.space(request)
         chosen = [_weighted(item) for item in adapters or []]
         wanted = PictureRequest(
@@ -96,7 +96,7 @@ def _generation(studio: Studio) -> Callable:
             width=width, height=height, regions=regions or [], combine=combine,
         )  # fmt: skip
         files = library.with_weights(space, chosen)
-        frames = studio.engine.draw(space, wanted.series(num), tell, files, base)
+        frames = studio.engine.draw(space, wanted.series(num), show_note, files, base)
         return [file_data(frame.path) for frame in frames if frame.path is not None]
 
     return generate
@@ -119,17 +119,19 @@ def _comparison(studio: Studio) -> Callable:
         Each of adapters is a list of names that act together, [] for the base alone; methods say
         how: attached, or one of `rite fuse`. Columns are prompt, adapter, weight, method or seed.
         """
-        order = SheetOrder(
+        wanted = SheetRequest(
             prompts, adapters or [[]], weights or [1.0], methods or ["attached"], seeds or [0],
             columns, steps,
         )  # fmt: skip
-        return file_data(draw_sheet(studio, studio.space(request), order, _unheard, tell))
+        return file_data(
+            draw_sheet(studio, studio.space(request), wanted, _ignore_progress, show_note)
+        )
 
     return compare
 
 
-def _unheard(*_: Any) -> None:
-    """Progress that nobody follows."""
+def _ignore_progress(*_: Any) -> None:
+    """A progress callback that does nothing."""
 
 
 def _weighted(item: str) -> tuple[str, float]:
@@ -140,7 +142,7 @@ def _weighted(item: str) -> tuple[str, float]:
     try:
         return name, float(weight)
     except ValueError:
-        raise StudioError(f"'{weight}' is no weight: write {name}:0.8, for example.") from None
+        raise StudioError(f"'{weight}' is not a weight: write {name}:0.8, for example.") from None
 
 
 def _training(studio: Studio) -> Callable:
@@ -156,7 +158,7 @@ def _training(studio: Studio) -> Callable:
         request: gr.Request = None,  # type: ignore
     ) -> str:
         """Queue a training on photos or zips; settings are key=value lines; returns the run."""
-        from rite_diffusion.studio.uploads import keep_photos
+        from rite_diffusion.studio.uploads import save_photos
         from rite_diffusion.training.settings import configure
 
         space = studio.space(request)
@@ -170,7 +172,7 @@ def _training(studio: Studio) -> Callable:
         }
         tree = training_settings(purpose, needed, {}, settings)
         configure(tree)
-        keep_photos([str(path_in(file)) for file in photos], folder)
+        save_photos([str(path_in(file)) for file in photos], folder)
         run = space.new("runs", stem)
         studio.queue.submit(run, tree)
         return run.name
@@ -205,7 +207,7 @@ def _build_training(studio: Studio) -> None:
 
     @endpoint
     def ask_run(run: str, what: str, request: gr.Request = None) -> str:  # type: ignore
-        """Ask a running run to `save` a checkpoint or to `sample` previews now."""
+        """Ask a run to `save` a checkpoint or `sample` previews after the current step."""
         if what not in ("save", "sample"):
             raise StudioError(f"a run can be asked to save or to sample, not to '{what}'")
         studio.queue.ask(studio.space(request).find("runs", run), what)
@@ -225,8 +227,8 @@ def _build_library(studio: Studio) -> None:
 
     @endpoint
     def import_adapter(file: gr.FileData, request: gr.Request = None) -> str:  # type: ignore
-        """Check an adapter file and bring it into the library; returns its name there."""
-        return library.bring_in(studio.space(request), path_in(file))
+        """Check an adapter file and copy it into the library; returns its name there."""
+        return library.import_adapter(studio.space(request), path_in(file))
 
     @endpoint
     def download_adapter(name: str, request: gr.Request = None) -> gr.FileData:  # type: ignore
@@ -241,14 +243,14 @@ def _build_library(studio: Studio) -> None:
 
     @endpoint
     def delete_adapter(name: str, request: gr.Request = None) -> str:  # type: ignore
-        """Delete an adapter, and the run that made it; `undo_delete` puts it back."""
+        """Delete an adapter, and the run that made it; `undo_delete` restores it."""
         library.delete(studio.space(request), name)
         return name
 
     @endpoint
     def undo_delete(request: gr.Request = None) -> str:  # type: ignore
-        """Put back what was deleted last."""
-        return title_of(studio.space(request).put_back())
+        """Restore what was deleted last; returns its name."""
+        return title_of(studio.space(request).restore_from_trash())
 
     @endpoint
     def convert_adapter(
@@ -258,7 +260,7 @@ def _build_library(studio: Studio) -> None:
         allow_loss: bool = False,
         request: gr.Request = None,  # type: ignore
     ) -> gr.FileData:
-        """An adapter for another program: kohya, comfyui, diffusers or peft; loaded back first.
+        """An adapter in another dialect, checked by loading it: kohya, comfyui, diffusers or peft.
 
         Modules of a larger rank are cut to it; a loss above 1 % is refused unless allow_loss.
         """
@@ -280,10 +282,10 @@ def _build_fusion(studio: Studio) -> None:
         rank: int | None = None,
         request: gr.Request = None,  # type: ignore
     ) -> dict:
-        """What interferes between adapters (NAME or NAME:WEIGHT) before and after a fusion."""
+        """The conflict report of adapters (NAME or NAME:WEIGHT), before and after a fusion."""
         space = studio.space(request)
-        order = fusing.order_of(space, [_weighted(item) for item in adapters], method, rank)
-        made = fusing.preview_fusion(studio, space, order, _unheard)
+        wanted = fusing.fusion_request(space, [_weighted(item) for item in adapters], method, rank)
+        made = fusing.preview_fusion(studio, space, wanted, _ignore_progress)
         return made.report.as_dict() | {"loss": made.loss}
 
     @endpoint
@@ -297,15 +299,15 @@ def _build_fusion(studio: Studio) -> None:
     ) -> str:
         """Fuse adapters (NAME or NAME:WEIGHT) into one in the library; returns its name there.
 
-        A rank that cuts more than 1 % off is refused unless allow_loss; `conflicts` tells the loss.
+        A rank that loses more than 1 % is refused unless allow_loss; `conflicts` returns the loss.
         """
         space = studio.space(request)
         chosen = [_weighted(item) for item in adapters]
-        order = fusing.order_of(space, chosen, method, rank, allow_loss)
-        wanted = library.checked_title(name) if name else order.title()
+        wanted = fusing.fusion_request(space, chosen, method, rank, allow_loss)
+        title = library.checked_title(name) if name else wanted.title()
         draft = fusing.new_draft(space)
-        fusing.fuse(studio, space, order, draft, _unheard)
-        return fusing.keep(space, draft.name, wanted, None)
+        fusing.fuse(studio, space, wanted, draft, _ignore_progress)
+        return fusing.save_draft(space, draft.name, title, None)
 
     for each in (conflicts, fuse):
         gr.api(each, concurrency_id=DEVICE, concurrency_limit=1)

@@ -1,17 +1,17 @@
-"""The studio's page: its tabs, its look, and what is refreshed when a tab is shown."""
+"""The studio's page: its tabs, the light or dark theme, and the refresh of a tab when shown."""
 
 import gradio as gr
 
 from rite_diffusion.studio import api, library
 from rite_diffusion.studio.page import with_messages
 from rite_diffusion.studio.state import Studio
-from rite_diffusion.studio.tabs import Built, Use, compare, fuse, generate, train
-from rite_diffusion.studio.tabs import library as shelf
+from rite_diffusion.studio.tabs import BuiltTab, UseButton, compare, fuse, generate, train
+from rite_diffusion.studio.tabs import library as library_tab
 from rite_diffusion.studio.tabs.adapters import Chooser
 from rite_diffusion.studio.theme import HEAD
 
-DAY = 24 * 3600  # seconds that copies for the page are kept
-# The choice of light or dark outlives the page; without one, the system's is taken.
+DAY = 24 * 3600  # seconds after which copies made for the page are deleted
+# The browser stores the choice of light or dark; without one, the system's setting applies.
 TOGGLE_JS = """() => {
   const dark = document.body.classList.toggle('dark');
   localStorage.setItem('rite-look', dark ? 'dark' : 'light');
@@ -37,7 +37,7 @@ def build(studio: Studio) -> gr.Blocks:
                 built, chooser = generate.build(studio)
             _connect_refreshes(page, tab, built)
             for name, part in {
-                "Train": train, "Fuse": fuse, "Compare": compare, "Library": shelf,
+                "Train": train, "Fuse": fuse, "Compare": compare, "Library": library_tab,
             }.items():  # fmt: skip
                 with _tab(name) as tab:
                     built = part.build(studio)
@@ -52,8 +52,8 @@ def _tab(name: str) -> gr.Tab:
     return gr.Tab(name, id=name, elem_id=f"tab-{name.lower()}")
 
 
-def _connect_refreshes(page: gr.Blocks, tab: gr.Tab, built: Built) -> None:
-    """Bring a tab up to date when the page is opened and when the tab is."""
+def _connect_refreshes(page: gr.Blocks, tab: gr.Tab, built: BuiltTab) -> None:
+    """Refresh a tab when the page is loaded and when the tab is selected."""
     for refresh in built.refreshes:
         for event in (page.load, tab.select):
             event(
@@ -66,15 +66,15 @@ def _connect_refreshes(page: gr.Blocks, tab: gr.Tab, built: Built) -> None:
             )
 
 
-def _connect_use(studio: Studio, tabs: gr.Tabs, chooser: Chooser, use: Use) -> None:
+def _connect_use(studio: Studio, tabs: gr.Tabs, chooser: Chooser, use: UseButton) -> None:
     @with_messages
-    def go_on(name: str, request: gr.Request):
+    def use_adapter(name: str, request: gr.Request):
         space = studio.space(request)
         known = [card.name for card in library.cards(space)]
         chosen = [use.find(space, name).name]
         return gr.Tabs(selected="Generate"), gr.Dropdown(choices=known, value=chosen), chosen
 
     use.button.click(
-        go_on, use.name, [tabs, chooser.names, chooser.chosen],
+        use_adapter, use.name, [tabs, chooser.names, chooser.chosen],
         show_progress="hidden", api_visibility="private",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""A recipe that reports by calling a listener, as an iterator that a page can follow and close."""
+"""Work that reports by a callback, as an iterator that a page can read and close."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -8,23 +8,23 @@ from typing import Any
 
 
 class _Closed(Exception):
-    """The iterator was closed: what listens ends the work with it."""
+    """The iterator was closed; raised in the work's next callback, it ends the work."""
 
 
-def followed(work: Callable[[Callable[..., None]], Any]) -> Iterator[tuple[str, Any]]:
-    """("progress", arguments) of each call of the callback of `work`, then ("made", result).
+def run_with_progress(work: Callable[[Callable[..., None]], Any]) -> Iterator[tuple[str, Any]]:
+    """("progress", arguments) for each call of `work`'s callback, then ("result", its result).
 
-    The work runs in a thread of its own and ends at its next report when the iterator is closed.
-    What it raises is raised here.
+    The work runs in a thread of its own. When the iterator is closed, the work ends at its next
+    call of the callback. Exceptions of the work are raised here.
     """
-    told: SimpleQueue[tuple[Any, ...] | None] = SimpleQueue()
+    events: SimpleQueue[tuple[Any, ...] | None] = SimpleQueue()
     closed = threading.Event()
     result: Future[Any] = Future()
 
     def progress(*values: Any) -> None:
         if closed.is_set():
             raise _Closed
-        told.put(values)
+        events.put(values)
 
     def run() -> None:
         try:
@@ -32,12 +32,12 @@ def followed(work: Callable[[Callable[..., None]], Any]) -> Iterator[tuple[str, 
         except BaseException as error:
             result.set_exception(error)
         finally:
-            told.put(None)
+            events.put(None)
 
-    threading.Thread(target=run, daemon=True, name="recipe").start()
+    threading.Thread(target=run, daemon=True, name="work").start()
     try:
-        while (values := told.get()) is not None:
+        while (values := events.get()) is not None:
             yield "progress", values
-        yield "made", result.result()
+        yield "result", result.result()
     finally:
         closed.set()

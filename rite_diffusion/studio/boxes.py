@@ -1,4 +1,4 @@
-"""Boxes on a canvas: what is drawn in each and by which adapter, and how a recipe is told."""
+"""Boxes on the Generate tab's canvas, as texts of `rite generate --region` and as HTML."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -7,8 +7,8 @@ from typing import Any
 
 from rite_diffusion.errors import StudioError
 
-MOST = 8
-SMALLEST = 0.05  # of a side
+MAX_BOXES = 8
+SMALLEST = 0.05  # least width and height of a box, as fractions of the picture's
 COLOURS = (
     "#6d5ef0", "#0e9f6e", "#e07a10", "#e02424", "#0284c7", "#be185d", "#4d7c0f", "#64748b",
 )  # fmt: skip
@@ -33,7 +33,7 @@ class Box:
         return self.left, self.top, self.right, self.bottom
 
     def weights(self, adapters: Sequence[str]) -> tuple[float, ...] | None:
-        """How much of each adapter acts in the box; None leaves that to the prompt's triggers."""
+        """Each adapter's factor in the box; None: the triggers in the prompt decide."""
         if self.adapter == BY_WORDS or not adapters:
             return None
         if self.adapter not in (NONE, *adapters):
@@ -47,7 +47,7 @@ def colour_of(index: int) -> str:
 
 
 def checked_corners(sides: Sequence[float]) -> dict[str, Any]:
-    """Left, top, right and bottom by name, inside the picture; StudioError for what is no box."""
+    """Left, top, right and bottom by name, clipped to the picture; StudioError if too small."""
     left, top, right, bottom = (min(max(round(float(side), 3), 0.0), 1.0) for side in sides)
     if not (right - left >= SMALLEST and bottom - top >= SMALLEST):  # nor for NaN
         raise StudioError("that box is too small: drag from corner to corner.")
@@ -60,13 +60,13 @@ def read_corners(text: str) -> dict[str, Any]:
         left, top, right, bottom = (float(part) for part in text.split(","))
     except ValueError:
         raise StudioError(
-            f"'{text}' is no box: write left, top, right, bottom as fractions, such as 0, 0, 0.5, 1"
+            f"'{text}' is not a box: write left, top, right, bottom as fractions: 0, 0, 0.5, 1"
         ) from None
     return checked_corners([left, top, right, bottom])
 
 
 def side_by_side(boxes: Sequence[Box]) -> list[Box]:
-    """The boxes, two at least, as columns of one width."""
+    """The boxes as columns of equal width; empty boxes are added up to two."""
     empty = [Box(0, 0, 1, 1)] * (2 - len(boxes))
     columns = [*boxes, *empty]
     edges = [round(index / len(columns), 3) for index in range(len(columns) + 1)]
@@ -77,7 +77,7 @@ def side_by_side(boxes: Sequence[Box]) -> list[Box]:
 
 
 def region_texts(boxes: Sequence[Box], adapters: Sequence[str]) -> tuple[str, ...]:
-    """The boxes as `rite generate --region` takes them; StudioError says what is missing."""
+    """The boxes as texts for `rite generate --region`; StudioError for a box without prompt."""
     from rite_diffusion.generation.regions import Region, parse_region
 
     texts = []
@@ -85,7 +85,9 @@ def region_texts(boxes: Sequence[Box], adapters: Sequence[str]) -> tuple[str, ..
         if not box.prompt.strip():
             raise StudioError(f"box {number} has no prompt: click it and write what it shows.")
         if "::" in box.prompt + box.negative:
-            raise StudioError(f"box {number}: '::' has a meaning of its own, leave it out.")
+            raise StudioError(
+                f"box {number}: '::' separates prompt and negative prompt: leave it out."
+            )
         prompt, negative = " ".join(box.prompt.split()), " ".join(box.negative.split())
         region = Region(*box.corners, prompt, negative, box.weights(adapters))
         texts.append(str(parse_region(str(region))))
@@ -95,7 +97,7 @@ def region_texts(boxes: Sequence[Box], adapters: Sequence[str]) -> tuple[str, ..
 def boxes_of(regions: Sequence[str], adapters: Sequence[str]) -> list[Box]:
     """The boxes of a picture's regions; `adapters` are the names of its adapters, in order.
 
-    A box has one adapter: of several that weights turn on, the one with the largest weight is kept.
+    A box has one adapter: the one with the largest weight in the region.
     """
     from rite_diffusion.generation.regions import parse_region
 
@@ -112,7 +114,7 @@ def boxes_of(regions: Sequence[str], adapters: Sequence[str]) -> list[Box]:
 
 
 def canvas_html(boxes: Sequence[Box], picked: int) -> str:
-    """The canvas with its boxes; `picked` is the index of the one that is edited, or -1."""
+    """HTML of the canvas; `picked` is the index of the box that is edited, or -1."""
     shapes = "".join(_shape(box, index, index == picked) for index, box in enumerate(boxes))
     hint = "" if boxes else "<span>Drag here to draw a box</span>"
     return f'<div class="pad">{hint}{shapes}<i class="band"></i></div>'

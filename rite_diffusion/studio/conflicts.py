@@ -1,4 +1,4 @@
-"""The conflict report as HTML: crosstalk, what each concept loses, in which layers."""
+"""The conflict report as HTML: errors per concept, crosstalk, and the worst layers."""
 
 import math
 from collections.abc import Sequence
@@ -10,21 +10,21 @@ if TYPE_CHECKING:
     from rite_diffusion.fusion.merge import Merged
     from rite_diffusion.fusion.report import ConflictReport
 
-WHOLE, HURT = 0.35, 0.75  # errors up to which a concept counts as whole, and as recognisable
+INTACT, RECOGNISABLE = 0.35, 0.75  # largest error of a concept that counts as such
 WIDEST = 1.5  # error at which a bar is full
 
 
 def fusion_html(made: "FusionPreview | Merged") -> str:
-    """What a limit on the rank cut off, and the conflict report where there is one."""
+    """HTML of the loss by a limited rank, and of the conflict report where there is one."""
     from rite_diffusion.api.fuse import FusionPreview
-    from rite_diffusion.fusion.loss import described
+    from rite_diffusion.fusion.loss import describe_loss
 
-    cut = f"<p>Cut in rank: {described(made.loss)}.</p>" if made.loss else ""
+    cut = f"<p>Cut in rank: {describe_loss(made.loss)}.</p>" if made.loss else ""
     return cut + (report_html(made.report) if isinstance(made, FusionPreview) else "")
 
 
 def report_html(report: "ConflictReport") -> str:
-    """What interferes, before a fusion and after it."""
+    """HTML of a conflict report: before the fusion and after it."""
     return (
         '<div class="conflicts">'
         f"<p>{escape(verdict(report))}</p>"
@@ -33,15 +33,15 @@ def report_html(report: "ConflictReport") -> str:
 
 
 def verdict(report: "ConflictReport") -> str:
-    """One sentence that says what to do."""
-    before, after = _most(report.before), _most(report.after)
-    if after <= WHOLE:
-        lost = "they also would side by side, without fusion" if before <= WHOLE else (
+    """A sentence that sums the report up, with what to do about a loss."""
+    before, after = _largest(report.before), _largest(report.after)
+    if after <= INTACT:
+        lost = "they also would side by side, without fusion" if before <= INTACT else (
             "side by side, without fusion, they would not"
         )  # fmt: skip
         return f"The concepts fit together by {report.method}; {lost}."
     worst = report.concepts[max(range(len(report.after)), key=lambda i: _known(report.after[i]))]
-    if after <= HURT:
+    if after <= RECOGNISABLE:
         return f"Some of {worst} is lost by {report.method}. Compare the pictures before you save."
     return (
         f"Most of {worst} is lost by {report.method}. Try gram, smaller weights, or adapters that "
@@ -53,7 +53,7 @@ def _known(value: float) -> float:
     return 0.0 if math.isnan(value) else value
 
 
-def _most(values: Sequence[float]) -> float:
+def _largest(values: Sequence[float]) -> float:
     return max(map(_known, values), default=0.0)
 
 
@@ -62,14 +62,14 @@ def _number(value: float) -> str:
 
 
 def _errors(report: "ConflictReport") -> str:
-    """Two bars for each concept."""
+    """Each concept's error before and after, as bars."""
     rows = "".join(
         f"<dt>{escape(name)}</dt><dd>{_bar('before', before)}{_bar('after', after)}</dd>"
         for name, before, after in zip(report.concepts, report.before, report.after, strict=True)
     )
     drifts = f"<dd>{_bar('before', report.drift_before)}{_bar('after', report.drift_after)}</dd>"
     return (
-        "<h4>What is lost <small>0: as by its adapter alone, 1: as good as gone</small></h4>"
+        "<h4>What is lost <small>0: as by its adapter alone, 1: as without it</small></h4>"
         f"<dl>{rows}<dt>everything else</dt>{drifts}</dl>"
         '<p class="key"><i class="before"></i>side by side <i class="after"></i>'
         f"fused by {escape(report.method)}</p>"

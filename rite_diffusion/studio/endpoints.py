@@ -1,4 +1,4 @@
-"""Functions as endpoints of the API: a value of another type than they state is a message."""
+"""API endpoints: functions whose arguments are checked against their annotations."""
 
 import inspect
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from rite_diffusion.studio.page import with_messages
 FINITE = ConfigDict(allow_inf_nan=False)
 
 
-# Files come as Gradio's clients send them; `path_in` takes them.
+# Gradio's clients send files as dictionaries, which `path_in` reads.
 _TYPES: dict[Any, Any] = {
     gr.FileData: dict[str, Any],
     list[gr.FileData]: list[dict[str, Any]],
@@ -22,7 +22,7 @@ _TYPES: dict[Any, Any] = {
 
 
 def endpoint(handler: Callable) -> Callable:
-    """The handler with its values checked against their types, and its RiteErrors as messages."""
+    """The handler with arguments checked against its annotations; RiteErrors become messages."""
     types = {
         name: TypeAdapter(_TYPES.get(kind, kind), config=FINITE)
         for name, kind in get_type_hints(handler).items()
@@ -39,7 +39,7 @@ def endpoint(handler: Callable) -> Callable:
 
 
 def _checked(name: str, kind: TypeAdapter | None, value: Any) -> Any:
-    """The value in its type; StudioError for one that has another."""
+    """The argument in its annotated type; StudioError where it does not fit."""
     try:
         return value if kind is None else kind.validate_python(value)
     except ValidationError as error:

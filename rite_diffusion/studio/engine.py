@@ -1,4 +1,4 @@
-"""The base model that is open, with the adapters that are in it, for one picture at a time."""
+"""The open base model with its attached adapters, which draws one picture at a time."""
 
 import threading
 import time
@@ -15,10 +15,10 @@ from rite_diffusion.adapters.choice import Chosen, choose_adapters, notes
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.generation.attached import Attached, as_attached, attached_name
-from rite_diffusion.generation.denoise import pictures
-from rite_diffusion.generation.metadata import png_of
+from rite_diffusion.generation.denoise import decode_pictures
+from rite_diffusion.generation.metadata import encode_png
 from rite_diffusion.generation.output import write_next
-from rite_diffusion.generation.picture import estimates, resolved, with_boxes
+from rite_diffusion.generation.picture import estimates, resolve_boxes, resolve_request
 from rite_diffusion.generation.request import Parameters, PictureRequest
 from rite_diffusion.studio.workspace import Workspace
 
@@ -27,7 +27,7 @@ PAUSE = 0.3  # seconds between previews
 
 @dataclass(frozen=True)
 class Frame:
-    """What is known of a picture after a step; `path` comes with the last."""
+    """A picture after a denoising step; `path` is set at the last step, `image` now and then."""
 
     step: int
     parameters: Parameters
@@ -36,12 +36,12 @@ class Frame:
 
 
 def devices() -> list[str]:
-    """The devices that can train, each by the number that CUDA knows it by, or `cpu`."""
+    """The devices that can train: CUDA device numbers, or `cpu` where there are none."""
     return [str(index) for index in range(torch.cuda.device_count())] or ["cpu"]
 
 
 class Engine:
-    """Keeps the last base open, and its adapters in it, until something else is asked for."""
+    """Draws pictures; keeps the last base open with its adapters, for the next request."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -50,14 +50,14 @@ class Engine:
         self._base = ""
         self._attached: list[tuple[Path, int]] = []  # path and time of change
 
-    def warm_up(self) -> None:
-        """Open the pocket base, so that the first picture does not wait for it."""
+    def open_pocket(self) -> None:
+        """Open the pocket base, so that the first picture starts at once."""
         with self._lock:
             self._open("pocket")
 
     def _open(self, base: str) -> Backbone:
         if self._backbone is None or self._base != base:
-            self._backbone, self._attached = None, []  # room for the next
+            self._backbone, self._attached = None, []  # frees memory for the next
             self._backbone, self._base = load_backbone(base), base
         return self._backbone
 
@@ -77,10 +77,12 @@ class Engine:
         self._attached = []
 
     @contextmanager
-    def lend(self, space: Workspace, base: str, recorded: Sequence[str]) -> Iterator[Backbone]:
-        """The base model alone, for a recipe, until the block ends; drawings wait that long.
+    def exclusive_base(
+        self, space: Workspace, base: str, recorded: Sequence[str]
+    ) -> Iterator[Backbone]:
+        """The base model without adapters, until the block ends; drawings wait meanwhile.
 
-        The base is what a user calls it, by default the first that the adapters were made for.
+        `base` is as the user wrote it; empty, it is the first of `recorded`, else pocket.
         """
         with self._lock:
             self._turn += 1
@@ -90,7 +92,7 @@ class Engine:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Nothing is drawn until the block ends."""
+        """Let drawings wait until the block ends."""
         with self._lock:
             self._turn += 1
             yield
@@ -99,27 +101,25 @@ class Engine:
         self,
         space: Workspace,
         requests: Sequence[PictureRequest],
-        tell: Callable[[str], None],
+        on_note: Callable[[str], None],
         adapters: Sequence[str] = (),
         base: str = "",
     ) -> Iterator[Frame]:
-        """Each step of each picture, with adapters `FILE:WEIGHT`; the last writes a PNG.
+        """A frame for each step of each picture; the last step writes a PNG to `outputs/`.
 
-        The base is what a user calls it, by default the one that the adapters were made for. `tell`
-        is called with what a user should know of the adapters, line by line.
-
-        Ends early where another drawing has begun: one works at a time, and a page that was closed
-        may have left its own unfinished.
+        `adapters` are `FILE:WEIGHT`; `base` is as the user wrote it, by default the adapters' own.
+        `on_note` is called with each line about the adapters that the user should read. Ends early
+        once another drawing has begun: one works at a time, and a closed page may leave its own.
         """
         with self._lock:
             self._turn += 1
             turn = self._turn
             backbone, chosen = self._prepare(space, base, adapters)
         for line in notes(chosen):
-            tell(line)
+            on_note(line)
         records = [each.record() for each in chosen]
         attached = as_attached(chosen)
-        for parameters in [resolved(backbone, request, records) for request in requests]:
+        for parameters in [resolve_request(backbone, request, records) for request in requests]:
             frames = _frames(backbone, parameters, attached, space.folder("outputs"))
             while frame := self._next(frames, turn):
                 yield frame
@@ -134,31 +134,31 @@ class Engine:
         return backbone, chosen
 
     def _next(self, frames: Iterator[Frame], turn: int) -> Frame | None:
-        """The next frame of the drawing whose turn it is, None at its end."""
+        """The next frame; None at the end, or once a later drawing has begun."""
         with self._lock:
             return next(frames, None) if turn == self._turn else None
 
 
 def _named(space: Workspace, base: str, recorded: Sequence[str]) -> str:
-    """The base that is asked for, else the first that is recorded, else pocket."""
+    """The base that the user named, else the first that adapters record, else pocket."""
     return space.base(base) or space.base(next(filter(None, recorded), "")) or "pocket"
 
 
 def _frames(
     backbone: Backbone, parameters: Parameters, attached: list[Attached], folder: Path
 ) -> Iterator[Frame]:
-    """A frame after every step; those that come fast have no picture."""
+    """A frame after every step, with a picture every PAUSE seconds and at the end."""
     shown = 0.0
-    parameters = with_boxes(backbone, parameters, attached)
+    parameters = resolve_boxes(backbone, parameters, attached)
     for step, latents in enumerate(estimates(backbone, parameters, attached), 1):
         frame = Frame(step, parameters)
         if step == parameters.steps:
-            [image] = pictures(backbone, latents)
-            path = write_next(folder, png_of(image, parameters))
+            [image] = decode_pictures(backbone, latents)
+            path = write_next(folder, encode_png(image, parameters))
             yield replace(frame, image=image, path=path)
         elif time.monotonic() - shown < PAUSE:
             yield frame
         else:
-            [image] = pictures(backbone, latents)
+            [image] = decode_pictures(backbone, latents)
             shown = time.monotonic()
             yield replace(frame, image=image)

@@ -1,4 +1,4 @@
-"""Adapters for other programs: converted, proven by loading them back, and put into one file."""
+"""Adapters converted for other programs, checked by loading, as one file to download."""
 
 import shutil
 from html import escape
@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 from rite_diffusion.errors import StudioError
 from rite_diffusion.studio import library
 from rite_diffusion.studio.library import SUFFIX
-from rite_diffusion.studio.page import facts_html, shown
+from rite_diffusion.studio.page import facts_html, link_to
 from rite_diffusion.studio.state import Studio
 from rite_diffusion.studio.workspace import Workspace
 
 if TYPE_CHECKING:
     from rite_diffusion.api.convert import Export
 
-# Dialects of rite_diffusion.adapters, in words.
+# Dialect of rite_diffusion.adapters -> the programs that read it.
 PROGRAMS = {
     "kohya": "A1111, Forge, kohya's scripts",
     "comfyui": "ComfyUI",
@@ -28,21 +28,21 @@ PROGRAMS = {
 def export(
     studio: Studio, space: Workspace, name: str, to: str, rank: int | None, allow_loss: bool
 ) -> tuple[str, str]:
-    """A link to the export of an adapter, and what proves it as HTML.
+    """A link to the converted adapter, and HTML with the checks of it.
 
-    Modules of a larger rank are cut to it; a loss above 1 % is refused unless it is allowed.
+    Modules of a larger rank are cut to `rank`; a loss above 1 % is refused unless `allow_loss`.
     """
     from rite_diffusion.api.convert import convert
 
     if to not in PROGRAMS:
         raise StudioError(f"no program '{to}': choose one of {', '.join(PROGRAMS)}.")
     card = library.find(space, name)
-    # Conversion opens models of its own to load the export back: nothing is drawn meanwhile.
+    # Conversion opens models of its own to load the export: drawings wait, for memory's sake.
     with TemporaryDirectory() as folder, studio.engine.pause():
         suffix = "" if to == "peft" else SUFFIX
         out = Path(folder) / f"{card.name}-{to}{suffix}"
         made = convert(card.path, to, out, rank=rank, allow_loss=allow_loss)
-        return shown(_one_file(made, Path(folder))), _report(made)
+        return link_to(_one_file(made, Path(folder))), _report(made)
 
 
 def _one_file(made: "Export", folder: Path) -> Path:
@@ -57,7 +57,7 @@ def _one_file(made: "Export", folder: Path) -> Path:
 
 
 def _report(made: "Export") -> str:
-    """What was read and what the checks showed."""
+    """HTML of what was read and what the checks showed."""
     facts = [("Read", f"{len(made.adapter.pairs)} modules in {made.adapter.dialect}'s names")]
     facts += [("Note", note) for note in made.adapter.notes]
     facts += [("Lossy", f"{what}: relative error {e:.2g}") for what, e in made.lossy.items()]

@@ -1,4 +1,4 @@
-"""Fusions in a workspace: statistics that are kept beside the adapters, forecasts, and drafts."""
+"""Fusions in a workspace: sketches beside the adapters, previews of conflicts, and drafts."""
 
 import shutil
 import time
@@ -18,20 +18,21 @@ if TYPE_CHECKING:
     from rite_diffusion.api.fuse import FusionPreview
     from rite_diffusion.fusion.merge import Merged
 
-ProgressCallback = Callable[[str, float], None]  # text, and the share that is done
-OLD = 24 * 3600  # seconds after which a draft that nobody saved is thrown away
+ProgressCallback = Callable[[str, float], None]  # text, and the share done from 0 to 1
+OLD = 24 * 3600  # seconds after which an unsaved draft is deleted
 BACKGROUND = "on a blue background"
+STEPS: int | None = None  # of a picture for statistics; None: as `rite sketch` has them
 
 
 @dataclass(frozen=True)
-class Order:
-    """A fusion that is asked for: adapters with their weights, and how."""
+class FusionRequest:
+    """A requested fusion: adapters with their weights, and the method."""
 
     cards: tuple[Card, ...]
     weights: tuple[float, ...]
     method: str
     rank: int | None = None
-    allow_loss: bool = False  # write it even where the rank cuts more than 1 % off
+    allow_loss: bool = False  # also where the rank loses more than 1 %
 
     def files(self) -> list[str]:
         """`FILE:WEIGHT` of each adapter."""
@@ -39,86 +40,95 @@ class Order:
         return [f"{card.path}:{weight:g}" for card, weight in pairs]
 
     def title(self) -> str:
-        """A name for the result."""
+        """A name for the fused adapter."""
         return name_from(" + ".join(card.name for card in self.cards), "fused")
 
     def settings(self) -> dict[str, Any]:
-        """Settings of the method that differ from the usual."""
+        """Settings of the method that differ from its defaults."""
         return {} if self.rank is None else {"rank": self.rank}
 
 
-def order_of(
+def fusion_request(
     space: Workspace,
     chosen: Sequence[tuple[str, float]],
     method: str,
     rank: int | None,
     allow_loss: bool = False,
-) -> Order:
-    """The fusion of adapters by their names; StudioError says what is missing."""
+) -> FusionRequest:
+    """The request for adapters given as (name, weight); StudioError for fewer than two."""
     from rite_diffusion.fusion.merge import method_named
 
     if len(chosen) < 2:
-        raise StudioError("choose two adapters or more: one alone is fused already.")
+        raise StudioError("choose two adapters or more: one alone needs no fusing.")
     method_named(method)
     cards = tuple(library.find(space, name) for name, _ in chosen)
-    return Order(cards, tuple(weight for _, weight in chosen), method, rank, allow_loss)
+    return FusionRequest(cards, tuple(weight for _, weight in chosen), method, rank, allow_loss)
 
 
 def preview_fusion(
-    studio: Studio, space: Workspace, order: Order, progress: ProgressCallback
+    studio: Studio, space: Workspace, fusion: FusionRequest, progress: ProgressCallback
 ) -> "FusionPreview":
-    """The conflicts of the adapters, and what the method would make of them."""
+    """The fused adapter with its conflict report; nothing is written but missing sketches."""
     from rite_diffusion.api import fuse as merging
 
-    _measure(studio, space, order, progress)
-    progress("Weighing the layers…", 1.0)
-    return merging.preview_fusion(order.files(), method=order.method, **order.settings())
+    _measure(studio, space, fusion, progress)
+    progress("Comparing the layers…", 1.0)
+    return merging.preview_fusion(fusion.files(), method=fusion.method, **fusion.settings())
 
 
 def fuse(
-    studio: Studio, space: Workspace, order: Order, out: Path, progress: ProgressCallback
+    studio: Studio, space: Workspace, fusion: FusionRequest, out: Path, progress: ProgressCallback
 ) -> "FusionPreview | Merged":
-    """Write the fused adapter, which is returned; with its report where all are measured."""
+    """Write the fused adapter and return it; with a report where all adapters have sketches."""
     from rite_diffusion.adapters import save_adapter
     from rite_diffusion.api import fuse as merging
     from rite_diffusion.fusion import FUSIONS
     from rite_diffusion.fusion.settings import checked_settings
 
-    if FUSIONS[order.method].statistics:
-        _measure(studio, space, order, progress)
+    if FUSIONS[fusion.method].statistics:
+        _measure(studio, space, fusion, progress)
     progress("Fusing the layers…", 1.0)
-    measured = all(_has_sketch(card.path) for card in order.cards)
+    measured = all(_has_sketch(card.path) for card in fusion.cards)
     combine = merging.preview_fusion if measured else merging.fused_adapter
-    made = combine(order.files(), method=order.method, **order.settings())
-    merging.check_loss(made.loss, checked_settings(order.settings()), order.allow_loss)
+    made = combine(fusion.files(), method=fusion.method, **fusion.settings())
+    merging.check_loss(made.loss, checked_settings(fusion.settings()), fusion.allow_loss)
     save_adapter(out, made.adapter)
     return made
 
 
-def _measure(studio: Studio, space: Workspace, order: Order, progress: ProgressCallback) -> None:
-    """See that a sketch of its present content lies beside each adapter."""
+def _measure(
+    studio: Studio, space: Workspace, fusion: FusionRequest, progress: ProgressCallback
+) -> None:
+    """Write the sketches that are missing or out of date beside the adapters."""
     from rite_diffusion.api import sketch as sketching
+    from rite_diffusion.fusion.statistics import Drawing
 
-    missing = [card for card in order.cards if not _has_sketch(card.path)]
+    missing = [card for card in fusion.cards if not _has_sketch(card.path)]
     for card in missing:
         if not card.triggers():
             raise StudioError(
-                f"'{card.name}' does not say which word calls its concept, so it cannot be "
-                "measured: choose a method without statistics, such as concat."
+                f"'{card.name}' does not record its trigger, so no statistics can be "
+                "drawn: choose a method without statistics, such as concat."
             )
     if not missing:
         return
-    with studio.engine.lend(space, "", [card.base for card in order.cards]) as backbone:
+    with studio.engine.exclusive_base(space, "", [card.base for card in fusion.cards]) as backbone:
         for index, card in enumerate(missing):
             count = partial(_count_pictures, progress, card.name, index, len(missing))
-            sketching.sketch(card.path, base=backbone, overwrite=True, progress=count)
+            sketching.sketch(
+                card.path,
+                base=backbone,
+                drawing=Drawing() if STEPS is None else Drawing(steps=STEPS),
+                overwrite=True,
+                progress=count,
+            )
 
 
 def _count_pictures(
     progress: ProgressCallback, name: str, index: int, concepts: int, done: int, total: int
 ) -> None:
-    """Tell how far the statistics of concept `index` of several are: `done` of `total` pictures."""
-    words = f"What flows through the layers for {name}: picture {done} of {total}"
+    """Report `done` of `total` pictures for the statistics of concept `index` of several."""
+    words = f"Statistics of the layers' inputs for {name}: picture {done} of {total}"
     progress(words, (index + done / total) / concepts)
 
 
@@ -131,20 +141,20 @@ def _has_sketch(file: Path) -> bool:
     if not path.is_file():
         return False
     try:
-        return load_sketch(path).facts.adapter == digest_of(load_adapter(file))
+        return load_sketch(path).metadata.adapter == digest_of(load_adapter(file))
     except FusionError:  # damaged: made again
         return False
 
 
 def new_draft(space: Workspace) -> Path:
-    """A free place for a fused adapter; old drafts go."""
+    """A free path for a fused adapter; deletes old drafts."""
     for path in space.folder("drafts").iterdir():
         if time.time() - path.stat().st_mtime > OLD:
             path.unlink()
     return space.new("drafts", "fused", library.SUFFIX)
 
 
-def keep(space: Workspace, draft: str, name: str, preview: Path | None) -> str:
+def save_draft(space: Workspace, draft: str, name: str, preview: Path | None) -> str:
     """Move a draft into the library under a free name, which is returned."""
     if not draft:
         raise StudioError("fuse some adapters first: there is nothing to save.")
@@ -157,7 +167,7 @@ def keep(space: Workspace, draft: str, name: str, preview: Path | None) -> str:
 
 
 def prompts_to_compare(cards: Sequence[Card]) -> list[str]:
-    """All concepts together, then each alone; the last words of a prompt are the same."""
+    """Prompts with all concepts together, then with each alone, on the same background."""
     words = [word for card in cards for word in card.triggers()]
     if not words:
         return [BACKGROUND.removeprefix("on ")]

@@ -1,4 +1,4 @@
-"""The pictures that a workspace has made, and what their parameters say of the page's fields."""
+"""Pictures of a workspace, and the parameters they carry."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ SHOWN = 60  # newest pictures
 
 @dataclass(frozen=True)
 class Used:
-    """An adapter of a picture; `name` is empty where the library does not have it."""
+    """An adapter of a picture; `name` is empty where the library lacks it."""
 
     file: str
     weight: float
@@ -24,13 +24,13 @@ class Used:
 
 @dataclass(frozen=True)
 class Restored:
-    """A picture's parameters, and its adapters as the library knows them."""
+    """A picture's parameters, and its adapters by their names in the library."""
 
     parameters: Parameters
     adapters: list[Used]
 
     def missing(self) -> list[str]:
-        """Files of the adapters that the library does not have."""
+        """Files of the adapters that the library lacks."""
         return [each.file for each in self.adapters if not each.name]
 
 
@@ -41,18 +41,18 @@ def newest(space: Workspace) -> list[Path]:
 
 
 def parameters_of(picture: Path) -> Parameters:
-    """What a picture was made with; StudioError where the file does not say."""
+    """The parameters that a PNG carries; StudioError where it has none."""
     try:
         return read_parameters(picture)
     except (KeyError, ValueError, Image.UnidentifiedImageError, OSError):
         raise StudioError(
-            f"{picture.name} does not tell how it was made: drop a PNG that was made here. "
-            "Other programs take such notes out."
+            f"{picture.name} carries no parameters: drop a PNG that was made here. "
+            "Other programs remove them when they save."
         ) from None
 
 
 def restore(space: Workspace, picture: Path) -> Restored:
-    """`parameters_of` a picture, with its adapters as the library knows them."""
+    """`parameters_of` a picture, with its adapters' names in the library."""
     parameters, known = parameters_of(picture), by_digest(space)
     adapters = [
         Used(each.file, each.weight, known.get(each.sha256, "")) for each in parameters.adapters

@@ -1,4 +1,4 @@
-"""The adapters of a workspace: those that its runs made, and those that were brought or fused."""
+"""The adapters of a workspace: trained by its runs, imported, or fused."""
 
 import hashlib
 import shutil
@@ -10,17 +10,17 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from rite_diffusion.errors import StudioError
-from rite_diffusion.studio.jobs import LIVE, state_of
+from rite_diffusion.studio.jobs import ACTIVE, state_of
 from rite_diffusion.studio.workspace import Workspace, checked_name, name_from
 
 SUFFIX = ".safetensors"
 SKETCH = ".sketch.safetensors"  # statistics beside an adapter, for fusions
-BESIDE = (".png", SKETCH)  # what belongs to an adapter and has its name
+BESIDE = (".png", SKETCH)  # suffixes of files that belong to an adapter and share its name
 
 
 @dataclass(frozen=True)
 class Card:
-    """An adapter as the library shows it; what a foreign file does not say is empty."""
+    """Facts of an adapter, as the library shows them; empty where the file does not state them."""
 
     name: str
     path: Path
@@ -35,16 +35,16 @@ class Card:
 
     @property
     def home(self) -> Path:
-        """What is renamed and deleted: the run's folder, or the file."""
+        """The path that is renamed or deleted: the run's folder, or the file."""
         return self.path.parent if self.run else self.path
 
     def beside(self) -> list[Path]:
-        """What belongs to a file and lies beside it: its picture, its statistics."""
+        """Files beside the adapter that belong to it: its picture and its sketch."""
         own = [self.path.with_suffix(".png"), self.path.with_name(f"{self.path.stem}{SKETCH}")]
         return [] if self.run else [path for path in own if path.exists()]
 
     def triggers(self) -> list[str]:
-        """The words that call its concepts."""
+        """The triggers of its concepts."""
         return [word for word in self.trigger.split(", ") if word]
 
 
@@ -65,7 +65,7 @@ def cards(space: Workspace) -> list[Card]:
 
 
 def _clash(space: Workspace, name: str) -> str:
-    """What a run's name gets added where an adapter file has the same."""
+    """The suffix of a run's name: " (run)" where an adapter file has the same name, else ""."""
     return " (run)" if (space.folder("adapters") / f"{name}{SUFFIX}").exists() else ""
 
 
@@ -120,18 +120,18 @@ def of_run(space: Workspace, run: str) -> Card:
 
 
 def with_weights(space: Workspace, chosen: Iterable[tuple[str, float]]) -> list[str]:
-    """`FILE:WEIGHT` of each name and weight, as the recipes take them."""
+    """`FILE:WEIGHT` of each name and weight; StudioError for a name that is not there."""
     known = {card.name: card for card in cards(space)}
     return [f"{(known.get(name) or find(space, name)).path}:{weight:g}" for name, weight in chosen]
 
 
-def bring_in(space: Workspace, upload: Path) -> str:
+def import_adapter(space: Workspace, upload: Path) -> str:
     """Check a file as an adapter and copy it into the library; returns its name there."""
     from rite_diffusion.adapters import load_adapter
 
     if upload.suffix.lower() != SUFFIX:
         raise StudioError(
-            f"{upload.name} is no {SUFFIX} file: only those are taken, never pickles."
+            f"{upload.name} is not a {SUFFIX} file: only those are imported, never pickles."
         )
     load_adapter(upload)
     stem = upload.stem.removesuffix(".sketch")
@@ -143,8 +143,8 @@ def bring_in(space: Workspace, upload: Path) -> str:
 
 
 def _idle(card: Card) -> Card:
-    """The card; StudioError while its run is at work."""
-    if card.run and state_of(card.path.parent) in (*LIVE, "queued"):
+    """The card; StudioError while its run is queued or active."""
+    if card.run and state_of(card.path.parent) in (*ACTIVE, "queued"):
         raise StudioError(f"'{card.name}' is being trained: stop it first.")
     return card
 
@@ -156,7 +156,7 @@ def rename(space: Workspace, old: str, new: str) -> str:
     target = card.home.with_name(name + ("" if card.run else SUFFIX))
     taken = any(target.with_name(name + end).exists() for end in ("", SUFFIX, *BESIDE))
     if taken or name in {each.name for each in cards(space)}:
-        raise StudioError(f"there is another '{name}': choose a name that is free.")
+        raise StudioError(f"there is another '{name}': choose another name.")
     for path in card.beside():
         path.rename(target.with_name(name + path.name.removeprefix(card.path.stem)))
     card.home.rename(target)
@@ -164,17 +164,17 @@ def rename(space: Workspace, old: str, new: str) -> str:
 
 
 def checked_title(text: str) -> str:
-    """The text, if it can name an adapter; StudioError otherwise."""
+    """The text without spaces around it; StudioError unless it can name an adapter."""
     name = checked_name(text.strip())
     if f"{name}{SUFFIX}".endswith(SKETCH):
-        raise StudioError(f"'{name}' would name a sketch: leave '.sketch' out.")
+        raise StudioError(f"'{name}' is a name of a sketch: leave '.sketch' out.")
     return name
 
 
 def delete(space: Workspace, name: str) -> None:
-    """Move an adapter, and the run that made it, into the trash."""
+    """Move an adapter, its files, and the run that made it into the trash."""
     card = _idle(find(space, name))
-    space.throw_away(card.home, *card.beside())
+    space.move_to_trash(card.home, *card.beside())
 
 
 def by_digest(space: Workspace) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Pieces of the page: errors in words, text that is no markup, pictures that keep their bytes."""
+"""Parts of the page: messages, links to files, checks of uploads, and pieces of HTML."""
 
 import base64
 import hmac
@@ -24,7 +24,7 @@ LONGEST = 600  # characters of a message
 
 
 def with_messages(handler: Callable) -> Callable:
-    """The handler, whose RiteErrors become messages on the page instead of tracebacks."""
+    """The handler with its RiteErrors turned into messages on the page."""
     if inspect.isgeneratorfunction(handler):
 
         @wraps(handler)
@@ -47,24 +47,24 @@ def with_messages(handler: Callable) -> Callable:
 
 
 def _message(error: RiteError) -> gr.Error:
-    """The error as Gradio shows it; it would take the text for HTML."""
+    """The error for Gradio, with its text escaped, as Gradio renders HTML."""
     text = printable(str(error))
-    if len(text) > LONGEST:  # what was found and, at the end, what to do
+    if len(text) > LONGEST:  # keeps the end, which says what to do
         text = f"{text[: LONGEST - 203]} … {text[-200:]}"
     words = escape(text[:1].upper() + text[1:], quote=False)
     return gr.Error(words, title="That did not work", print_exception=False)
 
 
-def tell(text: str) -> None:
-    """Show a note."""
+def show_note(text: str) -> None:
+    """Show a note on the page."""
     gr.Info(escape(printable(text)))
 
 
-def shown(path: Path, name: str | None = None) -> str:
-    """A link to a workspace's file that the page may fetch, in a folder that nobody can guess.
+def link_to(path: Path, name: str | None = None) -> str:
+    """A path from which the page may fetch a workspace's file, in a folder with a secret name.
 
-    The workspace itself is not served; and a picture that is passed as its path keeps its bytes,
-    parameters included. `name` is what the link is called.
+    The workspace itself is not served. Gradio sends a file that is given by its path unchanged, so
+    pictures keep their parameters. `name` defaults to the file's.
     """
     stat = path.stat()
     facts = f"{path} {stat.st_mtime_ns} {stat.st_size}"
@@ -79,13 +79,13 @@ def shown(path: Path, name: str | None = None) -> str:
     return str(link)
 
 
-def shown_all(paths: Iterable[Path]) -> list[str]:
-    """`shown` of each."""
-    return [shown(path) for path in paths]
+def links_to(paths: Iterable[Path]) -> list[str]:
+    """`link_to` each."""
+    return [link_to(path) for path in paths]
 
 
-def uploaded(path: str | Path) -> Path:
-    """The path, if it lies where uploads are kept; StudioError otherwise."""
+def checked_upload(path: str | Path) -> Path:
+    """The absolute path of an uploaded file; StudioError for any other path."""
     complete = user_path(path).resolve()
     if not complete.is_relative_to(Path(get_upload_folder()).resolve()) or not complete.is_file():
         raise StudioError("that file was not uploaded here: send it with the request.")
@@ -93,18 +93,18 @@ def uploaded(path: str | Path) -> Path:
 
 
 def empty_state(title: str, text: str) -> str:
-    """HTML for a place that is still empty: what to do first."""
+    """HTML that fills an empty place and says what to do first."""
     return f'<div class="empty"><b>{escape(title)}</b><span>{escape(text)}</span></div>'
 
 
 def progress_bar(share: float) -> str:
-    """HTML of a bar that is full at 1."""
+    """HTML of a progress bar; `share` is from 0 to 1."""
     width = 100 * min(max(share, 0.0), 1.0)
     return f'<div class="bar"><i style="width:{width:.1f}%"></i></div>'
 
 
 def picture_html(image: Image.Image) -> str:
-    """HTML of a picture that need not be kept."""
+    """HTML of a picture, embedded as a JPEG."""
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=85)
     data = base64.b64encode(stream.getvalue()).decode()
@@ -112,6 +112,6 @@ def picture_html(image: Image.Image) -> str:
 
 
 def facts_html(facts: Sequence[tuple[str, str]]) -> str:
-    """HTML of names and values; those without a value are left out."""
+    """HTML of (name, value) pairs; those with an empty value are left out."""
     rows = "".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in facts if v)
     return f'<dl class="facts">{rows}</dl>'

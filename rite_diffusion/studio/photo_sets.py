@@ -7,11 +7,11 @@ from pathlib import Path
 from rite_diffusion.errors import StudioError
 from rite_diffusion.photos.sidecars import (
     MASK_FOLDER,
-    caption_owners,
     is_caption,
     is_mask,
     is_picture,
-    mask_owners,
+    match_captions,
+    match_masks,
     new_caption_path,
 )
 
@@ -19,25 +19,25 @@ LONGEST_CAPTION = 2000  # characters
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A photo and what is written about it."""
+class CaptionedPhoto:
+    """A photo of a set with its caption."""
 
     path: Path
     caption: str
     sidecars: tuple[Path, ...]  # the files of its captions, then of its masks
 
 
-def read_set(folder: Path) -> list[Shown]:
+def read_set(folder: Path) -> list[CaptionedPhoto]:
     """The photos of a set in the order of their names."""
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
     pictures = [path for path in files if is_picture(path)]
     inner = folder / MASK_FOLDER
     masks = [path for path in files if is_mask(path)]
     masks += sorted(inner.iterdir()) if inner.is_dir() else []
-    captions = caption_owners([path for path in files if is_caption(path)], pictures)
-    of_mask = mask_owners(masks, pictures)
+    captions = match_captions([path for path in files if is_caption(path)], pictures)
+    of_mask = match_masks(masks, pictures)
     return [
-        Shown(
+        CaptionedPhoto(
             path,
             _read(captions.of[path]) if path in captions.of else "",
             (*captions.all_of(path), *of_mask.all_of(path)),
@@ -52,12 +52,12 @@ def _read(caption: Path) -> str:
 
 
 def write_captions(folder: Path, rows: Sequence[Sequence[str]]) -> None:
-    """Keep the captions of rows (photo, caption); an empty one leaves the photo without."""
-    known = {shown.path.name: shown for shown in read_set(folder)}
+    """Write the captions of rows (photo, caption); an empty one deletes the photo's caption."""
+    known = {photo.path.name: photo for photo in read_set(folder)}
     for name, text in rows:
         caption = " ".join(str(text or "").split())
         if name not in known:
-            raise StudioError(f"'{name}' is no photo of this set: load the set again.")
+            raise StudioError(f"'{name}' is not a photo of this set: load the set again.")
         if len(caption) > LONGEST_CAPTION:
             raise StudioError(f"the caption of {name} is over {LONGEST_CAPTION} characters.")
         if caption == known[name].caption:
@@ -65,16 +65,16 @@ def write_captions(folder: Path, rows: Sequence[Sequence[str]]) -> None:
         for path in filter(is_caption, known[name].sidecars):
             path.unlink(missing_ok=True)
         if caption:
-            pictures = [shown.path for shown in known.values()]
+            pictures = [photo.path for photo in known.values()]
             target = new_caption_path(known[name].path, pictures)
             target.write_text(caption + "\n", encoding="utf-8")
 
 
 def remove_photo(folder: Path, name: str) -> None:
     """Delete a photo of a set with its caption and mask."""
-    photo = next((shown for shown in read_set(folder) if shown.path.name == name), None)
+    photo = next((each for each in read_set(folder) if each.path.name == name), None)
     if photo is None:
-        raise StudioError(f"'{name}' is no photo of this set: choose one of its pictures.")
+        raise StudioError(f"'{name}' is not a photo of this set: choose one of its pictures.")
     for path in photo.sidecars:
         path.unlink(missing_ok=True)
     photo.path.unlink()

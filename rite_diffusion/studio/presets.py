@@ -1,4 +1,4 @@
-"""What a run is for, in words, and the settings that follow from it."""
+"""Purposes of a training, in words, and the settings that follow from them."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 from rite_diffusion.config import load_preset, merge, parse_assignments
 from rite_diffusion.errors import StudioError
 
-# What a page decides by itself: a line of settings may not bring in paths.
+# Settings with fields of their own. Lines must not set them: some are paths.
 FIXED = {"photos", "class_photos", "dataset", "base", "trigger", "class_noun", "trackers"}
 
 
 @dataclass(frozen=True)
 class Purpose:
-    """A choice in words."""
+    """A purpose: its label, and what it changes of the base's preset."""
 
     label: str
     steps: float  # times the steps of the base's preset
@@ -38,7 +38,7 @@ STANDARD = "quick"
 def training_settings(
     purpose: str, needed: dict[str, Any], chosen: dict[str, Any], lines: str
 ) -> dict[str, Any]:
-    """The settings tree of a run: its purpose, then what was chosen, then `key=value` lines.
+    """The settings tree of a run: the purpose's, then `chosen`, then `key=value` lines.
 
     `needed` are photos, trigger, class noun and base. Raises StudioError for a purpose that does
     not exist and for lines that set one of those.
@@ -51,6 +51,6 @@ def training_settings(
     assigned = parse_assignments([line for line in lines.splitlines() if line.strip()])
     refused = sorted(FIXED & assigned.keys())
     if refused:
-        raise StudioError(f"'{refused[0]}' is not for the settings' lines: it has its own field.")
+        raise StudioError(f"'{refused[0]}' cannot be set by a line: it has its own field.")
     own = merge({"steps": round(usual["steps"] * wanted.steps)}, wanted.settings)
     return merge(merge(merge(own, chosen), assigned), needed)

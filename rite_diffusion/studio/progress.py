@@ -1,4 +1,4 @@
-"""What a run folder tells of its training, as a page shows it."""
+"""The progress of a training, read from its run folder for the page."""
 
 import json
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from rite_diffusion.files.writing import read_json
 from rite_diffusion.studio.jobs import last_line, state_of
 
 POINTS = 240  # of a curve
-RECENT = 20  # steps that the speed is taken from
-SMOOTHING = 0.9  # of the smoothed loss
+RECENT = 20  # steps over which the speed is averaged
+SMOOTHING = 0.9  # decay of the exponential mean of the loss
 LAST_LINES = 40  # of the log
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A run at a moment."""
+    """The state of a run at one moment."""
 
     name: str
     state: str
@@ -30,20 +30,20 @@ class Progress:
     total: int
     loss: float | None  # smoothed
     seconds_left: float | None
-    last_line: str  # why it failed, or what it does before its first step
+    last_line: str  # of its output: why it failed, or what it does before the first step
     metrics: list[dict[str, Any]]
     previews: list[Path]
     log: str
 
     def left(self) -> str:
-        """The time that is left, in words."""
+        """The remaining time in words, empty where unknown."""
         if self.seconds_left is None:
             return ""
         return f"about {timedelta(seconds=round(self.seconds_left))} left"
 
 
 def read_progress(run: Path) -> Progress:
-    """Everything that there is to show of a run."""
+    """Everything that the page shows of a run."""
     state, metrics = state_of(run), _metrics(run / "metrics.jsonl")
     step = metrics[-1]["step"] if metrics else 0
     config = _config(run)
@@ -88,7 +88,7 @@ def _seconds_per_step(metrics: list[dict[str, Any]], config: dict[str, Any]) -> 
 
 
 def _smoothed(values: list[float]) -> list[float]:
-    """Exponential means, with the start's bias taken out."""
+    """Exponential means with bias correction (Kingma & Ba 2015, Sec. 3)."""
     total, weight, means = 0.0, 0.0, []
     for value in values:
         total = SMOOTHING * total + (1 - SMOOTHING) * value
@@ -103,7 +103,7 @@ def _tail(path: Path) -> str:
 
 
 def loss_curves(metrics: list[dict[str, Any]]) -> pandas.DataFrame:
-    """Columns step, loss, curve: each step's loss, the smoothed one, that of held-out photos."""
+    """A table of step, loss and curve: each step's loss, the smoothed one, the held-out photos'."""
     steps = [row["step"] for row in metrics]
     losses = [row["loss"] for row in metrics]
     held_out = [(row["step"], row["validation"]) for row in metrics if "validation" in row]
@@ -117,12 +117,12 @@ def loss_curves(metrics: list[dict[str, Any]]) -> pandas.DataFrame:
 
 
 def rate_curve(metrics: list[dict[str, Any]]) -> pandas.DataFrame:
-    """Columns step, rate."""
+    """A table of step and learning rate."""
     points = thin([(row["step"], row["rate"]) for row in metrics])
     return pandas.DataFrame(points, columns=pandas.Index(["step", "rate"]))
 
 
 def thin(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """At most about `POINTS` of the points, the last among them."""
+    """About `POINTS` of the points at most, evenly spaced, with the last."""
     stride = max(1, len(points) // POINTS)
     return points[-1::-stride][::-1]

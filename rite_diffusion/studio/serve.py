@@ -1,4 +1,4 @@
-"""From `rite studio` to a page that listens; Gradio is imported once everything is checked."""
+"""The server of `rite studio`; Gradio is imported after all settings are checked."""
 
 import json
 import os
@@ -12,18 +12,18 @@ import psutil
 
 from rite_diffusion.errors import OutputError, StudioError
 from rite_diffusion.files.writing import folder_output, read_json, write_atomically
-from rite_diffusion.studio.access import gatekeeper, read_logins, refuse_open_door
-from rite_diffusion.studio.jobs import living
+from rite_diffusion.studio.access import login_check, read_logins, require_password
+from rite_diffusion.studio.jobs import find_process
 from rite_diffusion.studio.workspace import Workspace
 
-LARGEST_UPLOAD = "1gb"  # of one file; an SDXL adapter of rank 128 has this size
-WAITING = 64  # requests that may wait
+LARGEST_UPLOAD = "1gb"  # per file: the size of an SDXL adapter of rank 128
+QUEUE_SIZE = 64  # requests that may wait
 KNOWN_HOSTS = ["127.0.0.1", "localhost"]
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What `rite studio` is told."""
+    """The options of `rite studio`."""
 
     workspace: Path = Path("studio")
     host: str = "127.0.0.1"
@@ -34,21 +34,21 @@ class Settings:
 
 
 def launch(settings: Settings):
-    """Start serving and return Gradio's page, whose `block_thread` waits and `close` ends it.
+    """Start the server and return Gradio's page: `block_thread` waits, `close` ends it.
 
-    StudioError where the door would stand open, the workspace cannot be written or is in use, or
-    the port is taken.
+    StudioError where other machines could use it without a password, where the workspace cannot be
+    written or is in use, and where the port is taken.
     """
     logins = read_logins(settings.auth)
-    refuse_open_door(settings.host, settings.share, logins)
+    require_password(settings.host, settings.share, logins)
     if settings.mcp and find_spec("mcp") is None:
         raise StudioError("--mcp needs one more package: pip install 'gradio[mcp]'.")
-    root = _take(_folder(settings.workspace))
-    # Uploads and copies for the page lie here; nothing else of the workspace is served.
+    root = _claim(_folder(settings.workspace))
+    # Holds uploads and copies for the page; nothing else of the workspace is served.
     shutil.rmtree(root / ".page", ignore_errors=True)
     os.environ["GRADIO_TEMP_DIR"] = str(root / ".page")
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    os.environ["GRADIO_RUN_HISTORY"] = "False"  # prompts are kept here, not in browsers
+    os.environ["GRADIO_RUN_HISTORY"] = "False"  # prompts stay on this machine, not in browsers
 
     from rite_diffusion.studio.app import build
     from rite_diffusion.studio.state import Studio
@@ -58,12 +58,12 @@ def launch(settings: Settings):
         Workspace(root / "users" / user).folder("runs")
     studio = Studio(root, bool(logins))
     page = build(studio)
-    page.queue(max_size=WAITING)
+    page.queue(max_size=QUEUE_SIZE)
     try:
         page.launch(
             server_name=settings.host,
             server_port=settings.port,
-            auth=cast(Any, gatekeeper(logins)) if logins else None,  # it may be a coroutine
+            auth=cast(Any, login_check(logins)) if logins else None,  # Gradio also takes coroutines
             share=settings.share,
             mcp_server=settings.mcp,
             max_file_size=LARGEST_UPLOAD,
@@ -79,14 +79,14 @@ def launch(settings: Settings):
         )
     except OSError as error:
         raise StudioError(f"cannot listen on port {settings.port}: {error}") from None
-    studio.work()
+    studio.start_threads()
     return page
 
 
 def _only_known_hosts(settings: Settings, logins: dict[str, str]) -> dict[str, Any]:
-    """Settings of the server that refuse other names for this machine, where nobody has to log in.
+    """Server settings that refuse requests to other host names, for a studio without logins.
 
-    Otherwise a foreign page whose domain is made to lead to 127.0.0.1 could use the studio.
+    Otherwise a web page whose domain resolves to 127.0.0.1 could use it (DNS rebinding).
     """
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -97,21 +97,21 @@ def _only_known_hosts(settings: Settings, logins: dict[str, str]) -> dict[str, A
 
 
 def _folder(workspace: Path) -> Path:
-    """The workspace's absolute path; StudioError where it cannot be a folder to write in."""
+    """The workspace's absolute path; StudioError where it cannot be a writable folder."""
     try:
         return folder_output(workspace).absolute()
     except OutputError as error:
         raise StudioError(str(error).replace("--out", "--workspace")) from None
 
 
-def _take(root: Path) -> Path:
-    """The workspace, made if need be and marked as ours; StudioError where it is another's."""
+def _claim(root: Path) -> Path:
+    """The workspace, made and marked as in use; StudioError where another studio uses it."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         mark = read_json(root / "studio.json")
-        if mark and mark["pid"] != os.getpid() and living(mark["pid"], mark["born"]):
+        if mark and mark["pid"] != os.getpid() and find_process(mark["pid"], mark["born"]):
             raise StudioError(
-                f"another studio, process {mark['pid']}, works in {root}: use its page, or choose "
+                f"another studio, process {mark['pid']}, uses {root}: open its page, or choose "
                 "another --workspace."
             )
         own = {"pid": os.getpid(), "born": psutil.Process().create_time()}

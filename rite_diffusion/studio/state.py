@@ -1,4 +1,4 @@
-"""What all tabs share: whose workspace it is, the engine that draws, the queue that trains."""
+"""State that all tabs share: the workspaces, the engine that draws, the queue of trainings."""
 
 import sys
 import threading
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from rite_diffusion.studio.engine import Engine
 
 DEVICE = "device"  # concurrency_id of every event that uses the model: one at a time
-PAUSE = 1.0  # seconds between looks at the queue
-GRACE = 6.0  # seconds that the first page has before torch is imported beside it
+PAUSE = 1.0  # seconds between checks of the queue
+START_DELAY = 6.0  # seconds for the first page before torch is imported, which slows it
 
 
 class Studio:
-    """One server's state; everything that must outlive it is in files."""
+    """One server's state; all that must survive a restart is in files."""
 
     def __init__(self, root: Path, with_logins: bool):
         self.root = root
@@ -32,7 +32,7 @@ class Studio:
         self._visited = threading.Event()
 
     def space(self, request: gr.Request | None) -> Workspace:
-        """The workspace of who asks."""
+        """The workspace of the user who sent a request; StudioError without a login."""
         self._visited.set()
         if not self.with_logins:
             return Workspace(self.root)
@@ -54,7 +54,7 @@ class Studio:
 
     @property
     def engine(self) -> "Engine":
-        """What draws; torch is imported when it is first asked for, after the page is there."""
+        """The engine that draws; made at first use, as it imports torch."""
         with self._lock:
             if self._engine is None:
                 from rite_diffusion.studio.engine import Engine
@@ -62,20 +62,20 @@ class Studio:
                 self._engine = Engine()
             return self._engine
 
-    def work(self) -> None:
-        """Start the threads that get the engine ready and give waiting runs their turn."""
-        for work in (self._warm_up, self._give_turns):
+    def start_threads(self) -> None:
+        """Start the threads that open the pocket base and start queued runs."""
+        for work in (self._prepare_engine, self._start_runs):
             threading.Thread(target=work, daemon=True, name=work.__name__).start()
 
-    def _warm_up(self) -> None:
-        self._visited.wait(GRACE)
-        self.engine.warm_up()
+    def _prepare_engine(self) -> None:
+        self._visited.wait(START_DELAY)
+        self.engine.open_pocket()
 
-    def _give_turns(self) -> None:
-        self._visited.wait(GRACE)
+    def _start_runs(self) -> None:
+        self._visited.wait(START_DELAY)
         while True:
             try:
-                self.queue.turn()
+                self.queue.start_waiting()
             except OSError as error:
                 print(f"rite studio: cannot start a run: {error}", file=sys.stderr)
             time.sleep(PAUSE)

@@ -1,4 +1,4 @@
-"""How the studio looks: one theme for light and dark, no font or script from elsewhere."""
+"""The studio's theme for light and dark mode; fonts and scripts are all local."""
 
 import gradio as gr
 
@@ -9,7 +9,7 @@ CURVES = {"each step": FAINT, "smoothed": ACCENT, "held out": HELD_OUT}
 
 
 def theme() -> gr.themes.Base:
-    """Slate and indigo, rounded, with room to breathe."""
+    """The theme: slate and indigo with rounded corners."""
     return gr.themes.Soft(
         primary_hue=gr.themes.colors.indigo,
         secondary_hue=gr.themes.colors.violet,

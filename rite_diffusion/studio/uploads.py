@@ -1,4 +1,4 @@
-"""What a page sends: photos, zip archives, adapters; counted and measured before it is kept."""
+"""Uploaded photos, captions and zip archives; their number and size are checked first."""
 
 import shutil
 import zipfile
@@ -9,19 +9,19 @@ from rite_diffusion.errors import StudioError
 from rite_diffusion.photos.images import SUFFIXES
 from rite_diffusion.studio.workspace import name_from
 
-MOST_FILES = 500  # photos and captions of one set
-MOST_ENTRIES = 10_000  # of an archive, whatever they are
+MAX_FILES = 500  # photos and captions of one set
+MAX_ENTRIES = 10_000  # of an archive, of any kind
 LARGEST_FILE = 64_000_000  # bytes
 LARGEST_SET = 1_000_000_000  # bytes
 CAPTIONS = {".txt", ".caption"}
 _CHUNK = 1 << 20
 
 
-def keep_photos(uploads: Sequence[str], folder: Path) -> None:
-    """Copy photos and captions into a folder; what lies in a zip comes with them.
+def save_photos(uploads: Sequence[str], folder: Path) -> None:
+    """Copy photos and captions, also those in zip archives, into a folder.
 
-    Names are made plain and unique. StudioError, with nothing kept, where it is too many or too
-    much or an archive is not what it should be.
+    Names are made safe and unique. StudioError, with nothing written, for too many or too large
+    files and for damaged or harmful archives.
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -29,8 +29,8 @@ def keep_photos(uploads: Sequence[str], folder: Path) -> None:
     try:
         for source, name in _files(uploads):
             kept.append(_keep(source, name, folder))
-            if len(kept) > MOST_FILES:
-                raise StudioError(f"more than {MOST_FILES} files: choose fewer photos.")
+            if len(kept) > MAX_FILES:
+                raise StudioError(f"more than {MAX_FILES} files: choose fewer photos.")
             if sum(path.stat().st_size for path in kept) > LARGEST_SET:
                 raise StudioError(f"the photos are over {LARGEST_SET // 10**9} GB: choose fewer.")
         if not kept:
@@ -46,7 +46,7 @@ def keep_photos(uploads: Sequence[str], folder: Path) -> None:
 
 
 def _files(uploads: Sequence[str]) -> Iterator[tuple[Path | tuple[zipfile.ZipFile, str], str]]:
-    """Each wanted file: where it lies, on the disk or in an archive, and its bare name."""
+    """Photos and captions: a path, or an archive and an entry, and the file's name."""
     for upload in map(Path, uploads):
         suffix = upload.suffix.lower()
         if suffix == ".zip":
@@ -58,9 +58,9 @@ def _files(uploads: Sequence[str]) -> Iterator[tuple[Path | tuple[zipfile.ZipFil
 
 
 def _entries(archive: zipfile.ZipFile) -> list[str]:
-    """Names of an archive's photos and captions; StudioError for one that is built to harm."""
-    if len(archive.infolist()) > MOST_ENTRIES:
-        raise StudioError(f"the zip archive holds over {MOST_ENTRIES} files: choose fewer photos.")
+    """Names of an archive's photos and captions; StudioError for a harmful archive."""
+    if len(archive.infolist()) > MAX_ENTRIES:
+        raise StudioError(f"the zip archive holds over {MAX_ENTRIES} files: choose fewer photos.")
     names = []
     for entry in archive.infolist():
         path = PurePosixPath(entry.filename.replace("\\", "/"))
@@ -80,7 +80,7 @@ def _entries(archive: zipfile.ZipFile) -> list[str]:
 
 
 def _keep(source: Path | tuple[zipfile.ZipFile, str], name: str, folder: Path) -> Path:
-    """Copy one file under a plain name; a caption keeps its picture's stem."""
+    """Copy one file under a safe name and return its path; captions keep their picture's stem."""
     original = PurePosixPath(name)
     stem, suffix = name_from(original.stem, "photo"), original.suffix.lower()
     target = _free(folder, stem, suffix)
@@ -98,7 +98,7 @@ def _keep(source: Path | tuple[zipfile.ZipFile, str], name: str, folder: Path) -
 
 
 def _unpack(archive: zipfile.ZipFile, entry: str, target: Path) -> None:
-    """Write an archive's entry, up to LARGEST_FILE bytes whatever the archive's directory says."""
+    """Write an archive's entry; StudioError above LARGEST_FILE bytes, whatever size it states."""
     left = LARGEST_FILE
     with archive.open(entry) as stream, target.open("wb") as out:
         while chunk := stream.read(_CHUNK):

@@ -1,7 +1,7 @@
-"""The one folder that the studio works in; no name that a page sends leads out of it.
+"""The folder that the studio works in; names that a page sends cannot lead out of it.
 
 photos/<set>/  runs/<run>/  adapters/<name>.safetensors  outputs/00000.png  models/  trash/
-users/<name>/ holds all of this for each user, where the studio asks for a password.
+users/<name>/ holds all of this for each user, where the studio has logins.
 """
 
 import re
@@ -19,35 +19,35 @@ _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def checked_name(text: str) -> str:
-    """The text, if it can name a file anywhere; StudioError otherwise."""
+    """The text; StudioError unless it is a valid file name on every system."""
     if len(text) > LONGEST_NAME or not _NAME.fullmatch(text):
         raise StudioError(
-            f"'{text[:LONGEST_NAME]}' is no name: use up to {LONGEST_NAME} letters, digits, "
+            f"'{text[:LONGEST_NAME]}' is not a name: use up to {LONGEST_NAME} letters, digits, "
             "spaces, dots and dashes, and begin with a letter or digit."
         )
     return text
 
 
 def name_from(text: str, fallback: str) -> str:
-    """A name that is as close to the text as can be."""
+    """The text without the characters that names cannot have; `fallback` if none are left."""
     name = _NO_NAME.sub("", text)[:LONGEST_NAME].strip(" .-(")
     return name if _NAME.fullmatch(name) else fallback
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """The folders of one user; those that do not exist yet are made when they are asked for."""
+    """The folders of one user, made at first use."""
 
     root: Path
 
     def folder(self, name: str) -> Path:
-        """One of the folders that the module's head names."""
+        """The path of one of the folders in the module's docstring."""
         path = self.root / name
         path.mkdir(parents=True, exist_ok=True)
         return path
 
     def find(self, folder: str, name: str) -> Path:
-        """What a name stands for in a folder; StudioError where it is not there or leads out."""
+        """The path of a name in a folder; StudioError where it does not exist or leads out."""
         home = self.folder(folder)
         path = home / checked_name(name)
         if not path.exists() or not path.resolve().is_relative_to(home.resolve()):
@@ -55,9 +55,9 @@ class Workspace:
         return path
 
     def new(self, folder: str, name: str, suffix: str = "", *beside: str) -> Path:
-        """A path in a folder that is still free: the name, or the name with a number.
+        """A path that does not exist yet: the name, or the name with a number.
 
-        So are the same names with the suffixes `beside`, for files that belong to it.
+        Nor do its paths with the suffixes `beside`, for files that belong to it.
         """
         home = self.folder(folder)
         stem = checked_name(name)
@@ -66,12 +66,15 @@ class Workspace:
         return home / f"{next(free)}{suffix}"
 
     def names(self, folder: str) -> list[str]:
-        """Names in a folder, newest first; hidden ones are left out."""
+        """Names in a folder, newest first, without hidden ones."""
         found = [path for path in self.folder(folder).iterdir() if _NAME.fullmatch(path.name)]
         return [path.name for path in sorted(found, key=_changed, reverse=True)]
 
     def base(self, text: str) -> str | None:
-        """The base model that a user names, None for nothing; no path outside `models/`."""
+        """The base model that a user names, None for an empty text.
+
+        StudioError for anything but pocket, a hub id or a name in `models/`: no other paths.
+        """
         text = text.strip()
         if text in ("", "pocket"):
             return text or None
@@ -84,31 +87,32 @@ class Workspace:
             f"or folder in {self.folder('models')}."
         )
 
-    def throw_away(self, home: Path, *beside: Path) -> None:
-        """Move a file or folder into the trash, with what belongs to it in the same folder."""
+    def move_to_trash(self, home: Path, *beside: Path) -> None:
+        """Move a file or folder, and the files beside it that belong to it, into the trash."""
         place = self.folder("trash") / f"{time.time_ns()}"
         (place / "held").mkdir(parents=True)
         (place / "from").write_text(str(home.relative_to(self.root)), encoding="utf-8")
         for path in (home, *beside):
             shutil.move(path, place / "held" / path.name)
 
-    def thrown_away(self) -> str:
-        """The name of what `put_back` would bring back, "" for nothing."""
+    def last_in_trash(self) -> str:
+        """The name of what `restore_from_trash` would restore, "" for nothing."""
         places = sorted(self.folder("trash").iterdir())
         return title_of((places[-1] / "from").read_text(encoding="utf-8")) if places else ""
 
-    def put_back(self) -> Path:
-        """Undo the newest `throw_away`; StudioError where that cannot be."""
+    def restore_from_trash(self) -> Path:
+        """Undo the last `move_to_trash` and return the path.
+
+        StudioError where the trash is empty or the name is taken.
+        """
         places = sorted(self.folder("trash").iterdir())
         if not places:
-            raise StudioError("nothing was deleted that could be put back.")
+            raise StudioError("the trash is empty: there is nothing to undo.")
         home = self.root / (places[-1] / "from").read_text(encoding="utf-8")
         back = {path: home.with_name(path.name) for path in (places[-1] / "held").iterdir()}
         for place in back.values():
             if place.exists():
-                raise StudioError(
-                    f"'{title_of(place)}' is there again: rename it first, then undo."
-                )
+                raise StudioError(f"'{title_of(place)}' exists again: rename it first, then undo.")
         for path, place in back.items():
             shutil.move(path, place)
         shutil.rmtree(places[-1])
@@ -116,7 +120,7 @@ class Workspace:
 
 
 def title_of(path: str | Path) -> str:
-    """What a page calls a file or folder: its name, without the suffix of adapters."""
+    """The name of a file or folder as the page shows it: without `.safetensors`."""
     return Path(path).name.removesuffix(".safetensors")
 
 

@@ -1,1 +1,1 @@
-"""Training: objective, loop, run folder."""
+"""Training: batches, loss, the loop, and the run folder."""

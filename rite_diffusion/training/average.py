@@ -1,4 +1,4 @@
-"""An exponential moving average of the trained weights, as the adapter that is saved and shown."""
+"""An exponential moving average (EMA) of the trained weights."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """Averages of named parameters; with decay 0 it is the parameters themselves."""
+    """Moving averages of named parameters; with decay 0 there are none, and swaps do nothing."""
 
     def __init__(self, named: list[tuple[str, nn.Parameter]], decay: float):
         self.decay = decay
@@ -18,14 +18,14 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move on after a step counted from 0; the decay grows over the first steps."""
+        """Update the averages after a step, counted from 0; the decay rises in the first steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
         if self.values:
             torch._foreach_lerp_(self.values, self.parameters, 1 - decay)
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:
-        """The averages in the parameters' place while the block runs."""
+        """Exchange parameters and averages until the block ends."""
         self._swap()
         try:
             yield
@@ -40,11 +40,11 @@ class WeightAverage:
             value.copy_(kept)
 
     def state(self) -> dict[str, Tensor]:
-        """The averages by name."""
+        """Parameter name -> average."""
         return dict(zip(self.names, self.values, strict=True))
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Restore what `state` gave; averages that it lacks start from the weights."""
+        """Restore a `state`; averages that it lacks are set to the weights."""
         for name, parameter, value in zip(self.names, self.parameters, self.values, strict=True):
             value.copy_(state.get(name, parameter.detach()))

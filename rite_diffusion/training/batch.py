@@ -1,4 +1,4 @@
-"""What a step learns from: every random choice is a function of (seed, step)."""
+"""Training batches; every random choice is a function of (seed, step)."""
 
 from dataclasses import dataclass
 
@@ -11,26 +11,26 @@ from rite_diffusion.methods.triggers import with_trigger_kept
 from rite_diffusion.photos.buckets import batch_indices
 from rite_diffusion.photos.dataset import LatentSet
 from rite_diffusion.seeding import Stream, generator
-from rite_diffusion.training.objective import offset_noise, perturb, stratified_timesteps
+from rite_diffusion.training.objective import offset_noise, perturb, stratified_places
 
 DEFAULT_OBJECTIVE, DEFAULT_CAPTIONS = ObjectiveSection(), CaptionSection()
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples with their noise; all random choices are made."""
+    """The samples of a step with captions, noise and timesteps."""
 
     indices: list[int]  # of the samples in the data
     captions: list[str]
     latents: Tensor  # (B, C, h, w)
     noise: Tensor  # of the same shape
-    seen: Tensor  # the noise that the model sees; differs with input perturbation
-    timesteps: Tensor  # (B,) places in the noise schedule
+    input_noise: Tensor  # noise of the model's input; differs with input perturbation
+    places: Tensor  # (B,) in [0, 1), in the noise schedule
     weights: Tensor  # (B,) of the samples' losses
-    masks: Tensor | None  # (B, 1, h, w) weights of the latent cells' errors
+    masks: Tensor | None  # (B, 1, h, w) weights of the latent cells' errors in [0, 1]
 
     def parts(self, count: int) -> list["Batch"]:
-        """The batch in so many equal parts."""
+        """The batch in `count` equal parts."""
         size = len(self.indices) // count
         slices = [slice(start, start + size) for start in range(0, size * count, size)]
         return [
@@ -39,8 +39,8 @@ class Batch:
                 self.captions[part],
                 self.latents[part],
                 self.noise[part],
-                self.seen[part],
-                self.timesteps[part],
+                self.input_noise[part],
+                self.places[part],
                 self.weights[part],
                 self.masks[part] if self.masks is not None else None,
             )
@@ -58,9 +58,10 @@ def draw_batch(
     objective: ObjectiveSection = DEFAULT_OBJECTIVE,
     captions: CaptionSection = DEFAULT_CAPTIONS,
 ) -> Batch:
-    """The `size` samples of a step, counted from 0, with their noise: a function of the seed.
+    """The batch of a step, counted from 0: a function of `seed` and `step`.
 
-    The objective says how timesteps and noise are drawn, `captions` how captions are changed.
+    `size` is the number of samples, all of one shape. `objective` sets how timesteps and noise are
+    drawn, `captions` how captions are shuffled and dropped.
     """
     goal = objective
 
@@ -72,23 +73,20 @@ def draw_batch(
     texts = shuffle_parts(texts, captions, stream(Stream.CAPTION_SHUFFLE))
     texts = drop_captions(texts, captions.dropout, stream(Stream.CAPTION_DROPOUT))
     density = (goal.timestep_mean, goal.timestep_deviation)
-    timesteps = stratified_timesteps(
-        size,
-        len(backbone.noise_schedule),
-        stream(Stream.TIMESTEPS),
-        density if goal.timesteps == "logit_normal" else None,
+    places = stratified_places(
+        size, stream(Stream.TIMESTEPS), density if goal.timesteps == "logit_normal" else None
     )
     noise = torch.randn((size, *latents_shape(data, indices)), generator=stream(Stream.NOISE))
     if goal.noise_offset:
         noise = offset_noise(noise, goal.noise_offset, stream(Stream.NOISE_OFFSET))
-    seen = noise
+    input_noise = noise
     if goal.input_perturbation:
-        seen = perturb(noise, goal.input_perturbation, stream(Stream.INPUT_PERTURBATION))
-    return make_batch(backbone, data, indices, texts, noise, seen, timesteps)
+        input_noise = perturb(noise, goal.input_perturbation, stream(Stream.INPUT_PERTURBATION))
+    return make_batch(backbone, data, indices, texts, noise, input_noise, places)
 
 
 def latents_shape(data: LatentSet, indices: list[int]) -> torch.Size:
-    """Shape (C, h, w) of the samples' latents, which is that of the first."""
+    """Shape (C, h, w) of the latents of samples that share one shape."""
     return data.latents[data.samples[indices[0]]].shape
 
 
@@ -98,13 +96,12 @@ def make_batch(
     indices: list[int],
     captions: list[str],
     noise: Tensor,
-    seen: Tensor,
-    timesteps: Tensor,
+    input_noise: Tensor,
+    places: Tensor,
 ) -> Batch:
-    """The samples of one shape with their noise, on the backbone's device.
+    """The batch of samples of one shape, on the backbone's device.
 
-    Captions that are longer than the text encoder reads, once shuffled and with learned words in
-    place, keep the triggers that the backbone knows.
+    Captions above the text encoder's limit of tokens are cut so that triggers stay.
     """
     triggers = [trigger for each in backbone.triggers.values() for trigger in each]
     captions = [with_trigger_kept(backbone, caption, triggers)[0] for caption in captions]
@@ -115,15 +112,15 @@ def make_batch(
         captions,
         torch.stack([data.latents[row] for row in rows]).to(backbone.device),
         noise.to(backbone.device),
-        seen.to(backbone.device),
-        timesteps.to(backbone.device),
+        input_noise.to(backbone.device),
+        places.to(backbone.device),
         torch.tensor([data.weights[index] for index in indices], device=backbone.device),
         None if masks is None else masks.to(backbone.device),
     )
 
 
 def shuffle_parts(captions: list[str], how: CaptionSection, draws: torch.Generator) -> list[str]:
-    """The captions, their comma-separated parts after the first `keep` in random order."""
+    """The captions with the comma-separated parts after the first `keep` in random order."""
     if not how.shuffle:
         return captions
     result = []
@@ -136,6 +133,6 @@ def shuffle_parts(captions: list[str], how: CaptionSection, draws: torch.Generat
 
 
 def drop_captions(captions: list[str], share: float, draws: torch.Generator) -> list[str]:
-    """The captions, a random share of them replaced by the empty one."""
+    """The captions, a random share of them empty (Ho & Salimans 2022, Alg. 1)."""
     values = torch.rand(len(captions), generator=draws).tolist()
     return ["" if value < share else text for value, text in zip(values, captions, strict=True)]

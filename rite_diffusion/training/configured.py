@@ -1,4 +1,4 @@
-"""The parts of a training step as a `TrainConfig` sets them."""
+"""Batch and loss of a training step with the settings of a `TrainConfig`."""
 
 from torch import Tensor
 
@@ -13,7 +13,7 @@ from rite_diffusion.training.loss import diffusion_loss
 def step_batch(
     backbone: Backbone, data: LatentSet, config: TrainConfig, step: int, processes: int = 1
 ) -> Batch:
-    """A step's batch for all processes; steps are counted from 0."""
+    """The batch of a step, counted from 0, for all processes together."""
     return draw_batch(
         backbone,
         data,
@@ -26,5 +26,5 @@ def step_batch(
 
 
 def step_loss(backbone: Backbone, method: Method, batch: Batch, config: TrainConfig) -> Tensor:
-    """The mean loss of a batch, the method's penalty included."""
+    """The mean loss of a batch with the method's penalty, a scalar."""
     return diffusion_loss(backbone, batch, objective=config.objective, method=method)

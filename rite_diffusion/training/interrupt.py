@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop after the current step; a second one stops at once."""
+"""Ctrl-C and SIGTERM as requests to stop after the current step; a second one stops at once."""
 
 import os
 import signal
@@ -12,26 +12,26 @@ NOTICE = b"\nstopping after this step; once more stops at once\n"
 
 @dataclass
 class StopRequest:
-    """The signal that asked to stop, once one has."""
+    """The signal that has asked to stop, if one has come."""
 
     signal: int | None = None
-    insisted: bool = False  # whether a second signal has come
+    repeated: bool = False  # whether a second signal has come
 
     def is_set(self) -> bool:
-        """Whether a signal has come; KeyboardInterrupt after a second one.
+        """Whether a signal has come; raises KeyboardInterrupt after a second one.
 
-        That one raises wherever it comes, and code that happens to run there may swallow it.
+        The second one also raises where it arrives, but the code there may catch the exception.
         """
-        if self.insisted:
+        if self.repeated:
             raise KeyboardInterrupt
         return self.signal is not None
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Collect SIGINT and SIGTERM while the block runs, and say on standard error what comes now.
+    """Catch SIGINT and SIGTERM while the block runs, with a notice on standard error.
 
-    Outside the main thread signals pass by.
+    Outside the main thread Python cannot, and the request is never set.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -40,20 +40,20 @@ def stop_on_signal() -> Iterator[StopRequest]:
     signals = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.getsignal(number) for number in signals}
 
-    def ask(number: int, _: object) -> None:
+    def first_signal(number: int, _: object) -> None:
         request.signal = number
         for each in signals:
-            signal.signal(each, insist)
-        os.write(2, NOTICE)  # print is not for signal handlers: the signal may have come within one
+            signal.signal(each, second_signal)
+        os.write(2, NOTICE)  # print may be running when the signal comes, and is not reentrant
 
-    def insist(number: int, _: object) -> None:
-        request.insisted = True
+    def second_signal(number: int, _: object) -> None:
+        request.repeated = True
         for each in signals:
             signal.signal(each, previous[each])
         signal.raise_signal(number)
 
     for number in signals:
-        signal.signal(number, ask)
+        signal.signal(number, first_signal)
     try:
         yield request
     finally:

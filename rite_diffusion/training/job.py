@@ -1,4 +1,4 @@
-"""What trains on what, and what of it can leave memory meanwhile."""
+"""A training's parts together, and the release of encoders that no step needs."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from rite_diffusion.photos.dataset import LatentSet
 
 @dataclass(frozen=True)
 class Job:
-    """What trains on what."""
+    """A method on a backbone, the data it trains on, and the settings."""
 
     backbone: Backbone
     method: Method
@@ -20,13 +20,13 @@ class Job:
 
 
 def captions_are_cached(job: Job) -> bool:
-    """Whether the conditioning of every caption to come can be on disk before the first step."""
+    """Whether the conditioning of every caption can be computed before the first step."""
     config = job.config
     return job.method.text_is_frozen and config.cache and not config.captions.shuffle
 
 
 def cache_captions(job: Job) -> None:
-    """Have the conditioning of every caption to come on disk, where that is possible."""
+    """Compute and cache the conditioning of every caption, where `captions_are_cached`."""
     if captions_are_cached(job):
         held_out = job.held_out.captions if job.held_out else []
         dropped = [""] if job.config.captions.dropout else []
@@ -35,10 +35,10 @@ def cache_captions(job: Job) -> None:
 
 
 def release_encoders(job: Job) -> None:
-    """Let encoders leave memory that no step needs: all samples are encoded.
+    """Release the encoders that no step needs, as all samples are encoded.
 
-    Previews do need them. On a CPU they stay for previews to come, as they would have to be read
-    from the disk each time; elsewhere they wait in the computer's memory.
+    On a CPU, where released parts are read from disk again, they stay if there are previews, which
+    need them; from other devices they move to main memory.
     """
     if job.config.previews.every and job.backbone.device.type == "cpu":
         return

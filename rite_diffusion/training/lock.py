@@ -1,8 +1,8 @@
-"""A lock that the operating system holds for a process and lets go of when that process ends.
+"""A lock file that the operating system unlocks when its process ends.
 
-`flock` on POSIX, `msvcrt.locking` on Windows. The file stays behind when a process is killed, and
-means nothing then: what it says is for readers only. A file system without locks (some network
-mounts) is used without one; the caller is told.
+`flock` on POSIX, `msvcrt.locking` on Windows. A killed process leaves the file behind, unlocked;
+its content, the process number, is for messages only. On file systems without locks (some network
+mounts) `acquire` returns False.
 """
 
 import errno
@@ -12,15 +12,17 @@ import time
 from pathlib import Path
 
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
-PATIENCE = 20  # tries: whoever asks whether a lock is held holds it for a moment
-PAUSE = 0.05  # seconds between two
+TRIES = 20  # to lock: `is_locked` of another process holds a lock for a moment
+PAUSE = 0.05  # seconds between tries
 
 if sys.platform == "win32":
     import msvcrt
 
     def _try_lock(descriptor: int, shared: bool) -> None:
-        """BlockingIOError where another process holds it."""
-        os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # a byte that nobody reads: locks bar readers
+        """Lock a file; BlockingIOError where another process holds the lock."""
+        os.lseek(
+            descriptor, 1 << 30, os.SEEK_SET
+        )  # a byte past the content, as locked bytes cannot be read
         try:
             msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
         except PermissionError as error:
@@ -29,7 +31,7 @@ else:
     import fcntl
 
     def _try_lock(descriptor: int, shared: bool) -> None:
-        """BlockingIOError where another process, or another descriptor of this one, holds it."""
+        """Lock a file; BlockingIOError where another descriptor holds the lock."""
         fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
 
 
@@ -41,8 +43,11 @@ class Lock:
         self._descriptor: int | None = None
 
     def acquire(self) -> bool:
-        """Take the lock; False where the file system has none. BlockingIOError where it is held."""
-        for left in reversed(range(PATIENCE)):
+        """Take the lock; returns False where the file system has no locks.
+
+        BlockingIOError where another process holds it.
+        """
+        for left in reversed(range(TRIES)):
             descriptor = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o666)
             try:
                 locked = _locked(descriptor)
@@ -59,20 +64,20 @@ class Lock:
                 if self._descriptor is None:
                     os.close(descriptor)
             time.sleep(PAUSE)
-        raise BlockingIOError(errno.EAGAIN, "the lock file comes and goes")
+        raise BlockingIOError(errno.EAGAIN, "the lock file is replaced again and again")
 
     def owner(self) -> str:
-        """The number of the process that took the lock last, empty where it is not known."""
+        """The number of the process that took the lock last, empty where unknown."""
         try:
             return self.path.read_text(encoding="ascii", errors="replace").strip()
         except OSError:
             return ""
 
     def release(self) -> None:
-        """Let go of the lock and take its file away."""
+        """Release the lock and delete its file."""
         if self._descriptor is None:
             return
-        if sys.platform != "win32":  # there an open file cannot be taken away, and may stay
+        if sys.platform != "win32":  # there an open file cannot be deleted, and may stay
             self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
         self._descriptor = None
@@ -89,7 +94,7 @@ def _locked(descriptor: int) -> bool:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file is still the one at `path`: its last owner takes it away."""
+    """Whether the open file is still the one at `path`; a release may have deleted it."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -102,7 +107,7 @@ def is_locked(path: Path) -> bool:
         descriptor = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
         return False
-    except PermissionError:  # somebody else's, who may be at work
+    except PermissionError:  # of another user, who may hold it
         return True
     try:
         _try_lock(descriptor, shared=True)
@@ -118,5 +123,5 @@ def is_locked(path: Path) -> bool:
 
 
 def is_in_use(run: Path) -> bool:
-    """Whether some process works in a run folder."""
+    """Whether a process holds the lock of a run folder."""
     return is_locked(run / "lock")

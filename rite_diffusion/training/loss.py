@@ -1,4 +1,4 @@
-"""The loss of a batch."""
+"""The training loss of a batch."""
 
 from torch import Tensor
 
@@ -25,21 +25,21 @@ def diffusion_loss(
 ) -> Tensor:
     """The mean loss of a batch, a scalar (Ho et al. 2020, Alg. 1, on latents).
 
-    A method gives the captions' conditioning and may add a penalty; without one the backbone
-    encodes them.
+    `objective` sets the loss function and the weights of timesteps. A `method` encodes the captions
+    and may add a penalty; without one the backbone encodes them.
     """
-    goal, kind, schedule = objective, backbone.prediction_type, backbone.noise_schedule
-    at = batch.timesteps
-    signal, sigma, snr = schedule.signal[at], schedule.sigma[at], schedule.snr[at]  # (B,) each
-    noisy = add_noise(batch.latents, batch.seen, signal, sigma)
+    goal, kind = objective, backbone.prediction_type
+    height, width = batch.latents.shape[-2:]
+    at = backbone.noise_schedule.levels(batch.places, (height, width), goal.shift)
+    noisy = add_noise(batch.latents, batch.input_noise, at.signal, at.sigma)
     encode = method.conditioning if method else backbone.encode_captions
     conditioning = encode(batch.captions)
-    prediction = backbone.denoise(noisy, schedule.times[at], conditioning)
-    target = TARGETS[kind](batch.latents, batch.noise, signal, sigma)
+    prediction = backbone.denoise(noisy, at.times, conditioning, goal.guidance)
+    target = TARGETS[kind](batch.latents, batch.noise, at.signal, at.sigma)
     if goal.loss == "huber":
         error = huber_error(prediction, target, goal.huber_delta)
     else:
         error = squared_error(prediction, target)
-    weight = batch.weights * timestep_weight(kind, snr, goal.weighting, goal.min_snr_gamma)
+    weight = batch.weights * timestep_weight(kind, at.snr, goal.weighting, goal.min_snr_gamma)
     loss = (masked_mean(error, batch.masks) * weight).mean()
     return loss + method.penalty(batch.captions, batch.masks) if method else loss

@@ -1,4 +1,4 @@
-"""Memory: how much a process has used, and what to do when there is none left."""
+"""Memory: its peak use, and errors when it runs out."""
 
 import sys
 
@@ -10,13 +10,13 @@ from rite_diffusion.errors import RunError
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether memory ran out, a device's or the computer's own."""
-    on_cpu = "DefaultCPUAllocator" in str(error)  # it has no exception type of its own
+    """Whether an error says that memory ran out, on a device or in main memory."""
+    on_cpu = "DefaultCPUAllocator" in str(error)  # torch raises no type of its own for it
     return isinstance(error, torch.OutOfMemoryError) or on_cpu
 
 
-def out_of_memory(config: TrainConfig) -> RunError:
-    """What a run says that has no memory left, the settings that save most first."""
+def out_of_memory_error(config: TrainConfig) -> RunError:
+    """The error of a run without memory, with the settings that save most first."""
     remedies = []
     if not config.gradient_checkpointing:
         remedies.append("gradient_checkpointing = true")
@@ -32,7 +32,7 @@ def out_of_memory(config: TrainConfig) -> RunError:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes that this process has used so far, on a CUDA device those of tensors there."""
+    """Peak memory of this process in bytes; on a CUDA device that of tensors."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

@@ -1,4 +1,4 @@
-"""What the denoiser is asked for and how its errors are weighed.
+"""Targets of the denoiser, and losses with their weights.
 
 Noisy latents are x_t = signal x_0 + sigma noise, with coefficients from the model's noise schedule.
 """
@@ -31,7 +31,7 @@ def velocity_target(latents: Tensor, noise: Tensor, signal: Tensor, sigma: Tenso
 
 
 def flow_target(latents: Tensor, noise: Tensor, signal: Tensor, sigma: Tensor) -> Tensor:
-    """The straight way noise - x_0 (Liu et al. 2023, Eq. 1, from the picture to the noise)."""
+    """The flow's velocity noise - x_0 (Liu et al. 2023, Eq. 1, from picture to noise)."""
     return noise - latents
 
 
@@ -43,26 +43,27 @@ TARGETS: dict[PredictionType, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def offset_noise(noise: Tensor, offset: float, generator: torch.Generator) -> Tensor:
-    """Noise (B, C, h, w) with a random value per channel added, for darker and lighter pictures.
+    """Noise (B, C, h, w) with a random offset per channel (Guttenberg 2023).
 
-    Guttenberg 2023, "Diffusion with offset noise".
+    Lets the model learn darker and lighter pictures.
     """
     shift = torch.randn(noise.shape[0], noise.shape[1], 1, 1, generator=generator)
     return noise + offset * shift.to(noise)
 
 
 def perturb(noise: Tensor, amount: float, generator: torch.Generator) -> Tensor:
-    """Noise for the input alone (Ning et al. 2023, Alg. 1); the target keeps the original."""
+    """Noise for the model's input (Ning et al. 2023, Alg. 1); the target keeps the original."""
     return noise + amount * torch.randn(noise.shape, generator=generator).to(noise)
 
 
 def timestep_weight(kind: PredictionType, snr: Tensor, weighting: str, gamma: float) -> Tensor:
-    """Weights (B,) of the prediction's squared error at signal-to-noise ratios (B,).
+    """Weights (B,) of the squared error at signal-to-noise ratios (B,).
 
-    On the clean latents' error the weight is min(SNR, gamma) (`min_snr`, Hang et al. 2023,
-    Sec. 3.4) or sqrt(SNR) (`debiased`, Yu et al. 2023). The error of predicted noise is SNR times
-    the clean latents', that of a predicted velocity 1 / sigma^2 times: SNR + 1 times where
-    signal^2 + sigma^2 = 1, (sqrt(SNR) + 1)^2 times where signal + sigma = 1, as in a flow.
+    Expressed for the error of the clean latents, the weight is min(SNR, gamma) (`min_snr`, Hang et
+    al. 2023, Sec. 3.4) or sqrt(SNR) (`debiased`, Yu et al. 2023). The error of predicted noise is
+    SNR times that of the clean latents. The error of a predicted velocity is 1 / sigma^2 times it,
+    which is SNR + 1 where signal^2 + sigma^2 = 1, and (sqrt(SNR) + 1)^2 in a flow, where
+    signal + sigma = 1.
     """
     if weighting == "none":
         return torch.ones_like(snr)
@@ -71,19 +72,19 @@ def timestep_weight(kind: PredictionType, snr: Tensor, weighting: str, gamma: fl
     return wanted / divisors[kind].clamp(min=1e-8)
 
 
-def stratified_timesteps(
-    count: int, length: int, generator: torch.Generator, logit_normal: tuple[float, float] | None
+def stratified_places(
+    count: int, generator: torch.Generator, logit_normal: tuple[float, float] | None
 ) -> Tensor:
-    """Timesteps (count,) in [0, length), one from each of `count` equal parts, in random order.
+    """Places (count,) in [0, 1), one from each of `count` equally likely parts, shuffled.
 
-    Uniform, or with mean and deviation the logit-normal density of Esser et al. 2024, Sec. 3.1.
+    Uniform, or of the logit-normal density with (mean, deviation) (Esser et al. 2024, Sec. 3.1).
     """
     parts = torch.randperm(count, generator=generator)
     places = (parts + torch.rand(count, generator=generator)) / count  # uniform in [0, 1)
     if logit_normal is not None:
         mean, deviation = logit_normal
         places = torch.sigmoid(mean + deviation * torch.special.ndtri(places.clamp(min=1e-6)))
-    return (places * length).long().clamp(max=length - 1)
+    return places
 
 
 def squared_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -101,9 +102,9 @@ def huber_error(prediction: Tensor, target: Tensor, delta: float) -> Tensor:
 
 
 def masked_mean(error: Tensor, masks: Tensor | None) -> Tensor:
-    """Mean error of each picture (B,), weighted by its mask (B, 1, h, w) where there are masks.
+    """Mean error (B,) of each picture, weighted by its mask (B, 1, h, w) if there are masks.
 
-    Normalised per picture, so that a small subject counts as much as a large one.
+    Divided by each mask's sum, so that a small subject counts as much as a large one.
     """
     if masks is None:
         return error.flatten(1).mean(1)

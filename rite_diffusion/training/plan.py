@@ -1,4 +1,4 @@
-"""A training run before it starts: settings resolved, photos read, the base open."""
+"""The plan of a training run: settings resolved, photos read, the base opened."""
 
 import os
 from collections.abc import Callable
@@ -9,6 +9,7 @@ from rite_diffusion.backbones.source import default_device, load_backbone, usabl
 from rite_diffusion.config import TrainConfig, fill
 from rite_diffusion.files.writing import cache_folder
 from rite_diffusion.generation.class_pictures import class_pictures
+from rite_diffusion.methods.support import check_support
 from rite_diffusion.methods.triggers import (
     check_prompts,
     check_triggers,
@@ -29,44 +30,45 @@ from rite_diffusion.photos.dataset import (
     training_side,
 )
 from rite_diffusion.photos.folder import PhotoFolder, joined, read_source
-from rite_diffusion.training.processes import leftovers, own_device
+from rite_diffusion.training.assistant import load_assistant
+from rite_diffusion.training.processes import ignored_variables_note, process_device
 from rite_diffusion.training.resume import inputs_of
-from rite_diffusion.training.settings import idle_rate
+from rite_diffusion.training.settings import unused_rate_note
 from rite_diffusion.types import Photo
 
 
 @dataclass(frozen=True)
-class Found:
-    """The pictures of a training as they are on disk, read before any model is opened."""
+class FoundPictures:
+    """The pictures of a training on disk, read before any model is opened."""
 
     folders: list[PhotoFolder]  # one for each source
-    classes: PhotoFolder  # given pictures of the class, for prior preservation
-    undrawn: list[str]  # class nouns whose pictures the base has yet to draw
+    classes: PhotoFolder  # given class pictures, for prior preservation
+    undrawn: list[str]  # class nouns whose pictures the base still has to draw
 
     @property
     def folder(self) -> PhotoFolder:
-        """The concepts' photos together."""
+        """The photos of all concepts as one folder."""
         return joined(self.folders)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked training run, ready to start."""
+    """A checked training run: settings, base and photos."""
 
     config: TrainConfig
     backbone: Backbone
     folder: PhotoFolder  # the concepts' photos, as found
-    photos: list[Photo]  # what the steps draw from, balanced
-    classes: PhotoFolder  # given pictures of the class, for prior preservation, as found
-    class_photos: list[Photo]  # those of `photos` that show the class
+    photos: list[Photo]  # to train on, class pictures included, with balanced repeats
+    classes: PhotoFolder  # given class pictures, as found
+    class_photos: list[Photo]  # the class pictures among `photos`
     undrawn: list[str]  # class nouns whose pictures the base has yet to draw
-    moved: list[tuple[str, str]]  # over-long captions, and the trigger at their end that was kept
+    moved: list[tuple[str, str]]  # captions too long, and the triggers moved to stay within
     held_out: list[Photo]  # for the validation loss
-    fallbacks: list[str]  # what is not done as asked, and what is done instead
+    fallbacks: list[str]  # lines about settings that cannot be followed, with what is done
 
     @property
     def encoding(self) -> Encoding:
-        """How the photos become latents."""
+        """The settings that decide the latents."""
         config = self.config
         return Encoding(
             config.resolution or self.backbone.resolution,
@@ -84,11 +86,11 @@ class Plan:
         return sorted(text for text in captions if self.backbone.token_count(text) > budget)
 
     def inputs(self) -> dict[str, str]:
-        """What the run learns from and with, for a continued run to compare."""
+        """Digests of photos and base, which a resumed run compares."""
         return inputs_of([*self.photos, *self.held_out], self.backbone.fingerprint)
 
     def buckets(self) -> dict[tuple[int, int], list[str]]:
-        """Size (width, height) that is trained on -> names of the photos cut to it."""
+        """Training size (width, height) -> names of the photos scaled and cropped to it."""
         photos, how = self.folder.photos, self.encoding
         table: dict[tuple[int, int], list[str]] = {}
         sizes = target_sizes(photos, how.resolution, self.backbone.multiple, how.bucketed)
@@ -98,53 +100,55 @@ class Plan:
 
 
 class PlanObserver:
-    """What is told while a plan is made; a subclass takes what it wants to know."""
+    """Callbacks while a plan is made, which do nothing; override those that you need."""
 
-    def found(self, pictures: Found, config: TrainConfig) -> None:
-        """The pictures were read; no model is open yet."""
+    def found(self, pictures: FoundPictures, config: TrainConfig) -> None:
+        """Called once the pictures are read, before a model is opened."""
 
     def planned(self, plan: Plan) -> None:
-        """The base is open and all is checked; class pictures are drawn next."""
+        """Called once base and settings are checked, before class pictures are drawn."""
 
     def drawing(self, line: str) -> None:
-        """How far the class pictures are."""
+        """Called with lines about the progress of class pictures."""
 
 
 def plan_training(config: TrainConfig, observer: PlanObserver | None = None) -> Plan:
-    """The plan of a training: pictures found, base opened, class pictures drawn.
+    """The plan of a training: finds pictures, opens the base, draws class pictures.
 
-    Raises a RiteError for all that cannot be trained on.
+    Raises RiteError for settings, pictures and bases that cannot be used.
     """
     observer = observer or PlanObserver()
     pictures = find_pictures(config)
     observer.found(pictures, config)
-    plan = survey(config, pictures)
+    plan = plan_without_drawing(config, pictures)
     observer.planned(plan)
     return draw_class_pictures(plan, observer.drawing)
 
 
-def find_pictures(config: TrainConfig) -> Found:
-    """The pictures to train on; raises a RiteError for those that cannot be."""
+def find_pictures(config: TrainConfig) -> FoundPictures:
+    """The pictures of a training; RiteError where they cannot be used."""
     folders = [read_source(source) for source in config.sources()]
     given, undrawn = given_class_photos(config.sources()) if config.prior.weight else ([], [])
     classes = joined(given)
     triggers = [concept.trigger for concept in config.concepts()]
     refuse_concepts(classes.photos, joined(folders).photos, triggers, contains_word)
-    return Found(folders, classes, undrawn)
+    return FoundPictures(folders, classes, undrawn)
 
 
-def survey(config: TrainConfig, found: Found) -> Plan:
-    """The plan of a training as far as it needs no drawing, for a report before what takes time.
+def plan_without_drawing(config: TrainConfig, found: FoundPictures) -> Plan:
+    """The plan of a training before class pictures are drawn; opens the base.
 
-    Opens the base; raises a RiteError for all that cannot be trained on.
+    Raises RiteError for settings, pictures and bases that cannot be used.
     """
-    device = own_device(default_device())
+    device = process_device(default_device())
     precision, fallback = usable_precision(config.precision, device)
     backbone = load_backbone(config.base, precision, device)
     triggers = [concept.trigger for concept in config.concepts()]
+    check_support(backbone, config)
     check_triggers(backbone, config.concepts())
     check_prompts(config.previews.prompts, triggers)
     check_rank(backbone, config.lora)
+    load_assistant(backbone, config)
     side = training_side(backbone, config.resolution)
     config = config.model_copy(update={"resolution": side, "precision": precision})
     folders, moved = with_triggers_kept(backbone, found.folders, triggers)
@@ -152,8 +156,8 @@ def survey(config: TrainConfig, found: Found) -> Plan:
     groups, held_out = hold_out(folders, concepts, config.validation.photos, config.seed)
     photos = balanced(groups) if config.balance else [photo for group in groups for photo in group]
     whole, classes = joined(folders), found.classes
-    told = (fallback, leftovers(os.environ), idle_rate(config))
-    fallbacks = [line for line in told if line]
+    notes = (fallback, ignored_variables_note(os.environ), unused_rate_note(config))
+    fallbacks = [line for line in notes if line]
     plan = Plan(
         config, backbone, whole, photos, classes, [], found.undrawn, moved, held_out, fallbacks
     )
@@ -161,9 +165,9 @@ def survey(config: TrainConfig, found: Found) -> Plan:
 
 
 def draw_class_pictures(plan: Plan, progress: Callable[[str], None] = lambda line: None) -> Plan:
-    """The plan with the pictures of its classes that the base draws, or has drawn before.
+    """The plan with class pictures that the base draws, or that the cache has.
 
-    `progress` is called with a line about those that are drawn.
+    `progress` is called with a line about each class that is drawn.
     """
     if not plan.undrawn:
         return plan

@@ -1,4 +1,4 @@
-"""`optim.lr = "auto"`: a learning rate from a few short trials."""
+"""`optim.lr = "auto"`: a learning rate found by short trials."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from rite_diffusion.training.job import Job
 from rite_diffusion.training.trainer import Trainer
 from rite_diffusion.training.validation import held_out_loss
 
-FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)  # of the optimizer's own rate
+FACTORS = (1 / 9, 1 / 3, 1.0, 3.0, 9.0)  # of the optimizer's default rate
 STEPS = 20  # per trial
 
 
@@ -21,10 +21,9 @@ def probe_rates(
     config: TrainConfig,
     default: float,
 ) -> dict[float, float]:
-    """Rate -> loss on the training photos, at fixed timesteps and noise, after 20 steps with it.
+    """Rate -> loss on the training photos, at fixed timesteps and noise, after 20 steps.
 
-    Every trial starts afresh and sees the same batches, so that the rates alone differ; the base
-    stays as it is.
+    Every trial starts from new weights and uses the same batches, so that only the rates differ.
     """
     short = config.optim.model_copy(update={"schedule": "constant", "warmup": 0})
     config = config.model_copy(update={"optim": short, "ema": 0.0})

@@ -1,7 +1,7 @@
-"""Several processes that train as one: each takes its share of every batch.
+"""Training in several processes, each with its share of every batch.
 
-The adapter's gradients are small, so they are averaged in one message per step; the model itself is
-not wrapped. `torchrun` and `accelerate launch` set the environment that tells the processes apart.
+The adapter's gradients are small, so they are averaged by one reduction per step, and the model is
+not wrapped. `torchrun` and `accelerate launch` set the environment variables of each process.
 """
 
 import os
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from rite_diffusion.errors import RunError
 
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# What accelerate takes for signs of a launcher too; MPI's own are not enough to train together.
-OTHER_SIGNS = (
+# Variables that accelerate also reads; those of MPI alone are not enough to train together.
+OTHER_VARIABLES = (
     "LOCAL_WORLD_SIZE",
     *("PMI_SIZE", "PMI_RANK", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     *(f"OMPI_COMM_WORLD_{key}" for key in ("SIZE", "RANK", "LOCAL_SIZE", "LOCAL_RANK")),
@@ -26,43 +26,43 @@ OTHER_SIGNS = (
 
 
 @dataclass(frozen=True)
-class Place:
-    """Which of the processes that train together this one is."""
+class ProcessRank:
+    """The rank of this process among those that train together."""
 
     rank: int = 0
     count: int = 1
-    local_rank: int = 0  # among those of this machine
+    local_rank: int = 0  # among the processes of this machine
 
 
-def place_in(environment: Mapping[str, str]) -> Place:
-    """The place that a launcher has given this process; alone where its variables are not all set.
+def read_rank(environment: Mapping[str, str]) -> ProcessRank:
+    """The rank that a launcher gave this process; rank 0 of 1 unless all its variables are set.
 
-    RunError where they are, and contradict each other.
+    RunError where they contradict each other.
     """
-    told = {name: environment.get(name, "") for name in LAUNCHER}
-    if not all(told.values()):
-        return Place()
-    numbers = [_whole_number(told[name]) for name in LAUNCHER if name != "MASTER_ADDR"]
+    variables = {name: environment.get(name, "") for name in LAUNCHER}
+    if not all(variables.values()):
+        return ProcessRank()
+    numbers = [_whole_number(variables[name]) for name in LAUNCHER if name != "MASTER_ADDR"]
     rank, count, local_rank, port = numbers
     if not (0 <= rank < count and 0 <= local_rank < count and 0 <= port < 2**16):
-        text = ", ".join(f"{name}={value}" for name, value in told.items())
+        text = ", ".join(f"{name}={value}" for name, value in variables.items())
         raise RunError(
             f"the variables of a launcher contradict each other ({text}): start again with "
             "torchrun or accelerate launch, or unset them to train in one process."
         )
-    return Place(rank, count, local_rank)
+    return ProcessRank(rank, count, local_rank)
 
 
 def _whole_number(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() else -1
 
 
-def leftovers(environment: Mapping[str, str]) -> str:
-    """A line about variables of a launcher that are ignored; empty where there are none."""
+def ignored_variables_note(environment: Mapping[str, str]) -> str:
+    """A line about a launcher's variables that are ignored; empty where there are none."""
     if all(environment.get(name) for name in LAUNCHER):
         return ""
-    telling = [name for name in LAUNCHER if not name.startswith("MASTER")]
-    names = [name for name in (*telling, *OTHER_SIGNS) if environment.get(name)]
+    named = [name for name in LAUNCHER if not name.startswith("MASTER")]
+    names = [name for name in (*named, *OTHER_VARIABLES) if environment.get(name)]
     if not names:
         return ""
     missing = [name for name in LAUNCHER if not environment.get(name)]
@@ -71,38 +71,38 @@ def leftovers(environment: Mapping[str, str]) -> str:
 
 
 def process_count() -> int:
-    """How many processes train together."""
-    return place_in(os.environ).count
+    """The number of processes that train together."""
+    return read_rank(os.environ).count
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that writes and prints."""
-    return place_in(os.environ).rank == 0
+    """Whether this process has rank 0, which writes and prints."""
+    return read_rank(os.environ).rank == 0
 
 
-def own_device(device: torch.device) -> torch.device:
-    """The device of this process, where each of a machine's has its own GPU."""
+def process_device(device: torch.device) -> torch.device:
+    """The device of this process: of CUDA devices the one of its local rank."""
     if device.type != "cuda":
         return device
-    return torch.device("cuda", place_in(os.environ).local_rank)
+    return torch.device("cuda", read_rank(os.environ).local_rank)
 
 
-def unreachable(error: Exception) -> RunError:
-    """What a run says whose processes do not find each other."""
-    told = ", ".join(f"{name}={os.environ.get(name, '')}" for name in LAUNCHER)
+def rendezvous_error(error: Exception) -> RunError:
+    """The error of a run whose processes cannot connect to each other."""
+    variables = ", ".join(f"{name}={os.environ.get(name, '')}" for name in LAUNCHER)
     [line, *_] = str(error).splitlines() or [""]
     return RunError(
-        f"the processes of this run do not find each other ({told}; {line}): start all of them, or "
-        "unset these variables to train in one process."
+        f"the processes of this run do not find each other ({variables}; {line}): start all of "
+        "them, or unset these variables to train in one process."
     )
 
 
 @contextmanager
-def without_leftovers() -> Iterator[None]:
-    """The environment without variables of a launcher that are ignored, for accelerate to read."""
+def without_ignored_variables() -> Iterator[None]:
+    """Remove ignored launcher variables from the environment until the block ends."""
     hidden: dict[str, str] = {}
     if not all(os.environ.get(name) for name in LAUNCHER):
-        names = [name for name in (*LAUNCHER, *OTHER_SIGNS) if name in os.environ]
+        names = [name for name in (*LAUNCHER, *OTHER_VARIABLES) if name in os.environ]
         hidden = {name: os.environ.pop(name) for name in names}
     try:
         yield
@@ -111,13 +111,13 @@ def without_leftovers() -> Iterator[None]:
 
 
 def wait_for_all(accelerator: Accelerator) -> None:
-    """Return once every process has come here; RunError where one of them does not."""
+    """Wait until every process calls this; RunError where one of them does not."""
     mean_over_processes(accelerator, 0.0)
 
 
 @torch.no_grad()
 def average_gradients(accelerator: Accelerator, parameters: list[nn.Parameter]) -> None:
-    """Replace the gradient of all that trains now by its mean over the processes."""
+    """Replace the gradients of trainable parameters by their means over the processes."""
     if accelerator.num_processes == 1:
         return
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
@@ -137,7 +137,7 @@ def mean_over_processes(accelerator: Accelerator, value: float) -> float:
 
 
 def _mean(accelerator: Accelerator, tensor: Tensor) -> Tensor:
-    """The mean of a tensor over the processes; RunError where one of them does not answer."""
+    """The mean of a tensor over the processes; RunError where one of them fails."""
     try:
         return accelerator.reduce(tensor, "mean")  # pyright: ignore[reportReturnType]
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""The course of the learning rates over a run."""
+"""Learning-rate schedules: warm-up and decay."""
 
 from collections.abc import Callable
 
@@ -6,18 +6,18 @@ import torch
 
 from rite_diffusion.config import OptimSection, TrainConfig
 
-WARMUP_SHARE = 5  # the warm-up takes at most one step of so many
+WARMUP_SHARE = 5  # the warm-up takes at most a fifth of the steps
 
 
 def warmup_steps(optim: OptimSection, steps: int) -> int:
-    """Steps of the warm-up in a course of so many: `optim.warmup`, or a fifth of them if fewer."""
+    """Warm-up steps in a schedule of `steps`: `optim.warmup`, but at most a fifth."""
     return min(optim.warmup, steps // WARMUP_SHARE)
 
 
 def rate_factor(optim: OptimSection, steps: int) -> Callable[[int], float]:
-    """Learning-rate factor of a step: linear warm-up, then constant, cosine or linear to zero.
+    """Step -> learning-rate factor: linear warm-up, then constant, or cosine or linear to zero.
 
-    The step after the warm-up has the whole rate, and the decay begins there.
+    The first step after the warm-up has factor 1, and the decay begins there.
     """
     decays = {
         "constant": lambda progress: 1.0,
@@ -34,14 +34,14 @@ def rate_factor(optim: OptimSection, steps: int) -> Callable[[int], float]:
     return factor
 
 
-def describe_course(config: TrainConfig) -> str:
-    """What the rates do over the run, as "warm-up 10 steps, then cosine to 0"."""
+def describe_schedule(config: TrainConfig) -> str:
+    """The schedule of the rates in words: "warm-up 10 steps, then cosine to 0"."""
     first = config.tokens.first
-    courses = [length for length in (first, config.steps - first) if length]
-    told = []
-    for length in dict.fromkeys(courses):
+    phases = [length for length in (first, config.steps - first) if length]
+    lengths = []
+    for length in dict.fromkeys(phases):
         steps, asked = warmup_steps(config.optim, length), config.optim.warmup
         cut = f" ({asked} asked: at most a fifth of {length})" if steps < asked else ""
-        told.append(f"{steps}{cut}")
+        lengths.append(f"{steps}{cut}")
     decay = "constant" if config.optim.schedule == "constant" else f"{config.optim.schedule} to 0"
-    return f"warm-up {' and '.join(told)} steps, then {decay}"
+    return f"warm-up {' and '.join(lengths)} steps, then {decay}"

@@ -1,4 +1,4 @@
-"""Going on with a run that was stopped or killed, and refusing to where something has changed."""
+"""Resuming a run that was stopped or killed, unless its settings or inputs have changed."""
 
 from collections.abc import Sequence
 from hashlib import sha256
@@ -10,12 +10,12 @@ from rite_diffusion.training.run_folder import RunFolder
 from rite_diffusion.training.snapshot import Snapshot
 from rite_diffusion.types import Photo
 
-# Settings that may change: they teach nothing. What lies in the folders is compared itself.
+# Settings that may change without effect on the weights. The folders' content is compared itself.
 FREE = {"photos", "class_photos", "previews", "checkpoints", "trackers", "cache", "compile"}
 
 
 def inputs_of(photos: Sequence[Photo], base_fingerprint: str) -> dict[str, str]:
-    """What a run learns from and with: a digest of each photo with its caption, base, version."""
+    """Version, base fingerprint, and a digest of each photo with caption, mask and weight."""
     found: dict[str, str] = {}
     for photo in photos:
         name = f"photo {photo.path.parent.name}/{photo.path.name}"
@@ -31,7 +31,7 @@ def _digest(photo: Photo) -> str:
 
 
 def with_earlier_rates(run: RunFolder, config: TrainConfig) -> TrainConfig:
-    """With `optim.lr = "auto"`, the rates that the folder's run was given by its probe."""
+    """The settings, with the rates that an earlier probe of the run found if `lr` is "auto"."""
     optim = config.optim
     if optim.lr != "auto" or not run.has_settings():
         return config
@@ -43,13 +43,13 @@ def with_earlier_rates(run: RunFolder, config: TrainConfig) -> TrainConfig:
 
 
 def changes(run: RunFolder, config: TrainConfig, inputs: dict[str, str]) -> list[str]:
-    """Each difference from what a run folder was begun with, as "optim.lr: 0.001 -> 0.002"."""
+    """Differences from the run folder's settings and inputs, as "optim.lr: 0.001 -> 0.002"."""
     old_config, old_inputs = run.read_settings()
     before, now = (
         flatten(each.model_dump(exclude=FREE)) | own
         for each, own in ((from_toml(old_config), old_inputs), (config, inputs))
     )
-    if not config.trains_text_encoder:  # then its rate teaches nothing
+    if not config.trains_text_encoder:  # its rate has no effect
         before.pop("optim.lr_text_encoder", None)
         now.pop("optim.lr_text_encoder", None)
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
@@ -57,7 +57,7 @@ def changes(run: RunFolder, config: TrainConfig, inputs: dict[str, str]) -> list
 
 
 def refuse_finished(run: RunFolder, config: TrainConfig) -> None:
-    """RunError for a folder that holds a finished run, unless more steps are wanted of it."""
+    """RunError for a finished run, unless the settings ask for more steps."""
     if not run.is_finished():
         return
     before = from_toml(run.read_settings()[0]).steps if run.has_settings() else None
@@ -77,10 +77,10 @@ def refuse_finished(run: RunFolder, config: TrainConfig) -> None:
 def begin_or_continue(
     run: RunFolder, config: TrainConfig, inputs: dict[str, str], override: bool
 ) -> Snapshot | None:
-    """Where a run goes on that was interrupted, or that is finished and wanted longer.
+    """The snapshot to resume from, None for a new run; writes settings and inputs.
 
-    None for a fresh one; what is trained on is written down. Raises RunError naming what has
-    changed since, unless `override` accepts it, and where more steps are done than are wanted.
+    A finished run is resumed if more steps are wanted. Raises RunError where settings or inputs
+    have changed, unless `override`, and where the run has done more steps than are wanted.
     """
     refuse_finished(run, config)
     longer = run.is_finished()
@@ -102,6 +102,6 @@ def begin_or_continue(
         for change in found:
             run.log(f"overridden: {change}")
         run.log(f"goes on after step {snapshot.step}" + (f" to {config.steps}" if longer else ""))
-    run.keep_metrics(snapshot.step if snapshot else 0)
+    run.truncate_metrics(snapshot.step if snapshot else 0)
     run.write_settings(to_toml(config), inputs)
     return snapshot

@@ -1,4 +1,4 @@
-"""A plan becomes an adapter, in a run folder that survives whatever happens to the process."""
+"""Running a plan: the adapter is trained in a run folder from which it can be resumed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import torch
 
 from rite_diffusion._version import __version__
 from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
-from rite_diffusion.adapters.adapter import shown_base
+from rite_diffusion.adapters.adapter import base_name
 from rite_diffusion.adapters.families import family_of_base
 from rite_diffusion.adapters.learned_embeddings import tokens_of
 from rite_diffusion.config import AugmentSection, fill, to_toml, without_paths, words_of
@@ -19,6 +19,7 @@ from rite_diffusion.generation.denoise import sample
 from rite_diffusion.methods import METHODS, Method
 from rite_diffusion.optim import optimizer_spec
 from rite_diffusion.photos.dataset import encode_photos
+from rite_diffusion.training.assistant import act_together, assisted, unassisted
 from rite_diffusion.training.interrupt import stop_on_signal
 from rite_diffusion.training.job import Job, release_encoders
 from rite_diffusion.training.lock import is_in_use
@@ -41,7 +42,7 @@ LICENCE = "unspecified"
 
 
 class Stopped(RiteError):
-    """A signal ended the run early; what was learned until then is in the adapter."""
+    """A signal ended the run early; the adapter of the last step is written."""
 
     def __init__(self, adapter: Path, step: int, signal: int):
         super().__init__(f"stopped at step {step}; the adapter of that step is {adapter}")
@@ -49,9 +50,9 @@ class Stopped(RiteError):
 
 
 def _adapter(plan: Plan, method: Method, step: int) -> Adapter:
-    """The adapter as trained so far; its header holds no absolute path."""
+    """The adapter after `step` steps; its header holds no absolute paths."""
     config, concepts = plan.config, plan.config.concepts()
-    base = shown_base(config.base)
+    base = base_name(config.base)
     info = AdapterInfo(
         trigger=", ".join(concept.trigger for concept in concepts),
         class_noun=", ".join(concept.class_noun for concept in concepts),
@@ -70,9 +71,10 @@ def _adapter(plan: Plan, method: Method, step: int) -> Adapter:
 
 
 def _write_previews(plan: Plan, run: RunFolder, step: int) -> None:
-    """Pictures of every preview prompt and concept; where none can be made, a line in the log."""
+    """Draw every preview prompt for every concept; a failure is logged, and the run goes on."""
     previews, concepts = plan.config.previews, plan.config.concepts()
     prompts = [fill(prompt, words_of(c)) for c in concepts for prompt in previews.prompts]
+    side = plan.config.resolution
     for index, prompt in enumerate(prompts):
         try:
             [image] = sample(
@@ -81,13 +83,15 @@ def _write_previews(plan: Plan, run: RunFolder, step: int) -> None:
                 [previews.seed],
                 steps=previews.steps,
                 guidance=previews.guidance,
+                width=side,
+                height=side,
             )
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             run.log(f"out of memory for the previews of step {step}: left out")
             return
-        except BackboneError as error:  # the base's files are read again where parts had left
+        except BackboneError as error:  # released parts are read from the base's files again
             run.log(f"no previews of step {step}: {error}")
             return
         image.save(run.path / "previews" / f"step-{step:06d}-{index}.png")
@@ -99,15 +103,15 @@ def run_training(
     on_step: Callable[[StepReport], None] = lambda report: None,
     override: bool = False,
 ) -> Path:
-    """Train, and return the path of the adapter file in the run folder `out`.
+    """Train a plan in the run folder `out` and return the path of the adapter file.
 
-    A run that was stopped or killed goes on from its newest checkpoint, as if it had never been
-    interrupted, and a finished one where more steps are wanted. RunError tells what has changed
-    since, unless `override` accepts it. Raises Stopped after Ctrl-C or SIGTERM, once the adapter of
-    the last step is written.
+    A run that was stopped or killed is resumed from its newest checkpoint, with the same result as
+    without interruption; a finished one where more steps are wanted. Raises RunError where settings
+    or inputs have changed since, unless `override`, and Stopped after Ctrl-C or SIGTERM, once the
+    adapter of the last step is written.
     """
     if not is_main_process():
-        return _follow(plan, RunFolder(out))
+        return _train_beside(plan, RunFolder(out))
     total = plan.config.steps
     refuse_finished(RunFolder(out), plan.config)  # before anything is written there
     with RunFolder(out) as run, stop_on_signal() as request:
@@ -117,7 +121,7 @@ def run_training(
         run.write_status("preparing", resume.step if resume else 0, total)
         try:
             plan = _with_rates(replace(plan, config=config), run)
-            done = _learn(plan, run, on_step, request.is_set, resume)
+            done = _train(plan, run, on_step, request.is_set, resume)
         except BaseException as error:
             run.close_as_failed(error, total)
             if isinstance(error, OSError):
@@ -134,7 +138,7 @@ def run_training(
 
 
 def _log_beginning(run: RunFolder, plan: Plan) -> None:
-    """What trains where."""
+    """Log version, base, device and settings that cannot be followed."""
     run.log(f"rite_diffusion {__version__}, {len(plan.folder.photos)} photos")
     base, precision = plan.backbone, plan.config.precision
     threads = f" ({torch.get_num_threads()} threads)" if base.device.type == "cpu" else ""
@@ -145,7 +149,7 @@ def _log_beginning(run: RunFolder, plan: Plan) -> None:
 
 
 def _with_rates(plan: Plan, run: RunFolder) -> Plan:
-    """The plan with every rate set; with `optim.lr = "auto"` by a probe that the log tells of."""
+    """The plan with every rate set; with `optim.lr = "auto"` by a probe, which is logged."""
     config = plan.config
     if config.optim.lr_unet is not None:
         return plan
@@ -162,17 +166,17 @@ def _with_rates(plan: Plan, run: RunFolder) -> Plan:
     return replace(plan, config=config)
 
 
-def _learn(
+def _train(
     plan: Plan,
     run: RunFolder,
     on_step: Callable[[StepReport], None],
     stop: Callable[[], bool],
     resume: Snapshot | None,
 ) -> int:
-    """Train in an open run folder, write the adapter, and return the steps done."""
+    """Train in an open run folder, write the adapter, and return the number of steps done."""
     config = plan.config
 
-    def after(report: StepReport) -> None:
+    def after_step(report: StepReport) -> None:
         step = report.step
         run.write_metrics(**{k: v for k, v in vars(report).items() if v not in (None, [])})
         if report.skipped:
@@ -180,7 +184,8 @@ def _learn(
         track(report)
         due = config.previews.every and step % config.previews.every == 0
         if run.take_request("sample") or due:
-            _write_previews(plan, run, step)
+            with unassisted(plan.backbone, config):
+                _write_previews(plan, run, step)
             release_encoders(job)
         on_step(report)
 
@@ -194,11 +199,11 @@ def _learn(
 
     with _job(plan) as job, open_trackers(config.trackers, run.path, config) as track:
         run.write_status("running", resume.step if resume else 0, config.steps)
-        return train_steps(job, after, save, stop, resume, lambda: run.take_request("save"))
+        return train_steps(job, after_step, save, stop, resume, lambda: run.take_request("save"))
 
 
-def _follow(plan: Plan, run: RunFolder) -> Path:
-    """Train beside the main process, which alone writes."""
+def _train_beside(plan: Plan, run: RunFolder) -> Path:
+    """Train in a process other than the main one, which writes; returns the adapter's path."""
     resume = run.newest_snapshot()
     with stop_on_signal() as request, _job(plan) as job:
         train_steps(job, lambda _: None, stop=request.is_set, resume=resume)
@@ -211,29 +216,31 @@ def _follow(plan: Plan, run: RunFolder) -> Path:
 
 @contextmanager
 def _job(plan: Plan) -> Iterator[Job]:
-    """The method in place in the backbone, and the encoded photos."""
+    """A job: photos encoded, and the method in the backbone until the block ends."""
     backbone, config = plan.backbone, plan.config
     data = encode_photos(backbone, plan.photos, plan.encoding)
     plain = replace(plan.encoding, augment=AugmentSection())
     held_out = encode_photos(backbone, plan.held_out, plain) if plan.held_out else None
-    method = METHODS[config.method](backbone, config)
-    try:
-        yield Job(backbone, method, data, config, held_out)
-    finally:
-        method.remove()
-        backbone.recall()
+    with assisted(backbone, config):
+        method = METHODS[config.method](backbone, config)
+        act_together(backbone, config)
+        try:
+            yield Job(backbone, method, data, config, held_out)
+        finally:
+            method.remove()
+            backbone.recall()
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run will take, measured on its first steps."""
+    """Time and memory of a run, measured on its first steps."""
 
     seconds_per_step: float
-    peak_bytes: int  # of memory; on a CUDA device of its memory
+    peak_bytes: int  # of main memory, or of a CUDA device's
 
 
 def measure(plan: Plan) -> Cost:
-    """The cost of the plan's second real step; nothing of it is kept."""
+    """The cost of a plan, measured on its second step; nothing is written."""
     config, reports = plan.config, list[StepReport]()
     if config.optim.lr_unet is None:
         config = config.with_rates(optimizer_spec(config.optim.name).lr)
@@ -246,7 +253,7 @@ def measure(plan: Plan) -> Cost:
 
 
 def default_run(plan: Plan) -> Path:
-    """The run folder of a plan: a stopped run that was begun alike, or the first free name.
+    """The run folder of a plan: that of an unfinished run with the same settings, or a new one.
 
     Names are runs/name, runs/name-2, … after the photo folder.
     """
@@ -258,7 +265,7 @@ def default_run(plan: Plan) -> Path:
 
 
 def _goes_on(plan: Plan, path: Path) -> bool:
-    """Whether a run folder holds an unfinished run of this plan that nobody works on."""
+    """Whether a run folder holds an unfinished run of this plan that no process works on."""
     run = RunFolder(path)
     if run.state() == "finished" or is_in_use(path) or not run.has_settings():
         return False

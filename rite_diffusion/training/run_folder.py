@@ -1,8 +1,8 @@
-"""The run folder: the one registry that the CLI, a studio and a crashed machine share.
+"""The run folder: all files of a training, which the command and the studio read.
 
 config.toml  inputs.json  status.json  metrics.jsonl  log.txt  lock  adapter.safetensors
 previews/step-000100-0.png  checkpoints/step-000100/{adapter,training}.safetensors
-requests/{save,sample}  empty files by which anyone asks a run for a checkpoint or previews now
+requests/{save,sample}  empty files that ask the run for a checkpoint or previews
 """
 
 import json
@@ -27,7 +27,7 @@ FILES = ("config.toml", "inputs.json", "status.json", "metrics.jsonl", "log.txt"
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of metrics; a line that a crash has cut counts as the last."""
+    """The step of a line of metrics; infinite for a line that a crash has cut."""
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError):
@@ -35,12 +35,12 @@ def _step_of(line: str) -> float:
 
 
 def read_state(path: Path) -> str | None:
-    """The state that a run folder's status file tells, None where there is none."""
+    """The state in a run folder's status file, None where there is none."""
     return read_json(path / "status.json").get("state")
 
 
 class RunFolder:
-    """A run folder held under its lock; use as a context manager.
+    """A run folder; as a context manager it is created and locked.
 
     Raises RunError where the folder cannot be written or is in use.
     """
@@ -69,12 +69,12 @@ class RunFolder:
         self._lock.release()
 
     def is_finished(self) -> bool:
-        """Whether the folder holds an adapter that no stopped, failed or killed run left there."""
+        """Whether the folder holds the adapter of a run that did all its steps."""
         going = ("preparing", "stopped", "running", "failed")
         return self.adapter_path.exists() and self.state() not in going
 
     def _refuse_foreign(self) -> None:
-        """RunError where files that are not a run's have the names of a run's files."""
+        """RunError where the folder has files of a run's names but is not a run folder."""
         if (self.path / "checkpoints").is_dir():
             return
         taken = [name for name in FILES if (self.path / name).exists()]
@@ -84,7 +84,7 @@ class RunFolder:
             )
 
     def state(self) -> str | None:
-        """The state that was last written: preparing, running, stopped, failed or finished."""
+        """The state last written: preparing, running, stopped, failed or finished; None without."""
         return read_state(self.path)
 
     def _take_lock(self) -> None:
@@ -99,7 +99,7 @@ class RunFolder:
             self.log("this file system has no locks: nothing keeps a second run out of this folder")
 
     def take_request(self, name: str) -> bool:
-        """Whether a file `requests/<name>` asks for something; it is taken away."""
+        """Whether there was a file `requests/<name>`; deletes it."""
         try:
             (self.path / "requests" / name).unlink()
         except FileNotFoundError:
@@ -107,21 +107,21 @@ class RunFolder:
         return True
 
     def write_settings(self, config: str, inputs: dict[str, str]) -> None:
-        """Keep the resolved configuration, and what was trained on."""
+        """Write the resolved settings (TOML) and the inputs of `inputs_of`."""
         write_atomically(self.path / "config.toml", config.encode())
         write_atomically(self.path / "inputs.json", json.dumps(inputs, indent=1).encode())
 
     def has_settings(self) -> bool:
-        """Whether a run was begun here."""
+        """Whether `write_settings` was called for this folder."""
         return (self.path / "config.toml").exists() and (self.path / "inputs.json").exists()
 
     def read_settings(self) -> tuple[str, dict[str, str]]:
-        """What `write_settings` kept."""
+        """The settings (TOML) and inputs that `write_settings` wrote."""
         config = (self.path / "config.toml").read_text(encoding="utf-8")
         return config, json.loads((self.path / "inputs.json").read_text(encoding="utf-8"))
 
     def write_status(self, state: str, step: int, total: int) -> None:
-        """Tell whoever looks how far the run is."""
+        """Write the run's state and step to the status file."""
         status = {
             "state": state,
             "step": step,
@@ -132,34 +132,34 @@ class RunFolder:
         write_atomically(self.path / "status.json", json.dumps(status).encode())
 
     def close_as_failed(self, error: BaseException, total: int) -> None:
-        """Tell that the run ended by an error; a folder that cannot be written stays as it is."""
+        """Write the state "failed" and log the error, if the folder is writable."""
         with suppress(OSError):
             self.write_status("failed", 0, total)
             self.log(f"failed: {type(error).__name__}: {error}")
 
     def write_metrics(self, **figures: Any) -> None:
-        """Append a line of figures."""
+        """Append a line to the metrics."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(figures) + "\n")
 
-    def keep_metrics(self, steps: int) -> None:
-        """Drop the lines of steps after the first `steps`."""
+    def truncate_metrics(self, steps: int) -> None:
+        """Delete the lines of steps after the first `steps`."""
         path = self.path / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
         kept = [line for line in lines if _step_of(line) <= steps]
         write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
 
     def log(self, line: str) -> None:
-        """Append a line to the log."""
+        """Append a line with the time to the log."""
         with (self.path / "log.txt").open("a", encoding="utf-8") as stream:
             stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def save_checkpoint(
         self, adapter: Adapter, snapshot: Snapshot, keep: int, milestones: Sequence[int] = ()
     ) -> Path:
-        """Write adapter and snapshot of a step; drop old ones beyond `keep` and `milestones`.
+        """Write a checkpoint; delete older ones but the last `keep` and `milestones`; its path.
 
-        A whole checkpoint of that step stays: nothing may be lost between its end and the new one.
+        A complete checkpoint of the step is not replaced, so that a crash cannot lose it.
         """
         final = self.path / "checkpoints" / f"step-{snapshot.step:06d}"
         if final.exists() and self._snapshot(final) is not None:
@@ -179,12 +179,12 @@ class RunFolder:
         return final
 
     def newest_snapshot(self) -> Snapshot | None:
-        """The newest snapshot that can be read; the log names those that cannot."""
+        """The newest snapshot that can be read; those that cannot are logged."""
         snapshots = map(self._snapshot, reversed(self.checkpoints()))
         return next((snapshot for snapshot in snapshots if snapshot is not None), None)
 
     def _snapshot(self, folder: Path) -> Snapshot | None:
-        """A checkpoint's snapshot; None, and a line in the log, where it cannot be read."""
+        """A checkpoint's snapshot; None, with a line in the log, where it cannot be read."""
         try:
             tensors = load((folder / "training.safetensors").read_bytes())
         except (OSError, SafetensorError, ValueError) as error:

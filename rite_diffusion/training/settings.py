@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rite_diffusion.backbones.source import family_name, is_flow
 from rite_diffusion.config import TrainConfig, load_preset, merge, preset_names, resolve
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.methods import METHODS
@@ -12,12 +13,14 @@ PAIR_RATES = ("lr", "lr_unet", "lr_text_encoder")
 
 
 def configure(settings: Mapping[str, Any], preset: str | None = None) -> TrainConfig:
-    """The resolved configuration: settings over a preset, every rate filled in.
+    """The resolved settings of a training: `settings` over a preset, with every rate set.
 
-    The preset defaults to `pocket` on the pocket base and to `sd15` elsewhere, for other methods
-    than LoRA to `pocket-pivotal` and the like. A preset's rates belong to its optimizer: another
-    optimizer without a rate takes its own default, but for new words, which AdamW trains. With
-    `optim.lr = "auto"` the rates stay open until the probe has found them.
+    The preset defaults to `pocket` on the pocket base, to the family's on a flow transformer, such
+    as `z-image`, and to `sd15` elsewhere, or to the method's, such as `pocket-pivotal`, where there
+    is one. A preset's rates belong to its optimizer: with
+    another optimizer and no rate given, that one's default applies, except to learned embeddings,
+    which AdamW trains. With `optim.lr = "auto"` the rates stay None until the probe. Raises
+    ConfigError for unknown or invalid settings.
     """
     low = load_preset(preset or _default_preset(settings))
     given, usual = _table(settings, "optim"), _table(low, "optim")
@@ -45,22 +48,31 @@ def configure(settings: Mapping[str, Any], preset: str | None = None) -> TrainCo
 
 
 def _table(tree: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """A table of a settings tree; empty where there is none, or what is no table."""
+    """A table of a settings tree; empty where it is missing or not a table."""
     found = tree.get(name)
     return dict(found) if isinstance(found, Mapping) else {}
 
 
-def idle_rate(config: TrainConfig) -> str:
-    """A line about a rate for a text encoder that does not train; empty where there is none."""
+def unused_rate_note(config: TrainConfig) -> str:
+    """A line about a learning rate for a text encoder that does not train; empty without one."""
     rate = config.optim.lr_text_encoder
     if rate is None or config.trains_text_encoder:
         return ""
     custom = config.method == "custom_diffusion"
     why = "method = custom_diffusion" if custom else "lora.text_encoder = false"
-    return f"optim.lr_text_encoder = {rate:g} is for nothing: the text encoder is held ({why})"
+    return (
+        f"optim.lr_text_encoder = {rate:g} has no effect: the text encoder does not train ({why})"
+    )
+
+
+def _base_preset(base: Any) -> str:
+    """The preset of a base's family where there is one, else that of Stable Diffusion 1."""
+    family = family_name(base) if isinstance(base, str) and is_flow(base) else None
+    return family if family in preset_names() else "sd15"
 
 
 def _default_preset(settings: Mapping[str, Any]) -> str:
-    base = "pocket" if settings.get("base", "pocket") == "pocket" else "sd15"
+    wanted = settings.get("base", "pocket")
+    base = "pocket" if wanted == "pocket" else _base_preset(wanted)
     own = f"{base}-{settings.get('method', 'lora')}"
     return own if own in preset_names() else base

@@ -1,6 +1,6 @@
-"""All that a continued run needs, as named tensors: the trained weights and the optimizer's state.
+"""Snapshots to resume from: trained weights, their averages, and the optimizer's state.
 
-Nothing else is needed: order, noise, timesteps and rates are functions of the seed and the step.
+Order, noise, timesteps and rates are functions of seed and step, and need no saving.
 """
 
 from dataclasses import dataclass
@@ -38,14 +38,14 @@ def _named_state(optimizer: Optimizer) -> list[tuple[str, int, Tensor]]:
 
 
 def packed(tensor: Tensor) -> Tensor:
-    """A contiguous copy in main memory."""
+    """A contiguous copy in main memory, without gradient."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
-def take(
+def take_snapshot(
     step: int, optimizer: Optimizer, average: WeightAverage, precision: MixedPrecision
 ) -> Snapshot:
-    """A copy of what the optimizer moves and remembers, of the averages and the loss scale."""
+    """A copy of parameters, optimizer state, averages and loss scale after `step` steps."""
     state = optimizer.state_dict()["state"]
     tensors = {f"average/{name}": packed(value) for name, value in average.state().items()}
     tensors |= {f"precision/{name}": value for name, value in precision.state().items()}
@@ -58,10 +58,10 @@ def take(
 
 
 @torch.no_grad()
-def put_back(
+def restore_snapshot(
     snapshot: Snapshot, optimizer: Optimizer, average: WeightAverage, precision: MixedPrecision
 ) -> None:
-    """Restore a snapshot bit for bit; RunError where it belongs to another model or method."""
+    """Load a snapshot into optimizer, averages and loss scale; RunError where it does not fit."""
     named = _named_state(optimizer)
     wanted = {f"weights/{name}": tuple(parameter.shape) for name, _, parameter in named}
     found = {k: tuple(v.shape) for k, v in snapshot.tensors.items() if k.startswith("weights/")}

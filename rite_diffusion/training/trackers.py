@@ -1,4 +1,4 @@
-"""Metrics to TensorBoard, Weights & Biases or Trackio, beside the run folder's metrics.jsonl."""
+"""Metrics for TensorBoard, Weights & Biases or Trackio, in addition to metrics.jsonl."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,14 +9,14 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from rite_diffusion.config import TrainConfig, flatten
 from rite_diffusion.errors import ConfigError
-from rite_diffusion.training.processes import without_leftovers
+from rite_diffusion.training.processes import without_ignored_variables
 from rite_diffusion.training.trainer import StepReport
 
 
 def _open(name: str, folder: Path, config: TrainConfig):
     tracker_class = LOGGER_TYPE_TO_CLASS[name]
-    with without_leftovers():
-        PartialState()  # trackers ask it whether they are on the main process
+    with without_ignored_variables():
+        PartialState()  # through it, trackers find out whether this is the main process
     try:
         if tracker_class.requires_logging_directory:
             tracker = tracker_class(run_name=folder.name, logging_dir=folder / "trackers")
@@ -36,7 +36,10 @@ def _open(name: str, folder: Path, config: TrainConfig):
 def open_trackers(
     names: Sequence[str], folder: Path, config: TrainConfig
 ) -> Iterator[Callable[[StepReport], None]]:
-    """Trackers of a run folder; yields what to call after each step."""
+    """Open trackers of a run folder; yields the function to call after each step.
+
+    ConfigError for a tracker that is not installed.
+    """
     trackers = [_open(name, folder, config) for name in names]
 
     def track(report: StepReport) -> None:

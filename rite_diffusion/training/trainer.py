@@ -1,4 +1,4 @@
-"""The training loop: straight-line, and every random choice a function of (seed, step)."""
+"""The training loop; every random choice is a function of (seed, step)."""
 
 import math
 import time
@@ -17,31 +17,31 @@ from rite_diffusion.training.average import WeightAverage
 from rite_diffusion.training.batch import Batch
 from rite_diffusion.training.configured import step_batch, step_loss
 from rite_diffusion.training.job import Job, cache_captions, release_encoders
-from rite_diffusion.training.memory import is_out_of_memory, out_of_memory
+from rite_diffusion.training.memory import is_out_of_memory, out_of_memory_error
 from rite_diffusion.training.precision import MixedPrecision
 from rite_diffusion.training.processes import (
     average_gradients,
     mean_over_processes,
-    unreachable,
+    rendezvous_error,
     wait_for_all,
-    without_leftovers,
+    without_ignored_variables,
 )
 from rite_diffusion.training.rates import rate_factor
-from rite_diffusion.training.snapshot import Snapshot, put_back, take
+from rite_diffusion.training.snapshot import Snapshot, restore_snapshot, take_snapshot
 from rite_diffusion.training.validation import held_out_loss
 
-BAD_STEPS = 5  # losses in a row that are no number before the run stops
+BAD_STEPS = 5  # consecutive steps without a finite loss, after which the run stops
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What one optimizer step tells its listeners."""
+    """The figures of one optimizer step."""
 
     step: int  # steps done
     loss: float
     rate: float  # learning rate of the first group
     images_per_second: float
-    skipped: list[str]  # names of the photos of a step that was left out; no number came of them
+    skipped: list[str]  # photos of a step left out, as its loss or gradient was not finite
     validation: float | None  # loss on the held-out photos, where it was measured
 
 
@@ -55,19 +55,19 @@ def build_optimizer(method: Method, config: TrainConfig) -> torch.optim.Optimize
 
 
 def new_accelerator(backbone: Backbone) -> Accelerator:
-    """What joins the processes of a run; precision is not its business, see `MixedPrecision`."""
+    """The connection between the processes of a run; for precision see `MixedPrecision`."""
     try:
-        with without_leftovers():
+        with without_ignored_variables():
             return Accelerator(cpu=backbone.device.type == "cpu", mixed_precision="no")
     except torch.distributed.DistError as error:
-        raise unreachable(error) from error
+        raise rendezvous_error(error) from error
 
 
 class Trainer:
-    """A job with its optimizer, ready to take steps in any order of their numbers."""
+    """A job with its optimizer, which takes steps by number."""
 
     def __init__(self, job: Job, between: Callable[[], object] = lambda: None):
-        """`between` is called before each part of a step, and may raise to end it."""
+        """`between` is called before each part of a step, and may raise an exception to end it."""
         self.job, self._between = job, between
         self.accelerator = new_accelerator(job.backbone)
         self.precision = MixedPrecision(job.backbone.device, job.config.precision)
@@ -78,9 +78,9 @@ class Trainer:
         self.parameters = [parameter for _, parameter in named]
 
     def step(self, step: int) -> tuple[float, Batch, bool]:
-        """One optimizer step: its loss, its batch, and whether it changed the weights.
+        """Take an optimizer step; returns loss, batch, and whether the weights were updated.
 
-        A loss or a gradient that is no number changes nothing.
+        They are not if the loss or a gradient is not finite.
         """
         job, accelerator = self.job, self.accelerator
         job.method.begin(step)
@@ -100,7 +100,7 @@ class Trainer:
         return loss, batch, good
 
     def _gradients(self, batch: Batch) -> float:
-        """Gradients of the batch's mean loss, this process's share of it; returns that loss."""
+        """Accumulate gradients of the batch's mean loss over all processes; returns the loss."""
         job, accelerator = self.job, self.accelerator
         processes, share = accelerator.num_processes, job.config.accumulate
         value = 0.0
@@ -114,15 +114,15 @@ class Trainer:
         return mean_over_processes(accelerator, value)
 
     def snapshot(self, step: int) -> Snapshot:
-        """The state after so many steps."""
-        return take(step, self.optimizer, self.average, self.precision)
+        """The snapshot after `step` steps."""
+        return take_snapshot(step, self.optimizer, self.average, self.precision)
 
-    def put_back(self, snapshot: Snapshot) -> None:
-        """Go on from a snapshot; RunError for one of another model or method."""
-        put_back(snapshot, self.optimizer, self.average, self.precision)
+    def restore(self, snapshot: Snapshot) -> None:
+        """Load a snapshot; RunError for one of another model or method."""
+        restore_snapshot(snapshot, self.optimizer, self.average, self.precision)
 
     def validation(self) -> float | None:
-        """The loss on the held-out photos, None without any."""
+        """The loss on the held-out photos, None where there are none."""
         job = self.job
         if job.held_out is None:
             return None
@@ -130,8 +130,8 @@ class Trainer:
             return held_out_loss(job.backbone, job.method, job.held_out, job.config)
 
 
-def bad_loss(value: float, step: int, names: list[str], config: TrainConfig) -> RunError:
-    """The error of a run whose loss is no number any more; it names the last batch's photos."""
+def bad_loss_error(value: float, step: int, names: list[str], config: TrainConfig) -> RunError:
+    """The error of a run whose loss is not finite any more, with the last batch's photos."""
     return RunError(
         f"the loss or its gradient is no number in {BAD_STEPS} steps up to {step + 1} (loss "
         f"{value}), at last with {', '.join(names)}: lower optim.lr (now {config.optim.lr}), or "
@@ -147,18 +147,17 @@ def train_steps(
     resume: Snapshot | None = None,
     save_now: Callable[[], bool] = lambda: False,
 ) -> int:
-    """Run all steps, or those after `resume`, until `stop` says so; returns the steps done.
+    """Run all steps, or those after `resume`, until `stop` returns True; returns the steps done.
 
-    `stop` is asked after each step, and called before each part of one, where it may raise.
-
-    `on_step` is called with every step; `save` gets a snapshot, and whether it is the last, at
-    every checkpoint, when `save_now` says so, and at the end; while they run, averaged weights
-    (`config.ema`) are in place. A step whose loss or gradient is no number changes nothing;
+    `stop` is called after each step, and before each part of a step, where it may raise. `on_step`
+    is called after every step; `save` gets a snapshot, and whether it is the last, at every
+    checkpoint, when `save_now` returns True, and at the end. During both, the averaged weights
+    (`config.ema`) are in place. A step whose loss or gradient is not finite changes nothing;
     RunError after five in a row.
     """
     config, trainer = job.config, Trainer(job, between=stop)
     if resume is not None:
-        trainer.put_back(resume)
+        trainer.restore(resume)
         if resume.step >= config.steps:  # all steps were done, but the adapter was not written
             with trainer.average.swapped_in():
                 save(resume, True)
@@ -175,12 +174,12 @@ def train_steps(
         try:
             loss, batch, good = trainer.step(step)
         except RuntimeError as error:
-            raise (out_of_memory(config) if is_out_of_memory(error) else error) from None
+            raise (out_of_memory_error(config) if is_out_of_memory(error) else error) from None
         speed = len(batch.indices) / (time.perf_counter() - start)
         names = sorted({job.data.names[index] for index in batch.indices})
         bad = 0 if good else bad + 1
         if bad == BAD_STEPS:
-            raise bad_loss(loss, step, names, config)
+            raise bad_loss_error(loss, step, names, config)
         stopped = mean_over_processes(trainer.accelerator, float(stop())) > 0
         last = stopped or step + 1 == config.steps
         with trainer.average.swapped_in():
@@ -194,11 +193,11 @@ def train_steps(
             with trainer.average.swapped_in():
                 save(snapshot, last)
         if last:
-            wait_for_all(trainer.accelerator)  # whoever comes back finds the adapter written
+            wait_for_all(trainer.accelerator)  # every process returns after the adapter is written
             return step + 1
     return config.steps
 
 
 def is_checkpoint(step: int, config: TrainConfig) -> bool:
-    """Whether the run's state is kept after so many steps."""
+    """Whether a checkpoint is due after `step` steps."""
     return step % config.checkpoints.every == 0 or step in config.checkpoints.milestones

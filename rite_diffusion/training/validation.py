@@ -1,4 +1,4 @@
-"""The loss on held-out photos: always the same timesteps and noise, so that its curve is smooth."""
+"""The validation loss: always at the same timesteps and noise, for a smooth curve."""
 
 import math
 
@@ -19,15 +19,15 @@ LEVELS = 8  # noise levels per sample, evenly spaced
 def held_out_loss(
     backbone: Backbone, method: Method, data: LatentSet, config: TrainConfig
 ) -> float:
-    """The mean loss of all samples of `data`, each at 8 evenly spaced timesteps."""
-    total, length = 0.0, len(backbone.noise_schedule)
-    timesteps = ((torch.arange(LEVELS) + 0.5) * length / LEVELS).long()
+    """The mean loss of all samples of `data`, each at 8 evenly spaced noise levels."""
+    total = 0.0
+    places = (torch.arange(LEVELS) + 0.5) / LEVELS
     for index in range(len(data.samples)):
         indices = [index] * LEVELS
         draws = generator(config.seed, index, Stream.HELD_OUT)
         noise = torch.randn((LEVELS, *latents_shape(data, indices)), generator=draws)
         captions = [data.captions[index]] * LEVELS
-        batch = make_batch(backbone, data, indices, captions, noise, noise, timesteps)
+        batch = make_batch(backbone, data, indices, captions, noise, noise, places)
         parts = batch.parts(LEVELS // math.gcd(LEVELS, config.batch))
         losses = [step_loss(backbone, method, part, config).item() for part in parts]
         total += sum(losses) / len(losses)

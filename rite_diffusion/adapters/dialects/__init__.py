@@ -1,6 +1,6 @@
-"""The dialects of adapter files: how each tool names modules, and how its files are written.
+"""The dialects of adapter files: each tool's names of modules and its form of file.
 
-A file may mix dialects and does mix suffixes, so each tensor's name is recognised by itself.
+Files mix suffixes and may mix dialects, so each tensor's name is recognised on its own.
 """
 
 from collections import Counter
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rite_diffusion.adapters.adapter import Adapter, foreign_of, info_of
+from rite_diffusion.adapters.adapter import Adapter, foreign_metadata, info_of
 from rite_diffusion.adapters.assemble import assemble, split_key
 from rite_diffusion.adapters.dialects import (
     comfyui,
@@ -23,16 +23,19 @@ from rite_diffusion.adapters.dialects import (
     peft_settings,
 )
 from rite_diffusion.adapters.families import family_of_file
+from rite_diffusion.adapters.names import split_name
+from rite_diffusion.adapters.native import NATIVE, flow_family, flow_name, with_parts
 from rite_diffusion.adapters.storage import dtype_of
 from rite_diffusion.errors import AdapterError
+from rite_diffusion.types import LoraPair
 
 
 @dataclass(frozen=True)
 class Dialect:
     """How one tool's adapter files are read and written."""
 
-    module_of: Callable[[str], str | None]  # a tensor name's stem -> the toolkit's module name
-    write: Callable[[Path, Adapter], None]  # one file, or for PEFT a folder; tokens are left out
+    module_of: Callable[[str], str | None]  # stem of a tensor's name -> the toolkit's module name
+    write: Callable[[Path, Adapter], None]  # a file, or for PEFT a folder; without embeddings
 
 
 DIALECTS = {
@@ -44,7 +47,7 @@ DIALECTS = {
 
 
 def locate(key: str) -> tuple[str, str, str] | None:
-    """Dialect, module name and role of a tensor by its name; None where it is nobody's."""
+    """(dialect, module name, role) of a tensor's name; None where no dialect has such a name."""
     split = split_key(key)
     if split is None:
         return None
@@ -62,9 +65,10 @@ def interpret(
     word: str,
     configs: Mapping[str, Mapping[str, Any]],
 ) -> Adapter:
-    """The adapter that a file's tensors mean, in whatever dialects; AdapterError for others.
+    """The adapter in a file's tensors, of any dialects.
 
-    `word` calls an embedding that does not name itself; `configs` are PEFT's, by component.
+    `word` names a learned embedding that the file does not name; `configs` are PEFT's, by
+    component. AdapterError where a tensor is unknown, missing or damaged.
     """
     tokens, others = embeddings.split_tokens(tensors, word)
     modules: dict[str, dict[str, Tensor]] = {}
@@ -76,8 +80,9 @@ def interpret(
             unknown.append(key)
             continue
         dialect, name, role = place
+        name = flow_name(name)
         if role in modules.setdefault(name, {}):
-            raise AdapterError(f"the {role} of module {name} is there twice (as {key} too)")
+            raise AdapterError(f"the file holds the {role} of module {name} twice (second: {key})")
         modules[name][role] = value
         dialects[dialect] += 1
     if unknown or not (modules or tokens):
@@ -85,14 +90,25 @@ def interpret(
             f"not an adapter that this version reads: {len(unknown)} of {len(tensors)} tensors "
             "are unknown"
             + (f" (first: {unknown[0][:120]!r})." if unknown else "")
-            + foreign.named(unknown)
+            + foreign.describe(unknown)
         )
     peft_settings.check_modules(configs, modules)
     pairs, shifts, findings = assemble(modules, peft_settings.stated_scale(configs))
-    spoken = ", ".join(name for name, _ in dialects.most_common()) or "embedding"
+    pairs, flow = _of_flow(pairs, info_of(header).family)
+    dialect = ", ".join(name for name, _ in dialects.most_common()) or "embedding"
     info = info_of(header)
-    info = replace(info, family=info.family or family_of_file(header, tensors) or "")
+    found = family_of_file(header, tensors) if flow is None else flow
+    info = replace(info, family=info.family or found or "")
     notes = findings.notes()
     return Adapter(
-        pairs, info, tokens, spoken, notes, shifts, dtype_of(tensors), foreign_of(header)
+        pairs, info, tokens, dialect, notes, shifts, dtype_of(tensors), foreign_metadata(header)
     )
+
+
+def _of_flow(pairs: list[LoraPair], stated: str) -> tuple[list[LoraPair], str | None]:
+    """Pairs by diffusers' names, and the family where they are a flow transformer's, else None."""
+    own = [pair for pair in pairs if split_name(pair.name)[0] == "transformer"]
+    if not own:
+        return pairs, None
+    family = stated if stated in NATIVE else flow_family(own)
+    return with_parts(pairs, family) if family else pairs, family

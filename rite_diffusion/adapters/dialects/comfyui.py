@@ -1,7 +1,7 @@
 """ComfyUI's own names: the UNet under `diffusion_model.` with SGM's dotted path, kohya's suffixes.
 
-ComfyUI takes alpha from the `.alpha` tensors alone and reads text encoders by kohya's names, or by
-its own: `text_encoders.clip_l.transformer.<path>`.
+ComfyUI reads alpha from `.alpha` tensors only, and text encoders by kohya's names or its own:
+`text_encoders.clip_l.transformer.<path>`.
 """
 
 import re
@@ -11,13 +11,15 @@ from pathlib import Path
 from torch import Tensor
 
 from rite_diffusion.adapters.adapter import Adapter
-from rite_diffusion.adapters.dialects import kohya
+from rite_diffusion.adapters.dialects import kohya, peft
+from rite_diffusion.adapters.dialects.diffusers import at_scale_one
 from rite_diffusion.adapters.families import family_of
 from rite_diffusion.adapters.names import Family, dotted, from_sgm, module_name, split_name, to_sgm
+from rite_diffusion.adapters.native import by_native_name, known_family
 from rite_diffusion.adapters.storage import write_tensors
 
 _SGM, _LYCORIS = "diffusion_model.", "lycoris_"
-_ENCODERS = {  # by what ComfyUI calls its CLIP models, or by their number
+_ENCODERS = {  # ComfyUI's name or number of a CLIP model -> component
     "clip_l": "text_encoder",
     "clip_h": "text_encoder",
     "clip_g": "text_encoder_2",
@@ -31,7 +33,7 @@ _CLIP = re.compile(
 
 
 def module_of(stem: str) -> str | None:
-    """The toolkit's name of a module, None where the stem is not ComfyUI's."""
+    """The toolkit's name of a module; None where the stem is not ComfyUI's."""
     if stem.startswith(_SGM):
         return module_name("unet", from_sgm(stem.removeprefix(_SGM).replace(".", "_")))
     if stem.startswith(_LYCORIS):
@@ -42,7 +44,7 @@ def module_of(stem: str) -> str | None:
 
 
 def stem_of(name: str, family: Family) -> str:
-    """ComfyUI's name of a module."""
+    """The stem that ComfyUI uses for a module."""
     component, flat = split_name(name)
     if component != "unet":
         return kohya.stem_of(name, family)
@@ -50,7 +52,18 @@ def stem_of(name: str, family: Family) -> str:
 
 
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
-    """The adapter's pairs and shifts as a file's tensors."""
+    """The tensors of a file with the adapter's pairs and shifts.
+
+    For a flow transformer with PEFT's suffixes and the scale in `lora_B`: with `.alpha` beside
+    them diffusers 0.42 refuses FLUX.2's files.
+    """
+    if adapter.is_of_flow:
+        native = by_native_name(adapter.pairs, known_family(adapter))
+        return {
+            key: value
+            for path, pair in native.items()
+            for key, value in peft.pair_tensors(_SGM + path, at_scale_one(pair)).items()
+        }
     family = family_of(adapter) or "sd"
     tensors = {
         key: value
@@ -61,5 +74,5 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def write(path: Path, adapter: Adapter) -> None:
-    """Write the pairs as one file."""
+    """Write pairs and shifts as one file."""
     write_tensors(path, tensors_of(adapter), kohya.header_of(adapter), adapter.dtype)

@@ -1,8 +1,8 @@
 """Diffusers' names: `<component>.<path>` with PEFT's suffixes, one file for all components.
 
-The factors alone mean scale 1. Where the header's `lora_adapter_metadata` (JSON, its keys prefixed
-by the component) states alpha, that counts; but other tools read no header. So what is written
-here has the scale multiplied into `lora_B`, and a header that says scale 1.
+Without metadata the scale is 1. Alpha may stand in the header's `lora_adapter_metadata` (JSON, keys
+prefixed by the component), which other tools do not read. So files are written with the scale
+multiplied into `lora_B` and a header that states scale 1.
 """
 
 import json
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rite_diffusion.adapters.adapter import Adapter, facts_of
+from rite_diffusion.adapters.adapter import Adapter, metadata_of
 from rite_diffusion.adapters.dialects import peft
 from rite_diffusion.adapters.dialects.peft_settings import check_config
 from rite_diffusion.adapters.names import PREFIXES, dotted, module_name, split_name
@@ -21,12 +21,12 @@ from rite_diffusion.errors import AdapterError
 from rite_diffusion.types import LoraPair
 
 METADATA = "lora_adapter_metadata"
-_ROOTS = ("down_blocks.", "mid_block.", "up_blocks.")  # of files that hold a UNet's alone
+_ROOTS = ("down_blocks.", "mid_block.", "up_blocks.")  # in files for a UNet only
 _OLD_ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
 
 def module_of(stem: str) -> str | None:
-    """The toolkit's name of a module, None where the stem is not diffusers'."""
+    """The toolkit's name of a module; None where the stem is not diffusers'."""
     for component in PREFIXES:
         if stem.startswith(f"{component}."):
             return module_name(component, _path(component, stem.removeprefix(f"{component}.")))
@@ -34,24 +34,26 @@ def module_of(stem: str) -> str | None:
 
 
 def _path(component: str, path: str) -> str:
-    """Today's path of a module; before 2023-09 the layers lay in an attention's processor."""
+    """Today's path of a module; until 2023-09 LoRA layers were part of attention processors."""
     path = path.replace(".processor.", ".")
     leaf = path.rpartition(".")[2]
+    if component == "transformer":
+        return path
     if component == "unet":
         return f"{path}.0" if leaf == "to_out" else path
     return path.removesuffix(leaf) + _OLD_ATTENTION.get(leaf, leaf)
 
 
 def configs_of(header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """PEFT configurations by component of a file's header."""
+    """PEFT configurations by component, from a file's header; AdapterError where it is damaged."""
     if METADATA not in header:
         return {}
     try:
         stated = json.loads(header[METADATA])
     except json.JSONDecodeError as error:
-        raise AdapterError(f"its header's {METADATA} is no JSON ({error})") from None
+        raise AdapterError(f"its header's {METADATA} is not JSON ({error})") from None
     if not isinstance(stated, dict):
-        raise AdapterError(f"its header's {METADATA} is no table")
+        raise AdapterError(f"its header's {METADATA} is not a table")
     configs: dict[str, dict[str, Any]] = {}
     for key, value in stated.items():
         component, _, setting = key.partition(".")
@@ -63,30 +65,31 @@ def configs_of(header: Mapping[str, str]) -> dict[str, dict[str, Any]]:
 
 
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
-    """The adapter's pairs as a file's tensors, the scale in `lora_B`."""
+    """The tensors of a file with the adapter's pairs, the scale multiplied into `lora_B`."""
     tensors = {}
     for pair in adapter.pairs:
         component, flat = split_name(pair.name)
-        tensors |= peft.pair_tensors(f"{component}.{dotted(flat)}", _at_scale_one(pair))
+        tensors |= peft.pair_tensors(f"{component}.{dotted(flat)}", at_scale_one(pair))
     return tensors
 
 
-def _at_scale_one(pair: LoraPair) -> LoraPair:
+def at_scale_one(pair: LoraPair) -> LoraPair:
+    """The pair with its scale multiplied into `up`."""
     return LoraPair(pair.name, pair.down, pair.up * pair.scale, 1.0, pair.magnitude)
 
 
 def header_of(adapter: Adapter) -> dict[str, str]:
-    """Foreign entries, our facts, and a PEFT configuration that says scale 1 for each component."""
+    """Other tools' entries, our metadata, and a PEFT configuration of scale 1 per component."""
     stated = {}
     for component in PREFIXES:
-        pairs = [_at_scale_one(p) for p in adapter.pairs if split_name(p.name)[0] == component]
+        pairs = [at_scale_one(p) for p in adapter.pairs if split_name(p.name)[0] == component]
         if pairs:
             config = peft.config_of(pairs, [peft.path_of(pair.name) for pair in pairs])
             stated |= {f"{component}.{key}": value for key, value in config.items()}
-    return {**adapter.foreign, **facts_of(adapter), METADATA: json.dumps(stated)}
+    return {**adapter.foreign, **metadata_of(adapter), METADATA: json.dumps(stated)}
 
 
 def write(path: Path, adapter: Adapter) -> None:
-    """Write the pairs as one file."""
+    """Write the pairs as one file; AdapterError where the adapter has shifts."""
     peft.refuse_shifts(adapter, "diffusers")
     write_tensors(path, tensors_of(adapter), header_of(adapter), adapter.dtype)

@@ -1,15 +1,15 @@
-"""Learned tokens: our own `tokens.<word>`, A1111's and diffusers' embeddings, and bundles.
+"""Learned embeddings in files: our `tokens.<word>`, A1111's, diffusers', and bundles.
 
-    tokens.<word>                        (layers, rows, width), our own, all layers kept
-    emb_params                           (rows, width), A1111's file for SD1 and SD2
-    clip_l, clip_g                       (rows, width), A1111's and diffusers' for SDXL
-    bundle_emb.<word>.string_to_param.*  (rows, width), embeddings within a LoRA file (A1111)
+    tokens.<word>                        (layers, vectors, width), our own, all layers kept
+    emb_params                           (vectors, width), A1111's file for SD1 and SD2
+    clip_l, clip_g                       (vectors, width), A1111's and diffusers' for SDXL
+    bundle_emb.<word>.string_to_param.*  (vectors, width), embeddings within a LoRA file (A1111)
     bundle_emb.<word>.clip_l, .clip_g    the same for SDXL (OneTrainer)
-    <word>                               (width,) or (rows, width), diffusers' textual inversion;
-                                         alone in its file it may be any word
+    <word>                               (width,) or (vectors, width), diffusers' textual inversion;
+                                         any word where it is the file's only tensor
 
-A file of one embedding calls it by the file's name. No other tool reads one row of vectors per
-layer: for them the layers are averaged, which is lossy.
+A file of one unnamed embedding has its word as the file's name. No other tool reads vectors that
+differ between layers: the layers are averaged for them, which is lossy.
 """
 
 import re
@@ -33,9 +33,9 @@ _BUNDLED = {".string_to_param.*": "", ".clip_l": "", ".clip_g": SECOND}
 def split_tokens(
     tensors: Mapping[str, Tensor], word: str
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The learned tokens of a file by their word, and the file's other tensors.
+    """The learned embeddings of a file by word, and the file's other tensors.
 
-    `word` is what the file is called: the word of an embedding that does not name itself.
+    `word` is the file's name, the word of an embedding that the file does not name.
     """
     tokens: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
@@ -52,7 +52,7 @@ def split_tokens(
 
 
 def _word(key: str, word: str) -> str | None:
-    """The word that a tensor embeds, None where it is no embedding."""
+    """The word whose embedding a tensor is; None where it is not an embedding."""
     if key.startswith(OWN):
         return key.removeprefix(OWN)
     if key in _SINGLE:
@@ -65,15 +65,15 @@ def _word(key: str, word: str) -> str | None:
 
 
 def _is_inversion(key: str, value: Tensor) -> bool:
-    """Whether a file's only tensor is one that diffusers takes for its word's embedding."""
+    """Whether diffusers reads a file's only tensor as a textual inversion."""
     return value.ndim in (1, 2) and "." not in key and not key.startswith("lora_")
 
 
 def checked_token(word: str, rows: Tensor) -> Tensor:
-    """An embedding as fp32 (layers, rows, width): AdapterError where it is none."""
+    """An embedding as fp32 (layers, vectors, width); AdapterError where it is not valid."""
     plain = word.isprintable() and word.strip() == word and 0 < len(word) <= 80
     if not plain or word.startswith(".") or re.search(r"[/\\:]|\.\.", word):
-        raise AdapterError(f"{word!r} is no word that can call an embedding")
+        raise AdapterError(f"{word!r} cannot be the word of an embedding")
     if rows.ndim not in (1, 2, 3) or not rows.numel() or not rows.is_floating_point():
         raise AdapterError(f"the embedding of '{word}' is a {rows.dtype} of {tuple(rows.shape)}")
     rows = rows.float()
@@ -83,17 +83,17 @@ def checked_token(word: str, rows: Tensor) -> Tensor:
 
 
 def own_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """The tokens as tensors of our own file."""
+    """The learned embeddings as tensors of our own file."""
     return {OWN + word: checked_token(word, rows.detach()) for word, rows in adapter.tokens.items()}
 
 
 def averaged(adapter: Adapter) -> dict[str, Tensor]:
-    """The adapter's tokens with one layer, the mean, as other tools have them."""
+    """The learned embeddings (1, vectors, width), averaged over layers, for other tools."""
     return {word: rows.mean(0, keepdim=True) for word, rows in adapter.tokens.items()}
 
 
 def embedding_files(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
-    """A1111's file content for each word, by file name; layers are averaged."""
+    """File name -> tensors of an embedding file in A1111's form; layers are averaged."""
     files, tokens = {}, averaged(adapter)
     for word, rows in tokens.items():
         if word.endswith(SECOND):
@@ -108,7 +108,7 @@ def embedding_files(adapter: Adapter) -> dict[str, dict[str, Tensor]]:
 
 
 def _free_name(word: str, taken: Collection[str]) -> str:
-    """What a word's file is called, with a number where another word's is called so already."""
+    """A file name for a word, with a number where the name is taken."""
     plain = re.sub(r"[^\w\-]", "", word).encode()[:_LONGEST].decode(errors="ignore") or "token"
     names = (plain, *(f"{plain}-{number}" for number in range(2, len(taken) + 3)))
     return next(name for name in names if f"{name}.safetensors".casefold() not in taken)
@@ -124,11 +124,11 @@ def write(folder: Path, adapter: Adapter) -> list[Path]:
 
 
 def averaged_embeddings(adapter: Adapter) -> list[str]:
-    """Words whose layers an embedding file cannot keep apart."""
+    """Words of layer-wise embeddings, which an embedding file holds averaged."""
     return [word for word, rows in adapter.tokens.items() if len(rows) > 1]
 
 
 def averaging_error(adapter: Adapter, word: str) -> float:
-    """|mean - layers| / |layers| of a word whose layers are averaged."""
+    """The relative error of averaging a word's layers: |mean - layers| / |layers|."""
     rows = adapter.tokens[word]
     return relative_difference(rows.mean(0, keepdim=True).expand_as(rows), rows)

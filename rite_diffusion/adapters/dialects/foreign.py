@@ -1,14 +1,14 @@
-"""What unknown tensors of an adapter file are, by their names, and what its owner can do."""
+"""Adapters of kinds that are not read: recognised by tensor names, with what a user can do."""
 
 import re
 from collections.abc import Collection
 
 _MERGE = "merge it into its base with the tool that made it and pass that as --base"
-_OTHER_BASE = "this toolkit adapts Stable Diffusion 1, 2 and XL"
+_OTHER_BASE = "this toolkit adapts denoisers and text encoders"
 
 # Pattern of a tensor's name -> what it is, and the remedy.
 _KINDS = {
-    r"\.(oft_|boft_)": ("OFT or BOFT, which turns weights instead of adding to them", _MERGE),
+    r"\.(oft_|boft_)": ("OFT or BOFT, which rotates weights instead of adding to them", _MERGE),
     r"\.(a1|a2|b1|b2|bm)\.weight$": ("GLoRA, which multiplies weights too", _MERGE),
     r"(\.on_input|\.ia3_l)": ("IA3, which multiplies weights", _MERGE),
     r"\.?vera_": ("VeRA, whose random factors are not in the file", _MERGE),
@@ -22,19 +22,19 @@ _KINDS = {
         "convert it with `rite convert FILE --published-pickle --base BASE`",
     ),
     r"^lora_(controlnet|unet_lllite)|controlnet|lllite": ("of a ControlNet", _OTHER_BASE),
-    r"^(transformer\.|text_encoder_3\.|lora_te3)|double_blocks|single_blocks|joint_blocks|t5xxl": (
-        "of a diffusion transformer (FLUX, SD3 and others)",
-        _OTHER_BASE,
+    r"^(text_encoder_3\.|lora_te3)|t5xxl": (
+        "of a T5 text encoder",
+        "this toolkit adapts denoisers and CLIP's text encoders",
     ),
     r"^(model\.diffusion_model|cond_stage_model|first_stage_model)\.": (
-        "a whole model, no adapter",
+        "a whole model, not an adapter",
         "pass it as --base",
     ),
 }
 
 
-def named(unknown: Collection[str]) -> str:
-    """The kind and the remedy of the first tensors whose names tell; empty where none do."""
+def describe(unknown: Collection[str]) -> str:
+    """A sentence with the kind of the unknown tensors and a remedy; empty where none matches."""
     for pattern, (kind, remedy) in _KINDS.items():
         if any(re.search(pattern, key) for key in unknown):
             return f" It looks like {kind}: {remedy}"

@@ -8,7 +8,8 @@
     lora_unet_<path>.diff_b             difference of any other bias
 
 Text encoders are `lora_te_` (SD1, SD2) or `lora_te1_` and `lora_te2_` (SDXL). The UNet's paths are
-diffusers' for SD1 and SD2, SGM's for SDXL. rsLoRA needs nothing: its scale is in the alpha.
+diffusers' for SD1 and SD2, SGM's for SDXL. The alpha of an rsLoRA is such that alpha / rank is its
+scale.
 """
 
 from collections import Counter, defaultdict
@@ -20,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rite_diffusion.adapters.adapter import Adapter, facts_of
+from rite_diffusion.adapters.adapter import Adapter, metadata_of
 from rite_diffusion.adapters.families import family_of
 from rite_diffusion.adapters.names import (
     PREFIXES,
@@ -30,6 +31,7 @@ from rite_diffusion.adapters.names import (
     split_name,
     to_sgm,
 )
+from rite_diffusion.adapters.native import by_native_name, known_family
 from rite_diffusion.adapters.storage import write_tensors
 from rite_diffusion.types import LoraPair, Shift
 
@@ -44,7 +46,7 @@ _ARCHITECTURES = {768: "stable-diffusion-v1/lora", 2048: "stable-diffusion-xl-v1
 
 
 def module_of(stem: str) -> str | None:
-    """The toolkit's name of a module, None where the stem is not kohya's."""
+    """The toolkit's name of a module; None where the stem is not kohya's."""
     for prefix, component in _COMPONENTS.items():
         if stem.startswith(prefix) and "." not in stem:
             flat = stem.removeprefix(prefix)
@@ -53,7 +55,7 @@ def module_of(stem: str) -> str | None:
 
 
 def stem_of(name: str, family: Family) -> str:
-    """Kohya's name of a module."""
+    """The stem that kohya uses for a module."""
     component, flat = split_name(name)
     if family == "sd":
         return name
@@ -63,7 +65,7 @@ def stem_of(name: str, family: Family) -> str:
 
 
 def pair_tensors(stem: str, pair: LoraPair) -> Iterator[tuple[str, Tensor]]:
-    """A pair's tensors under kohya's suffixes."""
+    """Names with kohya's suffixes, and tensors, of a pair."""
     yield f"{stem}.lora_down.weight", pair.down
     yield f"{stem}.lora_up.weight", pair.up
     yield f"{stem}.alpha", torch.tensor(pair.scale * pair.rank)
@@ -72,9 +74,9 @@ def pair_tensors(stem: str, pair: LoraPair) -> Iterator[tuple[str, Tensor]]:
 
 
 def of_one_alpha(pairs: Sequence[LoraPair]) -> list[LoraPair]:
-    """The same updates with one alpha per component: `up` takes up the difference.
+    """Pairs with the same updates and one alpha per component; `up` is multiplied accordingly.
 
-    Where alphas differ within a UNet, diffusers 0.42 reads the most frequent one for all.
+    Where alphas differ within a UNet, diffusers 0.42 uses the most frequent one for all.
     """
     alphas = defaultdict(Counter)
     for pair in pairs:
@@ -91,7 +93,7 @@ def _with_alpha(pair: LoraPair, known: Counter[float]) -> LoraPair:
 
 
 def shift_tensors(shifts: Sequence[Shift], stem: Callable[[str], str]) -> dict[str, Tensor]:
-    """Shifts under LyCORIS's suffixes; tools read `b_norm` only beside a `w_norm`."""
+    """The shifts' tensors with LyCORIS's suffixes; tools read `b_norm` only beside a `w_norm`."""
     scaled = {shift.name for shift in shifts if shift.parameter == "weight"}
     return {
         stem(shift.name)
@@ -101,7 +103,9 @@ def shift_tensors(shifts: Sequence[Shift], stem: Callable[[str], str]) -> dict[s
 
 
 def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
-    """The adapter's pairs and shifts as a file's tensors."""
+    """The tensors of a file with the adapter's pairs and shifts."""
+    if adapter.is_of_flow:
+        return _flow_tensors(adapter)
     family = family_of(adapter) or "sd"
     tensors = {
         key: value
@@ -111,10 +115,19 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     return tensors | shift_tensors(adapter.shifts, partial(stem_of, family=family))
 
 
-def header_of(adapter: Adapter) -> dict[str, str]:
-    """Our facts, the few of kohya's and of ModelSpec's that tools look for, and foreign ones.
+def _flow_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """The tensors of a flow transformer's file, by the names of its original code."""
+    return {
+        key: value
+        for path, pair in by_native_name(adapter.pairs, known_family(adapter)).items()
+        for key, value in pair_tensors(PREFIXES["unet"] + path.replace(".", "_"), pair)
+    }
 
-    What a foreign header states stays, but for what tells of the network: that is this file's.
+
+def header_of(adapter: Adapter) -> dict[str, str]:
+    """Our metadata, other tools' entries, and those of kohya and ModelSpec that tools look up.
+
+    Other tools' entries are kept, except those that describe the network (`ss_network_…`).
     """
     info = adapter.info
     alphas = {f"{pair.scale * pair.rank:g}" for pair in adapter.pairs}
@@ -136,7 +149,7 @@ def header_of(adapter: Adapter) -> dict[str, str]:
     return (
         {"modelspec.sai_model_spec": "1.0.0"}
         | stated
-        | facts_of(adapter)
+        | metadata_of(adapter)
         | {
             "ss_network_module": "networks.lora",
             "ss_network_dim": ranks[0] if len(ranks) == 1 else "Dynamic",
@@ -147,5 +160,5 @@ def header_of(adapter: Adapter) -> dict[str, str]:
 
 
 def write(path: Path, adapter: Adapter) -> None:
-    """Write the pairs as one file."""
+    """Write pairs and shifts as one file."""
     write_tensors(path, tensors_of(adapter), header_of(adapter), adapter.dtype)

@@ -4,8 +4,8 @@
     base_model.model.<path>.lora_B.weight            (out, rank) or (out, rank, 1, 1)
     base_model.model.<path>.lora_magnitude_vector    (out,) or (1, out, 1, 1), for DoRA
 
-Alpha, rank and their exceptions by module stand in the configuration; so does `use_rslora`, with
-which scale = alpha / sqrt(rank).
+The configuration holds alpha, rank, their exceptions by module, and `use_rslora`, with which
+scale = alpha / sqrt(rank).
 """
 
 import json
@@ -15,9 +15,10 @@ from typing import Any
 
 from torch import Tensor
 
-from rite_diffusion.adapters.adapter import Adapter, facts_of
+from rite_diffusion.adapters.adapter import Adapter, metadata_of
 from rite_diffusion.adapters.dialects.peft_settings import Config, check_config
 from rite_diffusion.adapters.names import PREFIXES, dotted, module_name, split_name
+from rite_diffusion.adapters.native import is_of_flow
 from rite_diffusion.adapters.storage import read_tensors, write_tensors
 from rite_diffusion.errors import AdapterError
 from rite_diffusion.files.writing import write_atomically
@@ -37,15 +38,17 @@ _UNET_ROOTS = (
 
 
 def component_of(path: str) -> str:
-    """The component that a dotted path belongs to, with its name or without."""
+    """The component of a dotted path, which may start with the component's name."""
     named = [component for component in PREFIXES if path.startswith(f"{component}.")]
     if named:
         return named[0]
-    return "unet" if path.startswith(_UNET_ROOTS) else "text_encoder"
+    if path.startswith(_UNET_ROOTS):
+        return "unet"
+    return "transformer" if is_of_flow(path.replace(".", "_")) else "text_encoder"
 
 
 def module_of(stem: str) -> str | None:
-    """The toolkit's name of a module, None where the stem is not PEFT's."""
+    """The toolkit's name of a module; None where the stem is not PEFT's."""
     if not stem.startswith(PREFIX):
         return None
     path = stem.removeprefix(PREFIX)
@@ -56,9 +59,10 @@ def module_of(stem: str) -> str | None:
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Config]]:
-    """Tensors of a folder, named by component too, header, configurations by component.
+    """Tensors, metadata, and configurations by component, of a PEFT folder.
 
-    The folder holds one adapter, or one in each of its folders `unet`, `text_encoder`, ….
+    The folder holds one adapter, or folders `unet`, `text_encoder`, … with one each; then tensor
+    names are prefixed by the component. AdapterError where neither is there.
     """
     if (folder / CONFIG).is_file():
         return read_beside(folder / MODEL, *read_tensors(folder / MODEL))
@@ -78,7 +82,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str], dict[s
 def read_beside(
     file: Path, tensors: dict[str, Tensor], header: dict[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Config]]:
-    """A file's content with the configuration that lies beside it, where its names are PEFT's."""
+    """A file's tensors, metadata, and the configuration beside it where its names are PEFT's."""
     paths = [key.removeprefix(PREFIX) for key in tensors if key.startswith(PREFIX)]
     if not paths or not (file.parent / CONFIG).is_file():
         return tensors, header, {}
@@ -92,7 +96,7 @@ def read_beside(
 
 
 def _below(component: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under names that hold their component's."""
+    """The tensors with the component in their names."""
     return {
         f"{PREFIX}{component}.{key.removeprefix(PREFIX).removeprefix(f'{component}.')}": value
         for key, value in tensors.items()
@@ -107,7 +111,7 @@ def read_config(folder: Path) -> Config:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from None
     if not isinstance(config, dict):
-        raise AdapterError(f"{path} is no table of settings")
+        raise AdapterError(f"{path} is not a table of settings")
     try:
         check_config(config)
     except AdapterError as error:
@@ -116,11 +120,14 @@ def read_config(folder: Path) -> Config:
 
 
 def config_of(pairs: list[LoraPair], paths: list[str]) -> dict[str, Any]:
-    """PEFT's configuration of a component's pairs at paths; AdapterError where it has no words."""
+    """PEFT's configuration of a component's pairs at paths.
+
+    AdapterError where only some pairs are DoRA, which PEFT cannot express.
+    """
     dora = [pair.magnitude is not None for pair in pairs]
     if any(dora) and not all(dora):
         raise AdapterError(
-            f"{sum(dora)} of {len(dora)} modules are DoRA: PEFT and diffusers want all or none"
+            f"{sum(dora)} of {len(dora)} modules are DoRA: PEFT and diffusers read all or none"
         )
     ranks = {path: pair.rank for path, pair in zip(paths, pairs, strict=True)}
     alphas = {path: pair.scale * pair.rank for path, pair in zip(paths, pairs, strict=True)}
@@ -140,14 +147,14 @@ def _most_common(values: list) -> Any:
 
 
 def path_of(name: str) -> str:
-    """The module's path in a component as transformers >= 5.6 and diffusers build it."""
+    """The dotted path of a module in its component, as in transformers >= 5.6 and diffusers."""
     component, flat = split_name(name)
     path = dotted(flat)
     return path.removeprefix("text_model.") if component == "text_encoder" else path
 
 
 def pair_tensors(stem: str, pair: LoraPair) -> dict[str, Tensor]:
-    """A pair's factors and norms under PEFT's suffixes; the scale is not among them."""
+    """A pair's factors and norms with PEFT's suffixes; the scale is left to the configuration."""
     tensors = {f"{stem}.lora_A.weight": pair.down, f"{stem}.lora_B.weight": pair.up}
     if pair.magnitude is not None:
         shape = (1, -1, 1, 1) if pair.down.ndim == 4 else (-1,)
@@ -156,7 +163,7 @@ def pair_tensors(stem: str, pair: LoraPair) -> dict[str, Tensor]:
 
 
 def refuse_shifts(adapter: Adapter, target: str) -> None:
-    """AdapterError where the adapter changes what the target has no names for."""
+    """AdapterError where the adapter has shifts, for which the target has no names."""
     if adapter.shifts:
         raise AdapterError(
             f"{target} reads no differences of biases and norms, of which the adapter has "
@@ -165,7 +172,10 @@ def refuse_shifts(adapter: Adapter, target: str) -> None:
 
 
 def write(path: Path, adapter: Adapter) -> None:
-    """Write a folder with a PEFT folder for each component."""
+    """Write a PEFT folder for each component into the folder `path`.
+
+    AdapterError where the adapter has shifts, or DoRA on some modules only.
+    """
     refuse_shifts(adapter, "PEFT")
     for component in PREFIXES:
         pairs = [pair for pair in adapter.pairs if split_name(pair.name)[0] == component]
@@ -183,6 +193,6 @@ def write(path: Path, adapter: Adapter) -> None:
             tensors |= pair_tensors(PREFIX + inner, pair)
         folder = path / component
         folder.mkdir(parents=True, exist_ok=True)
-        header = {**adapter.foreign, **facts_of(adapter)}
+        header = {**adapter.foreign, **metadata_of(adapter)}
         write_tensors(folder / MODEL, tensors, header, adapter.dtype)
         write_atomically(folder / CONFIG, json.dumps(config, indent=2).encode())

@@ -1,7 +1,7 @@
-"""What a PEFT configuration says of its tensors: their scale, and what no plain LoRA can say.
+"""PEFT configurations: the scale of each module, and refusal of what is not a plain LoRA.
 
-Every setting of PEFT 0.21 has its place here. One that changes what the tensors mean is either
-honoured or refused by its name; so is one that is unknown.
+Every setting of PEFT 0.21 is listed here. One that changes the meaning of the tensors is either
+honoured or refused by name. An unknown one is refused if it is set.
 """
 
 import math
@@ -19,8 +19,8 @@ Config = Mapping[str, Any]
 
 _KINDS = ("LORA", "LOHA", "LOKR")
 
-# Which layers were adapted, how they were trained, where it ran: the tensors tell the rest. SD has
-# no transposed layers, for which `fan_in_fan_out` is; PEFT turns it off for all others.
+# Settings of training and of which layers were adapted, which do not change what the tensors mean.
+# `fan_in_fan_out` is for transposed layers, which SD lacks; PEFT turns it off for all others.
 _HARMLESS = set(
     """auto_mapping base_model_name_or_path corda_config decompose_both
     decompose_factor ensure_weight_tying eva_config exclude_modules fan_in_fan_out inference_mode
@@ -46,7 +46,7 @@ _PLAIN = re.compile(r"\^?(\w|\\?\.)+")
 
 
 def check_config(config: Config) -> None:
-    """AdapterError for a kind or a setting that cannot be honoured, by its name."""
+    """AdapterError naming the kind, or the first setting, that cannot be honoured."""
     kind = str(config.get("peft_type") or "LORA").removeprefix("PeftType.")
     if kind not in _KINDS:
         raise AdapterError(
@@ -57,7 +57,7 @@ def check_config(config: Config) -> None:
     if init not in _PLAIN_INITS:
         raise AdapterError(
             f"init_lora_weights={init!r} changed the base model that it was trained on, so its "
-            "factors are no update of the published base: save it again in PEFT by `model."
+            "factors do not fit the published base: save it again in PEFT by `model."
             "save_pretrained(folder, path_initial_model_for_weight_conversion=…)`"
         )
     if config.get("bias") not in (None, "none"):
@@ -75,20 +75,23 @@ def _merging() -> str:
 def check_modules(
     configs: Mapping[str, Config], modules: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
-    """AdapterError where the tensors contradict what their configuration says of DoRA or bias."""
+    """AdapterError where tensors and configuration disagree about DoRA or the bias of `up`."""
     for name, parts in modules.items():
         config = configs.get(split_name(name)[0], {}) if configs else {}
         for setting, role in (("use_dora", "magnitude"), ("lora_bias", "up_bias")):
             stated = config.get(setting)
             if stated is not None and "up" in parts and bool(stated) != (role in parts):
                 raise AdapterError(
-                    f"its configuration says {setting}={stated}, {name} is otherwise: get "
-                    "configuration and tensors of one training"
+                    f"its configuration has {setting}={stated}, but {name} does not: get the "
+                    "configuration and tensors of the same training"
                 )
 
 
 def stated_scale(configs: Mapping[str, Config]) -> Scale:
-    """Each module's scale by its component's configuration; AdapterError for a broken one."""
+    """A function that returns a module's scale by its component's configuration.
+
+    The function raises AdapterError where alpha or rank is missing or contradicts the tensors.
+    """
 
     def scale(name: str, rank: int | None) -> float | None:
         component, flat = split_name(name)
@@ -103,8 +106,8 @@ def stated_scale(configs: Mapping[str, Config]) -> Scale:
         stated = _exception(config, "rank_pattern", paths, config.get("r", rank))
         if not isinstance(stated, int) or stated < 1 or rank not in (None, stated):
             raise AdapterError(
-                f"its configuration says rank {stated}, {name} has {rank}: get configuration and "
-                "tensors of one training"
+                f"its configuration has rank {stated}, {name} has {rank}: get the configuration "
+                "and tensors of the same training"
             )
         return alpha / (math.sqrt(stated) if config.get("use_rslora") else stated)
 
@@ -112,21 +115,22 @@ def stated_scale(configs: Mapping[str, Config]) -> Scale:
 
 
 def _paths(component: str, path: str) -> list[str]:
-    """A module's path with and without the level that transformers 5.6 took out of CLIP."""
+    """A module's path with and without the level `text_model`, which transformers 5.6 dropped."""
     return [path] if component == "unet" else [path, path.removeprefix("text_model.")]
 
 
 def _exception(config: Config, table: str, paths: list[str], default: Any) -> Any:
-    """The value of the first pattern that fits, as PEFT searches; regular expressions are refused.
+    """The value of the first pattern that matches, in PEFT's order, else the default.
 
-    (PEFT would run any expression; one from a downloaded file could run for ever.)
+    AdapterError for patterns other than plain names: PEFT would run any regular expression, and one
+    from a downloaded file could run for ever.
     """
     patterns = config.get(table) or {}
     if not isinstance(patterns, Mapping):
-        raise AdapterError(f"the configuration's {table} is no table")
+        raise AdapterError(f"the configuration's {table} is not a table")
     for pattern, value in patterns.items():
         if not _PLAIN.fullmatch(pattern):
-            raise AdapterError(f"the configuration's pattern '{pattern}' is no module's name")
+            raise AdapterError(f"the configuration's pattern '{pattern}' is not a module's name")
         if any(re.match(rf"(.*\.)?({pattern})$", path) for path in paths):
             return value
     return default

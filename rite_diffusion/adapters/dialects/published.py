@@ -1,16 +1,16 @@
-"""Weights that papers published as pickles: Mix-of-Show, Custom Diffusion, A1111's old embeddings.
+"""Weights published as pickles: Mix-of-Show, Custom Diffusion, and A1111's old embeddings.
 
 They are opened only on request, by PyTorch's restricted unpickler, which rebuilds tensors and
-plain containers and refuses everything that would run code.
+plain containers and refuses everything that could run code.
 
     Mix-of-Show       {"params": {"new_concept_embedding": {word: (layers, width)},
-                      "unet" and "text_encoder": {<path>.lora_down.weight: …}}}; scale 1, as that
-                      method's strength is chosen when merging and no alpha is stored
+                      "unet" and "text_encoder": {<path>.lora_down.weight: …}}}; no alpha is stored:
+                      the scale is 1
     Custom Diffusion  {<path>.attn2.processor.to_k_custom_diffusion.weight: (out, in)} (diffusers)
                       or {"state_dict": {model.diffusion_model.<SGM path>.weight: (out, in)},
-                      "embed": (rows, width)}: whole weights, so the base is needed
-    A1111             {"string_to_param": {"*": (rows, width)}, "name": word}
-    embeddings        {word: (width,) or (rows, width)}, or {"clip_l": …, "clip_g": …} for SDXL
+                      "embed": (vectors, width)}: whole weights, so the base is needed
+    A1111             {"string_to_param": {"*": (vectors, width)}, "name": word}
+    embeddings        {word: (width,) or (vectors, width)}, or {"clip_l": …, "clip_g": …} for SDXL
 """
 
 import pickle
@@ -37,8 +37,8 @@ _CUSTOM = re.compile(r"\.processor\.(to_[qkv]|to_out)_custom_diffusion(\.0)?\.we
 def load_published(path: Path, base_weights: Mapping[str, Tensor] | None) -> Adapter:
     """The adapter in a published pickle.
 
-    `base_weights` are the base's by module name; files of whole weights need them. AdapterError
-    where the pickle holds anything but tensors and containers, or none of the known layouts.
+    `base_weights`, by module name, are needed for files of whole weights. AdapterError where the
+    pickle holds anything but tensors and containers, or has an unknown layout.
     """
     content = _restricted(path)
     try:
@@ -52,13 +52,13 @@ def load_published(path: Path, base_weights: Mapping[str, Tensor] | None) -> Ada
 
 
 def _restricted(path: Path) -> dict[str, Any]:
-    """The pickle's content; nothing in it is executed."""
+    """The pickle's content, read without running code."""
     if not path.is_file():
         raise AdapterError(f"no adapter file {path}. Pass the path of a published .pth or .bin.")
     try:
         if path.suffix == ".safetensors":
             return dict(read_tensors(path)[0])
-        # The first textual inversion kept its vectors in one of these: a container of tensors.
+        # Old textual inversions hold their vectors in a ParameterDict, a container of tensors.
         safe = torch.serialization.safe_globals([nn.ParameterDict])
         with reading(path, AdapterError), path.open("rb") as stream, safe:
             content = torch.load(stream, map_location="cpu", weights_only=True)
@@ -68,17 +68,17 @@ def _restricted(path: Path) -> dict[str, Any]:
             f"{path} holds more than tensors, or is damaged: refused ({reason})."
         ) from None
     if not isinstance(content, dict):
-        raise AdapterError(f"{path} holds a {type(content).__name__}, no weights by name.")
+        raise AdapterError(f"{path} holds a {type(content).__name__}, not weights by name.")
     return content
 
 
 def _tensors(table: Any) -> dict[str, Tensor]:
-    """The table's items, detached: AdapterError where one is no tensor."""
+    """The table's tensors, detached; AdapterError where an entry is not a tensor."""
     if not isinstance(table, Mapping | nn.ParameterDict):
         raise AdapterError(f"it holds a {type(table).__name__} where weights by name should be")
     odd = [key for key, value in table.items() if not isinstance(value, Tensor)]
     if odd:
-        raise AdapterError(f"{len(odd)} of its {len(table)} entries are no tensors ({odd[0]!r})")
+        raise AdapterError(f"{len(odd)} of its {len(table)} entries are not tensors ({odd[0]!r})")
     return {str(key): value.detach() for key, value in table.items()}
 
 
@@ -125,7 +125,7 @@ def _custom_diffusion(
 def _differences(
     tensors: Mapping[str, Tensor], base_weights: Mapping[str, Tensor] | None
 ) -> dict[str, Tensor]:
-    """Whole weights under `.diff` less the base's own."""
+    """The tensors, where whole weights (`.diff`) are replaced by differences from the base's."""
     result = {}
     for key, value in tensors.items():
         place = locate(key) if key.endswith(".diff") else None

@@ -11,9 +11,8 @@ _MERGES = Path(__file__).with_name("merges.txt.gz")  # one pair a line, the most
 def clip_tokenizer(pad_token: str = "<|endoftext|>", length: int = 77) -> CLIPTokenizer:
     """A new tokenizer of 49408 tokens for encoders of `length` positions, marks included.
 
-    SD2 and SDXL's second text encoder pad with "!", OpenAI's CLIP with the end mark.
-
-    Ids follow OpenAI's SimpleTokenizer: the 256 bytes, the same at a word's end, the merges, marks.
+    OpenAI's CLIP pads with the end mark, SD2 and SDXL's second text encoder with "!". Ids are those
+    of OpenAI's SimpleTokenizer: the 256 bytes, the 256 bytes at a word's end, merges, marks.
     """
     merges = gzip.decompress(_MERGES.read_bytes()).decode().split("\n")
     letters = _byte_letters()
@@ -35,6 +34,6 @@ def clip_tokenizer(pad_token: str = "<|endoftext|>", length: int = 77) -> CLIPTo
 
 
 def _byte_letters() -> list[str]:
-    """A visible letter for each byte: the printable bytes first, then stand-ins for the others."""
+    """A visible letter for each byte: printable bytes as they are, then letters for the others."""
     printable = [chr(code) for code in range(256) if chr(code).isprintable() and chr(code) != " "]
     return printable + [chr(256 + index) for index in range(256 - len(printable))]

@@ -19,7 +19,7 @@ from rite_diffusion.fusion.settings import FusionSettings
 
 @dataclass(frozen=True)
 class Fusion:
-    """A method: what it makes of a layer, whether it looks at its inputs, how that is cut."""
+    """A method: how it fuses a layer, whether it needs statistics, and how it limits the rank."""
 
     fuse_layer: Callable[[Layer, FusionSettings], Factors]
     statistics: bool

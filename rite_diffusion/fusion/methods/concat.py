@@ -1,9 +1,9 @@
-"""The sum of all updates, factors side by side."""
+"""The sum of all updates, by concatenated factors."""
 
 from rite_diffusion.fusion.layer import Factors, Layer, stack
 from rite_diffusion.fusion.settings import FusionSettings
 
 
 def concat(layer: Layer, settings: FusionSettings) -> Factors:
-    """Sum_i w_i D_i exactly, at the sum of the ranks."""
+    """Sum_i w_i D_i exactly, of the sum of the ranks."""
     return stack([part.factors for part in layer.parts])

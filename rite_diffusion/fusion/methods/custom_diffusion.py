@@ -2,10 +2,10 @@
 
     minimise E_0|D x|^2   such that   D c = D_i c   for the chosen inputs c of every concept i
 
-The paper writes it for the full weights of keys and values, with the text states of each concept's
+The paper states it for the full weights of keys and values, with the text states of each concept's
 words as c and those of regularisation captions as x; subtracting the base's weights gives the form
 above. Here E_0 is over the base model's inputs, and c are the directions in which the concept's
-inputs stand out most against them, which the words of its own are.
+inputs exceed the base's most.
 """
 
 import torch
@@ -27,14 +27,16 @@ def custom_diffusion(layer: Layer, settings: FusionSettings) -> Factors:
     direction: D R = T pinv(C^T), T = [D_i R C_i^T].
     """
     if layer.base is None:
-        raise FusionError(f"no sketch says what the base feeds {layer.name}: make them anew.")
+        raise FusionError(
+            f"no sketch has the base's statistics for {layer.name}: make the sketches again."
+        )
     base, ridge = layer.base.spectral, settings.ridge * layer.base.trace / layer.base.width
     parts = with_statistics(layer)
     count = min(settings.constraints, max(1, base.width // (2 * len(parts))))
     white = [
-        distinct_directions(part.gram, base, ridge, count)
+        distinct_directions(part.second_moment, base, ridge, count)
         for part in parts
-        if part.gram is not None
+        if part.second_moment is not None
     ]
     blocks = [
         base.power(part.factors.down, 0.5, ridge) @ directions.mT  # (r_i, s_i)
@@ -46,8 +48,8 @@ def custom_diffusion(layer: Layer, settings: FusionSettings) -> Factors:
 
 
 def distinct_directions(
-    gram: AnySecondMoment, base: SecondMoment, ridge: float, count: int
+    moment: AnySecondMoment, base: SecondMoment, ridge: float, count: int
 ) -> Tensor:
-    """Leading directions (s, inputs) of a concept's whitened inputs, orthonormal."""
-    whitened = base.power(gram.spectral.root(), -0.5, ridge)
+    """The `count` leading directions (s, inputs) of a concept's whitened inputs, orthonormal."""
+    whitened = base.power(moment.spectral.root(), -0.5, ridge)
     return torch.linalg.svd(whitened, full_matrices=False).Vh[:count]

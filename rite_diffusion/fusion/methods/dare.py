@@ -11,10 +11,10 @@ from rite_diffusion.fusion.settings import FusionSettings
 
 
 def dare(layer: Layer, settings: FusionSettings) -> Factors:
-    """Sum_i w_i mask_i D_i / keep, which `cut_dense` cuts.
+    """Sum_i w_i mask_i D_i / keep; `cut_dense` limits its rank.
 
-    A mask is a function of the adapter's content and the layer's name, so that neither the order
-    of the adapters nor the company they are in changes it.
+    A mask is a function of the adapter's content and the layer's name, so it depends neither on the
+    order of the adapters nor on the other adapters.
     """
     total = torch.zeros_like(layer.parts[0].factors.dense())
     for part in layer.parts:
@@ -25,7 +25,7 @@ def dare(layer: Layer, settings: FusionSettings) -> Factors:
 
 
 def bernoulli(shape: torch.Size, share: float, key: str) -> Tensor:
-    """A mask of ones with probability `share`, a function of the key."""
+    """A boolean mask, true with probability `share`; a function of the key."""
     seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8])
     draws = torch.rand(shape, generator=torch.Generator().manual_seed(seed % 2**63))
     return draws < share

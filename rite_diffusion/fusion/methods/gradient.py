@@ -2,8 +2,8 @@
 
 Per layer, L-BFGS on sum_i E_i|(D - D_i) x|^2 from D = 0 as in the authors' release: rate 1, history
 25, strong Wolfe search, 500 iterations in the text encoder and for keys and values of the
-cross-attentions, 50 elsewhere, the best update kept. The release reads stored features; here the
-roots of the Gram matrices stand for them, which is the same objective.
+cross-attentions, 50 elsewhere; the best update is returned. The release uses stored features, this
+code roots of the second moments, with the same objective.
 """
 
 import torch
@@ -22,9 +22,9 @@ def iterations(name: str) -> int:
 
 
 def gradient(layer: Layer, settings: FusionSettings) -> Factors:
-    """The best update that L-BFGS found, at the sum of the ranks.
+    """The best update of L-BFGS, of the sum of the ranks.
 
-    Gradients lie in the span of the ups, and so does every step: a basis of it loses nothing.
+    Gradients, and so all steps, are in the span of the ups: its basis gives the exact factors.
     """
     parts = with_statistics(layer)
     basis, _ = torch.linalg.qr(torch.cat([part.factors.up for part in parts], 1))
@@ -35,8 +35,12 @@ def gradient(layer: Layer, settings: FusionSettings) -> Factors:
 def minimise(parts: list[Part], steps: int) -> Tensor:
     """The dense update (out, inputs) with the least loss in `steps` iterations."""
     update = torch.zeros_like(parts[0].factors.dense(), requires_grad=True)
-    wanted = [(part.factors.dense(), part.gram.spectral) for part in parts if part.gram is not None]
-    roots = [gram.root().mT for _, gram in wanted]
+    wanted = [
+        (part.factors.dense(), part.second_moment.spectral)
+        for part in parts
+        if part.second_moment is not None
+    ]
+    roots = [moment.root().mT for _, moment in wanted]
     optimizer = torch.optim.LBFGS(
         [update], lr=1, max_iter=steps, history_size=25, line_search_fn="strong_wolfe",
         tolerance_grad=1e-16, tolerance_change=1e-16,
@@ -47,9 +51,9 @@ def minimise(parts: list[Part], steps: int) -> Tensor:
         nonlocal best
         optimizer.zero_grad()
         loss = torch.zeros((), dtype=update.dtype)
-        for (target, gram), root in zip(wanted, roots, strict=True):
+        for (target, moment), root in zip(wanted, roots, strict=True):
             off = update - target
-            loss = loss + (off @ root).square().sum() + gram.tail * off.square().sum()
+            loss = loss + (off @ root).square().sum() + moment.tail * off.square().sum()
         loss.backward()
         if loss.item() < best[0]:
             best = loss.item(), update.detach().clone()

@@ -1,4 +1,4 @@
-"""KnOTS: align updates in one basis, merge there (Stoica et al. 2024, arXiv 2410.19735)."""
+"""KnOTS: merge updates in a common basis (Stoica et al. 2024, arXiv 2410.19735)."""
 
 import torch
 from torch import Tensor
@@ -23,6 +23,6 @@ def knots(layer: Layer, settings: FusionSettings) -> Factors:
 
 
 def shared_basis(matrices: list[Tensor]) -> Tensor:
-    """Left singular vectors (k, k) of [M_1 … M_n], all of k rows."""
+    """Left singular vectors (k, k) of [M_1 … M_n], for matrices of k rows."""
     moments = sum(matrix @ matrix.mT for matrix in matrices)
     return torch.linalg.eigh(moments).eigenvectors

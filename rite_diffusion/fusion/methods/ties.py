@@ -1,4 +1,4 @@
-"""TIES: trim, elect a sign, merge what agrees (Yadav et al. 2023, arXiv 2306.01708)."""
+"""TIES: trim, elect signs, merge entries of that sign (Yadav et al. 2023, arXiv 2306.01708)."""
 
 import torch
 from torch import Tensor
@@ -9,17 +9,17 @@ from rite_diffusion.fusion.settings import FusionSettings
 
 
 def ties(layer: Layer, settings: FusionSettings) -> Factors:
-    """The TIES merge of the dense updates, which `cut_dense` cuts.
+    """The TIES merge of the dense updates; `cut_dense` limits its rank.
 
-    The paper trims over the whole model; here each layer is trimmed for itself, so that only one
-    layer is ever dense.
+    The paper trims over the whole model; here each layer is trimmed on its own, so that only one
+    layer is dense at a time.
     """
     updates = torch.stack([part.factors.dense() for part in layer.parts])
     return as_factors(ties_merge(updates, settings.trim))
 
 
 def ties_merge(updates: Tensor, density: float) -> Tensor:
-    """One array (…) of updates (n, …): each entry the mean of those that have the elected sign."""
+    """The merge (…) of updates (n, …): the mean of the entries that have the elected sign."""
     trimmed = torch.stack([trim(update, density) for update in updates])
     sign = trimmed.sum(0).sign()
     agrees = (trimmed.sign() == sign) & (trimmed != 0)
@@ -27,7 +27,7 @@ def ties_merge(updates: Tensor, density: float) -> Tensor:
 
 
 def trim(update: Tensor, density: float) -> Tensor:
-    """The update with only its largest entries, a share `density` of them."""
+    """The update with its largest entries, a share `density` of all; the others are 0."""
     count = max(1, round(density * update.numel()))
     least = update.abs().flatten().kthvalue(update.numel() - count + 1).values
     return update * (update.abs() >= least)

@@ -1,4 +1,4 @@
-"""The studio's tabs, one module each: `build` lays it out and returns what the page connects."""
+"""The studio's tabs, one module each; its `build` makes the tab and returns a `BuiltTab`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from rite_diffusion.studio.workspace import Workspace
 
 @dataclass(frozen=True)
 class Refresh:
-    """What brings a tab up to date when it is shown: a handler and what it fills."""
+    """A handler that updates components when their tab is shown."""
 
     handler: Callable
     outputs: Sequence[Component]
@@ -20,8 +20,8 @@ class Refresh:
 
 
 @dataclass(frozen=True)
-class Use:
-    """A button that goes on to the Generate tab with the adapter that a component names."""
+class UseButton:
+    """A button that opens the Generate tab with the adapter that the component `name` holds."""
 
     button: gr.Button
     name: Component
@@ -29,8 +29,8 @@ class Use:
 
 
 @dataclass(frozen=True)
-class Built:
-    """What the page must know of a tab."""
+class BuiltTab:
+    """What the page connects of a tab."""
 
     refreshes: Sequence[Refresh]
-    use: Use | None = None
+    use: UseButton | None = None

@@ -1,4 +1,4 @@
-"""Choosing adapters with a weight each, and the words that call them: used by several tabs."""
+"""A list to choose adapters from, with a slider for each one's weight; several tabs use it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from rite_diffusion.studio.page import with_messages
 from rite_diffusion.studio.state import Studio
 from rite_diffusion.studio.tabs import Refresh
 
-MOST = 6  # adapters at once
+MAX_ADAPTERS = 6  # adapters at once
 
 
 @dataclass(frozen=True)
 class Chooser:
-    """The adapters' list, what it says, their weights' sliders, and the list that those are for.
+    """The list of adapters, the chosen names, the sliders, and the names that these belong to.
 
-    What hangs on the choice listens to `chosen`: a list of several tells of a change at every
-    touch of the page, also of what it tells itself. Whoever fills `names` fills `chosen` as well.
+    Handlers of a changed choice must be bound to `chosen`, and whoever sets `names` must set
+    `chosen` too: a multiselect Dropdown fires `change` at each click, and when it is set by code.
     """
 
     names: gr.Dropdown
@@ -28,18 +28,22 @@ class Chooser:
     weighted: gr.State
 
     def inputs(self) -> list:
-        """What a handler gets: the names, then every slider."""
+        """Inputs of a handler: the names, then every slider."""
         return [self.names, *self.weights]
 
 
 def build_chooser(studio: Studio) -> tuple[Chooser, Refresh]:
-    """Lay the list and its sliders out."""
+    """Make the list and its sliders."""
     names = gr.Dropdown(
-        [], multiselect=True, max_choices=MOST, label="Adapters", info="trained or imported ones"
+        [],
+        multiselect=True,
+        max_choices=MAX_ADAPTERS,
+        label="Adapters",
+        info="trained or imported ones",
     )
     weights = [
         gr.Slider(-1, 2, value=1, step=0.05, visible=False, label=f"Weight {index + 1}")
-        for index in range(MOST)
+        for index in range(MAX_ADAPTERS)
     ]
     chosen, weighted = gr.State([]), gr.State([])
     chooser = Chooser(names, chosen, weights, weighted)
@@ -57,9 +61,9 @@ def build_chooser(studio: Studio) -> tuple[Chooser, Refresh]:
 
 
 def offered(known: list[str], chosen: list[str]) -> dict[str, Any]:
-    """What gives a list new choices; what is chosen changes only where a name is gone.
+    """An update of a list's choices; its value is set only where a chosen name no longer exists.
 
-    A refresh that answers what it was asked with would undo a choice made in the meantime.
+    Setting the value that the request carried would undo a choice made in the meantime.
     """
     present = [name for name in chosen if name in known]
     if present == chosen:
@@ -68,13 +72,13 @@ def offered(known: list[str], chosen: list[str]) -> dict[str, Any]:
 
 
 def sliders(weighted: list[str], names: list[str], *weights: float):
-    """The sliders of the chosen adapters; one that had a slider already keeps its weight."""
+    """The sliders of the chosen adapters; those that had one before keep their weights."""
     kept = dict(zip(weighted, weights, strict=False))
     fresh = [
         gr.Slider(visible=True, label=f"Weight of {name}", value=kept.get(name, 1.0))
         for name in names
     ]
-    return [names, *fresh, *[gr.Slider(visible=False, value=1.0)] * (MOST - len(names))]
+    return [names, *fresh, *[gr.Slider(visible=False, value=1.0)] * (MAX_ADAPTERS - len(names))]
 
 
 def chosen_with_weights(names: Sequence[str], weights: Sequence[float]) -> list[tuple[str, float]]:

@@ -7,11 +7,11 @@ import gradio as gr
 
 from rite_diffusion.errors import StudioError
 from rite_diffusion.studio import library
-from rite_diffusion.studio.background import followed
-from rite_diffusion.studio.page import empty_state, shown, tell, with_messages
-from rite_diffusion.studio.sheet_orders import SheetOrder, draw_sheet
+from rite_diffusion.studio.background import run_with_progress
+from rite_diffusion.studio.page import empty_state, link_to, show_note, with_messages
+from rite_diffusion.studio.sheet_requests import SheetRequest, draw_sheet
 from rite_diffusion.studio.state import DEVICE, Studio
-from rite_diffusion.studio.tabs import Built, Refresh
+from rite_diffusion.studio.tabs import BuiltTab, Refresh
 from rite_diffusion.studio.tabs.adapters import offered
 from rite_diffusion.studio.tabs.drawing import waiting_html
 from rite_diffusion.studio.tabs.fields import optional_number, whole_number
@@ -27,7 +27,7 @@ NO_SHEET = empty_state(
 )
 BASE_ALONE = "the base alone"
 ATTACHED = "attached"
-UNFUSED = (ATTACHED, "switch", "composite")  # adapters that stay apart
+UNFUSED = (ATTACHED, "switch", "composite")  # methods that do not fuse
 APART, TOGETHER = "each on its own", "all together"
 
 
@@ -49,7 +49,7 @@ class SheetForm:
     sheet: gr.Image
 
     def fields(self) -> list[Any]:
-        """What a sheet is ordered by."""
+        """The inputs of a sheet's request."""
         return [
             self.prompts, self.names, self.how, self.weights, self.seeds, self.methods,
             self.columns, self.steps,
@@ -74,7 +74,7 @@ def _lay_out() -> SheetForm:
                 seeds = gr.Textbox("0, 1, 2", label="Seeds", min_width=110, elem_id="sheet-seeds")
             methods = gr.Dropdown(
                 [*UNFUSED, *METHODS], value=[ATTACHED], multiselect=True,
-                label="How those that are together are joined",
+                label="How adapters are combined",
                 info="attached, switch and composite leave the adapters apart; the others fuse",
             )  # fmt: skip
             with gr.Row():
@@ -94,8 +94,8 @@ def _lay_out() -> SheetForm:
     )
 
 
-def build(studio: Studio) -> Built:
-    """Lay the tab out and connect it."""
+def build(studio: Studio) -> BuiltTab:
+    """Make the tab and connect its events."""
     form = _lay_out()
 
     @with_messages
@@ -104,7 +104,7 @@ def build(studio: Studio) -> Built:
         methods: list[str], columns: str, steps: str,
     ):  # fmt: skip
         space = studio.space(request)
-        order = SheetOrder(
+        wanted = SheetRequest(
             [line.strip() for line in prompts.splitlines() if line.strip()],
             groups_of(names, how),
             numbers_in(weights, "weights", float),
@@ -115,15 +115,17 @@ def build(studio: Studio) -> Built:
         )
         yield {form.stage: waiting_html("Opening the model…"), form.sheet: gr.Image(visible=False)}
         notes = list[str]()
-        work = followed(lambda progress: draw_sheet(studio, space, order, progress, notes.append))
+        work = run_with_progress(
+            lambda progress: draw_sheet(studio, space, wanted, progress, notes.append)
+        )
         for kind, what in work:
             if kind == "progress":
                 done, total = what
                 yield {form.stage: waiting_html(f"{done} of {total} pictures", done / total)}
             else:
-                yield {form.stage: "", form.sheet: gr.Image(value=shown(what), visible=True)}
+                yield {form.stage: "", form.sheet: gr.Image(value=link_to(what), visible=True)}
         for line in notes:
-            tell(line)
+            show_note(line)
 
     @with_messages
     def refresh(chosen: list[str], request: gr.Request):
@@ -141,11 +143,11 @@ def build(studio: Studio) -> Built:
     form.stop.click(
         lambda: NO_SHEET, None, form.stage, cancels=[event], queue=False, api_visibility="private"
     )
-    return Built([Refresh(refresh, [form.names], [form.names])])
+    return BuiltTab([Refresh(refresh, [form.names], [form.names])])
 
 
 def groups_of(names: list[str], how: str) -> list[list[str]]:
-    """The adapters of each part of a sheet; the base alone stays on its own."""
+    """The lists of adapters that a sheet compares; [] is the base alone."""
     own = [name for name in names if name != BASE_ALONE]
     alone: list[list[str]] = [[]] if BASE_ALONE in names or not own else []
     if how == TOGETHER:
@@ -154,7 +156,7 @@ def groups_of(names: list[str], how: str) -> list[list[str]]:
 
 
 def numbers_in(text: str, what: str, kind: type) -> list:
-    """The numbers of a text, with commas between them; StudioError for anything else."""
+    """The numbers of a comma-separated text; StudioError for anything else."""
     try:
         return [kind(part) for part in text.replace(";", ",").split(",") if part.strip()]
     except ValueError:

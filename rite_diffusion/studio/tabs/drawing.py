@@ -1,4 +1,4 @@
-"""Pictures as they form: what the tabs that draw show while the engine works."""
+"""Pictures in progress, as the tabs that draw show them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import gradio as gr
 
-from rite_diffusion.studio.page import empty_state, picture_html, progress_bar, tell
+from rite_diffusion.studio.page import empty_state, picture_html, progress_bar, show_note
 from rite_diffusion.studio.state import Studio
 from rite_diffusion.studio.workspace import Workspace
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Easel:
-    """Where pictures appear: the one that forms, those that are done, and what a click tells."""
+class DrawingPanel:
+    """Components that show the picture in progress, finished ones, and a clicked one's facts."""
 
-    idle: str  # what the stage says while there is nothing to see
+    idle: str  # HTML of the stage before the first picture
     stage: gr.HTML
     made: gr.Gallery
     names: gr.State  # of the pictures in `made`
     facts: gr.HTML
 
 
-def lay_out_easel(title: str, text: str, name: str) -> Easel:
-    """An easel that says what to do first; `name` begins its elements' ids."""
+def lay_out_drawing(title: str, text: str, name: str) -> DrawingPanel:
+    """The panel; `title` and `text` fill it before the first picture, `name` begins its ids."""
     idle = empty_state(title, text)
     stage = gr.HTML(idle, elem_id=f"{name}stage")
     made = gr.Gallery(
@@ -36,12 +36,12 @@ def lay_out_easel(title: str, text: str, name: str) -> Easel:
         buttons=["download", "fullscreen"], elem_id=f"{name}made", interactive=False,
     )  # fmt: skip
     facts = gr.HTML("", elem_id=f"{name}facts")
-    return Easel(idle, stage, made, gr.State([]), facts)
+    return DrawingPanel(idle, stage, made, gr.State([]), facts)
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """How far a drawing is: what the stage says, and the pictures that are done."""
+    """Progress of a drawing: HTML of the stage, and the finished pictures."""
 
     stage: str
     done: list[Path]
@@ -54,10 +54,10 @@ def drawing(
     adapters: Sequence[str],
     base: str,
 ) -> Iterator[Drawn]:
-    """Tells whenever there is something new to see."""
+    """The drawing's progress, each time that there is something new to show."""
     done: list[Path] = []
     yield Drawn(waiting_html("Opening the model…"), [])
-    for frame in studio.engine.draw(space, requests, tell, adapters, base):
+    for frame in studio.engine.draw(space, requests, show_note, adapters, base):
         if frame.path is not None:
             done = [*done, frame.path]
         if frame.path is not None or frame.image is not None:
@@ -66,12 +66,12 @@ def drawing(
 
 
 def waiting_html(text: str, share: float = 0.0) -> str:
-    """What is awaited, with a bar."""
+    """HTML of a text with a progress bar; `share` is from 0 to 1."""
     return f'<div class="stage">{progress_bar(share)}<p>{text}</p></div>'
 
 
 def _stage(frame: "Frame", done: int, count: int) -> str:
-    """The picture that is forming, with how far all of them are."""
+    """HTML of the picture in progress, with the progress of all of them."""
     steps = frame.parameters.steps
     share = (done + (0 if frame.path else frame.step / steps)) / count
     text = f"Picture {done + 1} of {count}, step {frame.step} of {steps}"

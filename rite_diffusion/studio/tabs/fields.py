@@ -1,4 +1,4 @@
-"""The fields that decide a picture, and the pictures that they ask for."""
+"""The fields of a picture's parameters, and the requests made from their values."""
 
 import math
 import random
@@ -13,12 +13,12 @@ from rite_diffusion.errors import StudioError
 if TYPE_CHECKING:
     from rite_diffusion.generation.request import PictureRequest
 
-MOST_PICTURES = 16
+MAX_PICTURES = 16
 
 
 @dataclass(frozen=True)
 class Fields:
-    """The fields that decide a picture, adapters aside."""
+    """The fields of a picture's parameters, without adapters and regions."""
 
     prompt: gr.Textbox
     negative: gr.Textbox
@@ -50,34 +50,34 @@ def optional_number(label: str, name: str) -> gr.Textbox:
 
 
 def whole_number(text: str, label: str) -> int | None:
-    """What an optional field says, None where it is empty; StudioError for anything else."""
+    """The whole number in an optional field, None where it is empty; StudioError otherwise."""
     if not text.strip():
         return None
     try:
         return int(text)
     except ValueError:
-        raise StudioError(f"{label} is a whole number, not '{text}': or leave it empty.") from None
+        raise StudioError(f"{label} must be a whole number, not '{text}', or empty.") from None
 
 
 def decimal(text: str, label: str) -> float | None:
-    """What an optional field says, None where it is empty; StudioError for anything else."""
+    """The number in an optional field, None where it is empty; StudioError otherwise."""
     try:
         value = float(text) if text.strip() else None
     except ValueError:
         value = math.nan
     if value is not None and not math.isfinite(value):
-        raise StudioError(f"{label} is a number, not '{text}': or leave it empty.")
+        raise StudioError(f"{label} must be a number, not '{text}', or empty.")
     return value
 
 
 def lay_out_fields(prompt: gr.Textbox) -> Fields:
-    """Lay out all fields but the prompt, which has its place already."""
+    """Make all fields but the prompt, which exists already."""
     negative = gr.Textbox("", label="Negative prompt", placeholder="what to avoid", max_lines=4)
     with gr.Row():
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=110)
         fresh = gr.Checkbox(True, label="New seed each time", min_width=150)
     with gr.Row():
-        count = gr.Slider(1, MOST_PICTURES, value=4, step=1, label="Pictures", min_width=140)
+        count = gr.Slider(1, MAX_PICTURES, value=4, step=1, label="Pictures", min_width=140)
         steps = optional_number("Steps", "denoising-steps")
     with gr.Accordion("Size, guidance, base model", open=False):
         with gr.Row():
@@ -85,22 +85,22 @@ def lay_out_fields(prompt: gr.Textbox) -> Fields:
             height = optional_number("Height", "height")
             guidance = optional_number("Guidance", "guidance")
         base = gr.Textbox("", label="Base model", placeholder="the adapters' own, else pocket")
-        gr.HTML("<small>What is left empty is the base model's own.</small>")
+        gr.HTML("<small>Empty fields take the base model's defaults.</small>")
     return Fields(prompt, negative, seed, fresh, count, steps, guidance, width, height, base)
 
 
 def named(values: Sequence[Any]) -> dict[str, Any]:
-    """The fields' values, in their order, by name."""
+    """The fields' values, given in their order, by name."""
     return dict(zip([field.name for field in fields(Fields)], values, strict=True))
 
 
 def requests_of(wanted: dict[str, Any], regions: tuple[str, ...] = ()) -> list["PictureRequest"]:
-    """The pictures that the fields ask for, with seeds in a row."""
+    """The requests of the fields' values, with consecutive seeds."""
     from rite_diffusion.generation.request import PictureRequest
 
     if not wanted["prompt"].strip() and not regions:
         raise StudioError("write a prompt first: what should the picture show?")
-    count = min(max(int(wanted["count"]), 1), MOST_PICTURES)
+    count = min(max(int(wanted["count"]), 1), MAX_PICTURES)
     first = random.randrange(2**31) if wanted["fresh"] else int(wanted["seed"] or 0)
     kept = {key: wanted[key] for key in ("prompt", "negative")}
     sizes: dict[str, Any] = {key: whole_number(wanted[key], key) for key in ("width", "height")}

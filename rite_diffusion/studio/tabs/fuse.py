@@ -1,4 +1,4 @@
-"""Fuse: several adapters into one; what interferes is shown before, pictures before and after."""
+"""Fuse: several adapters into one, with a conflict report and pictures before and after."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,37 +9,43 @@ import gradio as gr
 
 from rite_diffusion.errors import RiteError
 from rite_diffusion.studio import fusing
-from rite_diffusion.studio.background import followed
+from rite_diffusion.studio.background import run_with_progress
 from rite_diffusion.studio.conflicts import fusion_html
-from rite_diffusion.studio.page import empty_state, shown, tell, with_messages
+from rite_diffusion.studio.page import empty_state, link_to, show_note, with_messages
 from rite_diffusion.studio.state import DEVICE, Studio
-from rite_diffusion.studio.tabs import Built
-from rite_diffusion.studio.tabs.adapters import MOST, Chooser, build_chooser, chosen_with_weights
+from rite_diffusion.studio.tabs import BuiltTab
+from rite_diffusion.studio.tabs.adapters import (
+    MAX_ADAPTERS,
+    Chooser,
+    build_chooser,
+    chosen_with_weights,
+)
 from rite_diffusion.studio.tabs.drawing import drawing, waiting_html
 from rite_diffusion.studio.tabs.fields import optional_number, whole_number
 from rite_diffusion.studio.workspace import Workspace
 
 METHODS = {
-    "gram": "keeps what each concept does with its own inputs",
-    "concat": "the plain sum, which side by side is",
-    "weighted": "the plain sum in as few ranks as it needs",
+    "gram": "keeps each concept's outputs on its own inputs",
+    "concat": "the plain sum, the same as attaching all",
+    "weighted": "the plain sum at the smallest rank that holds it",
     "svd": "the plain sum cut to a rank",
     "ties": "large entries whose signs agree",
     "dare": "entries left out at random",
     "knots": "ties in directions that the updates share",
     "custom_diffusion": "a few inputs of each come out exactly",
-    "gradient": "what gram solves, by slow descent",
+    "gradient": "the same problem as gram, by gradient descent",
 }
+STEPS: int | None = None  # of the pictures before and after; None: the base's default
 NO_FUSION = empty_state(
     "Choose two adapters or more",
-    "“Show conflicts” tells what would interfere and what the fusion makes of it. “Fuse” draws the "
-    "same prompts before and after. Nothing is kept until you save it.",
+    "“Show conflicts” reports how the adapters interfere before and after fusing. “Fuse” draws the "
+    "same prompts before and after. The result is temporary until you save it.",
 )
 
 
 @dataclass(frozen=True)
 class FusePanel:
-    """What a fusion fills."""
+    """The components that a fusion fills."""
 
     stage: gr.HTML
     report: gr.HTML
@@ -49,15 +55,15 @@ class FusePanel:
     draft: gr.State  # name of the fused adapter's file
     preview: gr.State  # name of the first picture drawn with it
 
-    def shown(self) -> list[Any]:
-        """The components in order."""
+    def outputs(self) -> list[Any]:
+        """The components in fusion."""
         return [
             self.stage, self.report, self.sides, self.keeping, self.name, self.draft, self.preview
         ]  # fmt: skip
 
 
-def build(studio: Studio) -> Built:
-    """Lay the tab out and connect it."""
+def build(studio: Studio) -> BuiltTab:
+    """Make the tab and connect its events."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
             chooser, refresh_adapters = build_chooser(studio)
@@ -97,7 +103,7 @@ def build(studio: Studio) -> Built:
         lambda name: gr.Dropdown(info=METHODS[name]), method, method, show_progress="hidden",
         api_visibility="private",
     )  # fmt: skip
-    return Built([refresh_adapters])
+    return BuiltTab([refresh_adapters])
 
 
 def _connect(
@@ -112,7 +118,7 @@ def _connect(
     handlers = ((check, _preview_handler(studio, panel)), (go, _fusion_handler(studio, panel)))
     events = [
         button.click(
-            handler, [*fields, *chooser.inputs()], panel.shown(), show_progress="hidden",
+            handler, [*fields, *chooser.inputs()], panel.outputs(), show_progress="hidden",
             concurrency_id=DEVICE, concurrency_limit=1, trigger_mode="once",
             api_visibility="private",
         )
@@ -128,13 +134,13 @@ def _connect(
     )  # fmt: skip
 
 
-def _ordered(
+def _requested(
     space: Workspace, method: str, rank: str, allow_loss: bool, *chosen: Any
-) -> fusing.Order:
-    """The fusion that the form asks for."""
-    pairs = chosen_with_weights(chosen[0], chosen[1 : MOST + 1])
+) -> fusing.FusionRequest:
+    """The request that the fields' values make."""
+    pairs = chosen_with_weights(chosen[0], chosen[1 : MAX_ADAPTERS + 1])
     largest = whole_number(rank, "the largest rank")
-    return fusing.order_of(space, pairs, method, largest, allow_loss)
+    return fusing.fusion_request(space, pairs, method, largest, allow_loss)
 
 
 def _preview_handler(studio: Studio, panel: FusePanel) -> Callable:
@@ -143,9 +149,11 @@ def _preview_handler(studio: Studio, panel: FusePanel) -> Callable:
         request: gr.Request, method: str, rank: str, allow_loss: bool, _: str, *chosen: Any
     ):
         space = studio.space(request)
-        order = _ordered(space, method, rank, allow_loss, *chosen)
+        fusion = _requested(space, method, rank, allow_loss, *chosen)
         yield _begun(panel)
-        work = followed(lambda progress: fusing.preview_fusion(studio, space, order, progress))
+        work = run_with_progress(
+            lambda progress: fusing.preview_fusion(studio, space, fusion, progress)
+        )
         for kind, what in work:
             if kind == "progress":
                 yield {panel.stage: waiting_html(*what)}
@@ -161,23 +169,25 @@ def _fusion_handler(studio: Studio, panel: FusePanel) -> Callable:
         request: gr.Request, method: str, rank: str, allow_loss: bool, prompt: str, *chosen: Any
     ):
         space = studio.space(request)
-        order = _ordered(space, method, rank, allow_loss, *chosen)
+        fusion = _requested(space, method, rank, allow_loss, *chosen)
         draft = fusing.new_draft(space)
         yield _begun(panel)
-        work = followed(lambda progress: fusing.fuse(studio, space, order, draft, progress))
+        work = run_with_progress(
+            lambda progress: fusing.fuse(studio, space, fusion, draft, progress)
+        )
         for kind, what in work:
             if kind == "progress":
                 yield {panel.stage: waiting_html(*what)}
             else:
                 yield {panel.report: fusion_html(what)}
         try:
-            yield from _compared(studio, space, panel, order, draft, prompt)
-        except RiteError as error:  # the base may not be here; the fusion is none the worse
-            tell(f"No pictures: {error}")
+            yield from _compared(studio, space, panel, fusion, draft, prompt)
+        except RiteError as error:  # the base may not be here; the fused adapter is still good
+            show_note(f"No pictures: {error}")
         yield {
             panel.stage: "",
             panel.keeping: gr.Group(visible=True),
-            panel.name: order.title(),
+            panel.name: fusion.title(),
             panel.draft: draft.name,
         }
 
@@ -185,7 +195,7 @@ def _fusion_handler(studio: Studio, panel: FusePanel) -> Callable:
 
 
 def _begun(panel: FusePanel) -> dict[Any, Any]:
-    """What was there goes."""
+    """Values that clear the panel at the start of a fusion."""
     return {
         panel.stage: waiting_html("Reading the adapters…"),
         panel.report: "",
@@ -199,17 +209,17 @@ def _compared(
     studio: Studio,
     space: Workspace,
     panel: FusePanel,
-    order: fusing.Order,
+    fusion: fusing.FusionRequest,
     draft: Path,
     prompt: str,
 ) -> Iterator[dict[Any, Any]]:
     """The same prompts and seed with the adapters side by side, then with the fused one."""
     from rite_diffusion.generation.request import PictureRequest
 
-    prompts = [prompt.strip()] if prompt.strip() else fusing.prompts_to_compare(order.cards)
-    requests = [PictureRequest(prompt=text) for text in prompts]
+    prompts = [prompt.strip()] if prompt.strip() else fusing.prompts_to_compare(fusion.cards)
+    requests = [PictureRequest(prompt=text, steps=STEPS) for text in prompts]
     halves: list[list[Path]] = []
-    for adapters in (order.files(), [f"{draft}:1"]):
+    for adapters in (fusion.files(), [f"{draft}:1"]):
         done: list[Path] = []
         for state in drawing(studio, space, requests, adapters, ""):
             done = state.done
@@ -219,7 +229,7 @@ def _compared(
     pairs = [
         pair
         for text, left, right in zip(prompts, before, after, strict=False)
-        for pair in ((shown(left), f"before: {text}"), (shown(right), f"after: {text}"))
+        for pair in ((link_to(left), f"before: {text}"), (link_to(right), f"after: {text}"))
     ]
     yield {
         panel.sides: gr.Gallery(value=pairs, visible=bool(pairs)),
@@ -232,7 +242,7 @@ def _connect_keeping(studio: Studio, panel: FusePanel, keep: gr.Button) -> None:
     def save(name: str, draft: str, preview: str, request: gr.Request):
         space = studio.space(request)
         picture = space.find("outputs", preview) if preview else None
-        tell(f"'{fusing.keep(space, draft, name, picture)}' is in the library.")
+        show_note(f"'{fusing.save_draft(space, draft, name, picture)}' is in the library.")
         return gr.Group(visible=False), ""
 
     gr.on(

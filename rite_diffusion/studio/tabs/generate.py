@@ -1,4 +1,4 @@
-"""Generate: a prompt, adapters with weights, regions, pictures as they form and their history."""
+"""Generate: a prompt, adapters with weights, regions, pictures in progress, and their history."""
 
 from typing import Any
 
@@ -6,13 +6,18 @@ import gradio as gr
 
 from rite_diffusion.studio import library
 from rite_diffusion.studio.boxes import region_texts
-from rite_diffusion.studio.page import shown_all, with_messages
+from rite_diffusion.studio.page import links_to, with_messages
 from rite_diffusion.studio.state import DEVICE, Studio
-from rite_diffusion.studio.tabs import Built, Refresh
-from rite_diffusion.studio.tabs.adapters import MOST, Chooser, build_chooser, chosen_with_weights
-from rite_diffusion.studio.tabs.drawing import Easel, drawing, lay_out_easel
+from rite_diffusion.studio.tabs import BuiltTab, Refresh
+from rite_diffusion.studio.tabs.adapters import (
+    MAX_ADAPTERS,
+    Chooser,
+    build_chooser,
+    chosen_with_weights,
+)
+from rite_diffusion.studio.tabs.drawing import DrawingPanel, drawing, lay_out_drawing
 from rite_diffusion.studio.tabs.fields import Fields, lay_out_fields, named, requests_of
-from rite_diffusion.studio.tabs.history import Recall, connect_recall
+from rite_diffusion.studio.tabs.history import RestorePanel, connect_restore
 from rite_diffusion.studio.tabs.regions import (
     RATIO_JS,
     RegionPanel,
@@ -28,8 +33,8 @@ IDLE = (
 )
 
 
-def build(studio: Studio) -> tuple[Built, Chooser]:
-    """Lay the tab out and connect it; also returns where its adapters are chosen."""
+def build(studio: Studio) -> tuple[BuiltTab, Chooser]:
+    """Make the tab and connect its events; also returns its list of adapters."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
             prompt, chips = _lay_out_prompt()
@@ -47,16 +52,16 @@ def build(studio: Studio) -> tuple[Built, Chooser]:
                 elem_classes="drop",
             )
         with gr.Column(scale=7, min_width=320):
-            easel = lay_out_easel(*IDLE, "")
+            panel = lay_out_drawing(*IDLE, "")
             again = gr.Button("Use these settings", visible=False, size="sm", elem_id="again")
-            with gr.Accordion("History", open=False) as fold:
+            with gr.Accordion("History", open=False) as accordion:
                 history = gr.Gallery(
                     label="Newest first", columns=6, height="auto", object_fit="contain",
                     allow_preview=False, elem_id="history", interactive=False,
                 )  # fmt: skip
-    _connect_drawing(studio, settings, chooser, regions, go, stop, easel)
-    connect_recall(
-        studio, Recall(settings, chooser, regions, drop, again, fold, history, easel)
+    _connect_drawing(studio, settings, chooser, regions, go, stop, panel)
+    connect_restore(
+        studio, RestorePanel(settings, chooser, regions, drop, again, accordion, history, panel)
     )  # fmt: skip
     refresh_chips = _connect_chips(studio, chooser, prompt, chips)
     gr.on(
@@ -67,7 +72,7 @@ def build(studio: Studio) -> tuple[Built, Chooser]:
         box_adapters, [chooser.names, regions.adapter], regions.adapter,
         show_progress="hidden", api_visibility="private",
     )  # fmt: skip
-    return Built([refresh_adapters, refresh_chips]), chooser
+    return BuiltTab([refresh_adapters, refresh_chips]), chooser
 
 
 def _lay_out_prompt() -> tuple[gr.Textbox, gr.Dataset]:
@@ -116,34 +121,34 @@ def _connect_drawing(
     regions: RegionPanel,
     go: gr.Button,
     stop: gr.Button,
-    easel: Easel,
+    panel: DrawingPanel,
 ) -> None:
     own, weighted, boxed = settings.all(), chooser.inputs(), regions.inputs()
 
     @with_messages
     def draw(request: gr.Request, *values: Any):
         fields, rest = values[: len(own)], values[len(own) :]
-        (names, *weights), boxes = rest[: MOST + 1], edited(*rest[MOST + 1 :])
+        (names, *weights), boxes = rest[: MAX_ADAPTERS + 1], edited(*rest[MAX_ADAPTERS + 1 :])
         wanted, space = named(fields), studio.space(request)
         requests = requests_of(wanted, region_texts(boxes, names))
         adapters = library.with_weights(space, chosen_with_weights(names, weights))
-        yield {settings.seed: requests[0].seed, easel.facts: ""}
+        yield {settings.seed: requests[0].seed, panel.facts: ""}
         seen = 0
         for state in drawing(studio, space, requests, adapters, wanted["base"]):
-            told: dict[Any, Any] = {easel.stage: state.stage}
+            updates: dict[Any, Any] = {panel.stage: state.stage}
             if len(state.done) > seen:
-                told[easel.made] = gr.Gallery(value=shown_all(state.done), visible=True)
-                told[easel.names] = [path.name for path in state.done]
+                updates[panel.made] = gr.Gallery(value=links_to(state.done), visible=True)
+                updates[panel.names] = [path.name for path in state.done]
                 seen = len(state.done)
-            yield told
+            yield updates
         if not seen:
-            yield {easel.stage: easel.idle}
+            yield {panel.stage: panel.idle}
 
     event = gr.on(
         [go.click, settings.prompt.submit, settings.negative.submit, regions.prompt.submit],
         draw,
         [*own, *weighted, *boxed],
-        [easel.stage, easel.made, easel.names, easel.facts, settings.seed],
+        [panel.stage, panel.made, panel.names, panel.facts, settings.seed],
         concurrency_id=DEVICE,
         concurrency_limit=1,
         show_progress="hidden",
@@ -152,8 +157,8 @@ def _connect_drawing(
     )
 
     def rest(names: list[str]) -> str:
-        return "" if names else easel.idle
+        return "" if names else panel.idle
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    event.failure(rest, easel.names, easel.stage, **quiet)
-    stop.click(rest, easel.names, easel.stage, cancels=[event], queue=False, **quiet)
+    event.failure(rest, panel.names, panel.stage, **quiet)
+    stop.click(rest, panel.names, panel.stage, cancels=[event], queue=False, **quiet)

@@ -1,4 +1,4 @@
-"""Pictures that were made: their facts, their history, and their settings back in the fields."""
+"""The history of pictures: their parameters, shown and restored into the fields."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,39 +8,45 @@ import gradio as gr
 
 from rite_diffusion.studio import library
 from rite_diffusion.studio.boxes import boxes_of
-from rite_diffusion.studio.page import facts_html, shown_all, tell, uploaded, with_messages
+from rite_diffusion.studio.page import (
+    checked_upload,
+    facts_html,
+    links_to,
+    show_note,
+    with_messages,
+)
 from rite_diffusion.studio.state import Studio
-from rite_diffusion.studio.tabs.adapters import MOST, Chooser, sliders
-from rite_diffusion.studio.tabs.drawing import Easel
+from rite_diffusion.studio.tabs.adapters import MAX_ADAPTERS, Chooser, sliders
+from rite_diffusion.studio.tabs.drawing import DrawingPanel
 from rite_diffusion.studio.tabs.fields import Fields
 from rite_diffusion.studio.tabs.regions import RegionPanel, panel_values
 from rite_diffusion.studio.workspace import Workspace
 
 
 @dataclass(frozen=True)
-class Recall:
-    """Where pictures are clicked or dropped, and the fields that their settings come back to."""
+class RestorePanel:
+    """Components where pictures are clicked or dropped, and the fields that are restored."""
 
     settings: Fields
     chooser: Chooser
     regions: RegionPanel
     drop: gr.File
     again: gr.Button
-    fold: gr.Accordion
+    accordion: gr.Accordion
     history: gr.Gallery
-    easel: Easel
+    panel: DrawingPanel
 
     def filled(self) -> list[Any]:
-        """What `_restored` has values for."""
+        """The components that `_restored` has values for."""
         chooser = self.chooser
         own = [*self.settings.all(), chooser.chosen, chooser.weighted, *chooser.inputs()]
-        return [*own, *self.regions.shown()]
+        return [*own, *self.regions.outputs()]
 
 
-def connect_recall(studio: Studio, recall: Recall) -> None:
-    """Show the facts of a picture that is clicked; restore those of one that is dropped."""
+def connect_restore(studio: Studio, recall: RestorePanel) -> None:
+    """Connect clicks on pictures, which show parameters, and drops, which restore them."""
     picked = gr.State("")  # the picture whose facts are shown
-    listed = gr.State([])  # of the pictures in the history
+    listed = gr.State([])  # names of the pictures in the history
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
     @with_messages
@@ -53,7 +59,7 @@ def connect_recall(studio: Studio, recall: Recall) -> None:
         from rite_diffusion.studio.history import newest
 
         pictures = newest(studio.space(request))
-        return shown_all(pictures), [path.name for path in pictures]
+        return links_to(pictures), [path.name for path in pictures]
 
     @with_messages
     def restore_picked(name: str, request: gr.Request):
@@ -62,12 +68,12 @@ def connect_recall(studio: Studio, recall: Recall) -> None:
 
     @with_messages
     def restore_dropped(path: str, request: gr.Request):
-        return [*_restored(studio.space(request), uploaded(path)), None]
+        return [*_restored(studio.space(request), checked_upload(path)), None]
 
-    easel, told = recall.easel, [picked, recall.easel.facts, recall.again]
-    recall.fold.expand(load, None, [recall.history, listed], **quiet)
-    easel.made.select(look, easel.names, told, **quiet)
-    recall.history.select(look, listed, told, **quiet)
+    panel, outputs = recall.panel, [picked, recall.panel.facts, recall.again]
+    recall.accordion.expand(load, None, [recall.history, listed], **quiet)
+    panel.made.select(look, panel.names, outputs, **quiet)
+    recall.history.select(look, listed, outputs, **quiet)
     recall.again.click(restore_picked, picked, recall.filled(), **quiet)
     recall.drop.upload(restore_dropped, recall.drop, [*recall.filled(), recall.drop], **quiet)
 
@@ -86,21 +92,21 @@ def _facts(space: Workspace, picture: Path) -> str:
 
 
 def _base_field(space: Workspace, base: str) -> str:
-    """What the field for the base model says for a picture's base."""
+    """The text of the base model's field for a picture's base."""
     if base == "pocket":
         return ""
     return Path(base).name if Path(base).name in space.names("models") else base
 
 
 def _restored(space: Workspace, picture: Path) -> list[Any]:
-    """Values of `Recall.filled`."""
+    """Values of `RestorePanel.filled`."""
     from rite_diffusion.studio.history import restore
 
     found = restore(space, picture)
     facts = found.parameters
     if found.missing():
-        tell(f"Not in the library any more: {', '.join(found.missing())}.")
-    present = [each for each in found.adapters if each.name][:MOST]
+        show_note(f"Not in the library any more: {', '.join(found.missing())}.")
+    present = [each for each in found.adapters if each.name][:MAX_ADAPTERS]
     names, weights = [each.name for each in present], [each.weight for each in present]
     values = {
         "prompt": facts.prompt,

@@ -1,4 +1,4 @@
-"""Library: every adapter with its facts; bring in, rename, delete and undo, convert, download."""
+"""Library: every adapter with its facts; import, rename, delete and undo, convert, download."""
 
 from dataclasses import dataclass
 from html import escape
@@ -12,9 +12,16 @@ from rite_diffusion.errors import RiteError
 from rite_diffusion.studio import library
 from rite_diffusion.studio.exports import PROGRAMS, export
 from rite_diffusion.studio.library import Card
-from rite_diffusion.studio.page import empty_state, facts_html, shown, tell, uploaded, with_messages
+from rite_diffusion.studio.page import (
+    checked_upload,
+    empty_state,
+    facts_html,
+    link_to,
+    show_note,
+    with_messages,
+)
 from rite_diffusion.studio.state import DEVICE, Studio
-from rite_diffusion.studio.tabs import Built, Refresh, Use
+from rite_diffusion.studio.tabs import BuiltTab, Refresh, UseButton
 from rite_diffusion.studio.workspace import Workspace, title_of
 
 NO_ADAPTERS = empty_state(
@@ -22,13 +29,13 @@ NO_ADAPTERS = empty_state(
     "Train one in the Train tab, or drop .safetensors files of other tools above.",
 )
 UNCHOSEN = empty_state("Click an adapter", "Its facts appear here, and what you can do with it.")
-PLATE = 256  # pixels of the picture of an adapter that has none
-PLATES = ("#5b4ee5", "#0e9f6e", "#c2410c", "#be185d", "#0369a1", "#7c3aed")
+SIDE = 256  # pixels of the picture of an adapter that has none
+COLOURS = ("#5b4ee5", "#0e9f6e", "#c2410c", "#be185d", "#0369a1", "#7c3aed")
 
 
 @dataclass(frozen=True)
-class Shelf:
-    """All adapters as cards."""
+class CardPanel:
+    """The components that show all adapters as cards."""
 
     drop: gr.File
     cards: gr.Gallery
@@ -36,14 +43,14 @@ class Shelf:
     undo: gr.Button
     names: gr.State  # of the cards
 
-    def shown(self) -> list[Any]:
-        """What `_shelf_values` fills."""
+    def outputs(self) -> list[Any]:
+        """The components that `_card_values` has values for."""
         return [self.cards, self.empty, self.undo, self.names]
 
 
 @dataclass(frozen=True)
-class Detail:
-    """One adapter, and what can be done with it."""
+class DetailPanel:
+    """The components that show one adapter, and the buttons that act on it."""
 
     facts: gr.HTML
     actions: gr.Group
@@ -59,33 +66,33 @@ class Detail:
     proof: gr.HTML
     picked: gr.State
 
-    def shown(self) -> list[Any]:
-        """What `_detail_values` fills."""
+    def outputs(self) -> list[Any]:
+        """The components that `_detail_values` has values for."""
         return [
             self.facts, self.actions, self.name, self.download, self.converted, self.proof,
             self.picked,
         ]  # fmt: skip
 
 
-def build(studio: Studio) -> Built:
-    """Lay the tab out and connect it."""
+def build(studio: Studio) -> BuiltTab:
+    """Make the tab and connect its events."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=7, min_width=320):
-            shelf = _lay_out_shelf()
+            panel = _lay_out_cards()
         with gr.Column(scale=5, min_width=320):
             detail = _lay_out_detail()
-    _connect(studio, shelf, detail)
+    _connect(studio, panel, detail)
     _connect_export(studio, detail)
 
     @with_messages
     def refresh(request: gr.Request):
-        return _shelf_values(studio.space(request))
+        return _card_values(studio.space(request))
 
-    use = Use(detail.use, detail.picked, library.find)
-    return Built([Refresh(refresh, shelf.shown())], use)
+    use = UseButton(detail.use, detail.picked, library.find)
+    return BuiltTab([Refresh(refresh, panel.outputs())], use)
 
 
-def _lay_out_shelf() -> Shelf:
+def _lay_out_cards() -> CardPanel:
     drop = gr.File(
         label="Drop adapters (.safetensors) to bring them in",
         file_count="multiple", file_types=[".safetensors"], height=84, elem_id="bring-in",
@@ -98,10 +105,10 @@ def _lay_out_shelf() -> Shelf:
         elem_id="cards",
     )  # fmt: skip
     undo = gr.Button("Undo", size="sm", visible=False, elem_id="undo")
-    return Shelf(drop, cards, empty, undo, gr.State([]))
+    return CardPanel(drop, cards, empty, undo, gr.State([]))
 
 
-def _lay_out_detail() -> Detail:
+def _lay_out_detail() -> DetailPanel:
     facts = gr.HTML(UNCHOSEN, elem_id="card")
     with gr.Group(visible=False) as actions:
         with gr.Row():
@@ -125,56 +132,58 @@ def _lay_out_detail() -> Detail:
             converted = gr.DownloadButton(
                 "Download the converted file", visible=False, elem_id="converted"
             )
-    return Detail(
+    return DetailPanel(
         facts, actions, name, rename, use, download, delete, to, loss, convert, converted,
         proof,
         gr.State(""),
     )  # fmt: skip
 
 
-def _connect(studio: Studio, shelf: Shelf, detail: Detail) -> None:
+def _connect(studio: Studio, panel: CardPanel, detail: DetailPanel) -> None:
     @with_messages
     def pick(names: list[str], request: gr.Request, event: gr.SelectData):
         return _detail_values(library.find(studio.space(request), names[event.index]))
 
     @with_messages
-    def bring_in(files: list[str], request: gr.Request):
+    def import_files(files: list[str], request: gr.Request):
         space = studio.space(request)
-        _bring_in(space, files)
-        return [*_shelf_values(space), None]
+        _import_files(space, files)
+        return [*_card_values(space), None]
 
     @with_messages
     def rename_it(old: str, new: str, request: gr.Request):
         space = studio.space(request)
         fresh = library.rename(space, old, new)
-        return [*_shelf_values(space), *_detail_values(library.find(space, fresh))]
+        return [*_card_values(space), *_detail_values(library.find(space, fresh))]
 
     @with_messages
     def delete_it(old: str, request: gr.Request):
         space = studio.space(request)
         library.delete(space, old)
-        tell(f"'{old}' is deleted. Undo puts it back.")
-        return [*_shelf_values(space), *_no_detail()]
+        show_note(f"'{old}' is deleted. Undo puts it back.")
+        return [*_card_values(space), *_no_detail()]
 
     @with_messages
     def undo_it(request: gr.Request):
         space = studio.space(request)
-        tell(f"'{title_of(space.put_back())}' is back.")
-        return _shelf_values(space)
+        show_note(f"'{title_of(space.restore_from_trash())}' is back.")
+        return _card_values(space)
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    both = [*shelf.shown(), *detail.shown()]
-    shelf.cards.select(pick, shelf.names, detail.shown(), **quiet)
-    shelf.drop.upload(bring_in, shelf.drop, [*shelf.shown(), shelf.drop], api_visibility="private")
+    both = [*panel.outputs(), *detail.outputs()]
+    panel.cards.select(pick, panel.names, detail.outputs(), **quiet)
+    panel.drop.upload(
+        import_files, panel.drop, [*panel.outputs(), panel.drop], api_visibility="private"
+    )
     gr.on(
         [detail.rename.click, detail.name.submit], rename_it, [detail.picked, detail.name], both,
         **quiet,
     )  # fmt: skip
     detail.delete.click(delete_it, detail.picked, both, **quiet)
-    shelf.undo.click(undo_it, None, shelf.shown(), **quiet)
+    panel.undo.click(undo_it, None, panel.outputs(), **quiet)
 
 
-def _connect_export(studio: Studio, detail: Detail) -> None:
+def _connect_export(studio: Studio, detail: DetailPanel) -> None:
     @with_messages
     def convert(name: str, to: str, allow_loss: bool, request: gr.Request):
         link, proof = export(studio, studio.space(request), name, to, None, allow_loss)
@@ -186,21 +195,21 @@ def _connect_export(studio: Studio, detail: Detail) -> None:
     )  # fmt: skip
 
 
-def _bring_in(space: Workspace, files: list[str]) -> None:
-    """Take the files that are adapters; tell why others are not."""
+def _import_files(space: Workspace, files: list[str]) -> None:
+    """Import the files that are adapters; show why others are refused."""
     faults = []
     for file in files:
         try:
-            tell(f"'{library.bring_in(space, uploaded(file))}' is in the library.")
+            show_note(f"'{library.import_adapter(space, checked_upload(file))}' is in the library.")
         except RiteError as error:
             faults.append(str(error).replace(str(Path(file)), Path(file).name))
     if faults:
         gr.Warning("<br>".join(escape(fault) for fault in faults), title="Not taken")
 
 
-def _shelf_values(space: Workspace) -> list[Any]:
-    """Values of `Shelf.shown`."""
-    found, deleted = library.cards(space), space.thrown_away()
+def _card_values(space: Workspace) -> list[Any]:
+    """Values of `CardPanel.outputs`."""
+    found, deleted = library.cards(space), space.last_in_trash()
     pictures = [(_picture(card), _caption(card)) for card in found]
     return [
         gr.Gallery(value=pictures, visible=bool(found)),
@@ -211,12 +220,12 @@ def _shelf_values(space: Workspace) -> list[Any]:
 
 
 def _caption(card: Card) -> str:
-    """What stands below an adapter's picture."""
+    """The text below an adapter's picture: its name and trigger."""
     return " · ".join(word for word in (card.name, card.trigger) if word)
 
 
 def _detail_values(card: Card) -> list[Any]:
-    """Values of `Detail.shown`."""
+    """Values of `DetailPanel.outputs`."""
     facts = [
         ("Trigger", card.trigger or "not stated"),
         ("What it is", card.class_noun),
@@ -230,7 +239,7 @@ def _detail_values(card: Card) -> list[Any]:
         f"<h3>{escape(card.name)}</h3>{facts_html(facts)}",
         gr.Group(visible=True),
         card.name,
-        gr.DownloadButton(value=shown(card.path, f"{card.name}.safetensors")),
+        gr.DownloadButton(value=link_to(card.path, f"{card.name}.safetensors")),
         gr.DownloadButton(visible=False),
         "",
         card.name,
@@ -238,16 +247,20 @@ def _detail_values(card: Card) -> list[Any]:
 
 
 def _no_detail() -> list[Any]:
-    """Values of `Detail.shown` while no adapter is picked."""
+    """Values of `DetailPanel.outputs` while no adapter is picked."""
     hidden = gr.DownloadButton(visible=False)
     return [UNCHOSEN, gr.Group(visible=False), "", gr.DownloadButton(), hidden, "", ""]
 
 
 def _picture(card: Card) -> str | Image.Image:
-    """An adapter's preview, or a plate with its initial."""
+    """An adapter's preview, or a coloured square with its initial."""
     if card.preview is not None:
-        return shown(card.preview)
-    plate = Image.new("RGB", (PLATE, PLATE), PLATES[sum(map(ord, card.name)) % len(PLATES)])
-    letter, font = card.name[:1].upper(), ImageFont.load_default(PLATE // 2)
-    ImageDraw.Draw(plate).text((PLATE / 2, PLATE / 2), letter, "white", font, anchor="mm")
-    return plate
+        return link_to(card.preview)
+    placeholder = Image.new(
+        "RGB",
+        (SIDE, SIDE),
+        COLOURS[sum(map(ord, card.name)) % len(COLOURS)],
+    )
+    letter, font = card.name[:1].upper(), ImageFont.load_default(SIDE // 2)
+    ImageDraw.Draw(placeholder).text((SIDE / 2, SIDE / 2), letter, "white", font, anchor="mm")
+    return placeholder

@@ -1,4 +1,4 @@
-"""The photos of a concept: dropped, looked at, captioned. The first half of the Train tab."""
+"""Photo sets: upload, thumbnails, captions. The first half of the Train tab."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -9,13 +9,13 @@ import gradio as gr
 from PIL import Image
 
 from rite_diffusion.errors import StudioError
-from rite_diffusion.studio.page import empty_state, tell, uploaded, with_messages
+from rite_diffusion.studio.page import checked_upload, empty_state, show_note, with_messages
 from rite_diffusion.studio.state import Studio
 from rite_diffusion.studio.tabs import Refresh
 from rite_diffusion.studio.workspace import name_from
 
 if TYPE_CHECKING:
-    from rite_diffusion.studio.photo_sets import Shown
+    from rite_diffusion.studio.photo_sets import CaptionedPhoto
 
 THUMBNAIL = 224  # pixels of the longer side
 NO_PHOTOS = empty_state(
@@ -29,7 +29,7 @@ QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 @dataclass(frozen=True)
 class PhotoPanel:
-    """The components that the rest of the Train tab reads and fills."""
+    """The components that show a photo set and name its concept."""
 
     name: gr.Dropdown
     drop: gr.File
@@ -41,13 +41,13 @@ class PhotoPanel:
     trigger: gr.Textbox
     class_noun: gr.Textbox
 
-    def shown(self) -> list[Any]:
-        """What shows a set."""
+    def outputs(self) -> list[Any]:
+        """The components that show a set; `_show` has their values."""
         return [self.name, self.empty, self.thumbnails, self.captions, self.remove]
 
 
 def build_photos(studio: Studio) -> tuple[PhotoPanel, Refresh]:
-    """Lay the photos out and connect them."""
+    """Make the components and connect their events."""
     panel = _lay_out()
     _connect_adding(studio, panel)
     _connect_editing(studio, panel)
@@ -56,45 +56,45 @@ def build_photos(studio: Studio) -> tuple[PhotoPanel, Refresh]:
     def choose(name: str | None, request: gr.Request):
         return _show(studio, request, name)
 
-    panel.name.input(choose, panel.name, panel.shown(), **QUIET)
-    return panel, Refresh(choose, panel.shown(), [panel.name])
+    panel.name.input(choose, panel.name, panel.outputs(), **QUIET)
+    return panel, Refresh(choose, panel.outputs(), [panel.name])
 
 
 def _connect_adding(studio: Studio, panel: PhotoPanel) -> None:
     @with_messages
     def add(files: list[str], name: str | None, request: gr.Request):
-        from rite_diffusion.studio.uploads import keep_photos
+        from rite_diffusion.studio.uploads import save_photos
 
         space = studio.space(request)
-        sources = [str(uploaded(file)) for file in files]
+        sources = [str(checked_upload(file)) for file in files]
         archive = next((path for path in map(Path, sources) if path.suffix == ".zip"), None)
         folder = (
             space.find("photos", name)
             if name
             else space.new("photos", name_from(archive.stem if archive else "", "photos"))
         )
-        keep_photos(sources, folder)
+        save_photos(sources, folder)
         return [*_show(studio, request, folder.name), None]
 
     @with_messages
     def add_example(request: gr.Request):
         from rite_diffusion.api.demo import example_photos
-        from rite_diffusion.studio.uploads import keep_photos
+        from rite_diffusion.studio.uploads import save_photos
 
         folder = studio.space(request).new("photos", "robot")
-        keep_photos([str(path) for path in sorted(example_photos("robot").iterdir())], folder)
+        save_photos([str(path) for path in sorted(example_photos("robot").iterdir())], folder)
         return [*_show(studio, request, folder.name), "<robot>", "robot"]
 
     panel.drop.upload(
-        add, [panel.drop, panel.name], [*panel.shown(), panel.drop], api_visibility="private"
+        add, [panel.drop, panel.name], [*panel.outputs(), panel.drop], api_visibility="private"
     )
     panel.example.click(
-        add_example, None, [*panel.shown(), panel.trigger, panel.class_noun], **QUIET
+        add_example, None, [*panel.outputs(), panel.trigger, panel.class_noun], **QUIET
     )
 
 
 def _connect_editing(studio: Studio, panel: PhotoPanel) -> None:
-    picked = gr.State("")  # the photo that "Remove" takes
+    picked = gr.State("")  # name of the photo that "Remove" deletes
 
     @with_messages
     def pick(event: gr.SelectData):
@@ -111,15 +111,15 @@ def _connect_editing(studio: Studio, panel: PhotoPanel) -> None:
         return [*_show(studio, request, name), ""]
 
     @with_messages
-    def cache_captions(name: str | None, rows: list[list[str]], request: gr.Request):
+    def save_captions(name: str | None, rows: list[list[str]], request: gr.Request):
         from rite_diffusion.studio.photo_sets import write_captions
 
         if name:
             write_captions(studio.space(request).find("photos", name), rows)
 
-    panel.captions.input(cache_captions, [panel.name, panel.captions], None, **QUIET)
+    panel.captions.input(save_captions, [panel.name, panel.captions], None, **QUIET)
     panel.thumbnails.select(pick, None, [picked, panel.remove], **QUIET)
-    panel.remove.click(remove, [panel.name, picked], [*panel.shown(), picked], **QUIET)
+    panel.remove.click(remove, [panel.name, picked], [*panel.outputs(), picked], **QUIET)
 
 
 def _lay_out() -> PhotoPanel:
@@ -167,7 +167,7 @@ def _lay_out() -> PhotoPanel:
 
 
 def _show(studio: Studio, request: gr.Request, name: str | None) -> list[Any]:
-    """What shows a set, or that there is none."""
+    """Values of `PhotoPanel.outputs` for a set, or for none."""
     space = studio.space(request)
     known = space.names("photos")
     name = name if name in known else None
@@ -180,7 +180,7 @@ def _show(studio: Studio, request: gr.Request, name: str | None) -> list[Any]:
         else:
             pictures.append((small, photo.path.name))
     if bad:
-        tell(f"Not readable as pictures: {', '.join(bad)}.")
+        show_note(f"Not readable as pictures: {', '.join(bad)}.")
     rows = [[photo.path.name, photo.caption] for photo in photos]
     return [
         gr.Dropdown(choices=known, value=name),
@@ -191,7 +191,7 @@ def _show(studio: Studio, request: gr.Request, name: str | None) -> list[Any]:
     ]
 
 
-def _photos(folder: Path) -> list["Shown"]:
+def _photos(folder: Path) -> list["CaptionedPhoto"]:
     from rite_diffusion.studio.photo_sets import read_set
 
     return read_set(folder)
@@ -199,7 +199,7 @@ def _photos(folder: Path) -> list["Shown"]:
 
 @lru_cache(maxsize=500)
 def thumbnail(path: Path, changed: int) -> Image.Image | None:
-    """A small copy of a photo, None where the file is no picture."""
+    """A small copy of a photo, None where the file is not a picture."""
     from rite_diffusion.photos.images import UnreadableImage, open_image
 
     try:

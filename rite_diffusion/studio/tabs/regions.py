@@ -1,4 +1,4 @@
-"""Regions: boxes on a canvas, each with a prompt and an adapter. A fold of the Generate tab."""
+"""Regions: boxes on a canvas, each with a prompt and an adapter. A part of the Generate tab."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ import gradio as gr
 from rite_diffusion.errors import StudioError
 from rite_diffusion.studio.boxes import (
     BY_WORDS,
-    MOST,
+    MAX_BOXES,
     NONE,
     Box,
     canvas_html,
@@ -20,7 +20,7 @@ from rite_diffusion.studio.boxes import (
 )
 from rite_diffusion.studio.page import with_messages
 
-NEXT = (0.25, 0.25, 0.75, 0.75)  # where a box is put that nobody has drawn
+NEXT = (0.25, 0.25, 0.75, 0.75)  # corners of a box that a button adds
 CANVAS_CSS = """
 .pad { position: relative; width: 100%; aspect-ratio: var(--ratio, 1); border-radius: 14px;
   touch-action: none; user-select: none; cursor: crosshair; overflow: hidden;
@@ -43,7 +43,7 @@ CANVAS_CSS = """
   background: linear-gradient(135deg, transparent 55%, var(--colour) 55%); }
 """
 # A drag on the empty canvas draws a box, one on a box moves it, one on its corner resizes it; a
-# click picks. The server is told the box's index, -1 for a new one, and its corners as fractions.
+# click selects. The server gets the box's index, -1 for a new one, and its corners as fractions.
 CANVAS_JS = """
 let drag = null;
 const inside = (value) => Math.min(1, Math.max(0, value));
@@ -95,11 +95,13 @@ LABEL = "Regions: parts of the picture with prompts of their own"
 
 @dataclass(frozen=True)
 class RegionPanel:
-    """The canvas, and the fields of the box that is picked."""
+    """The canvas, and the fields of the selected box."""
 
-    fold: gr.Accordion
+    accordion: gr.Accordion
     boxes: gr.State  # list[Box]
-    picked: gr.Number  # index of a box or -1; a component, so that it travels with the fields
+    picked: (
+        gr.Number
+    )  # index of the selected box or -1; a component, so that it is sent with the fields
     canvas: gr.HTML
     editor: gr.Group
     title: gr.HTML
@@ -109,13 +111,13 @@ class RegionPanel:
     corners: gr.Textbox
 
     def inputs(self) -> list[Any]:
-        """What `edited` takes."""
+        """The components whose values `edited` takes."""
         return [self.boxes, self.picked, self.prompt, self.adapter, self.negative]
 
-    def shown(self) -> list[Any]:
-        """What `panel_values` fills."""
+    def outputs(self) -> list[Any]:
+        """The components that `panel_values` has values for."""
         return [
-            self.fold, self.boxes, self.picked, self.canvas, self.editor, self.title,
+            self.accordion, self.boxes, self.picked, self.canvas, self.editor, self.title,
             self.prompt, self.adapter, self.negative, self.corners,
         ]  # fmt: skip
 
@@ -123,7 +125,7 @@ class RegionPanel:
 def edited(
     boxes: Sequence[Box], picked: float, prompt: str, adapter: str, negative: str
 ) -> list[Box]:
-    """The boxes with what the fields say of the one that is picked."""
+    """The boxes, with the fields' values in the selected one."""
     return [
         replace(box, prompt=prompt, adapter=adapter, negative=negative) if index == picked else box
         for index, box in enumerate(boxes)
@@ -131,17 +133,17 @@ def edited(
 
 
 def panel_values(names: Sequence[str], boxes: list[Box], picked: int) -> list[Any]:
-    """Values of `RegionPanel.shown`, where the adapters of these names can act in a box."""
+    """Values of `RegionPanel.outputs`; `names` are the adapters that a box may have."""
     canvas = canvas_html(boxes, picked)
     if not boxes:
-        fold, editor = gr.Accordion(label=LABEL), gr.Group(visible=False)
-        return [fold, [], -1, canvas, editor, "", "", box_adapters(names, BY_WORDS), "", ""]
+        accordion, editor = gr.Accordion(label=LABEL), gr.Group(visible=False)
+        return [accordion, [], -1, canvas, editor, "", "", box_adapters(names, BY_WORDS), "", ""]
     box = boxes[picked]
-    fold = gr.Accordion(label=f"Regions: {_count(boxes)}", open=True)
+    accordion = gr.Accordion(label=f"Regions: {_count(boxes)}", open=True)
     title = f'<b class="box-title" style="--colour:{colour_of(picked)}">Box {picked + 1}</b>'
     corners = ", ".join(f"{side:g}" for side in box.corners)
     return [
-        fold, boxes, picked, canvas, gr.Group(visible=True), title, box.prompt,
+        accordion, boxes, picked, canvas, gr.Group(visible=True), title, box.prompt,
         box_adapters(names, box.adapter), box.negative, corners,
     ]  # fmt: skip
 
@@ -151,9 +153,9 @@ def _count(boxes: Sequence[Box]) -> str:
 
 
 def build_regions(names: gr.Dropdown) -> RegionPanel:
-    """Lay the canvas out and connect it; `names` are the adapters that can act in a box."""
-    with gr.Accordion(LABEL, open=False, elem_id="regions") as fold:
-        panel, buttons = _lay_out(fold)
+    """Make the canvas and connect its events; `names` lists the adapters that a box may have."""
+    with gr.Accordion(LABEL, open=False, elem_id="regions") as accordion:
+        panel, buttons = _lay_out(accordion)
     quiet = {
         "show_progress": "hidden", "api_visibility": "private",
         "concurrency_id": "canvas", "concurrency_limit": 1,
@@ -162,7 +164,7 @@ def build_regions(names: gr.Dropdown) -> RegionPanel:
     @with_messages
     def draw(event: gr.EventData, names: list[str], *fields: Any):
         boxes, index = edited(*fields), int(event.index)
-        if index >= len(boxes):  # of a box that was removed meanwhile
+        if index >= len(boxes):  # the box was removed meanwhile
             return panel_values(names, boxes, len(boxes) - 1)
         if index >= 0:
             boxes[index] = replace(boxes[index], **checked_corners(event.box))
@@ -192,11 +194,11 @@ def build_regions(names: gr.Dropdown) -> RegionPanel:
         return boxes, canvas_html(boxes, int(fields[1]))
 
     inputs = [names, *panel.inputs()]
-    panel.canvas.select(draw, inputs, panel.shown(), **quiet)
-    buttons["add"].click(add, inputs, panel.shown(), **quiet)
-    buttons["columns"].click(columns, inputs, panel.shown(), **quiet)
-    buttons["remove"].click(remove, inputs, panel.shown(), **quiet)
-    panel.corners.submit(move, [panel.corners, *inputs], panel.shown(), **quiet)
+    panel.canvas.select(draw, inputs, panel.outputs(), **quiet)
+    buttons["add"].click(add, inputs, panel.outputs(), **quiet)
+    buttons["columns"].click(columns, inputs, panel.outputs(), **quiet)
+    buttons["remove"].click(remove, inputs, panel.outputs(), **quiet)
+    panel.corners.submit(move, [panel.corners, *inputs], panel.outputs(), **quiet)
     gr.on(
         [panel.prompt.input, panel.adapter.input, panel.negative.input],
         keep, panel.inputs(), [panel.boxes, panel.canvas], trigger_mode="always_last", **quiet,
@@ -206,12 +208,12 @@ def build_regions(names: gr.Dropdown) -> RegionPanel:
 
 def _with_box(boxes: list[Box], corners: Sequence[float]) -> tuple[list[Box], int]:
     """The boxes with a new one, and its index."""
-    if len(boxes) >= MOST:
-        raise StudioError(f"{MOST} boxes at most: remove one first.")
+    if len(boxes) >= MAX_BOXES:
+        raise StudioError(f"{MAX_BOXES} boxes at most: remove one first.")
     return [*boxes, Box(**checked_corners(corners))], len(boxes)
 
 
-def _lay_out(fold: gr.Accordion) -> tuple[RegionPanel, dict[str, gr.Button]]:
+def _lay_out(accordion: gr.Accordion) -> tuple[RegionPanel, dict[str, gr.Button]]:
     canvas = gr.HTML(
         canvas_html([], -1), css_template=CANVAS_CSS, js_on_load=CANVAS_JS, elem_id="canvas"
     )
@@ -240,12 +242,12 @@ def _lay_out(fold: gr.Accordion) -> tuple[RegionPanel, dict[str, gr.Button]]:
     picked = gr.Number(-1, visible="hidden")
     boxes = gr.State([])
     panel = RegionPanel(
-        fold, boxes, picked, canvas, editor, title, prompt, adapter, negative, corners
+        accordion, boxes, picked, canvas, editor, title, prompt, adapter, negative, corners
     )
     return panel, buttons
 
 
 def box_adapters(names: Sequence[str], chosen: str) -> gr.Dropdown:
-    """The list of what can act in a box, for the adapters that are chosen."""
+    """The list of the adapters that a box may have."""
     known = [BY_WORDS, NONE, *names]
     return gr.Dropdown(choices=known, value=chosen if chosen in known else BY_WORDS)

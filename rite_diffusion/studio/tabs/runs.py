@@ -1,4 +1,4 @@
-"""Runs at work: state, curves, previews, log; stop, save, sample, resume. Half of the Train tab."""
+"""Runs: state, curves, previews, log; stop, save, sample, resume. Half of the Train tab."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,16 +8,16 @@ from typing import Any
 
 import gradio as gr
 
-from rite_diffusion.studio.jobs import LIVE, state_of
-from rite_diffusion.studio.page import empty_state, progress_bar, shown, tell, with_messages
+from rite_diffusion.studio.jobs import ACTIVE, state_of
+from rite_diffusion.studio.page import empty_state, link_to, progress_bar, show_note, with_messages
 from rite_diffusion.studio.progress import Progress, loss_curves, rate_curve, read_progress
 from rite_diffusion.studio.state import Studio
 from rite_diffusion.studio.tabs import Refresh
 from rite_diffusion.studio.theme import ACCENT, CURVES
 from rite_diffusion.studio.workspace import Workspace
 
-EVERY = 2.0  # seconds between looks at a run
-MOST_PREVIEWS = 24
+EVERY = 2.0  # seconds between refreshes of a run
+MAX_PREVIEWS = 24
 BUTTONS = {
     "use": "Draw with it", "stop": "Stop", "save": "Save now", "sample": "Sample now",
     "resume": "Resume",
@@ -31,7 +31,7 @@ NO_RUNS = empty_state(
 
 @dataclass(frozen=True)
 class RunPanel:
-    """What shows a run."""
+    """The components that show a run."""
 
     name: gr.Dropdown
     status: gr.HTML
@@ -41,16 +41,16 @@ class RunPanel:
     previews: gr.Gallery
     log: gr.Textbox
     buttons: dict[str, gr.Button]
-    seen: gr.State  # what the plots were drawn from, to leave them alone while nothing changes
+    seen: gr.State  # `sign` of what is shown, to redraw only after a change
 
-    def shown(self) -> list[Any]:
-        """The components that `_show` fills, in its order."""
+    def outputs(self) -> list[Any]:
+        """The components that `_show` has values for, in order."""
         own = [self.status, self.waiting, self.loss, self.rate, self.previews, self.log]
         return [*own, *self.buttons.values(), self.seen]
 
 
 def build_runs(studio: Studio) -> tuple[RunPanel, Refresh]:
-    """Lay the runs out and connect them."""
+    """Make the components and connect their events."""
     panel = _lay_out()
     timer = gr.Timer(EVERY)
     quiet: dict[str, Any] = {
@@ -67,16 +67,16 @@ def build_runs(studio: Studio) -> tuple[RunPanel, Refresh]:
     def refresh(name: str | None, request: gr.Request):
         space = studio.space(request)
         known = space.names("runs")
-        chosen = name if name in known else _most_wanted(space, known)
+        chosen = name if name in known else _default_run(space, known)
         shown_now = _show(studio, space, chosen, "")
         return [gr.Dropdown(choices=known, value=chosen, visible=bool(known)), *shown_now]
 
-    timer.tick(show, [panel.name, panel.seen], panel.shown(), **quiet)
-    panel.name.change(show, [panel.name, gr.State("")], panel.shown(), **quiet)
+    timer.tick(show, [panel.name, panel.seen], panel.outputs(), **quiet)
+    panel.name.change(show, [panel.name, gr.State("")], panel.outputs(), **quiet)
     for what, act in _actions(studio).items():
         done = panel.buttons[what].click(act, panel.name, None, **quiet)
-        done.then(show, [panel.name, panel.seen], panel.shown(), **quiet)
-    return panel, Refresh(refresh, [panel.name, *panel.shown()], [panel.name])
+        done.then(show, [panel.name, panel.seen], panel.outputs(), **quiet)
+    return panel, Refresh(refresh, [panel.name, *panel.outputs()], [panel.name])
 
 
 def _lay_out() -> RunPanel:
@@ -108,14 +108,14 @@ def _lay_out() -> RunPanel:
     return RunPanel(name, status, waiting, loss, rate, previews, log, buttons, gr.State(""))
 
 
-def _most_wanted(space: Workspace, names: list[str]) -> str | None:
-    """The newest run at work, else the newest."""
-    live = [name for name in names if state_of(space.find("runs", name)) in LIVE]
+def _default_run(space: Workspace, names: list[str]) -> str | None:
+    """The newest active run, else the newest."""
+    live = [name for name in names if state_of(space.find("runs", name)) in ACTIVE]
     return next(iter(live + names), None)
 
 
 def _actions(studio: Studio) -> dict[str, Callable]:
-    """What each button does to the chosen run."""
+    """The handler of each button, which acts on the chosen run."""
 
     def run_of(name: str, request: gr.Request) -> Path:
         return studio.space(request).find("runs", name or "")
@@ -127,29 +127,29 @@ def _actions(studio: Studio) -> dict[str, Callable]:
             "queued": "It left the queue.",
             "stopping": "It was asked to stop already. After half a minute, asking again kills it.",
         }
-        tell(words.get(state, "It ends after this step, and can be resumed.")
-             if state in ("queued", *LIVE) else f"It is {state} already.")  # fmt: skip
+        show_note(words.get(state, "It ends after this step, and can be resumed.")
+             if state in ("queued", *ACTIVE) else f"It is {state} already.")  # fmt: skip
 
     @with_messages
     def save(name: str, request: gr.Request):
         studio.queue.ask(run_of(name, request), "save")
-        tell("A checkpoint will be written after this step.")
+        show_note("A checkpoint will be written after this step.")
 
     @with_messages
     def sample(name: str, request: gr.Request):
         studio.queue.ask(run_of(name, request), "sample")
-        tell("Previews will be drawn after this step.")
+        show_note("Previews will be drawn after this step.")
 
     @with_messages
     def resume(name: str, request: gr.Request):
         studio.queue.resume(run_of(name, request))
-        tell("It is in the queue again.")
+        show_note("It is in the queue again.")
 
     return {"stop": stop, "save": save, "sample": sample, "resume": resume}
 
 
 def _show(studio: Studio, space: Workspace, name: str | None, seen: str) -> list[Any]:
-    """Values for `RunPanel.shown`; plots and pictures only where something has changed."""
+    """Values of `RunPanel.outputs`; plots and pictures only after a change."""
     if not name or name not in space.names("runs"):
         nothing = [gr.skip()] * 4 if seen == "none" else [gr.update(visible=False)] * 3 + [""]
         return [NO_RUNS, "", *nothing, *[gr.Button(visible=False)] * len(BUTTONS), "none"]
@@ -159,15 +159,15 @@ def _show(studio: Studio, space: Workspace, name: str | None, seen: str) -> list
     waiting = _waiting(studio, space)
     if sign == seen:
         return [gr.skip(), waiting, *[gr.skip()] * (4 + len(BUTTONS)), seen]
-    at_rest = run.state not in (*LIVE, "queued")
+    at_rest = run.state not in (*ACTIVE, "queued")
     possible = {
         "use": at_rest and (folder / "adapter.safetensors").exists(),
-        "stop": run.state in (*LIVE, "queued"),
+        "stop": run.state in (*ACTIVE, "queued"),
         "save": run.state == "running",
         "sample": run.state == "running",
         "resume": run.state in ("stopped", "failed"),
     }
-    pictures = [(shown(path), _caption(path)) for path in run.previews[:MOST_PREVIEWS]]
+    pictures = [(link_to(path), _caption(path)) for path in run.previews[:MAX_PREVIEWS]]
     measured = bool(run.metrics)
     return [
         _status(run),
@@ -182,7 +182,7 @@ def _show(studio: Studio, space: Workspace, name: str | None, seen: str) -> list
 
 
 def _status(run: Progress) -> str:
-    """The state of a run in words and as a bar."""
+    """HTML of a run's state, in words and as a bar."""
     loss = "" if run.loss is None else f"loss {run.loss:.4f}"
     facts = [f"step {run.step} of {run.total}" if run.total else "", loss, run.left()]
     kind = "trouble" if run.state == "failed" else "note"
@@ -201,7 +201,7 @@ def _caption(preview: Path) -> str:
 
 
 def _waiting(studio: Studio, space: Workspace) -> str:
-    """The queue; other users' runs are counted, not named."""
+    """HTML of the queue, without the names of other users' runs."""
     runs = studio.queue.waiting()
     if not runs:
         return ""

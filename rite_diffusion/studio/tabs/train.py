@@ -1,4 +1,4 @@
-"""Train: photos and settings on the left, runs at work on the right."""
+"""Train: photos and settings on the left, runs on the right."""
 
 import subprocess
 import sys
@@ -13,11 +13,11 @@ import tomlkit
 
 from rite_diffusion.errors import StudioError
 from rite_diffusion.studio import library
-from rite_diffusion.studio.jobs import environment
-from rite_diffusion.studio.page import tell, with_messages
+from rite_diffusion.studio.jobs import device_environment
+from rite_diffusion.studio.page import show_note, with_messages
 from rite_diffusion.studio.presets import PURPOSES, STANDARD, training_settings
 from rite_diffusion.studio.state import Studio
-from rite_diffusion.studio.tabs import Built, Use
+from rite_diffusion.studio.tabs import BuiltTab, UseButton
 from rite_diffusion.studio.tabs.fields import optional_number, whole_number
 from rite_diffusion.studio.tabs.photos import PhotoPanel, build_photos
 from rite_diffusion.studio.tabs.runs import RunPanel, build_runs
@@ -26,7 +26,7 @@ from rite_diffusion.studio.workspace import Workspace, name_from
 
 @dataclass(frozen=True)
 class SettingFields:
-    """The fields that decide a training, photos and concept aside."""
+    """The fields of a training's settings, without photos and concept."""
 
     run_name: gr.Textbox
     purpose: gr.Radio
@@ -46,8 +46,8 @@ class SettingFields:
         return [getattr(self, field.name) for field in fields(self)]
 
 
-def build(studio: Studio) -> Built:
-    """Lay the tab out and connect it."""
+def build(studio: Studio) -> BuiltTab:
+    """Make the tab and connect its events."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=6, min_width=320):
             panel, refresh_photos = build_photos(studio)
@@ -62,8 +62,8 @@ def build(studio: Studio) -> Built:
         with gr.Column(scale=6, min_width=320):
             runs, refresh_runs = build_runs(studio)
     _connect(studio, panel, settings, check, start, report, runs)
-    use = Use(runs.buttons["use"], runs.name, library.of_run)
-    return Built([refresh_photos, refresh_runs], use)
+    use = UseButton(runs.buttons["use"], runs.name, library.of_run)
+    return BuiltTab([refresh_photos, refresh_runs], use)
 
 
 def _lay_out_settings() -> SettingFields:
@@ -73,7 +73,7 @@ def _lay_out_settings() -> SettingFields:
         label="What it is for",
         elem_id="purpose",
     )
-    with gr.Accordion("Advanced settings", open=False, elem_id="advanced") as fold:
+    with gr.Accordion("Advanced settings", open=False, elem_id="advanced") as accordion:
         with gr.Row():
             run_name = gr.Textbox(
                 "", label="Name of the run", placeholder="the class", min_width=140
@@ -98,15 +98,15 @@ def _lay_out_settings() -> SettingFields:
             value="", label="Other settings, one a line", lines=2,
             placeholder="augment.flip = true", elem_classes="mono",
         )  # fmt: skip
-        gr.HTML("<small>What is left empty follows from the purpose and the base model.</small>")
-    fold.expand(_optimizers, None, optimizer, show_progress="hidden", api_visibility="private")
+        gr.HTML("<small>Empty fields follow from the purpose and the base model.</small>")
+    accordion.expand(_optimizers, None, optimizer, show_progress="hidden", api_visibility="private")
     return SettingFields(
         run_name, purpose, base, steps, rank, batch, optimizer, rate, seed, every, prompts, lines
     )
 
 
 def _optimizers() -> gr.Dropdown:
-    """The list of optimizers, which takes an import of torch."""
+    """The list of optimizers; filled late, as that imports torch."""
     from rite_diffusion.optim import OPTIMIZERS
 
     return gr.Dropdown(choices=["", *sorted(OPTIMIZERS)])
@@ -126,16 +126,16 @@ def _connect(
         space = studio.space(request)
         wanted = _named(values)
         tree = _settings(space, wanted)
-        _refuse_bad(tree)
+        _check_settings(tree)
         folder = space.new("runs", name_from(wanted["run_name"] or wanted["class_noun"], "run"))
         studio.queue.submit(folder, tree)
-        tell(f"'{folder.name}' is in the queue. It goes on when you close this page.")
+        show_note(f"'{folder.name}' is in the queue. It goes on when you close this page.")
         return gr.Dropdown(choices=space.names("runs"), value=folder.name, visible=True)
 
     @with_messages
     def dry_run(request: gr.Request, *values: Any):
         tree = _settings(studio.space(request), _named(values))
-        _refuse_bad(tree)
+        _check_settings(tree)
         yield gr.Textbox(value="reading the photos, opening the base model …", visible=True)
         yield from _dry_run(tree)
 
@@ -155,7 +155,7 @@ def _named(values: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def _settings(space: Workspace, wanted: dict[str, Any]) -> dict[str, Any]:
-    """The settings tree that the fields ask for; the captions are written beside the photos."""
+    """The settings tree of the fields' values; also writes the captions beside the photos."""
     from rite_diffusion.studio.photo_sets import write_captions
 
     if not wanted["photos"]:
@@ -185,12 +185,12 @@ def _chosen(wanted: dict[str, Any]) -> dict[str, Any]:
         "optim": {"name": wanted["optimizer"], "lr": _number_or_word(rate) if rate else None},
         "previews": {"every": whole_number(wanted["every"], "previews"), "prompts": prompts},
     }
-    return _without_nothing(tree)
+    return _without_empty(tree)
 
 
-def _without_nothing(tree: dict[str, Any]) -> dict[str, Any]:
-    """The tree without what was left empty."""
-    inner = {k: _without_nothing(v) if isinstance(v, dict) else v for k, v in tree.items()}
+def _without_empty(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree without empty values."""
+    inner = {k: _without_empty(v) if isinstance(v, dict) else v for k, v in tree.items()}
     return {key: value for key, value in inner.items() if value not in (None, "", [], {})}
 
 
@@ -201,15 +201,15 @@ def _number_or_word(text: str) -> float | str:
         return text
 
 
-def _refuse_bad(tree: dict[str, Any]) -> None:
-    """Raise ConfigError for settings that no run would take."""
+def _check_settings(tree: dict[str, Any]) -> None:
+    """Raise ConfigError for invalid settings."""
     from rite_diffusion.training.settings import configure
 
     configure(tree)
 
 
 def _dry_run(tree: dict[str, Any]) -> Iterator[str]:
-    """What `rite train --dry-run` prints, as it comes; the process ends with this iterator."""
+    """The output of `rite train --dry-run` so far; its process ends with the iterator."""
     with tempfile.TemporaryDirectory() as folder:
         settings = Path(folder) / "job.toml"
         settings.write_text(tomlkit.dumps(tree), encoding="utf-8")
@@ -223,7 +223,7 @@ def _dry_run(tree: dict[str, Any]) -> Iterator[str]:
             "--dry-run",
         ]
         process = subprocess.Popen(
-            command, cwd=folder, env=environment("cpu"), stdin=subprocess.DEVNULL,
+            command, cwd=folder, env=device_environment("cpu"), stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         text = ""

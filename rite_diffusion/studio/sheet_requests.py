@@ -1,4 +1,4 @@
-"""Sheets of pictures in a workspace: what is asked for, in names of the library, and drawing it."""
+"""Sheets of pictures in a workspace: the request, in names of the library, and its drawing."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,12 +10,12 @@ from rite_diffusion.studio import library
 from rite_diffusion.studio.state import Studio
 from rite_diffusion.studio.workspace import Workspace
 
-MOST_PICTURES = 256
+MAX_PICTURES = 256
 
 
 @dataclass(frozen=True)
-class SheetOrder:
-    """A sheet that is asked for; each of `adapters` is a list of names, [] for the base alone."""
+class SheetRequest:
+    """A requested sheet; each of `adapters` is a list of names, [] for the base alone."""
 
     prompts: Sequence[str]
     adapters: Sequence[Sequence[str]] = ((),)
@@ -26,14 +26,14 @@ class SheetOrder:
     steps: int | None = None
 
     def check(self) -> None:
-        """Raise StudioError for a sheet that is empty or too large."""
+        """StudioError for a sheet that is empty or too large."""
         if not self.prompts:
             raise StudioError("write a prompt first: what should the pictures show?")
         axes = (self.prompts, self.adapters, self.weights, self.methods, self.seeds)
         count = math.prod(map(len, axes))
-        if not 1 <= count <= MOST_PICTURES:
+        if not 1 <= count <= MAX_PICTURES:
             raise StudioError(
-                f"that makes {count} pictures, of {MOST_PICTURES} at most: every combination of "
+                f"that makes {count} pictures, of {MAX_PICTURES} at most: every combination of "
                 "prompts, adapters, weights, methods and seeds is one."
             )
 
@@ -41,35 +41,36 @@ class SheetOrder:
 def draw_sheet(
     studio: Studio,
     space: Workspace,
-    order: SheetOrder,
+    sheet: SheetRequest,
     progress: Callable[[int, int], None],
-    tell: Callable[[str], None],
+    on_note: Callable[[str], None],
 ) -> Path:
-    """Draw a sheet into `sheets/`; `progress` is called with pictures done and of how many.
+    """Draw a sheet into `sheets/` and return its path.
 
-    `tell` is called with what a user should know of the adapters, line by line.
+    `progress` is called with the pictures done and their number, `on_note` with each line about
+    the adapters that the user should read.
     """
     from rite_diffusion.api.sheet import grid
 
-    order.check()
-    bases = {name: library.find(space, name).base for names in order.adapters for name in names}
+    sheet.check()
+    bases = {name: library.find(space, name).base for names in sheet.adapters for name in names}
     number = len(list(space.folder("sheets").glob("*.png")))
     out = space.new("sheets", f"{number:05d}", ".png")
-    with studio.engine.lend(space, "", list(bases.values())) as backbone:
+    with studio.engine.exclusive_base(space, "", list(bases.values())) as backbone:
         grid(
-            order.prompts,
+            sheet.prompts,
             adapters=[
                 library.with_weights(space, [(name, 1.0) for name in names])
-                for names in order.adapters
+                for names in sheet.adapters
             ],
-            weights=order.weights,
-            methods=order.methods,
-            seeds=order.seeds,
-            columns=order.columns,
-            steps=order.steps,
+            weights=sheet.weights,
+            methods=sheet.methods,
+            seeds=sheet.seeds,
+            columns=sheet.columns,
+            steps=sheet.steps,
             base=backbone,
             out=out,
             progress=progress,
-            tell=tell,
+            on_note=on_note,
         )
     return out

@@ -1,0 +1,77 @@
+"""Conditioning of several prompts put together, whatever their lengths."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rite_diffusion.backbones.ordered import rows_of
+from rite_diffusion.backbones.protocols import Conditioning
+
+MASK = "mask"  # of `extra`: (B, tokens) bool, which states are a prompt's own and no padding
+
+
+def padded(states: Sequence[Tensor]) -> Conditioning:
+    """States (tokens, width) of each prompt as one batch, zeros at the end, with a mask."""
+    longest = max(len(each) for each in states)
+    mask = torch.stack([torch.arange(longest) < len(each) for each in states])
+    return Conditioning(
+        torch.stack([F.pad(each, (0, 0, 0, longest - len(each))) for each in states]),
+        {MASK: mask.to(states[0].device)},
+    )
+
+
+def own_states(conditioning: Conditioning) -> list[Tensor]:
+    """The states (tokens, width) of each prompt, without padding."""
+    lengths = conditioning.extra[MASK].sum(1).tolist()
+    return [states[:length] for states, length in zip(conditioning.states, lengths, strict=True)]
+
+
+def joined(parts: Sequence[Conditioning]) -> Conditioning:
+    """The conditioning of all the parts' prompts, in order; shorter states are padded."""
+    longest = max(part.states.shape[1] for part in parts)
+    widened = [_widened(part, longest) for part in parts]
+    extra = {name: torch.cat([part.extra[name] for part in widened]) for name in parts[0].extra}
+    return Conditioning(torch.cat([part.states for part in widened]), extra)
+
+
+def _widened(part: Conditioning, length: int) -> Conditioning:
+    """A part with states of so many tokens; it has a mask where it has fewer."""
+    missing = length - part.states.shape[1]
+    if not missing:
+        return part
+    states = F.pad(part.states, (0, 0, 0, missing))
+    return Conditioning(states, part.extra | {MASK: F.pad(part.extra[MASK], (0, missing))})
+
+
+def rows(encoded: Conditioning, places: Sequence[int]) -> Conditioning:
+    """The conditioning of the prompts at these places, which may repeat."""
+    extra = {name: rows_of(values, places) for name, values in encoded.extra.items()}
+    return Conditioning(rows_of(encoded.states, places), extra)
+
+
+class KeptConditioning:
+    """The conditioning of prompts, the latest used kept in memory up to so many bytes."""
+
+    def __init__(self, encode: Callable[[str], Conditioning], most: int):
+        self._encode, self._most = encode, most
+        self._kept: OrderedDict[str, Conditioning] = OrderedDict()
+        self._bytes = 0
+
+    def __call__(self, prompt: str) -> Conditioning:
+        """The conditioning of a prompt, encoded where it is not kept."""
+        found = self._kept.pop(prompt, None)
+        if found is None:
+            found = self._encode(prompt)
+            self._bytes += _size(found)
+        self._kept[prompt] = found
+        while self._bytes > self._most and len(self._kept) > 1:
+            _, oldest = self._kept.popitem(last=False)
+            self._bytes -= _size(oldest)
+        return found
+
+
+def _size(conditioning: Conditioning) -> int:
+    return sum(each.nbytes for each in (conditioning.states, *conditioning.extra.values()))

@@ -1,0 +1,1 @@
+"""Flow-matching transformers: one module for each family, on one shared class."""

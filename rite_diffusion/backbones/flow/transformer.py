@@ -1,0 +1,293 @@
+"""The base class of flow transformers; each family is a subclass in a module of its own."""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rite_diffusion.backbones.encoders import Encoders, autoencoder_digest, text_digest
+from rite_diffusion.backbones.fingerprint import fingerprint
+from rite_diffusion.backbones.flow.schedule import FlowSchedule, scheduler_mu, scheduler_shift
+from rite_diffusion.backbones.protocols import (
+    Conditioning,
+    Defaults,
+    Guidance,
+    LearnedEmbedding,
+    PredictionType,
+    Support,
+)
+from rite_diffusion.backbones.schedule import FlowSampler
+from rite_diffusion.errors import ConfigError
+
+
+def packed(latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) as tokens (B, h w / 4, 4 C), each a square of 2 x 2 cells."""
+    return F.pixel_unshuffle(latents, 2).flatten(2).mT
+
+
+def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Latents (B, C, height, width) of tokens (B, height width / 4, 4 C)."""
+    return F.pixel_shuffle(tokens.mT.unflatten(2, (height // 2, width // 2)), 2)
+
+
+def chat_tokens(tokenizer: Any, **options: Any) -> int:
+    """Tokens of a chat template around an empty message of the user."""
+    empty = [{"role": "user", "content": ""}]
+    text = tokenizer.apply_chat_template(
+        empty, tokenize=False, add_generation_prompt=True, **options
+    )
+    return len(tokenizer(text).input_ids)
+
+
+class FlowTransformer(ABC):
+    """A flow-matching transformer behind the Backbone protocol; its weights are frozen.
+
+    Latents are (B, C, h, w) in the family's own scaling; only `denoise` converts them to tokens.
+    `reopen` loads the pipeline again, for encoders that were released.
+    """
+
+    family: ClassVar[str]
+    block_prefixes: ClassVar[tuple[str, ...]]  # of the paths of blocks within the transformer
+    attention_layers: ClassVar[tuple[str, ...]]  # ends of the paths of attention projections
+    other_layers: ClassVar[tuple[str, ...]]  # ends of the paths of the blocks' other layers
+    ends: ClassVar[tuple[str, str]]  # paths of the first and the last layer
+    multiple: ClassVar[int] = 16
+    patch: ClassVar[int] = 2  # latent cells along the side of a token
+    denoiser_name = "transformer"
+    prediction_type: PredictionType = "flow"
+    encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
+    tokenizer_name: ClassVar[str] = "tokenizer"
+    tokens: ClassVar[int] = 512  # that the text encoder reads, those of its template included
+    own_defaults: ClassVar[Defaults]
+    guidance = Guidance()
+    support = Support(methods=frozenset({"lora"}), text_encoder=False)
+    cross_attentions: Sequence[nn.Module] = ()
+
+    def __init__(
+        self,
+        pipeline: Any,
+        name: str,
+        device: torch.device,
+        attention: str,
+        reopen: Callable[[], Any],
+        defaults: Defaults | None = None,
+    ):
+        self.name = name
+        self.device = device
+        self.attention = attention
+        self.defaults = defaults or self.own_defaults
+        self.transformer = pipeline.transformer.requires_grad_(False).eval().to(device)
+        self.encoders = Encoders(pipeline, self.encoder_names, device, reopen)
+        self.pipeline = pipeline
+        self.embeddings: dict[str, LearnedEmbedding] = {}
+        self.triggers: dict[str, Sequence[str]] = {}
+        self.dtype: torch.dtype = self.transformer.dtype
+        self.config = pipeline.scheduler.config
+        self.noise_schedule = FlowSchedule(self.training_shift, self.patch)
+        first, last = (self.transformer.get_submodule(path).weight for path in self.ends)
+        self.fingerprint = fingerprint([first, last])
+
+    # --- pictures ------------------------------------------------------------------------------
+
+    @property
+    def vae(self) -> Any:
+        """The autoencoder between pictures and latents."""
+        return self.encoders["vae"]
+
+    @property
+    def resolution(self) -> int:
+        """Pixels of the native side."""
+        return 1024
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return self.encoders.as_it_is("vae").config.latent_channels
+
+    @property
+    def pixels_per_latent(self) -> int:
+        """Pixels along one side of a latent cell."""
+        return 2 ** (len(self.encoders.as_it_is("vae").config.block_out_channels) - 1)
+
+    def encoder_fingerprint(self) -> str:
+        """First 16 hex digits of a SHA-256 over the autoencoder's encoding half, and its type."""
+        return autoencoder_digest(self.vae)
+
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Latents (B, C, h, w), the posterior's mode, of pictures (B, 3, H, W) in [-1, 1]."""
+        config = self.vae.config
+        latents = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist.mode()
+        return (latents - config.shift_factor) * config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] of latents (B, C, h, w)."""
+        config = self.vae.config
+        latents = latents.to(self.vae.dtype) / config.scaling_factor + config.shift_factor
+        return self.vae.decode(latents, return_dict=False)[0]
+
+    # --- text ----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """Conditioning of prompts, by the pipeline's own encoding; its encoders are present."""
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> Conditioning:
+        """Conditioning of prompts, which are read as they are written: brackets are text."""
+        for name in self.encoders.text_names:
+            self.encoders[name]  # brought back where it was released
+        return self.encode(list(prompts))
+
+    def encoded_length(self, prompts: list[str]) -> int:
+        """Tokens of the conditioning of a batch of prompts."""
+        return self.encode_prompts(prompts).states.shape[1]
+
+    def encode_captions(self, captions: list[str]) -> Conditioning:
+        """Conditioning of training captions."""
+        return self.encode_prompts(captions)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer of the text encoder that reads the whole prompt."""
+        return getattr(self.pipeline, self.tokenizer_name)
+
+    @property
+    def token_tables(self) -> list[Tensor]:
+        """No embeddings: words cannot be learned."""
+        return []
+
+    @property
+    def text_fingerprint(self) -> str:
+        """A name for text encoders, tokenizers, template, length and dtype."""
+        return f"{self._text_digest}-{self.family}-{self.tokens}-{self.dtype}".replace("torch.", "")
+
+    @cached_property
+    def _text_digest(self) -> str:
+        return text_digest(self.encoders)
+
+    @property
+    def template_tokens(self) -> int:
+        """Tokens of the text encoder's template around a prompt."""
+        return len(self.tokenizer("").input_ids)
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens that a prompt may have, without those of the template."""
+        return self.tokens - self.template_tokens
+
+    def token_ids(self, text: str) -> list[int]:
+        """The tokens of a text, without begin and end marks."""
+        return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    def token_count(self, prompt: str) -> int:
+        """Number of the prompt's tokens, without those of the template."""
+        return len(self.token_ids(prompt))
+
+    def token_positions(self, prompt: str, word: str) -> list[int]:
+        """No positions: ConfigError, as no attention map of a word can be had."""
+        raise ConfigError(
+            f"{self.name} has no cross-attention to find '{word}' by: give boxes as numbers, and "
+            "masks as files."
+        )
+
+    @property
+    def protected_words(self) -> list[str]:
+        """The words that prompts take literally and whole: adapters' triggers."""
+        return [word for words in self.triggers.values() for word in words]
+
+    def is_known_word(self, word: str) -> bool:
+        """Whether the tokenizer holds the word whole, as it does what the model already knows."""
+        return word.isalpha() and len(self.token_ids(f" {word}")) == 1
+
+    # --- the transformer -----------------------------------------------------------------------
+
+    @abstractmethod
+    def denoise(
+        self,
+        noisy: Tensor,
+        times: Tensor,
+        conditioning: Conditioning,
+        guidance: float | None = None,
+    ) -> Tensor:
+        """The velocity noise - x_0 (B, C, h, w) at times (B,) in [0, 1000], 1000 sigma."""
+
+    def training_shift(self, tokens: int) -> float:
+        """The s that noise levels are shifted by in training: the scheduler's own."""
+        return scheduler_shift(self.config, tokens)
+
+    def sampling_mu(self, tokens: int, steps: int) -> float:
+        """The mu for a scheduler with dynamic shifting."""
+        return scheduler_mu(self.config, tokens)
+
+    def sampler(self, steps: int, cells: tuple[int, int]) -> FlowSampler:
+        """Euler steps on the levels that the family's own pipeline takes."""
+        scheduler = FlowSampler.from_config(self.config, stochastic_sampling=False)
+        assert isinstance(scheduler, FlowSampler)
+        tokens = (cells[0] // self.patch) * (cells[1] // self.patch)
+        mu = self.sampling_mu(tokens, steps) if self.config["use_dynamic_shifting"] else None
+        scheduler.set_timesteps(steps, device=str(self.device), sigmas=self.sigmas(steps), mu=mu)
+        return scheduler
+
+    def sigmas(self, steps: int) -> list[float] | None:
+        """The sampler's noise levels before the shift; None: the scheduler's own."""
+        return torch.linspace(1, 1 / steps, steps).tolist()
+
+    def checkpoint_gradients(self, wanted: bool) -> None:
+        """Recompute the blocks' activations in the backward pass instead of keeping them."""
+        if wanted:
+            self.transformer.enable_gradient_checkpointing()
+        else:
+            self.transformer.disable_gradient_checkpointing()
+
+    def compile_denoiser(self, wanted: bool) -> None:
+        """Run the transformer's blocks through `torch.compile`, or as they are."""
+        if wanted:
+            self.transformer.compile_repeated_blocks()
+            return
+        for module in self.transformer.modules():
+            module._compiled_call_impl = None  # torch has no public way back
+
+    # --- adapters ------------------------------------------------------------------------------
+
+    @property
+    def components(self) -> dict[str, nn.Module]:
+        """The transformer alone: no text encoder of these families is adapted."""
+        return {"transformer": self.transformer}
+
+    def lora_targets(self, component: str, blocks: bool = False) -> list[str]:
+        """Paths of the blocks' attention projections, with `blocks` of their other layers too."""
+        wanted = self.attention_layers + (self.other_layers if blocks else ())
+        return [
+            path
+            for path, module in self.transformer.named_modules()
+            if path.startswith(self.block_prefixes)
+            and not isinstance(module, nn.ModuleList)
+            and path.endswith(tuple(f".{each}" for each in wanted))
+            and not self.has_no_effect(path)
+        ]
+
+    def has_no_effect(self, path: str) -> bool:
+        """Whether a layer changes nothing of a picture, as the last block's text side does."""
+        return False
+
+    def is_in_last(self, path: str, blocks: nn.ModuleList) -> bool:
+        """Whether a path lies in the last of a list of blocks."""
+        number = re.search(r"\.(\d+)\.", path)
+        return number is not None and int(number[1]) == len(blocks) - 1
+
+    # --- memory --------------------------------------------------------------------------------
+
+    def release(self, names: Sequence[str]) -> None:
+        """Let encoders leave the device's memory for the computer's, on a CPU altogether."""
+        self.encoders.release(names)
+
+    def recall(self) -> None:
+        """Let released encoders count as present; they come back when they are looked at."""
+        self.encoders.recall()
