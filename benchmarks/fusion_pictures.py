@@ -15,7 +15,7 @@ from rite_diffusion.adapters.choice import choose_adapters
 from rite_diffusion.api.demo import example_photos
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.backbones.source import load_backbone
-from rite_diffusion.evaluation.judge import as_pixels, load_judge
+from rite_diffusion.evaluation.judge import LEFT, RIGHT, load_judge
 from rite_diffusion.generation.attached import Attached, as_attached
 from rite_diffusion.generation.denoise import decode_pictures, denoising, sample
 from rite_diffusion.generation.regional import regionally_guided
@@ -89,14 +89,6 @@ def scores(concept: str, others: list[str], drawn: list[Image.Image]) -> dict[st
     }
 
 
-def halves(drawn: list[Image.Image]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The judge's embeddings (n, 64) of the left and of the right halves."""
-    network = load_judge().network
-    with torch.no_grad():
-        _, left, right = network.pooled(network.features(as_pixels(drawn)))
-        return network.embedding(left), network.embedding(right)
-
-
 def bound(drawn: list[Image.Image], first: str, second: str) -> float:
     """Share of pictures whose left half is the first concept and whose right half is the second.
 
@@ -105,7 +97,7 @@ def bound(drawn: list[Image.Image], first: str, second: str) -> float:
     """
     judge = load_judge()
     one, two = (judge.prototype(photos_of(name)) for name in (first, second))
-    left, right = halves(drawn)
+    left, right = judge.embed(drawn, LEFT), judge.embed(drawn, RIGHT)
     is_first = judge.concept_scores(one, left) > (left @ two).clamp(min=0)
     is_second = judge.concept_scores(two, right) > (right @ one).clamp(min=0)
     return (is_first & is_second).double().mean().item()

@@ -16,7 +16,7 @@ from machine import RESULTS, write_result
 from PIL import Image, ImageDraw, ImageFont
 from prompts import article
 
-from rite_diffusion.evaluation.judge import SIZE, Judge, load_judge
+from rite_diffusion.evaluation.judge import Judge, load_judge
 
 ROOT = Path(__file__).parents[1]
 STYLES = {"flat": "", "3d": "3d style, "}  # how a prompt begins
@@ -65,8 +65,6 @@ def draw(folder: Path, wanted: list[Request]) -> list[Image.Image]:
             num_inference_steps=STEPS,
             guidance_scale=GUIDANCE,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-            height=SIZE,
-            width=SIZE,
         ).images
         print(f"{len(pictures)}/{len(wanted)} pictures", flush=True)
     return pictures

@@ -25,6 +25,10 @@ class FusionError(RiteError):
     """Adapters cannot be fused, or not with the given method and settings."""
 
 
+class EvaluationError(RiteError):
+    """Pictures cannot be measured as they are."""
+
+
 class OptimizerError(RiteError, ValueError):
     """An optimizer's setting is out of range, or it does not support the parameters."""
 

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 from torch import nn
 
+from emoji_sprites import disc_sprites
 from train.pocket import (
     autoencoder,
     bases,
@@ -31,15 +32,8 @@ SIZES = bases.Sizes(unet_widths=(16, 16, 16), width=32, layers=1)
 
 @pytest.fixture(autouse=True)
 def drawn_sprites(monkeypatch):
-    """Discs and bars in the place of emoji, which only `emoji.fetch` brings."""
-    names = [*world.NOUNS.values(), *emoji.HELD_OUT]
-    keys = [(style, name) for style in emoji.SETS for name in dict.fromkeys(names)]
-    pixels = np.zeros((len(keys), emoji.SIDE, emoji.SIDE, 4), np.uint8)
-    y, x = np.mgrid[: emoji.SIDE, : emoji.SIDE]
-    disc = (x - 64) ** 2 + (y - 64) ** 2 < 60**2
-    for index, picture in enumerate(pixels):
-        picture[disc] = (index % 256, 255 - index % 256, 90, 255)
-    found = emoji.Sprites(pixels, {key: (i, 128, 128) for i, key in enumerate(keys)})
+    """Discs in the place of emoji, which only `emoji.fetch` brings."""
+    found = disc_sprites()
     monkeypatch.setattr(emoji, "sprites", lambda: found)
     emoji.training_keys.cache_clear()
     yield found

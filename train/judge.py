@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 import judge_scenes as scenes
 import world
-from rite_diffusion.evaluation.judge import EMBEDDING, Judge, JudgeNetwork, as_pixels, save_judge
+from rite_diffusion.evaluation.judge import Judge, JudgeNetwork, Shape, as_pixels, save_judge
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = ROOT / "rite_diffusion/evaluation/judge.safetensors"
@@ -32,6 +32,7 @@ CALIBRATION_SEED, TEST_SEED = 910_000, 920_000
 BATCH = 64
 RATE = 2e-3
 SHARPNESS, MARGIN = 20.0, 0.2  # scale and margin of the cosine softmax
+SHAPE = Shape()  # of the network
 PHOTOS, PICTURES = 6, 40  # of each concept, when recognition is measured
 MILD_BLUR = 1.0  # pixels
 
@@ -46,7 +47,7 @@ class IdentityLoss(nn.Module):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
-        self.centres = nn.Parameter(F.normalize(torch.randn(classes, EMBEDDING), dim=-1))
+        self.centres = nn.Parameter(F.normalize(torch.randn(classes, SHAPE.embedding), dim=-1))
 
     def forward(self, embeddings: Tensor, labels: Tensor) -> Tensor:
         """Mean loss over the pictures whose label is known."""
@@ -62,7 +63,7 @@ def losses(
     """The loss of each question on a batch of `scenes.random_scenes`."""
     with torch.autocast("cpu", torch.bfloat16):
         features = network.features(pixels.contiguous(memory_format=torch.channels_last))
-    whole, left, right = network.pooled(features.float())
+    whole, left, right = network.pools(features.float())
     answers = {
         "noun": network.noun(whole),
         "left": network.noun(left),
@@ -73,7 +74,9 @@ def losses(
         name: F.cross_entropy(answer, labels[name], ignore_index=scenes.UNKNOWN)
         for name, answer in answers.items()
     }
-    return found | {"identity": identity(network.embedding(whole), labels["identity"])}
+    return found | {
+        "identity": identity(F.normalize(network.identity(whole), dim=-1), labels["identity"])
+    }
 
 
 def rate_at(step: int, steps: int) -> float:
@@ -135,7 +138,9 @@ def noun_prototypes(judge: Judge) -> Judge:
 
 def soft(images: Images) -> Images:
     """The images after a mild blur."""
-    pixels = scenes.blurred(as_pixels(images), torch.full((len(images), 1, 1, 1), MILD_BLUR))
+    pixels = scenes.blurred(
+        as_pixels(images, SHAPE.side), torch.full((len(images), 1, 1, 1), MILD_BLUR)
+    )
     array = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     return [Image.fromarray(image) for image in array]
 
@@ -217,8 +222,8 @@ def accuracy(judge: Judge) -> dict[str, dict]:
 
 def unmeasured(network: JudgeNetwork) -> Judge:
     """A judge before calibration and measurement."""
-    prototypes = torch.zeros(0, 64)
-    return Judge(network, scenes.NOUNS, scenes.COLOURS, prototypes, (), 0.0, {})
+    prototypes = torch.zeros(0, SHAPE.embedding)
+    return Judge(SHAPE, network, scenes.NOUNS, scenes.COLOURS, prototypes, (), 0.0, {})
 
 
 def main() -> None:

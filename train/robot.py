@@ -133,9 +133,14 @@ def lit(mask: Image.Image, colour: Colour, depth: float) -> np.ndarray:
 
 def robot() -> Image.Image:
     """RGBA picture of the robot, cropped to what is visible."""
+    return assembled(limbs() + trunk() + head())
+
+
+def assembled(parts: list[Part]) -> Image.Image:
+    """RGBA picture of parts, the first behind the others, cropped to what is visible."""
     canvas = np.zeros((SIDE, SIDE, 3), np.float32)
     alpha = np.zeros((SIDE, SIDE, 1), np.float32)
-    for mask, colour, depth in limbs() + trunk() + head():
+    for mask, colour, depth in parts:
         cover = np.asarray(mask, np.float32)[..., None] / 255
         canvas = canvas * (1 - cover) + lit(mask, colour, depth) * cover
         alpha = alpha * (1 - cover) + cover

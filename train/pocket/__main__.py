@@ -8,7 +8,10 @@ import json
 from dataclasses import fields, replace
 from pathlib import Path
 
-from . import autoencoder, denoiser, emoji, held_out
+from benchmarks.machine import RESULTS, describe
+from rite_diffusion.evaluation.judge import save_judge
+
+from . import autoencoder, denoiser, emoji, held_out, judge, judge_figures
 from .machine import this_machine
 
 ROOT = Path(__file__).parents[2]
@@ -47,10 +50,31 @@ def run_denoiser(work: Path, name: str, given: list[str]) -> None:
     denoiser.train(work, name, network, settings, machine)
 
 
+def run_judge(work: Path, given: list[str]) -> None:
+    """Train the judge, set its threshold, measure it, and write it and its figures."""
+    settings, machine = _settings(judge.Settings(), given), this_machine()
+    judge.train(work, settings, machine)
+    made = judge_figures.measured(judge.finished(work, settings), settings.shape)
+    save_judge(made, work / "judge.safetensors")
+    judge_figures.contact_sheet(made).save(work / "judge.png")
+    found = {
+        "command": " ".join(
+            ["python -m train.pocket judge", *(["--set", *given] if given else [])]
+        ),
+        "machine": describe(),
+        "pictures": settings.pictures,
+        "threshold": made.threshold,
+        "accuracy": made.accuracy,
+    }
+    (RESULTS / "judge_128.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(json.dumps(found, indent=1))
+
+
 STAGES = {
     "autoencoder": run_autoencoder,
     "unet": lambda work, given: run_denoiser(work, "unet", given),
     "flow": lambda work, given: run_denoiser(work, "flow", given),
+    "judge": run_judge,
 }
 
 
