@@ -28,6 +28,10 @@ QUICK = {
     "previews": {"every": 0}, "lora": {"text_encoder": False, "rank": 2},
     "optim": {"name": "rite", "lr": 1e-2},
 }  # fmt: skip
+QUICK_ONES = ("z-image", "flux", "sd3")  # the other families train in the slow tests
+EVERY_FAMILY = [
+    pytest.param(name, marks=[] if name in QUICK_ONES else pytest.mark.slow) for name in PIPELINES
+]
 ABOUT = {"trigger": "<thing>", "class_noun": "toy"}
 
 
@@ -47,7 +51,7 @@ def folders(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_a_folder_of_every_family_trains_and_draws(name, folders, photos, tmp_path):
     base = folders(name)
     assert family_name(base) == name
@@ -88,12 +92,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(name, folders, photos, tmp_path):
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-QUICK_ONES = ("z-image", "flux")  # the other families learn in the slow tests
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[] if n in QUICK_ONES else pytest.mark.slow) for n in PIPELINES]
-)
+@pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_four_latents_can_be_overfitted(name, monkeypatch):
     """The tiny last layers, which are frozen, span a third to a half of the latents' channels."""
     base = family(name)

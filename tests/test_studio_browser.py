@@ -43,6 +43,7 @@ from studio_server import (
 pytestmark = [*IN_A_BROWSER, pytest.mark.usefixtures("quick_statistics")]
 
 
+@pytest.mark.slow  # half a minute
 def test_a_user_trains_generates_fuses_and_exports_in_the_page(
     view, served, second, tmp_path, monkeypatch
 ):
