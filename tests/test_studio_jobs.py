@@ -78,7 +78,7 @@ def test_a_job_survives_its_studio_and_can_be_stopped(photos, runs, queue):
     assert "stopped at step" in output(run) and not orphans(run)
     before = step_of(run)
     later.resume(run)
-    later.turn()
+    later.start_waiting()
     wait_for(lambda: step_of(run) > before, "steps after the resume")
     assert "goes on after step" in (run / "log.txt").read_text()
 
