@@ -1,8 +1,8 @@
 """Stable Diffusion 1.x and 2.x, and the pocket base: one CLIP text encoder, UNet, autoencoder."""
 
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
-from typing import Any, ClassVar
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from diffusers import (
@@ -14,16 +14,15 @@ from torch import Tensor, nn
 
 from rite_diffusion.backbones.chunks import chunks_of, cut_caption
 from rite_diffusion.backbones.cross_attention import cross_attentions, select_layer_states
-from rite_diffusion.backbones.encoders import Encoders, autoencoder_digest, text_digest
 from rite_diffusion.backbones.expansion import Chunked, Expansion
 from rite_diffusion.backbones.fingerprint import fingerprint
 from rite_diffusion.backbones.learned_embeddings import ids_of, positions_of, tokens_of, vectors_in
+from rite_diffusion.backbones.pipeline import PipelineBackbone
 from rite_diffusion.backbones.prompt_syntax import Section, as_written, read_prompt
 from rite_diffusion.backbones.protocols import (
     Conditioning,
     Defaults,
     Guidance,
-    LearnedEmbedding,
     PredictionType,
     Support,
 )
@@ -44,7 +43,7 @@ BLOCKS = (
 )  # fmt: skip
 
 
-class StableDiffusion:
+class StableDiffusion(PipelineBackbone):
     """A Stable Diffusion model behind the Backbone protocol; its weights are frozen.
 
     `reopen` loads the pipeline again, for encoders that were released and are needed again.
@@ -55,7 +54,6 @@ class StableDiffusion:
     family = "sd"
     guidance = Guidance()
     support = Support()
-    encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
 
     def __init__(
         self,
@@ -66,24 +64,21 @@ class StableDiffusion:
         reopen: Callable[[], Pipeline],
         defaults: Defaults | None = None,
     ):
-        self.name = name
-        self.defaults = defaults or Defaults()
-        self.device = device
-        self.attention = attention
-        self.unet = pipeline.unet.requires_grad_(False).eval().to(device)
-        self.encoders = Encoders(pipeline, self.encoder_names, device, reopen)
+        super().__init__(pipeline, name, device, attention, reopen, defaults)
         self.tokenizer = pipeline.tokenizer
-        self.embeddings: dict[str, LearnedEmbedding] = {}
-        self.triggers: dict[str, Sequence[str]] = {}
         self.cross_attentions = cross_attentions(self.unet)
         select_layer_states(self.cross_attentions)
-        self.dtype: torch.dtype = self.unet.dtype
         self.latent_channels: int = self.unet.config.in_channels
         self.prediction_type: PredictionType = prediction_type(pipeline.scheduler, name)
         self.noise_schedule = noise_schedule(pipeline.scheduler, name).to(device)
         self._scheduler_config = pipeline.scheduler.config
         self.resolution: int = self.unet.config.sample_size * self.pixels_per_latent
         self.fingerprint = fingerprint([self.unet.conv_in.weight, self.unet.conv_out.weight])
+
+    @property
+    def unet(self) -> Any:
+        """The denoiser, a UNet2DConditionModel."""
+        return self.denoiser
 
     @property
     def components(self) -> dict[str, nn.Module]:
@@ -94,31 +89,10 @@ class StableDiffusion:
             for name in encoders.text_names
         }
 
-    def release(self, names: Sequence[str]) -> None:
-        """Move encoders from the device to the CPU's memory, or on a CPU out of memory.
-
-        They are loaded again when something is encoded or decoded.
-        """
-        self.encoders.release(names)
-
-    def recall(self) -> None:
-        """Load released encoders again as soon as `components` is used."""
-        self.encoders.recall()
-
-    @property
-    def vae(self) -> Any:
-        """The autoencoder, an AutoencoderKL."""
-        return self.encoders["vae"]
-
     @property
     def text_encoder(self) -> Any:
         """The first text encoder, a CLIPTextModel."""
         return self.encoders["text_encoder"]
-
-    @property
-    def pixels_per_latent(self) -> int:
-        """Pixels along one side of a latent cell."""
-        return 2 ** (len(self.encoders.as_it_is("vae").config.block_out_channels) - 1)
 
     @property
     def token_budget(self) -> int:
@@ -128,18 +102,10 @@ class StableDiffusion:
         lengths = [tokenizer.model_max_length for tokenizer in self._tokenizers]
         return min(*positions, *lengths) - 2
 
-    def encoder_fingerprint(self) -> str:
-        """First 16 hex digits of a SHA-256 over the autoencoder's encoder, and its dtype."""
-        return autoencoder_digest(self.vae)
-
     @property
     def text_fingerprint(self) -> str:
         """An id of text encoders, tokenizers and the dtype, the same for equal weights."""
         return f"{self._text_digest}-{self.dtype}".replace("torch.", "")
-
-    @cached_property
-    def _text_digest(self) -> str:
-        return text_digest(self.encoders)
 
     def lora_targets(self, component: str, blocks: bool = False) -> list[str]:
         """Paths of the q, k, v and output projections of every attention in a component.
@@ -157,13 +123,6 @@ class StableDiffusion:
         """Latents (B, C, h, w), means of the posterior, of pictures (B, 3, H, W) in [-1, 1]."""
         pixels = pixels.to(self.device, self.vae.dtype)
         return self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
-
-    def checkpoint_gradients(self, wanted: bool) -> None:
-        """Turn gradient checkpointing of the UNet on or off."""
-        if wanted:
-            self.unet.enable_gradient_checkpointing()
-        else:
-            self.unet.disable_gradient_checkpointing()
 
     def compile_denoiser(self, wanted: bool) -> None:
         """Turn `torch.compile` of the UNet on or off."""
@@ -222,12 +181,6 @@ class StableDiffusion:
     @property
     def _tokenizers(self) -> list[Any]:
         return [self.tokenizer]
-
-    @property
-    def protected_words(self) -> list[str]:
-        """Words that prompts keep whole and without syntax: learned embeddings and triggers."""
-        called = [word for words in self.triggers.values() for word in words]
-        return list(dict.fromkeys([*self.embeddings, *called]))
 
     def token_ids(self, text: str) -> list[int]:
         """The tokens of ordinary text, without begin and end marks."""

@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from rite_diffusion.backbones.flow.flux import Flux, picture_ids
-from rite_diffusion.backbones.flow.schedule import TIMES
 from rite_diffusion.backbones.flow.transformer import FlowTransformer, packed, unpacked
 from rite_diffusion.backbones.protocols import Conditioning, Defaults
 
@@ -29,23 +28,17 @@ class Chroma(FlowTransformer):
         )
         return Conditioning(states, {"seen": mask.bool()})
 
-    def denoise(
-        self,
-        noisy: Tensor,
-        times: Tensor,
-        conditioning: Conditioning,
-        guidance: float | None = None,
-    ) -> Tensor:
-        """The velocity noise - x_0 (B, C, h, w) at times (B,) in [0, 1000]."""
+    def velocity(self, noisy: Tensor, sigma: Tensor, text: Conditioning) -> Tensor:
+        """The velocity noise - x_0 (B, C, h, w) at noise levels (B,)."""
         height, width = noisy.shape[-2:]
-        latents, seen = packed(noisy.to(self.dtype)), conditioning.extra["seen"].bool()
+        latents, seen = packed(noisy), text.extra["seen"].bool()
         picture = torch.ones(latents.shape[:2], dtype=torch.bool, device=self.device)
         tokens = self.transformer(
             latents,
-            encoder_hidden_states=conditioning.states.to(self.dtype),
-            timestep=(times / TIMES).to(self.dtype),
+            encoder_hidden_states=text.states,
+            timestep=sigma.to(self.dtype),
             img_ids=picture_ids(height // 2, width // 2, self.device),
-            txt_ids=torch.zeros(conditioning.states.shape[1], 3, device=self.device),
+            txt_ids=torch.zeros(text.states.shape[1], 3, device=self.device),
             attention_mask=torch.cat([seen, picture], 1),
             return_dict=False,
         )[0]

@@ -6,11 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rite_diffusion.backbones.flow.schedule import TIMES
-from rite_diffusion.backbones.flow.transformer import FlowTransformer, packed, unpacked
+from rite_diffusion.backbones.flow.transformer import GUIDANCE, FlowTransformer, packed, unpacked
 from rite_diffusion.backbones.protocols import Conditioning, Defaults, Guidance
-
-TRAINING_GUIDANCE = 1.0  # what the model is told while a LoRA trains
 
 
 def picture_ids(height: int, width: int, device: torch.device) -> Tensor:
@@ -40,9 +37,10 @@ class Flux(FlowTransformer):
 
     def __init__(self, pipeline: Any, *arguments: Any, **options: Any):
         super().__init__(pipeline, *arguments, **options)
-        self._is_told_guidance: bool = self.transformer.config.guidance_embeds
-        self.guidance = Guidance("embedded" if self._is_told_guidance else "none")
-        if not self._is_told_guidance:
+        if self.transformer.config.guidance_embeds:
+            self.guidance = Guidance("embedded")
+        else:
+            self.guidance = Guidance("none")
             self.tokens = 256  # pyright: ignore[reportAttributeAccessIssue]
             self.support = replace(self.support, distilled="train on FLUX.1-dev")
 
@@ -53,25 +51,17 @@ class Flux(FlowTransformer):
         )
         return Conditioning(states, {"pooled": pooled})
 
-    def denoise(
-        self,
-        noisy: Tensor,
-        times: Tensor,
-        conditioning: Conditioning,
-        guidance: float | None = None,
-    ) -> Tensor:
-        """The velocity noise - x_0 (B, C, h, w) at times (B,) in [0, 1000]."""
+    def velocity(self, noisy: Tensor, sigma: Tensor, text: Conditioning) -> Tensor:
+        """The velocity noise - x_0 (B, C, h, w) at noise levels (B,)."""
         height, width = noisy.shape[-2:]
-        scale = TRAINING_GUIDANCE if guidance is None else guidance
-        told = torch.full((len(noisy),), scale, device=self.device)
         tokens = self.transformer(
-            packed(noisy.to(self.dtype)),
-            encoder_hidden_states=conditioning.states.to(self.dtype),
-            pooled_projections=conditioning.extra["pooled"].to(self.dtype),
-            timestep=(times / TIMES).to(self.dtype),
-            guidance=told if self._is_told_guidance else None,
+            packed(noisy),
+            encoder_hidden_states=text.states,
+            pooled_projections=text.extra["pooled"].to(self.dtype),
+            timestep=sigma.to(self.dtype),
+            guidance=text.extra.get(GUIDANCE),
             img_ids=picture_ids(height // 2, width // 2, self.device),
-            txt_ids=torch.zeros(conditioning.states.shape[1], 3, device=self.device),
+            txt_ids=torch.zeros(text.states.shape[1], 3, device=self.device),
             return_dict=False,
         )[0]
         return unpacked(tokens, height, width)

@@ -9,9 +9,8 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 from torch.nn import functional as F
 
-from rite_diffusion.backbones.flow.flux import TRAINING_GUIDANCE
-from rite_diffusion.backbones.flow.schedule import TIMES, scheduler_shift
-from rite_diffusion.backbones.flow.transformer import FlowTransformer, chat_tokens
+from rite_diffusion.backbones.flow.schedule import scheduler_shift
+from rite_diffusion.backbones.flow.transformer import GUIDANCE, FlowTransformer, chat_tokens
 from rite_diffusion.backbones.protocols import Conditioning, Defaults, Guidance
 
 
@@ -41,8 +40,7 @@ class Flux2(FlowTransformer):
 
     def __init__(self, pipeline: Any, *arguments: Any, **options: Any):
         super().__init__(pipeline, *arguments, **options)
-        self._is_told_guidance: bool = self.transformer.config.guidance_embeds
-        if self._is_told_guidance:
+        if self.transformer.config.guidance_embeds:
             self.guidance = Guidance("embedded")
         elif pipeline.config.get("is_distilled"):
             self.guidance = Guidance("none")
@@ -89,7 +87,7 @@ class Flux2(FlowTransformer):
     @property
     def template_tokens(self) -> int:
         """Tokens of the chat template around a prompt, with dev's system message."""
-        if not self._is_told_guidance:
+        if self.guidance.kind != "embedded":
             return chat_tokens(self.tokenizer, enable_thinking=False)
         message = format_input([""], self.pipeline.system_message)[0]
         return len(self.tokenizer.apply_chat_template(message, tokenize=True))
@@ -101,23 +99,14 @@ class Flux2(FlowTransformer):
         )
         return Conditioning(states)
 
-    def denoise(
-        self,
-        noisy: Tensor,
-        times: Tensor,
-        conditioning: Conditioning,
-        guidance: float | None = None,
-    ) -> Tensor:
-        """The velocity noise - x_0 (B, 128, h, w) at times (B,) in [0, 1000]."""
-        noisy, states = noisy.to(self.dtype), conditioning.states.to(self.dtype)
-        scale = TRAINING_GUIDANCE if guidance is None else guidance
-        told = torch.full((len(noisy),), scale, device=self.device)
+    def velocity(self, noisy: Tensor, sigma: Tensor, text: Conditioning) -> Tensor:
+        """The velocity noise - x_0 (B, 128, h, w) at noise levels (B,)."""
         tokens = self.transformer(
             hidden_states=noisy.flatten(2).mT,
-            timestep=(times / TIMES).to(self.dtype),
-            guidance=told if self._is_told_guidance else None,
-            encoder_hidden_states=states,
-            txt_ids=self.pipeline._prepare_text_ids(states).to(self.device),
+            timestep=sigma.to(self.dtype),
+            guidance=text.extra.get(GUIDANCE),
+            encoder_hidden_states=text.states,
+            txt_ids=self.pipeline._prepare_text_ids(text.states).to(self.device),
             img_ids=self.pipeline._prepare_latent_ids(noisy).to(self.device),
             return_dict=False,
         )[0]

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from rite_diffusion.backbones.conditioning import MASK
 from rite_diffusion.backbones.flow.qwen_image import FilmCodec
-from rite_diffusion.backbones.flow.schedule import TIMES
 from rite_diffusion.backbones.flow.transformer import packed, unpacked
 from rite_diffusion.backbones.protocols import Conditioning, Defaults, Guidance
 
@@ -47,24 +46,18 @@ class Krea2(FilmCodec):
         )
         return Conditioning(states.flatten(2), {MASK: mask})
 
-    def denoise(
-        self,
-        noisy: Tensor,
-        times: Tensor,
-        conditioning: Conditioning,
-        guidance: float | None = None,
-    ) -> Tensor:
-        """The velocity noise - x_0 (B, C, h, w) at times (B,) in [0, 1000]."""
+    def velocity(self, noisy: Tensor, sigma: Tensor, text: Conditioning) -> Tensor:
+        """The velocity noise - x_0 (B, C, h, w) at noise levels (B,)."""
         height, width = noisy.shape[-2:]
-        states, layers = conditioning.states.to(self.dtype), self.transformer.config.num_text_layers
+        states, layers = text.states, self.transformer.config.num_text_layers
         tokens = self.transformer(
-            hidden_states=packed(noisy.to(self.dtype)),
+            hidden_states=packed(noisy),
             encoder_hidden_states=states.unflatten(2, (layers, -1)),
-            timestep=(times / TIMES).to(self.dtype),
+            timestep=sigma.to(self.dtype),
             position_ids=self.pipeline.prepare_position_ids(
                 states.shape[1], height // 2, width // 2, self.device
             ),
-            encoder_attention_mask=conditioning.extra[MASK],
+            encoder_attention_mask=text.extra[MASK],
             return_dict=False,
         )[0]
         return unpacked(tokens, height, width)

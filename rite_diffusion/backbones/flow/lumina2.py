@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from rite_diffusion.backbones.conditioning import MASK, joined
-from rite_diffusion.backbones.flow.schedule import TIMES
 from rite_diffusion.backbones.flow.transformer import FlowTransformer
 from rite_diffusion.backbones.protocols import (
     Conditioning,
@@ -50,18 +49,12 @@ class Lumina2(FlowTransformer):
             parts.append(Conditioning(states, {MASK: mask.bool()}))
         return joined(parts)
 
-    def denoise(
-        self,
-        noisy: Tensor,
-        times: Tensor,
-        conditioning: Conditioning,
-        guidance: float | None = None,
-    ) -> Tensor:
-        """The velocity noise - x_0 (B, C, h, w) at times (B,) in [0, 1000]."""
+    def velocity(self, noisy: Tensor, sigma: Tensor, text: Conditioning) -> Tensor:
+        """The velocity noise - x_0 (B, C, h, w) at noise levels (B,)."""
         return -self.transformer(
-            noisy.to(self.dtype),
-            1 - times / TIMES,
-            conditioning.states.to(self.dtype),
-            conditioning.extra[MASK],
+            noisy,
+            1 - sigma,
+            text.states,
+            text.extra[MASK],
             return_dict=False,
         )[0]

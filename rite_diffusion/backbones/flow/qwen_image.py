@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from rite_diffusion.backbones.conditioning import MASK
-from rite_diffusion.backbones.flow.schedule import TIMES
 from rite_diffusion.backbones.flow.transformer import FlowTransformer, packed, unpacked
 from rite_diffusion.backbones.protocols import (
     Conditioning,
@@ -90,20 +89,14 @@ class QwenImage(FilmCodec):
             mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
         return Conditioning(states, {MASK: mask.bool()})
 
-    def denoise(
-        self,
-        noisy: Tensor,
-        times: Tensor,
-        conditioning: Conditioning,
-        guidance: float | None = None,
-    ) -> Tensor:
-        """The velocity noise - x_0 (B, C, h, w) at times (B,) in [0, 1000]."""
+    def velocity(self, noisy: Tensor, sigma: Tensor, text: Conditioning) -> Tensor:
+        """The velocity noise - x_0 (B, C, h, w) at noise levels (B,)."""
         height, width = noisy.shape[-2:]
         tokens = self.transformer(
-            hidden_states=packed(noisy.to(self.dtype)),
-            timestep=(times / TIMES).to(self.dtype),
-            encoder_hidden_states=conditioning.states.to(self.dtype),
-            encoder_hidden_states_mask=conditioning.extra[MASK],
+            hidden_states=packed(noisy),
+            timestep=sigma.to(self.dtype),
+            encoder_hidden_states=text.states,
+            encoder_hidden_states_mask=text.extra[MASK],
             img_shapes=[[(1, height // 2, width // 2)]] * len(noisy),
             return_dict=False,
         )[0]

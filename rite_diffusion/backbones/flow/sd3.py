@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from rite_diffusion.backbones.flow.schedule import TIMES
 from rite_diffusion.backbones.flow.transformer import FlowTransformer
 from rite_diffusion.backbones.protocols import Conditioning, Defaults
 
@@ -52,19 +53,13 @@ class StableDiffusion3(FlowTransformer):
         )
         return Conditioning(states, {"pooled": pooled})
 
-    def denoise(
-        self,
-        noisy: Tensor,
-        times: Tensor,
-        conditioning: Conditioning,
-        guidance: float | None = None,
-    ) -> Tensor:
-        """The velocity noise - x_0 (B, C, h, w) at times (B,) in [0, 1000]."""
+    def velocity(self, noisy: Tensor, sigma: Tensor, text: Conditioning) -> Tensor:
+        """The velocity noise - x_0 (B, C, h, w) at noise levels (B,)."""
         return self.transformer(
-            hidden_states=noisy.to(self.dtype),
-            timestep=times,
-            encoder_hidden_states=conditioning.states.to(self.dtype),
-            pooled_projections=conditioning.extra["pooled"].to(self.dtype),
+            hidden_states=noisy,
+            timestep=TIMES * sigma,
+            encoder_hidden_states=text.states,
+            pooled_projections=text.extra["pooled"].to(self.dtype),
             return_dict=False,
         )[0]
 

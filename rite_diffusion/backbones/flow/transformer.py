@@ -3,26 +3,32 @@
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rite_diffusion.backbones.encoders import Encoders, autoencoder_digest, text_digest
 from rite_diffusion.backbones.fingerprint import fingerprint
-from rite_diffusion.backbones.flow.schedule import FlowSchedule, scheduler_mu, scheduler_shift
+from rite_diffusion.backbones.flow.schedule import (
+    TIMES,
+    FlowSchedule,
+    scheduler_mu,
+    scheduler_shift,
+)
+from rite_diffusion.backbones.pipeline import PipelineBackbone
 from rite_diffusion.backbones.protocols import (
     Conditioning,
     Defaults,
     Guidance,
-    LearnedEmbedding,
     PredictionType,
     Support,
 )
 from rite_diffusion.backbones.schedule import FlowSampler
 from rite_diffusion.errors import ConfigError
+
+GUIDANCE = "guidance"  # of `extra`: the scale that a model with embedded guidance is told
+TRAINING_GUIDANCE = 1.0  # that scale while a LoRA trains
 
 
 def packed(latents: Tensor) -> Tensor:
@@ -44,7 +50,7 @@ def chat_tokens(tokenizer: Any, **options: Any) -> int:
     return len(tokenizer(text).input_ids)
 
 
-class FlowTransformer(ABC):
+class FlowTransformer(PipelineBackbone, ABC):
     """A flow-matching transformer behind the Backbone protocol; its weights are frozen.
 
     Latents are (B, C, h, w) in the family's own scaling; only `denoise` converts them to tokens.
@@ -60,10 +66,8 @@ class FlowTransformer(ABC):
     patch: ClassVar[int] = 2  # latent cells along the side of a token
     denoiser_name = "transformer"
     prediction_type: PredictionType = "flow"
-    encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
     tokenizer_name: ClassVar[str] = "tokenizer"
     tokens: ClassVar[int] = 512  # that the text encoder reads, those of its template included
-    own_defaults: ClassVar[Defaults]
     guidance = Guidance()
     support = Support(methods=frozenset({"lora"}), text_encoder=False)
     cross_attentions: Sequence[nn.Module] = ()
@@ -77,27 +81,14 @@ class FlowTransformer(ABC):
         reopen: Callable[[], Any],
         defaults: Defaults | None = None,
     ):
-        self.name = name
-        self.device = device
-        self.attention = attention
-        self.defaults = defaults or self.own_defaults
-        self.transformer = pipeline.transformer.requires_grad_(False).eval().to(device)
-        self.encoders = Encoders(pipeline, self.encoder_names, device, reopen)
+        super().__init__(pipeline, name, device, attention, reopen, defaults)
         self.pipeline = pipeline
-        self.embeddings: dict[str, LearnedEmbedding] = {}
-        self.triggers: dict[str, Sequence[str]] = {}
-        self.dtype: torch.dtype = self.transformer.dtype
         self.config = pipeline.scheduler.config
         self.noise_schedule = FlowSchedule(self.training_shift, self.patch)
         first, last = (self.transformer.get_submodule(path).weight for path in self.ends)
         self.fingerprint = fingerprint([first, last])
 
     # --- pictures ------------------------------------------------------------------------------
-
-    @property
-    def vae(self) -> Any:
-        """The autoencoder between pictures and latents."""
-        return self.encoders["vae"]
 
     @property
     def resolution(self) -> int:
@@ -108,15 +99,6 @@ class FlowTransformer(ABC):
     def latent_channels(self) -> int:
         """Channels of the latents."""
         return self.encoders.as_it_is("vae").config.latent_channels
-
-    @property
-    def pixels_per_latent(self) -> int:
-        """Pixels along one side of a latent cell."""
-        return 2 ** (len(self.encoders.as_it_is("vae").config.block_out_channels) - 1)
-
-    def encoder_fingerprint(self) -> str:
-        """First 16 hex digits of a SHA-256 over the autoencoder's encoding half, and its type."""
-        return autoencoder_digest(self.vae)
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -168,10 +150,6 @@ class FlowTransformer(ABC):
         """A name for text encoders, tokenizers, template, length and dtype."""
         return f"{self._text_digest}-{self.family}-{self.tokens}-{self.dtype}".replace("torch.", "")
 
-    @cached_property
-    def _text_digest(self) -> str:
-        return text_digest(self.encoders)
-
     @property
     def template_tokens(self) -> int:
         """Tokens of the text encoder's template around a prompt."""
@@ -197,11 +175,6 @@ class FlowTransformer(ABC):
             "masks as files."
         )
 
-    @property
-    def protected_words(self) -> list[str]:
-        """The words that prompts take literally and whole: adapters' triggers."""
-        return [word for words in self.triggers.values() for word in words]
-
     def is_known_word(self, word: str) -> bool:
         """Whether the tokenizer holds the word whole, as it does what the model already knows."""
         return word.isalpha() and len(self.token_ids(f" {word}")) == 1
@@ -209,6 +182,13 @@ class FlowTransformer(ABC):
     # --- the transformer -----------------------------------------------------------------------
 
     @abstractmethod
+    def velocity(self, noisy: Tensor, sigma: Tensor, text: Conditioning) -> Tensor:
+        """The velocity noise - x_0 (B, C, h, w) at noise levels (B,), in the family's convention.
+
+        Latents and states have the transformer's dtype; with an embedded guidance, `text.extra` has
+        its scale as GUIDANCE (B,).
+        """
+
     def denoise(
         self,
         noisy: Tensor,
@@ -217,6 +197,12 @@ class FlowTransformer(ABC):
         guidance: float | None = None,
     ) -> Tensor:
         """The velocity noise - x_0 (B, C, h, w) at times (B,) in [0, 1000], 1000 sigma."""
+        extra = dict(conditioning.extra)
+        if self.guidance.kind == "embedded":
+            scale = TRAINING_GUIDANCE if guidance is None else guidance
+            extra[GUIDANCE] = torch.full((len(noisy),), scale, device=self.device)
+        text = Conditioning(conditioning.states.to(self.dtype), extra)
+        return self.velocity(noisy.to(self.dtype), times / TIMES, text)
 
     def training_shift(self, tokens: int) -> float:
         """The s that noise levels are shifted by in training: the scheduler's own."""
@@ -239,13 +225,6 @@ class FlowTransformer(ABC):
         """The sampler's noise levels before the shift; None: the scheduler's own."""
         return torch.linspace(1, 1 / steps, steps).tolist()
 
-    def checkpoint_gradients(self, wanted: bool) -> None:
-        """Recompute the blocks' activations in the backward pass instead of keeping them."""
-        if wanted:
-            self.transformer.enable_gradient_checkpointing()
-        else:
-            self.transformer.disable_gradient_checkpointing()
-
     def compile_denoiser(self, wanted: bool) -> None:
         """Run the transformer's blocks through `torch.compile`, or as they are."""
         if wanted:
@@ -255,6 +234,11 @@ class FlowTransformer(ABC):
             module._compiled_call_impl = None  # torch has no public way back
 
     # --- adapters ------------------------------------------------------------------------------
+
+    @property
+    def transformer(self) -> Any:
+        """The denoiser."""
+        return self.denoiser
 
     @property
     def components(self) -> dict[str, nn.Module]:
@@ -281,13 +265,3 @@ class FlowTransformer(ABC):
         """Whether a path lies in the last of a list of blocks."""
         number = re.search(r"\.(\d+)\.", path)
         return number is not None and int(number[1]) == len(blocks) - 1
-
-    # --- memory --------------------------------------------------------------------------------
-
-    def release(self, names: Sequence[str]) -> None:
-        """Let encoders leave the device's memory for the computer's, on a CPU altogether."""
-        self.encoders.release(names)
-
-    def recall(self) -> None:
-        """Let released encoders count as present; they come back when they are looked at."""
-        self.encoders.recall()

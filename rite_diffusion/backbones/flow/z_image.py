@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from rite_diffusion.backbones.conditioning import own_states, padded
-from rite_diffusion.backbones.flow.schedule import TIMES
 from rite_diffusion.backbones.flow.transformer import FlowTransformer, chat_tokens
 from rite_diffusion.backbones.protocols import Conditioning, Defaults, Guidance
 
@@ -41,15 +40,8 @@ class ZImage(FlowTransformer):
         )
         return padded(states)
 
-    def denoise(
-        self,
-        noisy: Tensor,
-        times: Tensor,
-        conditioning: Conditioning,
-        guidance: float | None = None,
-    ) -> Tensor:
-        """The velocity noise - x_0 (B, C, h, w) at times (B,) in [0, 1000]."""
-        pictures = list(noisy.to(self.dtype).unsqueeze(2).unbind(0))
-        texts = [states.to(self.dtype) for states in own_states(conditioning)]
-        output = self.transformer(pictures, 1 - times / TIMES, texts, return_dict=False)[0]
+    def velocity(self, noisy: Tensor, sigma: Tensor, text: Conditioning) -> Tensor:
+        """The velocity noise - x_0 (B, C, h, w) at noise levels (B,)."""
+        pictures = list(noisy.unsqueeze(2).unbind(0))
+        output = self.transformer(pictures, 1 - sigma, own_states(text), return_dict=False)[0]
         return -torch.stack(list(output)).squeeze(2)
