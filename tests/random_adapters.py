@@ -6,7 +6,6 @@ import torch
 
 from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
 from rite_diffusion.adapters.attach import adaptable_layers, base_weights
-from rite_diffusion.adapters.families import family_of_base
 from rite_diffusion.types import LoraPair
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out_0", "q_proj", "k_proj", "v_proj", "out_proj")
@@ -24,7 +23,7 @@ def random_adapter(backbone, rank=4, alpha=2.0, seed=0) -> Adapter:
             out, into = backbone.components[component].get_submodule(path).weight.shape
             down, up = torch.randn(rank, into) / into**0.5, torch.randn(out, rank) * 0.2
             pairs.append(LoraPair(name, down, up, alpha / rank))
-    info = AdapterInfo(trigger="<t>", base="pocket", family=family_of_base(backbone))
+    info = AdapterInfo(trigger="<t>", base="pocket", family=backbone.family)
     return Adapter(pairs, info)
 
 

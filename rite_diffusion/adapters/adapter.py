@@ -38,7 +38,7 @@ class AdapterInfo:
     class_noun: str = ""
     base: str = ""
     base_fingerprint: str = ""
-    family: str = ""  # architecture of the base: "sd" (1.x and 2.x) or "sdxl"
+    family: str = ""  # of the base: "sd" (1.x and 2.x), "sdxl", "z-image", …
     method: str = ""
     optimizer: str = ""
     steps: str = ""

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping
 
 from rite_diffusion.adapters.adapter import Adapter
 from rite_diffusion.adapters.names import Family
-from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.types import LoraPair
 
 _ONLY_XL = re.compile(r"lora_te2_|lora_unet_(add_embedding_|.*_transformer_blocks_[1-9])")
@@ -48,11 +47,6 @@ def family_of(adapter: Adapter) -> Family | None:
     if found is not None:
         return found
     return next((family for pair in adapter.pairs if (family := _by_width(pair))), None)
-
-
-def family_of_base(backbone: Backbone) -> str:
-    """The family of a base model."""
-    return backbone.family
 
 
 def family_of_file(header: Mapping[str, str], keys: Iterable[str]) -> Family | None:

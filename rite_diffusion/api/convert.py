@@ -10,7 +10,7 @@ from rite_diffusion.adapters import Adapter, load_adapter
 from rite_diffusion.adapters.attach import attach, base_layers, base_weights, detach
 from rite_diffusion.adapters.dialects import DIALECTS, embeddings
 from rite_diffusion.adapters.dialects.published import load_published
-from rite_diffusion.adapters.families import family_of, family_of_base
+from rite_diffusion.adapters.families import family_of
 from rite_diffusion.adapters.storage import DTYPES, dtype_name, write_tensors
 from rite_diffusion.adapters.verify import (
     Verification,
@@ -189,7 +189,7 @@ def _is_empty_folder(path: Path) -> bool:
 def _as_wanted(adapter: Adapter, to: str, backbone: Backbone | None, dtype: str | None) -> Adapter:
     """The adapter in the precision to write, with the family of its base where it is known."""
     precision = adapter.dtype if dtype is None else DTYPES[dtype]
-    family = family_of_base(backbone) if backbone else family_of(adapter) or ""
+    family = backbone.family if backbone else family_of(adapter) or ""
     wanted = replace(adapter, dtype=precision, info=replace(adapter.info, family=family))
     check_family(wanted, to)
     return wanted

@@ -10,7 +10,6 @@ import torch
 from rite_diffusion._version import __version__
 from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
 from rite_diffusion.adapters.adapter import base_name
-from rite_diffusion.adapters.families import family_of_base
 from rite_diffusion.adapters.learned_embeddings import tokens_of
 from rite_diffusion.config import AugmentSection, fill, to_toml, without_paths, words_of
 from rite_diffusion.errors import BackboneError, ConfigError, RiteError, RunError
@@ -58,7 +57,7 @@ def _adapter(plan: Plan, method: Method, step: int) -> Adapter:
         class_noun=", ".join(concept.class_noun for concept in concepts),
         base=base,
         base_fingerprint=plan.backbone.fingerprint,
-        family=family_of_base(plan.backbone),
+        family=plan.backbone.family,
         method=config.method,
         optimizer=config.optim.name,
         steps=str(step),

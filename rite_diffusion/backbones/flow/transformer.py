@@ -82,11 +82,15 @@ class FlowTransformer(PipelineBackbone, ABC):
         defaults: Defaults | None = None,
     ):
         super().__init__(pipeline, name, device, attention, reopen, defaults)
-        self.pipeline = pipeline
         self.config = pipeline.scheduler.config
         self.noise_schedule = FlowSchedule(self.training_shift, self.patch)
         first, last = (self.transformer.get_submodule(path).weight for path in self.ends)
         self.fingerprint = fingerprint([first, last])
+
+    @property
+    def pipeline(self) -> Any:
+        """The diffusers pipeline."""
+        return self.encoders.pipeline
 
     # --- pictures ------------------------------------------------------------------------------
 
