@@ -13,7 +13,7 @@ import diffusers
 import torch
 from machine import write_result
 
-from rite_diffusion.backbones.source import family_class
+from rite_diffusion.backbones.families import family_class
 
 RANKS = (4, 16, 64)
 GB = 1e9

@@ -38,7 +38,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from rite_diffusion.api.demo import example_photos
 from rite_diffusion.backbones.clip_tokenizer import clip_tokenizer
-from rite_diffusion.backbones.source import POCKET
+from rite_diffusion.backbones.families import POCKET
 from rite_diffusion.backbones.stable_diffusion import StableDiffusion
 from rite_diffusion.methods.lora import PlainLora
 from rite_diffusion.training import trainer as loop

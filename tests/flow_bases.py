@@ -7,7 +7,7 @@ import torch
 from flow_models import PIPELINES, with_random_weights
 from rite_diffusion.adapters import Adapter, AdapterInfo
 from rite_diffusion.adapters.names import module_name
-from rite_diffusion.backbones.source import family_of
+from rite_diffusion.backbones.families import family_of
 from rite_diffusion.types import LoraPair
 
 SIDE = 64  # pixels of the pictures that are drawn

@@ -42,7 +42,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from rite_diffusion.backbones.source import POCKET
+from rite_diffusion.backbones.families import POCKET
 
 CHAT = "{% for m in messages %}user: {{ m['content'] }} end{% endfor %}"
 DYNAMIC = {"use_dynamic_shifting": True}

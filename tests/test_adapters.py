@@ -22,7 +22,8 @@ from rite_diffusion.adapters.attach import (
     set_weight,
 )
 from rite_diffusion.adapters.storage import write_tensors
-from rite_diffusion.backbones.source import POCKET, load_backbone
+from rite_diffusion.backbones.families import POCKET
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.errors import AdapterError
 from shared_bases import shared_base
 

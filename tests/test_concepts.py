@@ -5,7 +5,7 @@ from predictions import prediction, prediction_in_diffusers
 from rite_diffusion.adapters import Adapter, AdapterInfo, load_adapter, save_adapter
 from rite_diffusion.adapters.attach import attach
 from rite_diffusion.adapters.learned_embeddings import tokens_of
-from rite_diffusion.backbones.source import POCKET
+from rite_diffusion.backbones.families import POCKET
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.methods import METHODS
 from rite_diffusion.methods.new_embeddings import new_placeholders

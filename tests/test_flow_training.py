@@ -12,7 +12,8 @@ from flow_models import PIPELINES, flux, with_random_weights
 from rite_diffusion.adapters import save_adapter
 from rite_diffusion.adapters.attach import attach
 from rite_diffusion.adapters.names import dotted
-from rite_diffusion.backbones.source import family_name, load_backbone
+from rite_diffusion.backbones.families import family_name
+from rite_diffusion.backbones.source import load_backbone
 from rite_diffusion.config import from_toml
 from rite_diffusion.errors import BackboneError, ConfigError
 from rite_diffusion.fusion.statistics import Drawing

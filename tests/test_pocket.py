@@ -12,7 +12,7 @@ import rite_diffusion as rite
 from rite_diffusion.adapters import load_adapter
 from rite_diffusion.adapters.attach import attach
 from rite_diffusion.api.demo import example_photos
-from rite_diffusion.backbones.source import POCKET
+from rite_diffusion.backbones.families import POCKET
 from rite_diffusion.evaluation.judge import load_judge
 from rite_diffusion.generation.denoise import sample
 from rite_diffusion.photos.folder import read_folder

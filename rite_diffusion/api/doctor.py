@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from rite_diffusion.backbones.source import POCKET, default_device
+from rite_diffusion.backbones.families import POCKET
+from rite_diffusion.backbones.source import default_device
 
 NEEDED = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "gradio")
 OPTIONAL = {

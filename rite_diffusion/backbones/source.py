@@ -1,6 +1,5 @@
 """Loading a base model by the name that a user gives: pocket, folder, file or hub id."""
 
-import importlib
 import json
 import threading
 import warnings
@@ -15,6 +14,15 @@ import transformers.utils.logging
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
+from rite_diffusion.backbones.families import (
+    FAMILIES,
+    POCKET,
+    denoiser_and_whole,
+    denoiser_class,
+    family_of,
+    is_flow,
+    pipeline_name,
+)
 from rite_diffusion.backbones.protocols import Backbone, Defaults
 from rite_diffusion.errors import BackboneError
 from rite_diffusion.files.writing import user_path
@@ -25,25 +33,9 @@ for _library in (transformers.utils.logging, diffusers.utils.logging):
     _library.set_verbosity_error()
     _library.disable_progress_bar()
 
-POCKET = Path(__file__).parent / "pocket" / "weights"
 OWN_DEFAULTS = {"pocket": Defaults(guidance=3.0)}  # best for its pictures
 PICKLES = {".ckpt", ".pt", ".pth", ".bin", ".pkl"}
 
-# The class of a diffusers pipeline, and the module and class that make a backbone of it; imported
-# when one of its models is opened.
-FAMILIES = {
-    "StableDiffusionPipeline": ("stable_diffusion", "StableDiffusion"),
-    "StableDiffusionXLPipeline": ("sdxl", "StableDiffusionXL"),
-    "ZImagePipeline": ("flow.z_image", "ZImage"),
-    "Flux2KleinPipeline": ("flow.flux2", "Flux2"),
-    "Flux2Pipeline": ("flow.flux2", "Flux2"),
-    "FluxPipeline": ("flow.flux", "Flux"),
-    "ChromaPipeline": ("flow.chroma", "Chroma"),
-    "QwenImagePipeline": ("flow.qwen_image", "QwenImage"),
-    "StableDiffusion3Pipeline": ("flow.sd3", "StableDiffusion3"),
-    "Krea2Pipeline": ("flow.krea2", "Krea2"),
-    "Lumina2Pipeline": ("flow.lumina2", "Lumina2"),
-}
 LIBRARIES = {"diffusers", "transformers", "stable_diffusion", None}  # of a pipeline's parts
 
 _LOADING = threading.Lock()  # diffusers and transformers patch torch's modules while they load
@@ -87,42 +79,6 @@ def default_precision(device: torch.device, flows: bool) -> str:
     if device.type == "cpu" or (device.type != "cuda" and not flows):
         return "fp32"
     return "bf16" if flows else "fp16"
-
-
-def pipeline_name(base: str) -> str | None:
-    """The pipeline class that a folder's or a hub model's index names, before it is opened.
-
-    None for other kinds of bases, and where there is no index.
-    """
-    try:
-        index = _index_of(denoiser_and_whole(base)[1])
-        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return name if isinstance(name, str) else None
-
-
-def is_flow(base: str) -> bool:
-    """Whether a base is known for a flow transformer before it is opened."""
-    module, _ = FAMILIES.get(pipeline_name(base) or "", ("", ""))
-    return module.startswith("flow.")
-
-
-def family_name(base: str) -> str | None:
-    """A base's family, such as `z-image`, before it is opened; None where that is not known."""
-    name = pipeline_name(base)
-    return family_class(name).family if name in FAMILIES else None
-
-
-def family_class(name: str) -> Any:
-    """The class that makes a backbone of a pipeline of this class name."""
-    module, kind = FAMILIES[name]
-    return getattr(importlib.import_module(f"rite_diffusion.backbones.{module}"), kind)
-
-
-def family_of(pipeline: DiffusionPipeline) -> Any:
-    """The class that makes a backbone of a pipeline."""
-    return family_class(type(pipeline).__name__)
 
 
 def usable_precision(wanted: str, device: torch.device) -> tuple[str, str]:
@@ -177,12 +133,6 @@ def _open(base: str, dtype: torch.dtype) -> DiffusionPipeline:
     return _from_hub(base, dtype)
 
 
-def denoiser_and_whole(base: str) -> tuple[Path | None, str]:
-    """The file of `FILE.safetensors@MODEL` and its model; None and the base for other bases."""
-    file, _, whole = base.partition(".safetensors@")
-    return (user_path(f"{file}.safetensors"), whole) if whole else (None, base)
-
-
 def _with_denoiser(file: Path, whole: str, dtype: torch.dtype) -> DiffusionPipeline:
     """A model with the denoiser of a file, in the original layout or diffusers'.
 
@@ -205,23 +155,6 @@ def _with_denoiser(file: Path, whole: str, dtype: torch.dtype) -> DiffusionPipel
         reason = str(error).strip().splitlines()[0]
         raise BackboneError(f"{file} does not fit {whole}'s denoiser: {reason}") from None
     return _pretrained(getattr(diffusers, name), source, dtype, transformer=denoiser)
-
-
-def denoiser_class(source: str) -> Any:
-    """The class of the transformer in a folder's or a hub model's index."""
-    parts = json.loads(_index_of(source).read_text(encoding="utf-8"))
-    return getattr(diffusers, parts["transformer"][1])
-
-
-def _index_of(base: str) -> Path:
-    """The path of a base's model_index.json; of a hub id that in the cache, or downloaded."""
-    path = POCKET if base == "pocket" else user_path(base)
-    if not path.exists() and base.count("/") == 1:
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-        found = try_to_load_from_cache(base, "model_index.json")
-        return Path(found if isinstance(found, str) else hf_hub_download(base, "model_index.json"))
-    return path / "model_index.json"
 
 
 def _from_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:

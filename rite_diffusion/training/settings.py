@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rite_diffusion.backbones.source import family_name, is_flow
+from rite_diffusion.backbones.families import family_name, is_flow
 from rite_diffusion.config import TrainConfig, load_preset, merge, preset_names, resolve
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.methods import METHODS
