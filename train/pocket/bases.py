@@ -4,12 +4,19 @@ A base knows its tokenizer, text encoder and denoiser, how noisy latents and the
 are made, and the diffusers pipeline that opens it. `denoiser.train` does the rest.
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, ZImagePipeline
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
@@ -139,6 +146,18 @@ class UNetBase:
         )
 
 
+def _quicken(transformer: ZImageTransformer2DModel) -> None:
+    """Compile the blocks, and keep off torch's flash attention (see FloatAttention).
+
+    On a CPU with AMX: 56 pictures a second through a training step instead of 25. The compiled
+    UNet is slower than the plain one, and its losses are NaN.
+    """
+    transformer.set_attention_backend("_native_math")
+    blocks = (transformer.noise_refiner, transformer.context_refiner, transformer.layers)
+    for block in itertools.chain(*blocks):
+        block.compile(dynamic=False)
+
+
 class FlowBase:
     """Z-Image's anatomy: a small Qwen, a single-stream transformer, a flow from noise."""
 
@@ -148,6 +167,8 @@ class FlowBase:
         self.text_encoder = networks.new_qwen(self.tokenizer, sizes.width).to(machine.device)
         transformer = networks.new_transformer(channels, sizes.width, sizes.layers, sizes.width)
         self.denoiser = transformer.to(machine.device)
+        if machine.uses_bf16 and machine.device.type == "cpu":
+            _quicken(transformer)
 
     def _read(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """States (n, tokens, width) of captions in the chat template, and which are no padding."""
