@@ -14,7 +14,7 @@ FILES = {"file", "adapter", "adapters", "model"}
 FOLDERS = {"photos"}
 OUTPUTS = {"out", "workspace"}
 NAMED = {"base", "preset", "control", "controls", "region", "regions"}  # a path among other things
-CHOICES = {"to", "method", "methods", "optimizer", "combine", "columns", "dtype"}
+CHOICES = {"to", "method", "methods", "optimizer", "combine", "region_by", "columns", "dtype"}
 GOOD = {
     "file": "a.safetensors",
     "adapter": "a.safetensors",

@@ -24,6 +24,7 @@ def generate(
     *,
     adapters: Sequence[str | Path] = (),
     regions: Sequence[str] = (),
+    region_by: str | None = None,
     combine: str = SUM,
     controls: Sequence[str] = (),
     base: str | None = None,
@@ -42,18 +43,20 @@ def generate(
 
     `regions` are `x0,y0,x1,y1: prompt [:: negative [:: weights]]`, boxes with prompts of their own,
     or `at WORD: prompt ...`, whose box is found where the plain prompt's picture shows that word.
-    `combine` is how several adapters act together: `sum`, `switch` or `composite`. `controls` are
-    `MODEL=PICTURE[:WEIGHT]`, ControlNets and T2I-Adapters. `steps`, the `guidance` scale, `width`
-    and `height` (pixels) default to the base's. Pictures are drawn one at a time, so each depends
-    on its own parameters only. With `out`, a folder or for one picture a `.png`, they are written
-    as PNGs that carry their parameters, and `image.info["path"]` is the file. Adapters of another
-    base are refused unless `other_base`. Where two adapters have an embedding of the same name, the
-    second is renamed; a line on stderr says so. `progress` is called with the number of pictures
-    done. Raises RiteError for requests, files and bases that cannot be used.
+    `region_by` is how they are drawn: `attention`, where a region's cells attend to its own prompt,
+    or `predictions`, which are mixed; by default the base's own. `combine` is how several adapters
+    act together: `sum`, `switch` or `composite`. `controls` are `MODEL=PICTURE[:WEIGHT]`,
+    ControlNets and T2I-Adapters. `steps`, the `guidance` scale, `width` and `height` (pixels)
+    default to the base's. Pictures are drawn one at a time, so each depends on its own parameters
+    only. With `out`, a folder or for one picture a `.png`, they are written as PNGs that carry
+    their parameters, and `image.info["path"]` is the file. Adapters of another base are refused
+    unless `other_base`. Where two adapters have an embedding of the same name, the second is
+    renamed; a line on stderr says so. `progress` is called with the number of pictures done. Raises
+    RiteError for requests, files and bases that cannot be used.
     """
     request = PictureRequest(
         prompt=prompt, negative=negative, seed=seed, steps=steps, guidance=guidance, width=width,
-        height=height, regions=regions, combine=combine, controls=controls,
+        height=height, regions=regions, region_by=region_by, combine=combine, controls=controls,
     )  # fmt: skip
     return draw(
         request, adapters, base=base, num=num, out=out, other_base=other_base, progress=progress

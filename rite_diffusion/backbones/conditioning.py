@@ -10,7 +10,9 @@ from torch.nn import functional as F
 from rite_diffusion.backbones.ordered import rows_of
 from rite_diffusion.backbones.protocols import Conditioning
 
-MASK = "mask"  # of `extra`: (B, tokens) bool, which states are a prompt's own and no padding
+# Of `extra`, (B, tokens) bool each:
+MASK = "mask"  # which states are a prompt's own and no padding
+SEEN = "seen"  # which states the denoiser attends to
 
 
 def padded(states: Sequence[Tensor]) -> Conditioning:
@@ -35,6 +37,34 @@ def joined(parts: Sequence[Conditioning]) -> Conditioning:
     widened = [_widened(part, longest) for part in parts]
     extra = {name: torch.cat([part.extra[name] for part in widened]) for name in parts[0].extra}
     return Conditioning(torch.cat([part.states for part in widened]), extra)
+
+
+def side_by_side(
+    parts: Sequence[Conditioning], extra: dict[str, Tensor]
+) -> tuple[Conditioning, Tensor]:
+    """Several texts for each row as one, and the number of tokens (B, parts) of each.
+
+    Padding at the end of a masked text is left out. `extra` is that of the whole picture; what
+    tells of single tokens is concatenated instead.
+    """
+    if MASK in extra and all(_is_at_end(part.extra[MASK]) for part in parts):
+        texts = [own_states(part) for part in parts]
+        rows = [torch.cat(row) for row in zip(*texts, strict=True)]
+        lengths = [[len(states) for states in row] for row in zip(*texts, strict=True)]
+        return padded(rows), torch.tensor(lengths)
+    counts = [part.states.shape[1] for part in parts]
+    by_token = {
+        name: torch.cat([part.extra[name] for part in parts], 1)
+        for name in (MASK, SEEN)
+        if name in extra
+    }
+    states = torch.cat([part.states for part in parts], 1)
+    return Conditioning(states, extra | by_token), torch.tensor([counts] * len(states))
+
+
+def _is_at_end(mask: Tensor) -> bool:
+    """Whether padding (B, tokens; False in the mask) comes after all other tokens."""
+    return torch.equal(mask, mask.cummin(1).values)
 
 
 def _widened(part: Conditioning, length: int) -> Conditioning:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 
 from rite_diffusion.backbones.encoders import Encoders, autoencoder_digest, text_digest
-from rite_diffusion.backbones.protocols import Defaults, LearnedEmbedding
+from rite_diffusion.backbones.protocols import Defaults, JointAttention, LearnedEmbedding
 
 
 class PipelineBackbone:
@@ -19,6 +19,7 @@ class PipelineBackbone:
     denoiser_name: ClassVar[str]
     encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
     own_defaults: ClassVar[Defaults] = Defaults()
+    joint_attention: JointAttention | None = None
 
     def __init__(
         self,

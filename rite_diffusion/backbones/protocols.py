@@ -233,8 +233,27 @@ class AdapterHost(Protocol):
         ...
 
 
-class CrossAttending(Protocol):
-    """A model whose text input is cross-attention only, as in a UNet."""
+@dataclass(frozen=True)
+class JointAttention:
+    """The order of the tokens of text and picture in a transformer's joint attentions.
+
+    Only for transformers whose attentions take a mask.
+    """
+
+    text_first: bool
+    patch: int  # latent cells along the side of a picture token
+    multiple: int = 1  # text and picture are each padded to a multiple of so many tokens
+    text_layers: tuple[str, ...] = ()  # in the paths of modules that see text tokens alone
+
+    def is_text(self, path: str) -> bool:
+        """Whether the module at a path within the denoiser sees text tokens alone."""
+        return any(part in path for part in self.text_layers)
+
+
+class Attending(Protocol):
+    """How text reaches the picture: by cross-attention, as in a UNet, or by joint attention."""
+
+    joint_attention: JointAttention | None
 
     @property
     def cross_attentions(self) -> Sequence[nn.Module]:
@@ -242,7 +261,7 @@ class CrossAttending(Protocol):
         ...
 
 
-class Backbone(ImageCodec, TextConditioner, Denoiser, AdapterHost, CrossAttending, Protocol):
+class Backbone(ImageCodec, TextConditioner, Denoiser, AdapterHost, Attending, Protocol):
     """A text-to-image model as training, generation and fusion see it."""
 
     device: device

@@ -24,6 +24,10 @@ def generate(
             "the box where the plain picture shows that word."
         ),
     ] = None,
+    region_by: Annotated[
+        str | None,
+        typer.Option(help="Draw regions by attention or by predictions; default: the base's."),
+    ] = None,
     combine: Annotated[
         str, typer.Option(help="How several adapters act together: sum, switch or composite.")
     ] = "sum",
@@ -58,7 +62,8 @@ def generate(
 
     request = PictureRequest(
         prompt=prompt, negative=negative, seed=seed, steps=steps, guidance=guidance, width=width,
-        height=height, regions=region or [], combine=combine, controls=control or [],
+        height=height, regions=region or [], region_by=region_by, combine=combine,
+        controls=control or [],
     )  # fmt: skip
     images = draw(request, adapter or [], base=base, num=num, out=out, other_base=other_base)
     for image in images:

@@ -15,7 +15,7 @@ from rite_diffusion.generation.composition import COMPOSITIONS, SUM
 from rite_diffusion.generation.control import Control, under_control
 from rite_diffusion.generation.denoise import Predict, decode_pictures, denoising, guided
 from rite_diffusion.generation.layout import find_boxes
-from rite_diffusion.generation.regional import regionally_guided
+from rite_diffusion.generation.regional import regionally_guided, ways
 from rite_diffusion.generation.regions import (
     WordRegion,
     adapter_weights,
@@ -54,6 +54,7 @@ def resolve_request(
         width=width,
         height=height,
         regions=[str(region) for region in parse_regions(request.regions, request.prompt)],
+        region_by=_resolved_way(backbone, request),
         combine=request.combine,
         controls=list(request.controls),
         base=backbone.name,
@@ -62,6 +63,18 @@ def resolve_request(
         version=__version__,
         sampler="Euler" if backbone.prediction_type == "flow" else "DDIM",
     )
+
+
+def _resolved_way(backbone: Backbone, request: PictureRequest) -> str | None:
+    """How the request's regions are drawn; None without regions."""
+    if not request.regions:
+        return None
+    known = ways(backbone)
+    if request.region_by not in (None, *known):
+        raise ConfigError(
+            f"{backbone.name} draws no regions by {request.region_by}: choose {' or '.join(known)}."
+        )
+    return request.region_by or known[0]
 
 
 def resolve_boxes(
@@ -132,6 +145,7 @@ def _prediction(
             width=parameters.width,
             height=parameters.height,
             adapters=adapters,
+            region_by=parameters.region_by,
         )
     asked = parameters.prompt, parameters.negative, parameters.guidance
     if parameters.combine != SUM:

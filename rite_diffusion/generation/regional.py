@@ -3,7 +3,8 @@
 A cross-attention is computed for every region's prompt, each with that region's adapters, and the
 outputs are averaged with the regions' shares as weights (Mix-of-Show, arXiv 2305.18292, regionally
 controllable sampling, with shares instead of hard boxes). In every other layer the output of an
-adapter is multiplied, cell by cell, by the adapter's factor there.
+adapter is multiplied, cell by cell, by the adapter's factor there. Models without cross-attention
+have other ways: `mixed`, and that of `joint_regions`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,21 @@ from rite_diffusion.adapters.attach import lora_layers
 from rite_diffusion.backbones.protocols import Backbone, Conditioning
 from rite_diffusion.generation.attached import Attached, scaled_by
 from rite_diffusion.generation.denoise import Predict, guidance_prompts, guided, guided_prediction
-from rite_diffusion.generation.regions import Region, adapter_weights, region_shares
+from rite_diffusion.generation.joint_regions import jointly_guided
+from rite_diffusion.generation.regions import (
+    ATTENTION,
+    PREDICTIONS,
+    Region,
+    adapter_weights,
+    region_shares,
+)
+
+
+def ways(backbone: Backbone) -> list[str]:
+    """How regions can be drawn on a backbone, its default first."""
+    if backbone.cross_attentions:
+        return [ATTENTION, PREDICTIONS]
+    return [PREDICTIONS, ATTENTION] if backbone.joint_attention else [PREDICTIONS]
 
 
 class RegionPlan:
@@ -218,22 +233,25 @@ def regionally_guided(
     height: int,
     count: int = 1,
     adapters: Sequence[Attached] = (),
+    region_by: str | None = None,
 ) -> Predict:
     """A predictor of a picture of the prompt with regions, for a batch of `count`.
 
-    A region without a negative prompt takes the picture's. Sides are in pixels. The denoiser is
-    changed only during each prediction. Where text enters by other ways than cross-attention, the
-    parts' predictions are mixed.
+    A region without a negative prompt takes the picture's. Sides are in pixels. `region_by` is one
+    of `ways(backbone)`, by default the first. The denoiser is changed only during each prediction.
     """
     factors = adapter_weights(regions, prompt, [adapter.triggers for adapter in adapters])
     texts = [(prompt, negative)]
     texts += [(region.prompt, region.negative or negative) for region in regions]
-    scale = backbone.pixels_per_latent
-    if not backbone.cross_attentions:
-        shares = region_shares(regions, height // scale, width // scale)
+    rows, columns = (side // backbone.pixels_per_latent for side in (height, width))
+    if (region_by or ways(backbone)[0]) == PREDICTIONS:
+        shares = region_shares(regions, rows, columns)
         return mixed(backbone, texts, shares, guidance, count, adapters, factors)
+    if joint := backbone.joint_attention:
+        shares = region_shares(regions, rows // joint.patch, columns // joint.patch)
+        return jointly_guided(backbone, texts, shares, guidance, count, adapters, factors)
     conditioning, lengths = encode_parts(backbone, texts, count, adapters, factors)
-    plan = RegionPlan(regions, height // scale, width // scale, factors, lengths)
+    plan = RegionPlan(regions, rows, columns, factors, lengths)
 
     def predict(latents: Tensor, timestep: Tensor) -> Tensor:
         with regional(backbone, plan, adapters):

@@ -12,6 +12,8 @@ from rite_diffusion.errors import ConfigError
 
 FORM = '"x0,y0,x1,y1: prompt", with fractions of width and height, such as "0,0,0.5,1: a cat"'
 WORD_FORM = '"at word: prompt", with a word of the picture\'s prompt'
+ATTENTION = "attention"  # each region's cells attend to its own prompt
+PREDICTIONS = "predictions"  # each region's prediction, mixed by shares
 SHARPNESS = 4  # of the border between overlapping regions: exponent of the depth
 
 

@@ -8,6 +8,7 @@ from rite_diffusion.adapters.choice import Record
 from rite_diffusion.backbones.prompt_syntax import read_prompt
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.generation.composition import COMPOSITIONS, SUM
+from rite_diffusion.generation.regions import ATTENTION, PREDICTIONS
 from rite_diffusion.seeding import check_seed
 
 MAX_PICTURES, MAX_STEPS, MAX_GUIDANCE = 10_000, 1000, 100
@@ -25,6 +26,7 @@ class PictureRequest:
     width: int | None = None  # pixels
     height: int | None = None
     regions: Sequence[str] = ()  # texts as of `--region`
+    region_by: str | None = None  # attention or predictions
     combine: str = SUM  # sum, switch or composite
     controls: Sequence[str] = ()  # condition pictures and their networks, as of `--control`
 
@@ -43,6 +45,12 @@ class PictureRequest:
         if self.combine not in (SUM, *COMPOSITIONS):
             known = ", ".join((SUM, *COMPOSITIONS))
             raise ConfigError(f"no way '{self.combine}' to combine adapters: choose one of {known}")
+        if self.region_by not in (None, ATTENTION, PREDICTIONS):
+            raise ConfigError(
+                f"no way '{self.region_by}' to draw regions: choose {ATTENTION} or {PREDICTIONS}"
+            )
+        if self.region_by and not self.regions:
+            raise ConfigError(f"no regions to draw by {self.region_by}: leave it out")
         if self.regions and self.combine != SUM:
             raise ConfigError(f"regions have their own adapters each: leave out '{self.combine}'")
         for text in (self.prompt, self.negative, *self.regions):
@@ -66,6 +74,7 @@ class Parameters(PictureRequest):
     adapters: list[Record]
     version: str
     regions: list[str] = field(default_factory=list)
+    region_by: str | None = None  # None without regions
     controls: list[str] = field(default_factory=list)
     sampler: str = "DDIM"
 

@@ -78,12 +78,14 @@ def _generation(studio: Studio) -> Callable:
         height: int | None = None,
         base: str = "",
         regions: list[str] | None = None,
+        region_by: str | None = None,
         combine: str = "sum",
         request: gr.Request = None,  # type: ignore
     ) -> list[gr.FileData]:
         """Draw pictures of a prompt; adapters are NAME or NAME:WEIGHT; returns PNG files.
 
-        Regions are "x0,y0,x1,y1: prompt" in fractions; combine is sum, switch or composite.
+        Regions are "x0,y0,x1,y1: prompt" in fractions, region_by is attention or predictions;
+        combine is sum, switch or composite.
         """
         from rite_diffusion.generation.request import PictureRequest
 
@@ -93,7 +95,8 @@ def _generation(studio: Studio) -> Callable:
         chosen = [_weighted(item) for item in adapters or []]
         wanted = PictureRequest(
             prompt=prompt, negative=negative, seed=seed, steps=steps, guidance=guidance,
-            width=width, height=height, regions=regions or [], combine=combine,
+            width=width, height=height, regions=regions or [], region_by=region_by,
+            combine=combine,
         )  # fmt: skip
         files = library.with_weights(space, chosen)
         frames = studio.engine.draw(space, wanted.series(num), show_note, files, base)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from rite_diffusion.backbones.conditioning import SEEN
 from rite_diffusion.backbones.flow.flux import Flux, picture_ids
 from rite_diffusion.backbones.flow.transformer import FlowTransformer, packed, unpacked
 from rite_diffusion.backbones.protocols import Conditioning, Defaults
@@ -16,6 +17,7 @@ class Chroma(FlowTransformer):
     attention_layers = Flux.attention_layers
     other_layers = Flux.other_layers
     ends = Flux.ends
+    joint_attention = Flux.joint_attention
     own_defaults = Defaults(steps=35, guidance=5.0)
 
     def encode(self, prompts: list[str]) -> Conditioning:
@@ -26,12 +28,12 @@ class Chroma(FlowTransformer):
             do_classifier_free_guidance=False,
             max_sequence_length=self.tokens,
         )
-        return Conditioning(states, {"seen": mask.bool()})
+        return Conditioning(states, {SEEN: mask.bool()})
 
     def velocity(self, noisy: Tensor, sigma: Tensor, text: Conditioning) -> Tensor:
         """The velocity noise - x_0 (B, C, h, w) at noise levels (B,)."""
         height, width = noisy.shape[-2:]
-        latents, seen = packed(noisy), text.extra["seen"].bool()
+        latents, seen = packed(noisy), text.extra[SEEN].bool()
         picture = torch.ones(latents.shape[:2], dtype=torch.bool, device=self.device)
         tokens = self.transformer(
             latents,

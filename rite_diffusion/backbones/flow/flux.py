@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from rite_diffusion.backbones.flow.transformer import GUIDANCE, FlowTransformer, packed, unpacked
-from rite_diffusion.backbones.protocols import Conditioning, Defaults, Guidance
+from rite_diffusion.backbones.protocols import Conditioning, Defaults, Guidance, JointAttention
+
+TEXT_LAYERS = ("add_", "ff_context")  # in the paths of layers that see text tokens alone
 
 
 def picture_ids(height: int, width: int, device: torch.device) -> Tensor:
@@ -33,6 +35,7 @@ class Flux(FlowTransformer):
     ends = ("x_embedder", "proj_out")
     encoder_names = ("vae", "text_encoder", "text_encoder_2")
     tokenizer_name = "tokenizer_2"
+    joint_attention = JointAttention(text_first=True, patch=2, text_layers=TEXT_LAYERS)
     own_defaults = Defaults(steps=28, guidance=3.5)
 
     def __init__(self, pipeline: Any, *arguments: Any, **options: Any):

@@ -9,9 +9,10 @@ from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
 from torch import Tensor
 from torch.nn import functional as F
 
+from rite_diffusion.backbones.flow.flux import TEXT_LAYERS
 from rite_diffusion.backbones.flow.schedule import scheduler_shift
 from rite_diffusion.backbones.flow.transformer import GUIDANCE, FlowTransformer, chat_tokens
-from rite_diffusion.backbones.protocols import Conditioning, Defaults, Guidance
+from rite_diffusion.backbones.protocols import Conditioning, Defaults, Guidance, JointAttention
 
 
 class Flux2(FlowTransformer):
@@ -36,6 +37,7 @@ class Flux2(FlowTransformer):
     )
     ends = ("x_embedder", "proj_out")
     patch = 1
+    joint_attention = JointAttention(text_first=True, patch=1, text_layers=TEXT_LAYERS)
     own_defaults = Defaults(steps=50, guidance=4.0)
 
     def __init__(self, pipeline: Any, *arguments: Any, **options: Any):

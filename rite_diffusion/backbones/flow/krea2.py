@@ -8,7 +8,7 @@ from torch import Tensor
 from rite_diffusion.backbones.conditioning import MASK
 from rite_diffusion.backbones.flow.qwen_image import FilmCodec
 from rite_diffusion.backbones.flow.transformer import packed, unpacked
-from rite_diffusion.backbones.protocols import Conditioning, Defaults, Guidance
+from rite_diffusion.backbones.protocols import Conditioning, Defaults, Guidance, JointAttention
 
 DISTILLED_MU = 1.15  # of the Turbo checkpoint at every size
 
@@ -21,6 +21,7 @@ class Krea2(FilmCodec):
     attention_layers = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "attn.to_gate")
     other_layers = ("ff.gate", "ff.up", "ff.down")
     ends = ("img_in", "final_layer.linear")
+    joint_attention = JointAttention(text_first=True, patch=2, text_layers=("text_fusion.",))
     own_defaults = Defaults(steps=28, guidance=5.5)
 
     def __init__(self, pipeline: Any, *arguments: Any, **options: Any):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rite_diffusion.backbones.conditioning import own_states, padded
 from rite_diffusion.backbones.flow.transformer import FlowTransformer, chat_tokens
-from rite_diffusion.backbones.protocols import Conditioning, Defaults, Guidance
+from rite_diffusion.backbones.protocols import Conditioning, Defaults, Guidance, JointAttention
 
 
 class ZImage(FlowTransformer):
@@ -19,6 +19,9 @@ class ZImage(FlowTransformer):
     attention_layers = ("attention.to_q", "attention.to_k", "attention.to_v", "attention.to_out.0")
     other_layers = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
     ends = ("all_x_embedder.2-1", "all_final_layer.2-1.linear")
+    joint_attention = JointAttention(
+        text_first=False, patch=2, multiple=32, text_layers=("context_refiner.",)
+    )
     own_defaults = Defaults(steps=50, guidance=5.0)
 
     def __init__(self, pipeline: Any, name: str, *arguments: Any, **options: Any):
