@@ -235,15 +235,18 @@ class AdapterHost(Protocol):
 
 @dataclass(frozen=True)
 class JointAttention:
-    """The order of the tokens of text and picture in a transformer's joint attentions.
-
-    Only for transformers whose attentions take a mask.
-    """
+    """The order of the tokens of text and picture in a transformer's joint attentions."""
 
     text_first: bool
     patch: int  # latent cells along the side of a picture token
     multiple: int = 1  # text and picture are each padded to a multiple of so many tokens
     text_layers: tuple[str, ...] = ()  # in the paths of modules that see text tokens alone
+    takes_mask: bool = True  # whether its attentions can be told who sees whom
+
+    def picture_tokens(self, rows: int, columns: int) -> int:
+        """Number of picture tokens, padding included, of latents of so many cells."""
+        cells = (rows // self.patch) * (columns // self.patch)
+        return -(-cells // self.multiple) * self.multiple
 
     def is_text(self, path: str) -> bool:
         """Whether the module at a path within the denoiser sees text tokens alone."""

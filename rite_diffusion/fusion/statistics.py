@@ -31,6 +31,7 @@ EXACT_WIDTH_CONVOLUTION = 768  # the same for unfolded convolutions, of which a 
 SKETCH_WIDTH = 256  # directions of a sketch
 ROUNDING = 1e-6  # error of products in single precision, relative to the largest
 CHUNK = 8192  # rows in one product
+TEXT_SHARE = 0.5  # of the weight of all rows, where text and picture enter a layer together
 
 SecondMoments = dict[str, AnySecondMoment]  # layer name -> second moment of its inputs
 
@@ -123,6 +124,18 @@ def input_rows(layer: nn.Module, inputs: Tensor) -> Iterator[Tensor]:
         yield columns[0].mT
 
 
+def balanced(inputs: Tensor, text: slice) -> Tensor:
+    """Inputs (B, tokens, width) scaled so that the tokens in `text` have TEXT_SHARE of all weight.
+
+    A picture has ten to forty times as many tokens as its prompt, whose effect on the picture does
+    not shrink with that.
+    """
+    tokens, texts = inputs.shape[1], len(range(*text.indices(inputs.shape[1])))
+    weights = torch.full((tokens, 1), tokens * (1 - TEXT_SHARE) / (tokens - texts))
+    weights[text] = tokens * TEXT_SHARE / texts
+    return inputs * weights.sqrt().to(inputs)
+
+
 def _padding(layer: nn.Conv2d) -> tuple[int, int]:
     assert not isinstance(layer.padding, str)  # 'same' and 'valid' occur in no supported base
     return layer.padding[0], layer.padding[1]
@@ -134,16 +147,18 @@ class Watched:
 
     called: nn.Module
     layer: nn.Module
+    text_first: bool | None = None  # where tokens of text and picture enter together
 
 
 def watched(backbone: Backbone, names: Sequence[str]) -> dict[str, Watched]:
     """The layers of these names, whether or not LoRA wraps them."""
-    known = adaptable_layers(backbone)
+    known, joint = adaptable_layers(backbone), backbone.joint_attention
     found = {}
     for name in names:
         component, path = known[name]
         called = backbone.components[component].get_submodule(path)
-        found[name] = Watched(called, base_layer(called))
+        text_first = joint.text_first if joint and not joint.is_text(path) else None
+        found[name] = Watched(called, base_layer(called), text_first)
     return found
 
 
@@ -228,8 +243,13 @@ def collect(
     layers = watched(backbone, names)
     shared = shared_inputs(backbone, layers, prompts)
     sums: dict[str, ExactSum | SketchSum] = {}
+    joint, side = backbone.joint_attention, backbone.resolution // backbone.pixels_per_latent
+    picture = joint.picture_tokens(side, side) if joint else 0
 
     def see(name: str, layer: nn.Module, inputs: Tensor) -> None:
+        first = layers[name].text_first
+        if first is not None and (texts := inputs.shape[1] - picture) > 0:
+            inputs = balanced(inputs, slice(texts) if first else slice(picture, None))
         for rows in input_rows(layer, inputs):
             if name not in sums:
                 sums[name] = running_sum(layer, rows.shape[1], rows.device)

@@ -32,7 +32,8 @@ def ways(backbone: Backbone) -> list[str]:
     """How regions can be drawn on a backbone, its default first."""
     if backbone.cross_attentions:
         return [ATTENTION, PREDICTIONS]
-    return [PREDICTIONS, ATTENTION] if backbone.joint_attention else [PREDICTIONS]
+    joint = backbone.joint_attention
+    return [PREDICTIONS, ATTENTION] if joint and joint.takes_mask else [PREDICTIONS]
 
 
 class RegionPlan:

@@ -8,6 +8,7 @@ from rite_diffusion.backbones.protocols import (
     Conditioning,
     Defaults,
     Guidance,
+    JointAttention,
     classifier_free,
 )
 
@@ -27,6 +28,9 @@ class Lumina2(FlowTransformer):
     other_layers = ("feed_forward.linear_1", "feed_forward.linear_2", "feed_forward.linear_3")
     ends = ("x_embedder", "norm_out.linear_2")
     tokens = 256
+    joint_attention = JointAttention(
+        text_first=True, patch=2, text_layers=("context_refiner.",), takes_mask=False
+    )
     own_defaults = Defaults(steps=30, guidance=4.0)
     guidance = Guidance(combine=rescaled)
 
