@@ -55,6 +55,7 @@ def test_bad_settings_name_the_key_and_what_to_do(settings, words):
 def test_assignments_read_toml_values_and_bare_words():
     tree = parse_assignments(["optim.lr=1e-4", "optim.name=sgd", "augment.flip=true", "base=a/b"])
     assert tree == {"optim": {"lr": 1e-4, "name": "sgd"}, "augment": {"flip": True}, "base": "a/b"}
+    assert parse_assignments(["precision = fp32", "steps = 9"]) == {"precision": "fp32", "steps": 9}
     with pytest.raises(ConfigError, match="key=value"):
         parse_assignments(["optim.lr"])
 

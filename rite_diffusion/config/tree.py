@@ -78,7 +78,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
         try:
             value = tomllib.loads(f"v = {text}")["v"]
         except tomllib.TOMLDecodeError:
-            value = text
+            value = text.strip()
         branch: Any = value
         for part in reversed(key.strip().split(".")):
             branch = {part: branch}
