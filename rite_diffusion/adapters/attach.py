@@ -102,11 +102,17 @@ def _adapter_names(component: nn.Module) -> list[str]:
 
 
 def inject(
-    backbone: Backbone, name: str, targets: dict[str, list[str]], rank: int, alpha: float
+    backbone: Backbone,
+    name: str,
+    targets: dict[str, list[str]],
+    rank: int,
+    alpha: float,
+    kind: str = "lora",
 ) -> None:
     """Add trainable LoRA layers to the modules at the `targets`, component -> paths.
 
-    `down` is Gaussian and `up` zero; both are fp32, also over a base in half precision.
+    `down` is Gaussian and `up` zero; both are fp32, also over a base in half precision. `kind` is
+    lora, rslora (Kalajdzievski 2023: scale = alpha / √rank) or dora (Liu et al. 2024).
     """
     for component, paths in targets.items():
         config = LoraConfig(
@@ -114,6 +120,8 @@ def inject(
             lora_alpha=alpha,  # pyright: ignore[reportArgumentType] (PEFT takes floats)
             target_modules=paths,
             init_lora_weights="gaussian",
+            use_rslora=kind == "rslora",
+            use_dora=kind == "dora",
         )
         _inject(config, backbone.components[component], name)
         cast_adapter_dtype(backbone.components[component], name)
@@ -138,7 +146,12 @@ def _read(module: str, layer: LoraLayer, name: str) -> LoraPair:
     down, up = layer.lora_A[name], layer.lora_B[name]
     if isinstance(up, DoraUp):
         return LoraPair(module, _weight(down), _weight(up), up.scale, up.magnitude)
-    return LoraPair(module, _weight(down), _weight(up), layer.lora_alpha[name] / layer.r[name])
+    rank = layer.r[name]
+    scale = layer.lora_alpha[name] / (rank**0.5 if layer.use_rslora[name] else rank)
+    magnitude = None
+    if name in layer.lora_magnitude_vector:  # PEFT's own DoRA, in training
+        magnitude = _weight(layer.lora_magnitude_vector[name]).flatten()
+    return LoraPair(module, _weight(down), _weight(up), scale, magnitude)
 
 
 def check_fit(backbone: Backbone, adapter: Adapter) -> dict[str, tuple[str, str]]:

@@ -22,9 +22,12 @@ class Section(BaseModel):
 class LoraSection(Section):
     """The adapter's size and where it attaches."""
 
+    kind: Literal["lora", "rslora", "dora"] = Field(
+        default="lora", description="rslora: scale = alpha / √rank; dora: magnitudes train too"
+    )
     rank: int = Field(default=8, ge=1, le=1024, description="rank of every pair")
     alpha: float | None = Field(
-        default=None, gt=0, description="scale = alpha / rank; default: rank"
+        default=None, gt=0, description="scale = alpha / rank; default: rank, of rslora √rank"
     )
     text_encoder: bool = Field(default=True, description="adapt the text encoder's attention too")
     layers: Literal["attention", "blocks"] = Field(
@@ -50,6 +53,11 @@ class OptimSection(Section):
     lr_text_encoder: Rate | None = Field(default=None, description="default: half of lr")
     lr_tokens: Rate = Field(
         default=1e-3, description="of new words' embeddings, which LoRA optimizers leave to AdamW"
+    )
+    lr_magnitudes: Rate | None = Field(
+        default=None,
+        description="of DoRA's magnitudes, which LoRA optimizers leave to AdamW; default: "
+        "the pairs' under adamw and sgd, else adamw's own",
     )
     options: dict[str, Any] = Field(
         default={}, description="the optimizer's own, such as {damping = 1e-4}"

@@ -69,8 +69,9 @@ class Lora:
     """LoRA pairs injected into a backbone (Hu et al. 2021), for a training loop of one's own.
 
     `layers` is "attention", or "blocks" for all layers of the denoiser's blocks; `text_encoder`
-    adapts the text encoders' attention too. scale = alpha / rank; `alpha` defaults to `rank`.
-    `down` is drawn by `seed` and `up` is zero, so that new pairs change nothing.
+    adapts the text encoders' attention too. scale = alpha / rank, of rslora alpha / √rank; `alpha`
+    defaults to what makes it 1. dora trains the magnitudes of the adapted weights too. `down` is
+    drawn by `seed` and `up` is zero, so that new pairs change nothing.
     """
 
     def __init__(
@@ -79,13 +80,14 @@ class Lora:
         *,
         rank: int = 8,
         alpha: float | None = None,
+        kind: Literal["lora", "rslora", "dora"] = "lora",
         layers: Literal["attention", "blocks"] = "attention",
         text_encoder: bool = True,
         seed: int = 0,
     ):
         self.backbone = backbone
         paths = adapted_paths(backbone, layers, text_encoder)
-        self._weights = LoraWeights(backbone, paths, rank=rank, alpha=alpha, seed=seed)
+        self._weights = LoraWeights(backbone, paths, rank=rank, alpha=alpha, kind=kind, seed=seed)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """A torch parameter group for each component: `name`, and `params` as (name, parameter)."""

@@ -12,7 +12,11 @@ from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import LoraSection, OptimSection, TrainConfig
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.methods.method import NAME
+from rite_diffusion.optim import optimizer_spec
 from rite_diffusion.types import LoraPair
+
+MAGNITUDE = "lora_magnitude_vector"  # in the names of DoRA's magnitudes
+UNAWARE = ("adamw", "sgd")  # optimizers that move all parameters alike
 
 NamedParameters = dict[str, list[tuple[str, nn.Parameter]]]  # by component
 
@@ -61,22 +65,35 @@ def check_rank(backbone: Backbone, lora: LoraSection) -> None:
 def parameter_groups(
     backbone: Backbone, named: NamedParameters, optim: OptimSection
 ) -> list[dict[str, Any]]:
-    """A torch parameter group for each component, with the settings' learning rates."""
-    return [
-        {
-            "name": component,
-            "params": list(parameters),
-            "lr": optim.lr_unet if component == backbone.denoiser_name else optim.lr_text_encoder,
-            "weight_decay": optim.weight_decay,
-        }
-        for component, parameters in named.items()
-    ]
+    """Torch parameter groups with the settings' learning rates: one for each component.
+
+    A component's DoRA magnitudes have one of their own, without weight decay.
+    """
+    groups = []
+    for component, parameters in named.items():
+        rate = optim.lr_unet if component == backbone.denoiser_name else optim.lr_text_encoder
+        magnitudes = [each for each in parameters if MAGNITUDE in each[0]]
+        pairs = [each for each in parameters if MAGNITUDE not in each[0]]
+        groups.append(
+            {"name": component, "params": pairs, "lr": rate, "weight_decay": optim.weight_decay}
+        )
+        if magnitudes:
+            own = rate if optim.name in UNAWARE else optimizer_spec("adamw").lr
+            groups.append(
+                {
+                    "name": f"{component} magnitudes",
+                    "params": magnitudes,
+                    "lr": optim.lr_magnitudes or own,
+                    "weight_decay": 0.0,
+                }
+            )
+    return groups
 
 
 class LoraWeights:
-    """New LoRA pairs on layers by component, initialised by a seed; scale = alpha / rank.
+    """New LoRA pairs on layers by component, initialised by a seed; `kind` is that of `inject`.
 
-    `alpha` defaults to the rank.
+    `alpha` defaults to what makes the scale 1.
     """
 
     def __init__(
@@ -86,12 +103,14 @@ class LoraWeights:
         *,
         rank: int,
         alpha: float | None = None,
+        kind: str = "lora",
         seed: int = 0,
     ):
         self.backbone = backbone
+        neutral = rank**0.5 if kind == "rslora" else float(rank)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            inject(backbone, NAME, paths, rank, alpha or rank)
+            inject(backbone, NAME, paths, rank, alpha or neutral, kind)
         self._named = {component: _trainable(backbone, component) for component in paths}
 
     @property
@@ -112,7 +131,9 @@ def lora_weights(backbone: Backbone, config: TrainConfig) -> LoraWeights:
     """New LoRA pairs with the settings of a `TrainConfig`."""
     lora = config.lora
     paths = adapted_paths(backbone, lora.layers, lora.text_encoder)
-    return LoraWeights(backbone, paths, rank=lora.rank, alpha=lora.alpha, seed=config.seed)
+    return LoraWeights(
+        backbone, paths, rank=lora.rank, alpha=lora.alpha, kind=lora.kind, seed=config.seed
+    )
 
 
 def _trainable(backbone: Backbone, component: str) -> list[tuple[str, nn.Parameter]]:

@@ -35,7 +35,7 @@ CROPS = 2  # of each picture
 class Settings:
     """One training of the autoencoder. Shares are of `pictures`, the length of the training."""
 
-    pictures: int = 200_000
+    pictures: int = 130_000
     batch: int = 8  # pictures, so CROPS times as many crops
     rate: float = 1.5e-3
     crop: int = 64  # pixels

@@ -56,7 +56,9 @@ def encode_scenes(
             chosen = range(first, min(first + 64, count))
             drawn = [world.scene(np.random.default_rng([SEED, i])).image for i in chosen]
             pixels = held_out.as_pixels(np.stack(drawn)).to(machine.device)
-            parts.append(autoencoder.encode(pixels).latent_dist.mean.half().cpu())
+            with machine.autocast():
+                latents = autoencoder.encode(pixels).latent_dist.mean
+            parts.append(latents.half().cpu())
             if progress.is_due(chosen.stop):
                 progress.report(chosen.stop, {})
         save_file({"latents": torch.cat(parts).contiguous()}, path.with_suffix(".tmp"))
