@@ -24,6 +24,7 @@ from rite_diffusion.backbones.families import (
     pipeline_name,
 )
 from rite_diffusion.backbones.protocols import Backbone, Defaults
+from rite_diffusion.backbones.sizes import refuse_too_large
 from rite_diffusion.errors import BackboneError
 from rite_diffusion.files.writing import user_path
 
@@ -66,6 +67,7 @@ def load_backbone(
     precision = precision or default_precision(device, flows)
     if flows and precision == "fp16":
         raise BackboneError(f"{base} overflows in fp16, as flow transformers do: use bf16 or fp32.")
+    refuse_too_large(base, DTYPES[precision], device)
     reopen = partial(open_pipeline, base, DTYPES[precision])
     pipeline = reopen()
     kind = family_of(pipeline)

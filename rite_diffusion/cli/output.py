@@ -19,6 +19,8 @@ from rite_diffusion.api.convert import Export
 from rite_diffusion.api.demo import DemoResult
 from rite_diffusion.api.doctor import Finding
 from rite_diffusion.api.fuse import Outcome
+from rite_diffusion.backbones.sizes import describe_sizes, part_sizes
+from rite_diffusion.backbones.source import DTYPES
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.files.writing import printable
 from rite_diffusion.methods import METHODS
@@ -31,6 +33,7 @@ from rite_diffusion.training.trainer import StepReport
 
 LONG_TRIGGER = 5  # tokens; "<dog>" has three
 FAINT = 0.01  # share of white below which a mask is reported
+LARGE = 10**9  # bytes of weights from which they are told
 RECENT = 20  # steps whose loss and speed are shown as a mean
 LINE_EVERY = 30.0  # seconds between two lines of progress where there is no terminal
 
@@ -47,8 +50,9 @@ class PlanPrinter(PlanObserver):
     """Prints a plan while it is made: photos found, then the training."""
 
     def found(self, pictures: FoundPictures, config: TrainConfig) -> None:
-        """Print the pictures."""
+        """Print the pictures, and how large the base is."""
         describe_found(pictures, config)
+        describe_weights(config)
 
     def planned(self, plan: Plan) -> None:
         """Print the training."""
@@ -57,6 +61,13 @@ class PlanPrinter(PlanObserver):
     def drawing(self, line: str) -> None:
         """Print the progress of the class pictures."""
         _say(line)
+
+
+def describe_weights(config: TrainConfig) -> None:
+    """Print the sizes of a large base's parts, before it is opened."""
+    sizes, dtype = part_sizes(config.base), DTYPES[config.precision]
+    if sum(sizes.values()) * dtype.itemsize >= LARGE:
+        _line("weights", f"{describe_sizes(sizes, dtype)} in {config.precision}")
 
 
 def describe_found(found: FoundPictures, config: TrainConfig) -> None:

@@ -1,0 +1,128 @@
+"""The sizes of a base's parts, from the headers of its files, before anything is loaded."""
+
+import json
+import math
+from pathlib import Path
+
+import psutil
+import torch
+
+from rite_diffusion.backbones.checkpoint import read_header
+from rite_diffusion.backbones.families import denoiser_and_whole, index_of
+from rite_diffusion.errors import BackboneError
+from rite_diffusion.files.writing import user_path
+
+UNUSED = ("safety_checker", "feature_extractor", "image_encoder")  # parts that are never loaded
+CGROUP = Path("/sys/fs/cgroup/memory.max")  # a container's limit, on Linux
+
+
+def part_sizes(base: str) -> dict[str, int]:
+    """Number of weights of each part (`unet`, `text_encoder`, …) of a base.
+
+    Of a hub model whose index alone is in the cache, its files' headers are downloaded. Empty where
+    nothing can be known: no such base, no connection, no safetensors.
+    """
+    file, whole = denoiser_and_whole(base)
+    path = user_path(whole)
+    try:
+        if path.is_file():
+            return {"checkpoint": _weights_in(path)}
+        is_here = whole == "pocket" or path.exists()
+        if not is_here and not _is_known(whole):
+            return {}
+        index = index_of(whole)
+        names = _part_names(index)
+        sizes = _folder_sizes(index.parent, names)
+        if set(sizes) != set(names) and not is_here:
+            sizes = _hub_sizes(whole, names)
+        return sizes | ({"transformer": _weights_in(file)} if file else {})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, BackboneError):
+        return {}
+
+
+def _is_known(model: str) -> bool:
+    """Whether the index of a hub model is in the cache."""
+    if model.count("/") != 1:
+        return False
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(model, "model_index.json"), str)
+
+
+def _part_names(index: Path) -> list[str]:
+    """The parts with weights that a model_index.json lists."""
+    parts = json.loads(index.read_text(encoding="utf-8"))
+    return [
+        name
+        for name, kind in parts.items()
+        if isinstance(kind, list)
+        and all(kind)
+        and name not in UNUSED
+        and not name.startswith(("tokenizer", "scheduler", "processor"))
+    ]
+
+
+def _weights_in(path: Path) -> int:
+    return sum(math.prod(shape) for shape in read_header(path).shapes.values())
+
+
+def _plain(names: list[str]) -> list[str]:
+    """Weight files without those of a variant, such as model.fp16.safetensors beside the whole."""
+    files = [name for name in names if name.endswith(".safetensors")]
+    return [name for name in files if ".fp16." not in name and ".bf16." not in name] or files
+
+
+def _folder_sizes(folder: Path, names: list[str]) -> dict[str, int]:
+    found = {name: _plain([str(path) for path in (folder / name).glob("*")]) for name in names}
+    return {
+        name: sum(_weights_in(Path(path)) for path in files)
+        for name, files in found.items()
+        if files
+    }
+
+
+def _hub_sizes(model: str, names: list[str]) -> dict[str, int]:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    files = [each.rfilename for each in api.model_info(model).siblings or []]
+    return {
+        name: sum(
+            sum(api.parse_safetensors_file_metadata(model, path).parameter_count.values())
+            for path in _plain([path for path in files if path.startswith(f"{name}/")])
+        )
+        for name in names
+    }
+
+
+def system_memory() -> int:
+    """Bytes of memory that this process may have: the machine's with swap, or a container's."""
+    whole = psutil.virtual_memory().total + psutil.swap_memory().total
+    text = CGROUP.read_text().strip() if CGROUP.is_file() else ""
+    return min(whole, int(text)) if text.isdigit() else whole
+
+
+def describe_sizes(sizes: dict[str, int], dtype: torch.dtype) -> str:
+    """A text such as "13.2 GB: transformer 12.3, text_encoder 0.9"; the largest part first."""
+    gigabytes = {name: count * dtype.itemsize / 1e9 for name, count in sizes.items()}
+    largest = sorted(gigabytes.items(), key=lambda each: -each[1])
+    parts = ", ".join(f"{name} {size:.1f}" for name, size in largest)
+    return f"{sum(gigabytes.values()):.1f} GB: {parts}"
+
+
+def refuse_too_large(base: str, dtype: torch.dtype, device: torch.device) -> None:
+    """BackboneError for a base whose weights do not fit into the machine or its device."""
+    sizes = part_sizes(base)
+    needed = sum(sizes.values()) * dtype.itemsize
+    room = {"this machine": system_memory()}
+    if device.type == "cuda":
+        room[torch.cuda.get_device_name(device)] = torch.cuda.mem_get_info(device)[1]
+    for place, most in room.items():
+        if needed > most:
+            remedy = "Choose a smaller base."
+            if dtype.itemsize > 2:
+                remedy = "Load it in bf16 or fp16, or choose a smaller base."
+            raise BackboneError(
+                f"the weights of {base} take {describe_sizes(sizes, dtype)}; {place} has "
+                f"{most / 1e9:.1f} GB. {remedy}"
+            )
