@@ -1,3 +1,4 @@
+import copy
 import math
 import shutil
 
@@ -113,6 +114,30 @@ def test_an_interrupted_training_ends_with_the_same_weights(stop, tmp_path, monk
     whole, parts = (machine.load_file(path) for path in paths)
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+def test_a_lost_training_goes_on_from_the_weights_that_were_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "STATES", tmp_path / "states")
+    kept = autoencoder.Training(TINY, CPU)
+    machine.update_average(kept.average, new_weights(kept.average), 9, 0.5)
+    path = tmp_path / "work" / "autoencoder.safetensors"
+    machine.save_state(path, 5, kept.optimizers, kept.modules)
+    machine.keep_weights(path)
+    path.unlink()
+    found = autoencoder.Training(TINY, CPU)
+    assert machine.load_state(path, found.optimizers, found.modules) == 5
+    for module in (found.network, found.average):
+        for name, value in module.state_dict().items():
+            assert torch.equal(value, kept.average.state_dict()[name].half().float())
+    assert not found.optimizers["network"].state
+    assert machine.load_state(tmp_path / "work" / "other.safetensors", {}, {}) == 0
+
+
+def new_weights(module):
+    other = copy.deepcopy(module)
+    for parameter in other.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return other
 
 
 def test_latents_are_constant_once_the_encoder_is_fixed():

@@ -12,7 +12,7 @@ from benchmarks.machine import RESULTS, describe
 from rite_diffusion.evaluation.judge import save_judge
 
 from . import autoencoder, denoiser, emoji, held_out, judge, judge_figures
-from .machine import this_machine
+from .machine import keep_weights, this_machine
 
 ROOT = Path(__file__).parents[2]
 
@@ -70,7 +70,19 @@ def run_judge(work: Path, given: list[str]) -> None:
     print(json.dumps(found, indent=1))
 
 
+def keep(work: Path, given: list[str]) -> None:
+    """Copy the weights of the trainings in `work` into the repository, in fp16.
+
+    Where a work folder is lost, its trainings go on from there. `--set` names some of them:
+    `autoencoder`, `unet`, `unet-text`, …
+    """
+    for name in given or [path.stem for path in sorted(work.glob("*.safetensors"))]:
+        if not name.startswith("latents"):
+            print(keep_weights(work / f"{name}.safetensors"))
+
+
 STAGES = {
+    "keep": keep,
     "autoencoder": run_autoencoder,
     "unet": lambda work, given: run_denoiser(work, "unet", given),
     "flow": lambda work, given: run_denoiser(work, "flow", given),

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+STATES = Path(__file__).parent / "states"  # weights of trainings that are not over
 SAVE_SECONDS = 300  # between two states on disk
 
 
@@ -62,13 +63,35 @@ def save_state(
     temporary.replace(path)
 
 
+def keep_weights(path: Path) -> Path:
+    """Write the weights of a state, averaged ones where it has them, into STATES in fp16."""
+    tensors = load_file(path)
+    kept = {name: each.half() for name, each in tensors.items() if name.startswith("average/")}
+    if not kept:
+        left_out = ("optimizer/", "critic/")
+        kept = {n: each.half() for n, each in tensors.items() if not n.startswith(left_out)}
+    STATES.mkdir(exist_ok=True)
+    save_file(kept, STATES / path.name, {"seen": json.dumps(seen_in(path))})
+    return STATES / path.name
+
+
 def load_state(
     path: Path, optimizers: dict[str, torch.optim.Optimizer], modules: dict[str, nn.Module]
 ) -> int:
-    """Restore what `save_state` wrote; the number of pictures seen, 0 where there is no file."""
+    """Restore what `save_state` wrote; the number of pictures seen, 0 where there is no state.
+
+    Without a file at `path`, that of its name in STATES: from its weights the networks go on, and
+    the optimizers' moments and the critic begin anew.
+    """
+    path = path if path.exists() else STATES / path.name
     if not path.exists():
         return 0
     tensors = load_file(path)
+    if path.parent == STATES:
+        for name in modules.keys() - {"critic"}:
+            own = _part(tensors, f"{name}/") or _part(tensors, "average/")
+            modules[name].load_state_dict(own)
+        return seen_in(path)
     for name, module in modules.items():
         module.load_state_dict(_part(tensors, f"{name}/"))
     for name, optimizer in optimizers.items():
