@@ -11,11 +11,11 @@ INSTALL := $(BIN)/python -m pip install --quiet
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test slow lint docs wheel clean
+.PHONY: help demo test slow test-gpu lint docs wheel clean
 
 help:  ## say what there is
 	@echo 'rite_diffusion: make TARGET'
-	@sed -n 's/^\([a-z]*\):[^#]*##  *\(.*\)/  \1	\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):[^#]*##  *\(.*\)/  \1	\2/p' Makefile
 
 demo: $(VENV)/.installed  ## learn a concept on the embedded model, draw before and after (minutes)
 	$(BIN)/rite demo
@@ -25,6 +25,9 @@ test: $(VENV)/.installed-dev  ## run the test suite
 
 slow: $(VENV)/.installed-dev  ## run the tests that `make test` leaves out (minutes)
 	$(BIN)/pytest -q -n 2 --dist worksteal -m slow
+
+test-gpu: $(VENV)/.installed-dev  ## run the tests that need a GPU
+	$(BIN)/pytest -q -m gpu tests/test_gpu.py
 
 lint: $(VENV)/.installed-dev  ## ruff, pyright and the import contracts
 	$(BIN)/ruff check .
