@@ -63,7 +63,7 @@ def test_rites_rounding_stays_small_where_factors_are_ill_conditioned(share):
 
 
 @pytest.mark.parametrize("lr", [1e-3, 1e-2])
-@pytest.mark.parametrize("share", [1e-3, 1e-4, 1e-5])
+@pytest.mark.parametrize("share", [1e-3, 1e-5, 1e-7, 0.0])
 def test_rite_is_stable_where_factors_are_nearly_rank_deficient(share, lr):
     # To the letter, both factors' steps meet in the lost directions: products of 100 and more
     model = nearly_deficient(torch.float32, share)

@@ -70,6 +70,27 @@ def test_rite_options_equal_the_literal_rule(options):
     )
 
 
+WEAK = {
+    "no down": lambda down, up: down.zero_(),
+    "a lost row of down": lambda down, up: down[1].zero_(),
+    "a small row of down": lambda down, up: down[1].mul_(1e-5),
+    "a small column of up": lambda down, up: up[:, 0].mul_(1e-5),
+    "both small": lambda down, up: (down[1].mul_(1e-3), up[:, 1].mul_(1e-3)),
+    "small as a step": lambda down, up: (down.mul_(0.1), up.mul_(0.1)),
+}
+
+
+@pytest.mark.parametrize("damping", [0.3, 1.0])
+@pytest.mark.parametrize("case", WEAK)
+def test_rite_with_weak_directions_equals_the_literal_rule(case, damping):
+    model = Factors([(8, 6), (8, 6), (6, 11)], rank=4)
+    with torch.no_grad():
+        for down, up in model.pairs():
+            WEAK[case](down, up)
+    options = {"lr": 0.02, "core_damping": damping}
+    assert_equal_to_reference("rite", model, 10, options, tolerance=1e-7)
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     name=st.sampled_from(sorted(FAST)),
@@ -98,7 +119,8 @@ def test_rite_equals_pytorch_optimizer():
     """Where its global clipping is idle; else both clip, but theirs divides the norm's zero too."""
     peer = pytest.importorskip("pytorch_optimizer")
     ours, theirs = peft_model(), peft_model()
-    fit_peft(ours, LoraRite(lora_param_groups(ours), lr=0.01), 30)
+    options = {"lr": 0.01, "core_damping": 0.0}  # theirs has none
+    fit_peft(ours, LoraRite(lora_param_groups(ours), **options), 30)
     factors = [p for n, p in theirs.named_parameters() if p.requires_grad]
     fit_peft(theirs, peer.LoRARite(factors, lr=0.01), 30)
     assert_same_parameters(ours, theirs, 1e-9)

@@ -175,6 +175,7 @@ def check_settings(settings: dict[str, Any]) -> None:
         "damping",
         "clip_unmagnified",
         "skip_rms",
+        "core_damping",
         "momentum",
     ):
         value = settings.get(name, 0.0)

@@ -11,9 +11,8 @@ inverse Cholesky factor of Y^T Y. The moments are transformed by
 
     P = (Y_t W_t)^T (Y_{t-1} W_{t-1}) = (H W_t)^T,    H = (Y_{t-1} W_{t-1})^T Y_t,
 
-and the r x r matrix H can be computed at the end of step t-1, so no basis is stored. The momentum
-M is stored as it is applied, N = M W^T, and transformed to N W_{t-1}^{-T} P^T W_t^T. The state is
-this momentum and three r x r matrices per factor, less than AdamW's two moments.
+and the r x r matrix H can be computed at the end of step t-1, so no basis is stored. The state is
+the momentum M and two r x r matrices per factor, less than AdamW's two moments. X moves by M W^T.
 
 P is a product of two matrices with orthonormal columns, so its singular values are at most 1. Where
 Y is nearly rank-deficient, rounding errors would make them larger, step after step: there H is
@@ -29,13 +28,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from rite_diffusion.optim.basis import (
+    cholesky_basis,
+    damped,
+    precise,
+    svd_basis,
+    undamped,
+)
 from rite_diffusion.optim.factors import Stack
 from rite_diffusion.optim.lora_optimizer import LoraOptimizer
 from rite_diffusion.optim.spec import OptimizerSpec
-
-WELL_CONDITIONED = 1e-2  # least ratio of Cholesky pivots at which float32 is enough for the basis
 
 
 class LoraRite(LoraOptimizer):
@@ -45,8 +48,8 @@ class LoraRite(LoraOptimizer):
     bias-corrected decay and divides them by the number of rows; it bounds the norm of all
     unmagnified gradients together, sets a factor's gradient to zero if its root mean square is
     above a bound, and leaves the escaped mass out. The last three are options here, with the
-    release's defaults. Unlike in both, a factor does not move along directions in which its partner
-    nearly vanishes (`svd_basis`).
+    release's defaults. Unlike in both, `down` moves less along directions in which the product is
+    smaller than a step, so that both factors' steps together stay bounded (`damped`).
 
     Only this optimizer should change the parameters between steps: after any other change, the
     moments are transformed to a wrong basis.
@@ -60,6 +63,8 @@ class LoraRite(LoraOptimizer):
         clip_unmagnified: bound on the norm of all pairs' unmagnified gradients together; 0: none.
         skip_rms: unmagnified gradients of a larger root mean square are set to zero; 0: none.
         escape: add the mass that the second moment loses when the basis changes (Sec. 3.3).
+        core_damping: damps the step of `down` where the product has singular values below a step's,
+            times this number; 0: none, as in the release.
     """
 
     def __init__(
@@ -72,9 +77,11 @@ class LoraRite(LoraOptimizer):
         clip_unmagnified: float = 1.0,
         skip_rms: float = 1.0,
         escape: bool = False,
+        core_damping: float = 1.0,
     ):
         settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-        settings |= dict(clip_unmagnified=clip_unmagnified, skip_rms=skip_rms, escape=escape)
+        settings |= dict(clip_unmagnified=clip_unmagnified, skip_rms=skip_rms)
+        settings |= dict(escape=escape, core_damping=core_damping)
         super().__init__(params, settings)
 
     def update_pairs(
@@ -135,10 +142,10 @@ class Side:
         """first^T second (n, r, r)."""
         return first @ second.mT if self.part == 0 else first.mT @ second
 
-    def add_times(self, total: Tensor, rows: Tensor, matrix: Tensor, keep: float) -> None:
-        """Update in place: total <- keep total + rows matrix."""
+    def add_times(self, total: Tensor, rows: Tensor, matrix: Tensor, keep: float) -> Tensor:
+        """Update in place: total <- keep total + rows matrix; returns it."""
         left, right = (matrix.mT, rows) if self.part == 0 else (rows, matrix)
-        total.baddbmm_(left, right, beta=keep)
+        return total.baddbmm_(left, right, beta=keep)
 
     @property
     def square_norm(self) -> Tensor:
@@ -151,9 +158,8 @@ def new_state(values: Tensor, rank: int, escape: bool) -> dict[str, Tensor]:
     n, r = len(values), rank
     square = values.new_zeros(n, r, r)
     state = {
-        "momentum": torch.zeros_like(values),  # N = M W^T, as it is applied
+        "momentum": torch.zeros_like(values),  # M, in the partner's basis
         "second": square,  # V, in the partner's basis
-        "back": square.clone(),  # W_{t-1}^{-T} of this factor
         "overlap": square.clone(),  # H = (X_{t-1} W_{t-1})^T X_t of this factor
     }
     return state | ({"escaped": values.new_zeros(n)} if escape else {})
@@ -201,39 +207,6 @@ def unmagnify(batch: list[Side]) -> None:
         skip_large(side)
 
 
-def cholesky_basis(grams: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """W and W^{-T} (n, r, r) from Gram matrices by Cholesky; and where (n,) they are inaccurate."""
-    factor, failed = torch.linalg.cholesky_ex(grams, upper=True)
-    pivots = factor.diagonal(dim1=-2, dim2=-1)
-    inaccurate = (failed != 0) | ~(pivots.amin(-1) > WELL_CONDITIONED * pivots.amax(-1))
-    identity = torch.eye(grams.shape[-1], dtype=grams.dtype, device=grams.device)
-    factor = torch.where(inaccurate[:, None, None], identity, factor)
-    basis = torch.linalg.solve_triangular(factor, identity.expand_as(factor), upper=True)
-    return basis, factor.mT.contiguous(), inaccurate
-
-
-def svd_basis(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """W and W^{-T} of rows (n, m, r) by singular values, for any condition number and rank.
-
-    Directions with singular values below sqrt(eps) times the largest are left out, as in a
-    pseudo-inverse; zero rows give zero. Along such a direction, which is mostly rounding error, the
-    partner would take a full step: its entries would be as large as this factor's are small, and
-    would multiply this factor's own step.
-    """
-    _, sizes, right = torch.linalg.svd(torch.linalg.qr(precise(rows), mode="r")[1])  # X = U S right
-    sizes = F.pad(sizes, (0, rows.shape[-1] - sizes.shape[-1]))  # fewer rows than the rank: m < r
-    smallest = torch.finfo(rows.dtype).eps ** 0.5 * sizes[:, :1]
-    kept = sizes > smallest
-    inverse = torch.where(kept, 1 / sizes.where(kept, 1.0), 0.0)
-    sizes = sizes.where(kept, 0.0)
-    return tuple((right.mT * each[:, None, :]).to(rows.dtype) for each in (inverse, sizes))
-
-
-def precise(values: Tensor) -> Tensor:
-    """The values in float64; unchanged on mps, which has none."""
-    return values if values.device.type == "mps" else values.double()
-
-
 def skip_large(side: Side) -> None:
     """Set unmagnified gradients with a root mean square above `skip_rms` to zero."""
     bound = side.stack.group["skip_rms"]
@@ -256,33 +229,60 @@ def move(batch: list[Side], norm: Tensor | float) -> None:
     bound = group["clip_unmagnified"]
     scale = (bound / norm).clamp(max=1).to(batch[0].values) if bound else 1.0
     other = partners(batch)
-    basis = torch.cat([side.basis for side in other])
-    overlap = torch.cat([side.state["overlap"] for side in other])
-    back = torch.cat([side.state["back"] for side in other])
     outer = torch.cat([side.outer for side in batch])
-    transform = (overlap @ basis).mT  # P
-    for partner, own in zip(other, by_side(transform, batch), strict=True):
-        if len(partner.ill_conditioned):
-            own[partner.ill_conditioned] = nearest_contraction(own[partner.ill_conditioned])
+    transform = basis_change(other)  # P
     second = torch.cat([side.state["second"] for side in batch])
     transformed = transform @ second @ transform.mT
     escaped = carry_escaped(batch, second, transformed, beta2) if group["escape"] else None
     second = beta2 * transformed + outer * (scale**2 * (1 - beta2))
     second = (second + second.mT) / 2
-    root = inverse_root(second, escaped, group["eps"])
-    apply = root @ basis.mT * (scale * (1 - beta1))
-    carry = back @ (basis @ transform).mT
+    root = inverse_root(second, escaped, group["eps"]) * (scale * (1 - beta1))
     keep = 1 - group["lr"] * group["weight_decay"]
-    for side, v, a, c in zip(
-        batch, by_side(second, batch), by_side(apply, batch), by_side(carry, batch), strict=True
-    ):
+    matrices = [by_side(each, batch) for each in (second, root, transform.mT)]
+    for side, v, a, c, e in zip(batch, *matrices, step_transforms(batch), strict=True):
         momentum = side.times(side.state["momentum"], c)
         side.add_times(momentum, side.gradient, a, beta1)
         old = side.values
-        side.values = torch.add(old if keep == 1 else old * keep, momentum, alpha=-group["lr"])
+        side.values = side.add_times(old.clone(), momentum, e * -group["lr"], keep)
         written = side.values.to(side.stack.parts[0][0].dtype).to(old.dtype)
-        new = {"momentum": momentum, "second": v, "back": side.back}
+        new = {"momentum": momentum, "second": v}
         side.state.update(new, overlap=overlap_of(side, old, written))
+
+
+def basis_change(other: list[Side]) -> Tensor:
+    """P (all pairs, r, r) of the sides' partners: the last step's basis in today's."""
+    overlap = torch.cat([side.state["overlap"] for side in other])
+    transform = (overlap @ torch.cat([side.basis for side in other])).mT
+    for side, own in zip(other, by_side(transform, other), strict=True):
+        if len(side.ill_conditioned):
+            own[side.ill_conditioned] = nearest_contraction(own[side.ill_conditioned])
+    return transform
+
+
+def step_transforms(batch: list[Side]) -> list[Tensor]:
+    """Per side, the matrices (n, r, r) that turn its momentum into a step: W^T of the partner.
+
+    That of `down` is damped. `up`, preconditioned, has singular values of sqrt(m) at most, `down`
+    of sqrt(n): with the smaller of both as bound, the product of both steps is at most half of the
+    larger step.
+    """
+    group = batch[0].stack.group
+    down, up = batch[::2], batch[1::2]
+    sizes = [min(lower.length, upper.length) ** 0.5 for lower, upper in zip(down, up, strict=True)]
+    reach = torch.cat([
+        side.values.new_full((len(side.values),), group["core_damping"] * group["lr"] * size)
+        for side, size in zip(down, sizes, strict=True)
+    ])  # fmt: skip
+    back_down, back_up = (torch.cat([side.back for side in each]) for each in (down, up))
+    every = by_side(damped(back_down, back_up, reach), down)
+    transforms = []
+    for lower, upper, own in zip(down, up, every, strict=True):
+        bad = lower.ill_conditioned
+        lost = bad[(lower.back[bad] == 0).all(-2).any(-1)]
+        if len(lost):
+            own[lost] += undamped(lower.back[lost], upper.back[lost])
+        transforms += [own, lower.basis.mT]
+    return transforms
 
 
 def nearest_contraction(matrices: Tensor) -> Tensor:

@@ -59,7 +59,7 @@ def scaled_adamw(
 
 def rite(
     pairs, gradients, lr=1e-3, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0,
-    clip_unmagnified=1.0, skip_rms=1.0, escape=False,
+    clip_unmagnified=1.0, skip_rms=1.0, escape=False, core_damping=1.0,
 ):  # fmt: skip
     prepared = [_unmagnified(pair, *g, skip_rms) for pair, g in zip(pairs, gradients, strict=True)]
     norm = math.sqrt(sum(side[3].square().sum().item() for sides in prepared for side in sides))
@@ -82,10 +82,20 @@ def rite(
             preconditioned = gradient @ vectors @ torch.diag(1 / root) @ vectors.T
             momentum = decay[0] * momentum @ turn.T + (1 - decay[0]) * preconditioned
             pair.memory[name] = momentum, second, basis, rho
-            moved[name] = (
-                rows - lr * (momentum @ torch.linalg.pinv(triangle).T) - lr * weight_decay * rows
-            )
+            back = torch.linalg.pinv(triangle).T
+            if name == "down":
+                reach = core_damping * lr * math.sqrt(min(pair.product.shape))
+                back = _damped(triangle, sides[1][4], reach, back)
+            moved[name] = rows - lr * momentum @ back - lr * weight_decay * rows
         pair.down, pair.up = moved["down"].T, moved["up"]
+
+
+def _damped(up: Tensor, down: Tensor, reach: float, back: Tensor) -> Tensor:
+    """What brings the direction of `down` back to its entries; of both triangles of QR."""
+    left, sizes, _ = torch.linalg.svd(up @ down.T)
+    damping = left @ torch.diag(sizes**2 / (sizes**2 + reach**2).clamp(min=1e-300)) @ left.T
+    lost = torch.eye(len(down), dtype=down.dtype) - torch.linalg.pinv(down) @ down
+    return damping @ back + torch.linalg.pinv(up @ lost, atol=1e-8 * up.norm(), rtol=0.0).T
 
 
 def _unmagnified(pair, g_down, g_up, skip_rms):
