@@ -27,7 +27,7 @@ def main(steps: int = 60) -> list[float]:
     )
     config = LoraConfig(r=8, target_modules=["c_attn", "c_proj", "c_fc"], task_type="CAUSAL_LM")
     model = get_peft_model(base, config)
-    optimizer = LoraRite(lora_param_groups(model), lr=1e-2)
+    optimizer = (LoraRite, {"params": lora_param_groups(model), "lr": 1e-2})
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder,
@@ -38,7 +38,9 @@ def main(steps: int = 60) -> list[float]:
             use_cpu=True,
             save_strategy="no",
         )
-        trainer = Trainer(model, arguments, train_dataset=counting(), optimizers=(optimizer, None))
+        trainer = Trainer(
+            model, arguments, train_dataset=counting(), optimizer_cls_and_kwargs=optimizer
+        )
         trainer.train()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -101,6 +102,47 @@ def test_parameters_outside_pairs_follow_adamw(name):
     torch.testing.assert_close(model.bias, twin.bias, rtol=tolerance, atol=tolerance)
 
 
+def grouped(model, kind, lr):
+    """The parameters of a model as one group, or as two; with a rate or without one."""
+    named = list(model.named_parameters())
+    if kind == "one list":
+        return named
+    if kind == "one group":
+        return [{"params": iter(named), "lr": lr, "name": "unet"}]
+    return lora_param_groups(model)
+
+
+@pytest.mark.parametrize("kind", ["one list", "one group", "two groups"])
+@pytest.mark.parametrize("name", FAST)
+def test_parameters_outside_pairs_have_a_rate_of_their_own(name, kind):
+    model = Factors([(12, 9)], rank=3)
+    optimizer = FAST[name](grouped(model, kind, 0.3), lr=0.3, lr_other=2e-3)
+    rates = {n: g["lr"] for g in optimizer.param_groups for n in g["param_names"]}
+    assert rates == {"layer0.lora_A": 0.3, "layer0.lora_B": 0.3, "bias": 2e-3}
+    assert {g.get("name") for g in optimizer.param_groups} == {"unet" if "e g" in kind else None}
+    stated = FAST[name](lora_param_groups(model, lr_other=0.05), lr=0.3, lr_other=2e-3)
+    assert stated.param_groups[1]["lr"] == 0.05
+
+
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("kind", ["one list", "one group", "two groups"])
+def test_parameters_outside_pairs_do_not_leap_at_the_default_rates(name, kind):
+    model = Factors([(12, 9)], rank=3)
+    lr = OPTIMIZERS[name].lr
+    rule = FAST[name](grouped(model, kind, lr), lr=lr)
+    model.run(rule, 1)
+    assert 0 < model.bias.detach().abs().max() < 4e-3  # AdamW's first step is its rate
+
+
+def test_a_schedule_acts_on_parameters_outside_pairs():
+    model = Factors([(12, 9)], rank=3)
+    optimizer = ScaledSGD(model.named_parameters(), lr=0.3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    model.run(optimizer, 1)
+    schedule.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [0.15, 5e-4]
+
+
 @pytest.mark.parametrize("name", FAST)
 def test_convolutions_are_optimized_as_pairs(name):
     torch.manual_seed(0)
@@ -191,6 +233,26 @@ def _sparse(model):
     optimizer.step()
 
 
+def test_rite_says_once_that_it_leaves_large_gradients_out():
+    def moved_by(factor, **options):
+        model = Factors([(12, 9), (12, 9)], rank=3)
+        optimizer = LoraRite(lora_param_groups(model), lr=0.02, **options)
+        for _ in range(10):
+            optimizer.zero_grad()
+            (model.loss() * factor).backward()
+            optimizer.step()
+        moved = zip(model.products(), start.products(), strict=True)
+        return sum((new - old).norm().item() for new, old in moved)
+
+    start = Factors([(12, 9), (12, 9)], rank=3)
+    with pytest.warns(UserWarning, match="layer0: an unmagnified gradient .* skip_rms") as caught:
+        assert moved_by(1e6) == 0
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert moved_by(1.0) == pytest.approx(moved_by(1e6, skip_rms=0.0), rel=0.05)
+
+
 BAD = {
     "unpaired": (
         lambda m: LoraRite([(n, p) for n, p in m.named_parameters() if n != "layer1.lora_B"]),
@@ -205,6 +267,7 @@ BAD = {
         lambda m: ScaledAdamW([g | {"lr": -1.0} for g in lora_param_groups(m)]),
         "lr = -1.0",
     ),
+    "other rate": (lambda m: ScaledSGD(lora_param_groups(m), lr_other=-1.0), "lr_other = -1.0"),
     "beta": (lambda m: LoraRite(lora_param_groups(m), betas=(0.9, 1.0)), "betas"),
     "damping": (lambda m: ScaledSGD(lora_param_groups(m), damping=-1e-3), "damping"),
     "NaN gradient": (_with_gradient(float("nan")), "layer1: its gradient has NaN"),

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
+from factors import FAST
 from forks import forked
+from rite_diffusion.errors import OptimizerError
 from rite_diffusion.optim import OPTIMIZERS, LoraRite, ScaledAdamW, lora_param_groups
 
 
@@ -18,6 +22,56 @@ def test_a_language_model_learns_in_transformers_trainer():
     example = Path(__file__).parents[1] / "examples/language_model.py"
     losses = runpy.run_path(str(example))["main"](steps=60)
     assert losses[-1] < 0.7 * math.log(32)  # a guess among 32 words costs log 32
+
+
+def tiny_llama():
+    """A random Llama of two layers with LoRA on its attention and a trained head."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=16,
+    )  # fmt: skip
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+    return get_peft_model(LlamaForCausalLM(config), lora)
+
+
+def hugging_face_trainer(model, folder, rule, steps=6, **options):
+    """Trainer with checkpoints every three steps; the options are the optimizer's."""
+    rows = [(start + torch.arange(12)) % 32 for start in range(16)]
+    arguments = TrainingArguments(
+        str(folder), max_steps=steps, per_device_train_batch_size=8, save_steps=3, report_to=[],
+        logging_steps=1, use_cpu=True, gradient_accumulation_steps=2, lr_scheduler_type="constant",
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    return Trainer(
+        model, arguments, train_dataset=data, optimizer_cls_and_kwargs=(rule, options)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_transformers_trainer_builds_an_optimizer_and_resumes_it(name, tmp_path):
+    def run(folder, steps, checkpoint=None):
+        model = tiny_llama()
+        groups = lora_param_groups(model)
+        options = {"params": groups, "lr": OPTIMIZERS[name].lr}
+        trainer = hugging_face_trainer(model, folder, FAST[name], steps, **options)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return losses, {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    losses, whole = run(tmp_path / "whole", 6)
+    assert losses[-1] < losses[0]
+    run(tmp_path / "parts", 3)
+    _, parts = run(tmp_path / "parts", 6, str(tmp_path / "parts/checkpoint-3"))
+    assert sum("lm_head" in name for name in whole) == 1
+    for key, parameter in whole.items():
+        assert torch.equal(parameter, parts[key]), key
+
+
+def test_transformers_trainer_without_names_is_told_what_to_pass(tmp_path):
+    trainer = hugging_face_trainer(tiny_llama(), tmp_path, LoraRite, lr=1e-3)
+    with pytest.raises(OptimizerError, match="'params': lora_param_groups"):
+        trainer.create_optimizer()
 
 
 def test_the_package_imports_torch_alone():

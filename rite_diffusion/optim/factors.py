@@ -37,8 +37,8 @@ def lora_param_groups(
 
     Parameters are listed with their names, by which the optimizers here find the pairs. The second
     group has embeddings, DoRA's magnitudes, norms and biases; `lr_other` and `weight_decay_other`
-    are its learning rate and weight decay. Raises OptimizerError where no factor is trainable; a
-    pair with one frozen factor is refused by the optimizer.
+    are its learning rate and weight decay, by default the optimizer's. Raises OptimizerError where
+    no factor is trainable; a pair with one frozen factor is refused by the optimizer.
     """
     names = dict(model.named_parameters())
     factors = {name: factor_of(name, parameter) for name, parameter in names.items()}
@@ -166,7 +166,8 @@ def stacks_of(group: dict) -> Iterator[Stack]:
     if "param_names" not in group:
         raise OptimizerError(
             "parameters need their names, by which LoRA pairs are found: pass "
-            "lora_param_groups(model) or model.named_parameters()"
+            "lora_param_groups(model) or model.named_parameters(); to transformers.Trainer, "
+            "optimizer_cls_and_kwargs=(LoraRite, {'params': lora_param_groups(model)})"
         )
     members = pair_up(group["param_names"], group["params"])
     alike: dict[tuple, list[str]] = {}

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from rite_diffusion.errors import OptimizerError
-from rite_diffusion.optim.factors import Stack, gradient_of, module_of, stacks_of
+from rite_diffusion.optim.factors import Stack, factor_of, gradient_of, module_of, stacks_of
 
 FUSED = ("cpu", "cuda", "xpu", "mps")  # devices with torch's fused AdamW
 
@@ -22,6 +22,9 @@ class LoraOptimizer(Optimizer):
     Pairs of equal shape are one stacked tensor, so the number of operations does not grow with the
     number of pairs. Arithmetic and state are float32 (float64 for float64 parameters) whatever the
     parameters' dtype. Parameters without a gradient, and their state, do not change.
+
+    A group of both is divided into two groups, of pairs and of other parameters. The latter's `lr`
+    is `lr_other`, where that is set and their own group states none.
 
     `params` are named parameters or groups of them, such as `lora_param_groups(model)`. `step`
     raises OptimizerError, before anything has changed, naming the module of a gradient that is
@@ -45,10 +48,11 @@ class LoraOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add named parameters; raises OptimizerError for factors that do not form pairs."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        check_settings(group)
-        self._stacks += stacks_of(group)
+        for part in divided(param_group, self.defaults["lr_other"]):
+            super().add_param_group(part)
+            group = self.param_groups[-1]
+            check_settings(group)
+            self._stacks += stacks_of(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -156,6 +160,22 @@ class LoraOptimizer(Optimizer):
         self._restack()
 
 
+def divided(group: dict[str, Any], lr_other: float | None) -> list[dict[str, Any]]:
+    """The group as one of LoRA factors and one of other parameters, where it has both.
+
+    `lr_other`, if not None, is the rate of the others, unless the group has only others and a rate.
+    """
+    params = group["params"]
+    named: list[Any] = [params] if isinstance(params, Tensor) else list(params)
+    if not all(isinstance(each, tuple) for each in named):
+        return [group | {"params": named}]  # to be refused for their missing names
+    others = [each for each in named if factor_of(*each) is None]
+    factors = [each for each in named if factor_of(*each) is not None]
+    own = {} if lr_other is None or (not factors and "lr" in group) else {"lr": lr_other}
+    parts = [group | {"params": factors}] if factors or not others else []
+    return parts + ([group | {"params": others} | own] if others else [])
+
+
 def stack_state(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The states of n parameters, stacked to (n, …); step counts are left out."""
     return {key: torch.stack([s[key] for s in states]) for key in states[0] if key != "step"}
@@ -175,10 +195,11 @@ def check_settings(settings: dict[str, Any]) -> None:
         "damping",
         "clip_unmagnified",
         "skip_rms",
+        "lr_other",
         "core_damping",
         "momentum",
     ):
-        value = settings.get(name, 0.0)
+        value = settings.get(name) or 0.0
         if not value >= 0 or value == float("inf"):
             raise OptimizerError(f"{name} = {value}: must be zero or positive, and finite")
     for beta in settings.get("betas", ()):

@@ -19,6 +19,7 @@ Y is nearly rank-deficient, rounding errors would make them larger, step after s
 computed in float64 and P is replaced by the nearest contraction.
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -36,7 +37,7 @@ from rite_diffusion.optim.basis import (
     svd_basis,
     undamped,
 )
-from rite_diffusion.optim.factors import Stack
+from rite_diffusion.optim.factors import Stack, module_of
 from rite_diffusion.optim.lora_optimizer import LoraOptimizer
 from rite_diffusion.optim.spec import OptimizerSpec
 
@@ -62,10 +63,14 @@ class LoraRite(LoraOptimizer):
         weight_decay: decoupled, on the factors.
         clip_unmagnified: bound on the norm of all pairs' unmagnified gradients together; 0: none.
         skip_rms: unmagnified gradients of a larger root mean square are set to zero; 0: none.
+            A warning says so once.
         escape: add the mass that the second moment loses when the basis changes (Sec. 3.3).
         core_damping: damps the step of `down` where the product has singular values below a step's,
             times this number; 0: none, as in the release.
+        lr_other: AdamW's rate for parameters that are not LoRA factors; None: `lr`.
     """
+
+    _warned = False  # of gradients above `skip_rms`
 
     def __init__(
         self,
@@ -78,11 +83,12 @@ class LoraRite(LoraOptimizer):
         skip_rms: float = 1.0,
         escape: bool = False,
         core_damping: float = 1.0,
+        lr_other: float | None = None,
     ):
         settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         settings |= dict(clip_unmagnified=clip_unmagnified, skip_rms=skip_rms)
         settings |= dict(escape=escape, core_damping=core_damping)
-        super().__init__(params, settings)
+        super().__init__(params, settings | {"lr_other": lr_other})
 
     def update_pairs(
         self, stacks: list[Stack], values: list[list[Tensor]], gradients: list[list[Tensor]]
@@ -97,6 +103,10 @@ class LoraRite(LoraOptimizer):
         batches = batches_of(sides)
         for batch in batches:
             unmagnify(batch)
+        skipped = [message for side in sides if (message := skip_large(side))]
+        if skipped and not self._warned:
+            self._warned = True
+            warnings.warn(skipped[0], stacklevel=2)
         squares = [side.square_norm for side in sides]
         norm = torch.stack([s.to(squares[0].device) for s in squares]).sum().sqrt() if sides else 0
         for batch in batches:
@@ -204,17 +214,29 @@ def unmagnify(batch: list[Side]) -> None:
     for side, partner in zip(batch, partners(batch), strict=True):
         side.gradient = side.times(side.gradient, partner.basis)
         side.outer = side.products(side.gradient, side.gradient) / side.length
-        skip_large(side)
 
 
-def skip_large(side: Side) -> None:
-    """Set unmagnified gradients with a root mean square above `skip_rms` to zero."""
+def skip_large(side: Side) -> str:
+    """Set unmagnified gradients with a root mean square above `skip_rms` to zero.
+
+    Returns a warning that names the first such pair; empty without one.
+    """
     bound = side.stack.group["skip_rms"]
-    if bound:
-        keep = side.outer.diagonal(dim1=-2, dim2=-1).mean(-1) <= bound**2
-        if not keep.all():
-            side.gradient = side.gradient * keep[:, None, None]
-            side.outer = side.outer * keep[:, None, None]
+    if not bound:
+        return ""
+    squares = side.outer.diagonal(dim1=-2, dim2=-1).mean(-1)
+    keep = squares <= bound**2
+    if keep.all():
+        return ""
+    side.gradient = side.gradient * keep[:, None, None]
+    side.outer = side.outer * keep[:, None, None]
+    first = int(keep.int().argmin())
+    return (
+        f"{module_of(side.stack.names[first])}: an unmagnified gradient has a root mean square of "
+        f"{squares[first].sqrt().item():.3g}, above skip_rms = {bound:g}, and counts as zero, as "
+        "will others without this warning. A pair does not learn where all its gradients are so: "
+        "average the loss instead of summing it, or pass skip_rms=0"
+    )
 
 
 def corrected(beta: float, step: int) -> float:

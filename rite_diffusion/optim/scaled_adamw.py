@@ -23,6 +23,7 @@ class ScaledAdamW(LoraOptimizer):
         eps: added to the root of the second moment.
         weight_decay: decoupled.
         damping: added to the diagonal of the r x r Gram matrices (the paper's delta).
+        lr_other: AdamW's rate for parameters that are not LoRA factors; None: `lr`.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class ScaledAdamW(LoraOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         damping: float = 1e-6,
+        lr_other: float | None = None,
     ):
         settings = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, damping=damping)
-        super().__init__(params, settings)
+        super().__init__(params, settings | {"lr_other": lr_other})
 
     def update_pairs(
         self, stacks: list[Stack], values: list[list[Tensor]], gradients: list[list[Tensor]]

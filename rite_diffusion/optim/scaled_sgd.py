@@ -24,6 +24,7 @@ class ScaledSGD(LoraOptimizer):
         damping: added to the diagonal of the r x r Gram matrices (the paper's delta).
         betas: of AdamW, which updates parameters that are not LoRA factors.
         eps: of that AdamW.
+        lr_other: learning rate of that AdamW; None: `lr`, which is too high for most.
     """
 
     def __init__(
@@ -35,9 +36,10 @@ class ScaledSGD(LoraOptimizer):
         damping: float = 1e-6,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        lr_other: float | None = 1e-3,
     ):
         settings = dict(lr=lr, momentum=momentum, weight_decay=weight_decay, damping=damping)
-        super().__init__(params, settings | {"betas": betas, "eps": eps})
+        super().__init__(params, settings | dict(betas=betas, eps=eps, lr_other=lr_other))
 
     def update_pairs(
         self, stacks: list[Stack], values: list[list[Tensor]], gradients: list[list[Tensor]]
