@@ -1,8 +1,8 @@
 """Milliseconds per optimizer step at the LoRA shapes of Stable Diffusion 1.5 and SDXL.
 
 Every optimizer steps on its own copy of the same factors and gradients, in turn within one process,
-so that a busy machine slows all alike: first those with a Riemannian metric, then those of
-LoRA-RITE, each beside torch's AdamW. `python benchmarks/optimizer_step.py` writes
+so that a busy machine slows all alike: first those with a Riemannian metric, then
+LoRA-RITE and LoRA-Muon, each beside torch's AdamW. `python benchmarks/optimizer_step.py` writes
 results/optimizer_step.json, and with `--models` or `--ranks` renews a part of it; the peers come
 from the `dev` extra.
 """
@@ -18,7 +18,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rite_diffusion.files.writing import read_json
-from rite_diffusion.optim import LoraRite, ScaledAdamW, ScaledSGD, lora_param_groups
+from rite_diffusion.optim import (
+    LoraMuon,
+    LoraRite,
+    ScaledAdamW,
+    ScaledSGD,
+    lora_param_groups,
+)
 
 
 def sd15() -> list[tuple[int, int]]:
@@ -86,6 +92,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "scaled_sgd": lambda m: ScaledSGD(lora_param_groups(m), lr=1e-4),
     "scaled_adamw": lambda m: ScaledAdamW(lora_param_groups(m), lr=1e-4),
     "rite": lambda m: LoraRite(lora_param_groups(m), lr=1e-4),
+    "lora_muon": lambda m: LoraMuon(lora_param_groups(m), lr=1e-2),
     "peft riemannian sgd": peft_riemannian_sgd,
     "peft riemannian adamw": peft_riemannian,
     "pytorch_optimizer rite": pytorch_optimizer_rite,
@@ -96,7 +103,7 @@ BASE = "adamw foreach"  # what the ratios are to
 FAMILIES = [  # measured side by side
     [BASE, "adamw fused", "scaled_sgd", "scaled_adamw", "peft riemannian sgd",
      "peft riemannian adamw"],
-    [BASE, "rite", "pytorch_optimizer rite"],
+    [BASE, "rite", "lora_muon", "pytorch_optimizer rite"],
 ]  # fmt: skip
 
 

@@ -4,9 +4,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from rite_diffusion.optim import LoraRite, ScaledAdamW, ScaledSGD
+from rite_diffusion.optim import LoraMuon, LoraRite, ScaledAdamW, ScaledSGD
 
-FAST = {"scaled_sgd": ScaledSGD, "scaled_adamw": ScaledAdamW, "rite": LoraRite}
+FAST = {
+    "lora_muon": LoraMuon,
+    "rite": LoraRite,
+    "scaled_adamw": ScaledAdamW,
+    "scaled_sgd": ScaledSGD,
+}
 ADAM = torch.optim.AdamW
 
 

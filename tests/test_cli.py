@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 
 from rite_diffusion.config import resolve
+from rite_diffusion.methods import METHODS
+from rite_diffusion.optim import OPTIMIZERS
 
 ALONE = ("--set", "prior.weight=0")  # without pictures of the class, which take time to draw
 
@@ -40,6 +42,7 @@ def test_help_names_every_command(command):
     options = command("train", "--help").stdout
     names = "--base --method --preset --steps --rank --optimizer --lr --seed --out --set --dry-run"
     assert all(name in options for name in names.split())
+    assert all(re.search(rf"\b{name}\b", options) for name in (*OPTIMIZERS, *METHODS))
 
 
 def test_dry_run_reports_and_writes_nothing(command, photos, tmp_path):
@@ -115,7 +118,7 @@ BAD = {
     "unwritable": (["train", "{photos}", "--out", "/proc/rite"], "cannot write to /proc/rite"),
     "unknown optimizer": (
         ["train", "{photos}", "--optimizer", "adam"],
-        "choose one of adamw, adamw_plus, rite,",
+        "choose one of adamw, adamw_plus, lora_muon, rite,",
     ),
     "word for a rate": (["train", "{photos}", "--lr", "fast"], "optim.lr"),
     "no settings file": (["train", "{tmp}/x.toml"], "cannot read"),

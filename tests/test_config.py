@@ -84,7 +84,7 @@ def test_rates_follow_the_optimizer_unless_given():
 
 
 def test_unknown_optimizer_names_the_known_ones():
-    with pytest.raises(ConfigError, match="adamw, adamw_plus, rite, scaled_adamw, scaled_sgd, sgd"):
+    with pytest.raises(ConfigError, match="adamw, adamw_plus, lora_muon, rite, scaled_adamw"):
         configure(NEEDED | {"optim": {"name": "adam"}})
 
 

@@ -11,14 +11,22 @@ from torch.nn import functional as F
 
 from factors import ADAM, FAST, Factors
 from reference import lora_optimizers as reference
-from rite_diffusion.optim import LoraRite, ScaledAdamW, ScaledSGD, lora_param_groups
+from rite_diffusion.optim import (
+    LoraMuon,
+    LoraRite,
+    ScaledAdamW,
+    ScaledSGD,
+    lora_param_groups,
+)
 
 SLOW = {
+    "lora_muon": reference.lora_muon,
     "scaled_sgd": reference.scaled_sgd,
     "scaled_adamw": reference.scaled_adamw,
     "rite": reference.rite,
 }
 OPTIONS = {
+    "lora_muon": {"lr": 0.05, "weight_decay": 0.1, "momentum": 0.8, "sign_eps": 1e-2},
     "scaled_sgd": {"lr": 0.01, "damping": 1e-3, "momentum": 0.5, "weight_decay": 0.1},
     "scaled_adamw": {"lr": 0.01, "damping": 1e-3, "weight_decay": 0.1},
     "rite": {"lr": 0.01, "weight_decay": 0.1},
@@ -82,13 +90,14 @@ WEAK = {
 
 @pytest.mark.parametrize("damping", [0.3, 1.0])
 @pytest.mark.parametrize("case", WEAK)
-def test_rite_with_weak_directions_equals_the_literal_rule(case, damping):
+@pytest.mark.parametrize("name", ["rite", "lora_muon"])
+def test_steps_in_weak_directions_equal_the_literal_rule(name, case, damping):
     model = Factors([(8, 6), (8, 6), (6, 11)], rank=4)
     with torch.no_grad():
         for down, up in model.pairs():
             WEAK[case](down, up)
     options = {"lr": 0.02, "core_damping": damping}
-    assert_equal_to_reference("rite", model, 10, options, tolerance=1e-7)
+    assert_equal_to_reference(name, model, 10, options, tolerance=1e-7)
 
 
 @settings(max_examples=25, deadline=None)
@@ -99,7 +108,7 @@ def test_rite_with_weak_directions_equals_the_literal_rule(case, damping):
     zero_up=st.booleans(),
 )
 def test_any_shapes_and_ranks_equal_the_literal_rule(name, shapes, rank, zero_up):
-    options = {"lr": 1e-2} | ({"damping": 1e-2} if name != "rite" else {})
+    options = {"lr": 1e-2} | ({"damping": 1e-2} if name.startswith("scaled") else {})
     model = Factors(shapes, rank, zero_up=zero_up)
     assert_equal_to_reference(name, model, 8, options, tolerance=1e-7)
 
@@ -183,6 +192,7 @@ TRANSFORMS = {
     "by 1000": lambda rank: 1e-3 * torch.eye(rank, dtype=torch.float64),
 }
 INVARIANT = {
+    "lora_muon": (LoraMuon, {"lr": 0.1, "weight_decay": 0.1}),
     "rite": (LoraRite, {"lr": 0.02}),
     "rite, escape": (LoraRite, {"lr": 0.02, "escape": True}),
     "scaled_sgd": (ScaledSGD, {"lr": 0.1, "damping": 0.0}),

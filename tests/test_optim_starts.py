@@ -1,4 +1,4 @@
-"""LoRA-RITE from adapters that others made: products split by SVD, fused, converted, PiSSA-like.
+"""LoRA-RITE and LoRA-Muon from products that others split: by SVD, fused, converted, PiSSA-like.
 
 A product's weak directions are what matters: both factors' steps meet there in a term of second
 order, which without damping grows as their singular values fall.
@@ -128,34 +128,39 @@ class Layer(nn.Module):
         return (self.product().detach().double() - self.target).norm().item()
 
 
+RATES = [("rite", 1e-4), ("rite", 1e-3), ("rite", 1e-2)]
+RATES += [("lora_muon", 1e-2), ("lora_muon", 3e-2), ("lora_muon", 1e-1)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("lr", [1e-4, 1e-3, 1e-2])
+@pytest.mark.parametrize(("name", "lr"), RATES)
 @pytest.mark.parametrize("start", STARTS)
-def test_rite_learns_from_every_start_and_never_leaps(start, lr, dtype):
+def test_every_start_is_learned_from_without_a_leap(start, name, lr, dtype):
     layer = Layer(start, dtype)
     before = layer.distance()
-    losses = layer.train_with(LoraRite(lora_param_groups(layer), lr=lr))
+    losses = layer.train_with(FAST[name](lora_param_groups(layer), lr=lr))
     adam = Layer(start, dtype)
-    by_adam = adam.train_with(ADAM(adam.parameters(), lr=lr, weight_decay=0.0))
+    by_adam = adam.train_with(ADAM(adam.parameters(), lr=1e-4, weight_decay=0.0))
     assert max(losses) < 1.1 * max(by_adam)
     assert layer.distance() < before
 
 
+@pytest.mark.parametrize(("name", "lr"), [("rite", 1e-3), ("lora_muon", 1e-1)])
 @pytest.mark.parametrize("start", ["split evenly", "MiLoRA"])
-def test_without_damping_such_a_start_leaps(start):
+def test_without_damping_such_a_start_leaps(start, name, lr):
     layer = Layer(start)
-    losses = layer.train_with(LoraRite(lora_param_groups(layer), lr=1e-3, core_damping=0.0))
+    losses = layer.train_with(FAST[name](lora_param_groups(layer), lr=lr, core_damping=0.0))
     assert max(losses) > 10
 
 
+@pytest.mark.parametrize("name", ["rite", "lora_muon"])
 @pytest.mark.parametrize("start", ["split evenly", "all in down", "exactly lost", "no down"])
-def test_rite_does_not_leap_in_convolutions(start):
-    layer = Layer(start, kernel=4)
-    losses = layer.train_with(LoraRite(lora_param_groups(layer), lr=1e-2))
-    flat = Layer(start)
-    assert losses == pytest.approx(
-        flat.train_with(LoraRite(lora_param_groups(flat), lr=1e-2)), rel=1e-3
+def test_convolutions_are_damped_as_matrices_are(start, name):
+    layer, flat = Layer(start, kernel=4), Layer(start)
+    losses, expected = (
+        each.train_with(FAST[name](lora_param_groups(each), lr=1e-2)) for each in (layer, flat)
     )
+    assert losses == pytest.approx(expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("lr", [1e-3, 1e-2])
@@ -178,8 +183,9 @@ def test_a_rank_above_the_gradients_leaves_no_huge_factor(dtype, lr):
     assert down.norm() < 100
 
 
+@pytest.mark.parametrize("name", ["rite", "lora_muon"])
 @pytest.mark.parametrize("values", [WEAK[:3], [1.0, 1e-3, 1e-6]])
-def test_products_with_weak_directions_do_not_depend_on_their_split(values):
+def test_products_with_weak_directions_do_not_depend_on_their_split(values, name):
     def products(split, mixing):
         torch.manual_seed(0)
         model = Factors([(24, 40), (40, 24)], rank=3)
@@ -188,7 +194,7 @@ def test_products_with_weak_directions_do_not_depend_on_their_split(values):
                 new_up, new_down = spectral(values, split, (len(up), down.shape[1]))
                 up.copy_(new_up @ mixing)
                 down.copy_(torch.linalg.solve(mixing, new_down))
-        model.run(LoraRite(lora_param_groups(model), lr=1e-2), 50)
+        model.run(FAST[name](lora_param_groups(model), lr=1e-2), 50)
         return torch.cat([product.flatten() for product in model.products()])
 
     even = products(0.5, torch.eye(3, dtype=torch.float64))

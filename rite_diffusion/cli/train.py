@@ -31,7 +31,8 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the LoRA pairs.")] = None,
     optimizer: Annotated[
-        str | None, typer.Option(help="adamw, adamw_plus, rite, scaled_adamw, scaled_sgd or sgd.")
+        str | None,
+        typer.Option(help="adamw, adamw_plus, lora_muon, rite, scaled_adamw, scaled_sgd or sgd."),
     ] = None,
     lr: Annotated[
         str | None, typer.Option(help="Learning rate, or auto to find one by short trials.")

@@ -8,6 +8,7 @@ from rite_diffusion.errors import ConfigError
 from rite_diffusion.optim.adamw import ADAMW
 from rite_diffusion.optim.adamw_plus import ADAMW_PLUS
 from rite_diffusion.optim.factors import lora_param_groups
+from rite_diffusion.optim.lora_muon import LORA_MUON, LoraMuon
 from rite_diffusion.optim.rite import RITE, LoraRite
 from rite_diffusion.optim.scaled_adamw import SCALED_ADAMW, ScaledAdamW
 from rite_diffusion.optim.scaled_sgd import SCALED_SGD, ScaledSGD
@@ -17,6 +18,7 @@ from rite_diffusion.optim.spec import OptimizerSpec
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     "adamw": ADAMW,
     "adamw_plus": ADAMW_PLUS,
+    "lora_muon": LORA_MUON,
     "rite": RITE,
     "scaled_adamw": SCALED_ADAMW,
     "scaled_sgd": SCALED_SGD,
@@ -33,6 +35,7 @@ def optimizer_spec(name: str) -> OptimizerSpec:
 
 __all__ = [
     "OPTIMIZERS",
+    "LoraMuon",
     "LoraRite",
     "OptimizerSpec",
     "ScaledAdamW",

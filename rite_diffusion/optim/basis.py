@@ -8,6 +8,11 @@ W such that (X W)^T (X W) = I; `back` is W^{-T}. With R = W^{-1}, X = (X W) R, a
 where Q = X W, and the core C (r, r) has the product's singular values.
 """
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -81,3 +86,17 @@ def undamped(down: Tensor, up: Tensor) -> Tensor:
     least = torch.finfo(up.dtype).eps ** 0.5 * torch.linalg.matrix_norm(precise(up), 2)
     rtol = torch.zeros_like(least)
     return torch.linalg.pinv(lost @ precise(up), atol=least, rtol=rtol).to(up)
+
+
+def in_threads(function: Callable[[Tensor], Any], matrices: Tensor) -> tuple[Tensor, ...]:
+    """A batched decomposition, in threads on a CPU, where PyTorch uses only one core for it."""
+    threads = torch.get_num_threads()
+    if matrices.device.type != "cpu" or threads == 1 or matrices[..., 0].numel() < 2000:
+        return tuple(function(matrices))
+    parts = list(_pool(threads).map(function, matrices.chunk(threads)))
+    return tuple(torch.cat(each) for each in zip(*parts, strict=True))
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="decompose")

@@ -197,11 +197,13 @@ def check_settings(settings: dict[str, Any]) -> None:
         "skip_rms",
         "lr_other",
         "core_damping",
-        "momentum",
+        "sign_eps",
     ):
         value = settings.get(name) or 0.0
         if not value >= 0 or value == float("inf"):
             raise OptimizerError(f"{name} = {value}: must be zero or positive, and finite")
+    if not 0 <= settings.get("momentum", 0.0) < 1:
+        raise OptimizerError(f"momentum = {settings['momentum']}: must be in [0, 1)")
     for beta in settings.get("betas", ()):
         if not 0 <= beta < 1:
             raise OptimizerError(f"betas = {settings['betas']}: each must be in [0, 1)")

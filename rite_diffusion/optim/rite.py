@@ -20,25 +20,23 @@ computed in float64 and P is replaced by the nearest contraction.
 """
 
 import warnings
-from collections import defaultdict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rite_diffusion.optim.basis import (
-    cholesky_basis,
-    damped,
-    precise,
-    svd_basis,
-    undamped,
-)
+from rite_diffusion.optim.basis import in_threads, precise
 from rite_diffusion.optim.factors import Stack, module_of
 from rite_diffusion.optim.lora_optimizer import LoraOptimizer
+from rite_diffusion.optim.sides import (
+    Side,
+    batches_of,
+    by_side,
+    pairs_of,
+    partners,
+    step_transforms,
+    unmagnify,
+)
 from rite_diffusion.optim.spec import OptimizerSpec
 
 
@@ -114,55 +112,6 @@ class LoraRite(LoraOptimizer):
         return [[down.values, up.values] for down, up in zip(sides[::2], sides[1::2], strict=True)]
 
 
-@dataclass
-class Side:
-    """One factor X of a stack of pairs, in the parameters' layout: down (n, r, m) or up (n, m, r).
-
-    `rows`, `times`, `products` and `add_times` treat both layouts as rows (n, m, r).
-    """
-
-    stack: Stack
-    part: int  # 0: down, 1: up
-    values: Tensor
-    gradient: Tensor  # after `unmagnify`: in the partner's basis
-    basis: Tensor = field(init=False)  # this factor's own W (n, r, r): X W is orthonormal
-    back: Tensor = field(init=False)  # W^{-T} (n, r, r)
-    ill_conditioned: Tensor = field(init=False)  # indices of nearly rank-deficient pairs
-    outer: Tensor = field(init=False)  # gradient^T gradient / m (n, r, r)
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """The stack's state of this factor."""
-        return self.stack.state[self.part]
-
-    @property
-    def length(self) -> int:
-        """m, the number of rows."""
-        return self.values.shape[2 - self.part]
-
-    def rows(self, values: Tensor) -> Tensor:
-        """Values in this factor's layout as rows (n, m, r)."""
-        return values.mT if self.part == 0 else values
-
-    def times(self, rows: Tensor, matrix: Tensor) -> Tensor:
-        """Rows times matrices (n, r, r)."""
-        return matrix.mT @ rows if self.part == 0 else rows @ matrix
-
-    def products(self, first: Tensor, second: Tensor) -> Tensor:
-        """first^T second (n, r, r)."""
-        return first @ second.mT if self.part == 0 else first.mT @ second
-
-    def add_times(self, total: Tensor, rows: Tensor, matrix: Tensor, keep: float) -> Tensor:
-        """Update in place: total <- keep total + rows matrix; returns it."""
-        left, right = (matrix.mT, rows) if self.part == 0 else (rows, matrix)
-        return total.baddbmm_(left, right, beta=keep)
-
-    @property
-    def square_norm(self) -> Tensor:
-        """Squared norm of the unmagnified gradients of all pairs together."""
-        return self.outer.diagonal(dim1=-2, dim2=-1).sum() * self.length
-
-
 def new_state(values: Tensor, rank: int, escape: bool) -> dict[str, Tensor]:
     """State of one factor before its first step."""
     n, r = len(values), rank
@@ -173,47 +122,6 @@ def new_state(values: Tensor, rank: int, escape: bool) -> dict[str, Tensor]:
         "overlap": square.clone(),  # H = (X_{t-1} W_{t-1})^T X_t of this factor
     }
     return state | ({"escaped": values.new_zeros(n)} if escape else {})
-
-
-def batches_of(sides: list[Side]) -> list[list[Side]]:
-    """The sides grouped by rank, step and settings; each stack's down is followed by its up.
-
-    The r x r matrices of a group are processed as one batch, whatever the layers' sizes.
-    """
-    batches = defaultdict(list)
-    for down, up in zip(sides[::2], sides[1::2], strict=True):
-        stack = down.stack
-        key = id(stack.group), stack.step, down.values.shape[1], stack.dtype, down.values.device
-        batches[key] += [down, up]
-    return list(batches.values())
-
-
-def by_side(matrices: Tensor, batch: list[Side]) -> list[Tensor]:
-    """Matrices (all pairs of the batch, r, r) divided by side."""
-    return list(matrices.split([len(side.values) for side in batch]))
-
-
-def partners(batch: list[Side]) -> list[Side]:
-    """Each side's partner."""
-    pairs = zip(batch[::2], batch[1::2], strict=True)
-    return [side for down, up in pairs for side in (up, down)]
-
-
-def unmagnify(batch: list[Side]) -> None:
-    """Express gradients in the bases of their partners (Sec. 3.1), and set the sides' fields."""
-    grams = torch.cat([side.products(side.values, side.values) for side in batch])
-    *bases, inaccurate = cholesky_basis(grams)
-    some = bool(inaccurate.any())  # the only synchronisation with the device
-    for side, *own, mask in zip(
-        batch, *(by_side(m, batch) for m in [*bases, inaccurate]), strict=True
-    ):
-        side.basis, side.back = own
-        bad = side.ill_conditioned = (mask if some else mask[:0]).nonzero().squeeze(-1)
-        if len(bad):
-            side.basis[bad], side.back[bad] = svd_basis(side.rows(side.values[bad]))
-    for side, partner in zip(batch, partners(batch), strict=True):
-        side.gradient = side.times(side.gradient, partner.basis)
-        side.outer = side.products(side.gradient, side.gradient) / side.length
 
 
 def skip_large(side: Side) -> str:
@@ -261,7 +169,10 @@ def move(batch: list[Side], norm: Tensor | float) -> None:
     root = inverse_root(second, escaped, group["eps"]) * (scale * (1 - beta1))
     keep = 1 - group["lr"] * group["weight_decay"]
     matrices = [by_side(each, batch) for each in (second, root, transform.mT)]
-    for side, v, a, c, e in zip(batch, *matrices, step_transforms(batch), strict=True):
+    # up, preconditioned, has singular values of sqrt(m) at most, down of sqrt(n)
+    sizes = [group["lr"] * min(side.length, other.length) ** 0.5 for side, other in pairs_of(batch)]
+    steps = step_transforms(batch, [group["core_damping"] * size for size in sizes])
+    for side, v, a, c, e in zip(batch, *matrices, steps, strict=True):
         momentum = side.times(side.state["momentum"], c)
         side.add_times(momentum, side.gradient, a, beta1)
         old = side.values
@@ -279,32 +190,6 @@ def basis_change(other: list[Side]) -> Tensor:
         if len(side.ill_conditioned):
             own[side.ill_conditioned] = nearest_contraction(own[side.ill_conditioned])
     return transform
-
-
-def step_transforms(batch: list[Side]) -> list[Tensor]:
-    """Per side, the matrices (n, r, r) that turn its momentum into a step: W^T of the partner.
-
-    That of `down` is damped. `up`, preconditioned, has singular values of sqrt(m) at most, `down`
-    of sqrt(n): with the smaller of both as bound, the product of both steps is at most half of the
-    larger step.
-    """
-    group = batch[0].stack.group
-    down, up = batch[::2], batch[1::2]
-    sizes = [min(lower.length, upper.length) ** 0.5 for lower, upper in zip(down, up, strict=True)]
-    reach = torch.cat([
-        side.values.new_full((len(side.values),), group["core_damping"] * group["lr"] * size)
-        for side, size in zip(down, sizes, strict=True)
-    ])  # fmt: skip
-    back_down, back_up = (torch.cat([side.back for side in each]) for each in (down, up))
-    every = by_side(damped(back_down, back_up, reach), down)
-    transforms = []
-    for lower, upper, own in zip(down, up, every, strict=True):
-        bad = lower.ill_conditioned
-        lost = bad[(lower.back[bad] == 0).all(-2).any(-1)]
-        if len(lost):
-            own[lost] += undamped(lower.back[lost], upper.back[lost])
-        transforms += [own, lower.basis.mT]
-    return transforms
 
 
 def nearest_contraction(matrices: Tensor) -> Tensor:
@@ -347,20 +232,6 @@ def escaped_mass(before: Tensor, after: Tensor) -> Tensor:
     gaps = torch.linalg.eigvalsh(before) - torch.linalg.eigvalsh(after)
     lost = (before - after).diagonal(dim1=-2, dim2=-1).sum(-1)
     return torch.minimum(gaps.amax(-1).clamp(min=0), lost.clamp(min=0))
-
-
-def in_threads(function: Callable[[Tensor], Any], matrices: Tensor) -> tuple[Tensor, ...]:
-    """A batched decomposition, in threads on a CPU, where PyTorch uses only one core for it."""
-    threads = torch.get_num_threads()
-    if matrices.device.type != "cpu" or threads == 1 or matrices[..., 0].numel() < 2000:
-        return tuple(function(matrices))
-    parts = list(_pool(threads).map(function, matrices.chunk(threads)))
-    return tuple(torch.cat(each) for each in zip(*parts, strict=True))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="decompose")
 
 
 RITE = OptimizerSpec(LoraRite, lr=1e-3)

@@ -90,6 +90,35 @@ def rite(
         pair.down, pair.up = moved["down"].T, moved["up"]
 
 
+def lora_muon(
+    pairs, gradients, lr=0.1, momentum=0.9, weight_decay=0.0, sign_eps=1e-3, core_damping=1.0,
+):  # fmt: skip
+    keep = math.sqrt(1 - lr * weight_decay)
+    for pair, (g_down, g_up) in zip(pairs, gradients, strict=True):
+        roots = {"down": _root(pair.down.T), "up": _root(pair.up)}
+        moved = {}
+        for name, rows, gradient, partner in (
+            ("down", pair.down.T, g_down.T, "up"),
+            ("up", pair.up, g_up, "down"),
+        ):
+            average = momentum * pair.memory.get(name, 0.0) + (1 - momentum) * gradient
+            pair.memory[name] = average
+            inverse = back = torch.linalg.pinv(roots[partner], hermitian=True)
+            if name == "down":
+                back = _damped(roots["up"], roots["down"], core_damping * lr / 2, inverse)
+            left, sizes, right = torch.linalg.svd(average @ inverse, full_matrices=False)
+            floor = (sign_eps * sizes.max()).clamp(min=1e-150)
+            sign = left @ torch.diag(sizes / (sizes**2 + floor**2).sqrt()) @ right
+            moved[name] = keep * rows - lr / (2 * keep) * sign @ back
+        pair.down, pair.up = moved["down"].T, moved["up"]
+
+
+def _root(rows: Tensor) -> Tensor:
+    """(X^T X)^(1/2)."""
+    _, sizes, right = torch.linalg.svd(rows, full_matrices=False)
+    return right.T @ torch.diag(sizes) @ right
+
+
 def _damped(up: Tensor, down: Tensor, reach: float, back: Tensor) -> Tensor:
     """What brings the direction of `down` back to its entries; of both triangles of QR."""
     left, sizes, _ = torch.linalg.svd(up @ down.T)
