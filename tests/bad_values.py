@@ -10,7 +10,7 @@ from random_adapters import mixed_adapter
 from rite_diffusion.adapters import save_adapter
 
 # What a parameter is, by its name. Names that are not here are what their type says.
-FILES = {"file", "adapter", "adapters", "model"}
+FILES = {"file", "adapter", "adapters", "init", "model"}
 FOLDERS = {"photos"}
 OUTPUTS = {"out", "workspace"}
 NAMED = {"base", "preset", "control", "controls", "region", "regions"}  # a path among other things

@@ -132,7 +132,8 @@ def describe_training(plan: Plan) -> None:
     _line("base", f"{config.base} on {where}, attention {backbone.attention}")
     for fallback in plan.fallbacks:
         _line("", fallback)
-    _line("adapter", f"{config.method}, rank {config.lora.rank}")
+    start = f", from {config.lora.init_from}" if config.lora.init_from else ""
+    _line("adapter", f"{config.method}, rank {config.lora.rank}{start}")
     rates = f"{optim.name}, rate auto: tried out before the first step"
     if optim.lr_unet is not None:
         text = f", text encoder {optim.lr_text_encoder:g}" if config.trains_text_encoder else ""

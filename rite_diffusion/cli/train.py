@@ -30,6 +30,9 @@ def train(
     preset: Annotated[str | None, typer.Option(help="Preset name or .toml file.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the LoRA pairs.")] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Adapter file to start from; its rank applies.")
+    ] = None,
     optimizer: Annotated[
         str | None,
         typer.Option(help="adamw, adamw_plus, lora_muon, rite, scaled_adamw, scaled_sgd or sgd."),
@@ -53,8 +56,6 @@ def train(
     ] = False,
 ) -> None:
     """Train a concept adapter from a folder of photos."""
-    from rite_diffusion.config import merge, read_toml
-
     given = {
         "trigger": trigger,
         "class_noun": class_noun,
@@ -62,17 +63,25 @@ def train(
         "method": method,
         "steps": steps,
         "lora.rank": rank,
+        "lora.init_from": str(init) if init else None,
         "optim.name": optimizer,
         "optim.lr": _number_or_word(lr),
         "seed": seed,
     }
-    photos = user_path(photos)
-    written = read_toml(photos) if photos.suffix == ".toml" else {"photos": str(photos)}
-    settings = merge(written, settings_tree(given, set_ or []))
+    settings = _with_written(photos, settings_tree(given, set_ or []))
     folder = folder_output(out) if out else None
     adapter = _report_and_train(settings, preset, folder, override, dry_run)
     if sketch and adapter is not None:
         cli_fusion.sketch(adapter, base=settings.get("base", "pocket"), overwrite=True)
+
+
+def _with_written(photos: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """The settings of the options over those of a .toml file, or of a folder of photos."""
+    from rite_diffusion.config import merge, read_toml
+
+    photos = user_path(photos)
+    written = read_toml(photos) if photos.suffix == ".toml" else {"photos": str(photos)}
+    return merge(written, options)
 
 
 def _report_and_train(

@@ -33,6 +33,9 @@ class LoraSection(Section):
     layers: Literal["attention", "blocks"] = Field(
         default="attention", description="or all layers of the denoiser's blocks, convolutions too"
     )
+    init_from: str | None = Field(
+        default=None, description="adapter file to start from, whose rank and alpha then apply"
+    )
     assistant: str | None = Field(
         default=None,
         description="an adapter that acts while this one trains, for distilled few-step bases",
@@ -330,6 +333,8 @@ class TrainConfig(SourceSection):
             changed = getattr(self, table) != type(self).model_fields[table].default
             if changed and self.method not in methods:
                 raise ValueError(f"[{table}] is for method {' or '.join(methods)}")
+        if self.lora.init_from and self.method != "lora":
+            raise ValueError("lora.init_from is for method lora")
         if self.tokens.first and (self.method != "pivotal" or self.tokens.first >= self.steps):
             raise ValueError("tokens.first is for method pivotal, and less than its steps")
         return self

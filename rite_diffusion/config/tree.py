@@ -140,6 +140,6 @@ def without_paths(config: TrainConfig) -> TrainConfig:
     for table in tables:
         for key in {"photos", "class_photos"} & table.keys():
             table[key] = Path(table[key]).name
-    if "assistant" in tree["lora"]:
-        tree["lora"]["assistant"] = Path(tree["lora"]["assistant"]).name
+    for key in {"assistant", "init_from"} & tree["lora"].keys():
+        tree["lora"][key] = Path(tree["lora"][key]).name
     return resolve(tree)

@@ -13,6 +13,7 @@ from rite_diffusion.backbones.text_cache import cached_conditioning
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.files.writing import cache_folder, user_path
 from rite_diffusion.methods.method import Method
+from rite_diffusion.methods.start import set_start
 from rite_diffusion.methods.weights import (
     LoraWeights,
     adapted_paths,
@@ -30,6 +31,7 @@ class PlainLora(Method):
     def __init__(self, backbone: Backbone, config: TrainConfig):
         super().__init__(backbone, config)
         self._weights = lora_weights(backbone, config)
+        set_start(self._weights.pairs(), config.lora)
         folder = cache_folder() / "captions" if config.cache else None
         encode = partial(cached_conditioning, backbone, folder=folder)
         self._frozen_states = KeptConditioning(encode, BYTES_KEPT)

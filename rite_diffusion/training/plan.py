@@ -9,6 +9,7 @@ from rite_diffusion.backbones.source import default_device, load_backbone, usabl
 from rite_diffusion.config import TrainConfig, fill
 from rite_diffusion.files.writing import cache_folder
 from rite_diffusion.generation.class_pictures import class_pictures
+from rite_diffusion.methods.start import check_start, digest_of_start
 from rite_diffusion.methods.support import check_support
 from rite_diffusion.methods.triggers import (
     check_prompts,
@@ -86,8 +87,9 @@ class Plan:
         return sorted(text for text in captions if self.backbone.token_count(text) > budget)
 
     def inputs(self) -> dict[str, str]:
-        """Digests of photos and base, which a resumed run compares."""
-        return inputs_of([*self.photos, *self.held_out], self.backbone.fingerprint)
+        """Digests of photos, base and `lora.init_from`, which a resumed run compares."""
+        photos = [*self.photos, *self.held_out]
+        return inputs_of(photos, self.backbone.fingerprint) | digest_of_start(self.config.lora)
 
     def buckets(self) -> dict[tuple[int, int], list[str]]:
         """Training size (width, height) -> names of the photos scaled and cropped to it."""
@@ -148,6 +150,7 @@ def plan_without_drawing(config: TrainConfig, found: FoundPictures) -> Plan:
     check_triggers(backbone, config.concepts())
     check_prompts(config.previews.prompts, triggers)
     check_rank(backbone, config.lora)
+    check_start(backbone, config.lora)
     load_assistant(backbone, config)
     side = training_side(backbone, config.resolution)
     config = config.model_copy(update={"resolution": side, "precision": precision})

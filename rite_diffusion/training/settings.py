@@ -7,6 +7,7 @@ from rite_diffusion.backbones.families import family_name, is_flow
 from rite_diffusion.config import TrainConfig, load_preset, merge, preset_names, resolve
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.methods import METHODS
+from rite_diffusion.methods.start import with_rank_of_start
 from rite_diffusion.optim import optimizer_spec
 
 PAIR_RATES = ("lr", "lr_unet", "lr_text_encoder")
@@ -33,6 +34,8 @@ def configure(settings: Mapping[str, Any], preset: str | None = None) -> TrainCo
     config = resolve(merge(low, dict(settings)))
     if config.method not in METHODS:
         raise ConfigError(f"no method '{config.method}': choose one of {', '.join(METHODS)}")
+    lora = with_rank_of_start(config.lora, _table(settings, "lora"))
+    config = config.model_copy(update={"lora": lora})
     if not config.trains_text_encoder and "lr_text_encoder" not in given:
         held = config.optim.model_copy(update={"lr_text_encoder": None})
         config = config.model_copy(update={"optim": held})
