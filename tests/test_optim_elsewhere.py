@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from factors import FAST
 from forks import forked
 from rite_diffusion.errors import OptimizerError
-from rite_diffusion.optim import OPTIMIZERS, LoraRite, ScaledAdamW, lora_param_groups
+from rite_diffusion.optim import OPTIMIZERS, LoraRite, lora_param_groups
 
 
 def test_a_language_model_learns_in_transformers_trainer():
@@ -110,7 +110,7 @@ def worker(rank, port, folder):
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2
     )
     x, results = torch.randn(8, 8, generator=torch.Generator().manual_seed(1)), {}
-    for name in ("rite", "scaled_adamw", "scaled_sgd"):
+    for name in FAST:
         model = Net()
         wrapped = nn.parallel.DistributedDataParallel(model)
         groups = [group | {"lr": 0.01} for group in lora_param_groups(wrapped)]
@@ -126,7 +126,7 @@ def test_two_processes_equal_one_with_the_whole_batch(unused_port, tmp_path):
         assert process.exitcode == 0
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     x = torch.randn(8, 8, generator=torch.Generator().manual_seed(1))
-    for name in ("rite", "scaled_adamw", "scaled_sgd"):
+    for name in FAST:
         model = Net()
         groups = [group | {"lr": 0.01} for group in lora_param_groups(model)]
         train(model, OPTIMIZERS[name].build(groups), torch.cat([x[0::2], x[1::2]]))
@@ -136,10 +136,10 @@ def test_two_processes_equal_one_with_the_whole_batch(unused_port, tmp_path):
             torch.testing.assert_close(one.detach(), first, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("rule", [LoraRite, ScaledAdamW])
-def test_loss_scaling_skips_an_overflow_and_goes_on(rule):
+@pytest.mark.parametrize("name", FAST)
+def test_loss_scaling_skips_an_overflow_and_goes_on(name):
     model = Net()
-    optimizer = rule(lora_param_groups(model), lr=0.01)
+    optimizer = FAST[name](lora_param_groups(model), lr=0.01)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     x = torch.randn(8, 8)
     before = [p.detach().clone() for p in model.parameters()]

@@ -121,8 +121,8 @@ def step_transforms(batch: list[Side], sizes: list[float]) -> list[Tensor]:
     transforms = []
     for lower, upper, own in zip(down, up, every, strict=True):
         bad = lower.ill_conditioned
-        lost = bad[(lower.back[bad] == 0).all(-2).any(-1)]
-        if len(lost):
+        if len(bad):
+            lost = bad[(lower.back[bad] == 0).all(-2).any(-1)]
             own[lost] += undamped(lower.back[lost], upper.back[lost])
         transforms += [own, lower.basis.mT]
     return transforms
