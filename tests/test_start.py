@@ -143,6 +143,8 @@ BAD = {
     "alpha 0": (with_alpha_zero, {}, "alpha of .* is 0"),
     "text encoder": (lambda a: a, {"lora": {"text_encoder": False}}, "set lora.layers = blocks or"),
     "method": (lambda a: a, {"method": "pivotal"}, "lora.init_from is for method lora"),
+    "rslora": (lambda a: a, {"lora": {"kind": "rslora"}}, "lora.kind = lora"),
+    "DoRA": (lambda a: a, {"lora": {"kind": "dora"}}, "lora.kind = lora"),
     "rank": (lambda a: a, {"lora": {"rank": 8}}, "lora.rank = 8, but a.safetensors .* has 4"),
     "alpha": (lambda a: a, {"lora": {"alpha": 3.0}}, "lora.alpha = 3.0, but a.safetensors .* 2"),
 }

@@ -333,8 +333,8 @@ class TrainConfig(SourceSection):
             changed = getattr(self, table) != type(self).model_fields[table].default
             if changed and self.method not in methods:
                 raise ValueError(f"[{table}] is for method {' or '.join(methods)}")
-        if self.lora.init_from and self.method != "lora":
-            raise ValueError("lora.init_from is for method lora")
+        if self.lora.init_from and (self.method, self.lora.kind) != ("lora", "lora"):
+            raise ValueError("lora.init_from is for method lora and lora.kind = lora")
         if self.tokens.first and (self.method != "pivotal" or self.tokens.first >= self.steps):
             raise ValueError("tokens.first is for method pivotal, and less than its steps")
         return self
