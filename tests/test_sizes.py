@@ -13,6 +13,7 @@ from command_line import run_command
 from flow_models import PIPELINES
 from rite_diffusion.backbones import sizes, source
 from rite_diffusion.backbones.sizes import describe_sizes, part_sizes, refuse_too_large
+from rite_diffusion.config import memory_settings
 from rite_diffusion.errors import BackboneError
 
 CPU = torch.device("cpu")
@@ -108,8 +109,10 @@ def test_a_base_larger_than_memory_is_refused_before_it_is_loaded(flow, monkeypa
     monkeypatch.setattr(sizes, "system_memory", lambda: needed)
     refuse_too_large(str(folder), torch.float32, CPU)
     monkeypatch.setattr(sizes, "system_memory", lambda: needed // 2 - 1)
-    with pytest.raises(BackboneError, match=r"has .* GB\. Choose a smaller base\."):
+    with pytest.raises(BackboneError, match=r"has .* GB\. Store them in 8 bits.*smaller base\."):
         refuse_too_large(str(folder), torch.bfloat16, CPU)
+    small = memory_settings({"weights": "int8", "encoder_weights": "int8"})
+    refuse_too_large(str(folder), torch.bfloat16, CPU, small)
 
 
 def test_a_containers_limit_counts(tmp_path, monkeypatch):

@@ -40,6 +40,7 @@ from rite_diffusion.adapters.shifts import (
     remove_shifts,
     set_shift_weight,
 )
+from rite_diffusion.backbones.memory import is_quantised
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import AdapterError
 from rite_diffusion.types import LoraPair
@@ -58,6 +59,13 @@ def _weight(layer: nn.Module) -> nn.Parameter:
     return weight
 
 
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """Shape (out, in, …) of a layer's weight, whose storage may have another."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features, layer.in_features
+    return tuple(_weight(layer).shape)
+
+
 def adaptable_layers(backbone: Backbone) -> dict[str, tuple[str, str]]:
     """The layers that LoRA can adapt, as module name in files -> (component, path)."""
     return {
@@ -74,11 +82,20 @@ def base_layers(backbone: Backbone) -> list[tuple[str, str]]:
 
 
 def base_weights(backbone: Backbone) -> dict[str, Tensor]:
-    """The base's weights that LoRA can adapt, as module name in files -> weight (out, in, …)."""
-    return {
-        name: _weight(base_layer(backbone.components[component].get_submodule(path))).detach()
+    """The base's weights that LoRA can adapt, as module name in files -> weight (out, in, …).
+
+    AdapterError where they are quantised.
+    """
+    layers = {
+        name: base_layer(backbone.components[component].get_submodule(path))
         for name, (component, path) in adaptable_layers(backbone).items()
     }
+    if any(is_quantised(layer) for layer in layers.values()):
+        raise AdapterError(
+            f"{backbone.name} is open with {backbone.memory.weights} weights, and this reads them "
+            "in full: open it with weights = full."
+        )
+    return {name: _weight(layer).detach() for name, layer in layers.items()}
 
 
 def _layers(component: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -125,6 +142,14 @@ def inject(
         )
         _inject(config, backbone.components[component], name)
         cast_adapter_dtype(backbone.components[component], name)
+    _move_factors(backbone, name)
+
+
+def _move_factors(backbone: Backbone, name: str) -> None:
+    """Move an adapter's factors to the base's device; PEFT puts them beside offloaded weights."""
+    for layer in lora_layers(backbone, name).values():
+        layer.lora_A[name].to(backbone.device)
+        layer.lora_B[name].to(backbone.device)
 
 
 def lora_layers(backbone: Backbone, name: str) -> dict[str, LoraLayer]:
@@ -169,14 +194,24 @@ def check_fit(backbone: Backbone, adapter: Adapter) -> dict[str, tuple[str, str]
         )
     for pair in adapter.pairs:
         component, path = known[pair.name]
-        weight = _weight(base_layer(backbone.components[component].get_submodule(path)))
-        shape = (pair.up.shape[0], *pair.down.shape[1:])
-        if as_matrix_shape(shape) != as_matrix_shape(tuple(weight.shape)):
+        layer = base_layer(backbone.components[component].get_submodule(path))
+        shape, own = (pair.up.shape[0], *pair.down.shape[1:]), weight_shape(layer)
+        if as_matrix_shape(shape) != as_matrix_shape(own):
             raise AdapterError(
-                f"{pair.name} is for weights {shape}, {backbone.name} has {tuple(weight.shape)}: "
+                f"{pair.name} is for weights {shape}, {backbone.name} has {own}: "
                 f"the adapter was made for another base model ({adapter.info.base or 'unnamed'})."
             )
+        if pair.magnitude is not None and not is_at_hand(backbone, layer):
+            raise AdapterError(
+                f"{pair.name} is a DoRA layer, whose norms need the weights of {backbone.name}: "
+                "open it with weights = full and without offload = layers."
+            )
     return {pair.name: known[pair.name] for pair in adapter.pairs}
+
+
+def is_at_hand(backbone: Backbone, layer: nn.Module) -> bool:
+    """Whether a layer's weight is in full and on the device, to compute with."""
+    return not is_quantised(layer) and backbone.memory.offload != "layers"
 
 
 def as_matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -229,6 +264,7 @@ def attach(backbone: Backbone, adapter: Adapter, name: str, weight: float = 1.0)
         if here:
             config = config_of(here, [homes[pair.name][1] for pair in here])
             _inject(LoraConfig(**config), backbone.components[component], name)
+    _move_factors(backbone, name)
     layers = lora_layers(backbone, name)
     for pair in adapter.pairs:
         layer = layers[pair.name]

@@ -15,6 +15,8 @@ from rite_diffusion.backbones.source import default_device
 NEEDED = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "gradio")
 OPTIONAL = {
     "xformers": "xformers",
+    "torchao": "memory",
+    "bitsandbytes": "nf4",
     "onnxruntime": "masks",
     "tensorboard": "tracking",
     "wandb": "tracking",

@@ -1,13 +1,13 @@
 """`rite.generate`: pictures of a prompt, with any number of adapters."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from PIL.Image import Image
 
 from rite_diffusion.adapters.choice import choose_adapters, notes, protected_words
-from rite_diffusion.api.bases import open_with_adapters
+from rite_diffusion.api.bases import PLAIN, open_with_adapters
 from rite_diffusion.files.writing import print_to_stderr, write_output
 from rite_diffusion.generation.attached import as_attached
 from rite_diffusion.generation.composition import SUM
@@ -37,6 +37,7 @@ def generate(
     height: int | None = None,
     out: str | Path | None = None,
     other_base: bool = False,
+    memory: Mapping[str, str] = PLAIN,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Image]:
     """Pictures of a prompt, for the seeds `seed`, `seed + 1`, …; adapters are `FILE[:WEIGHT]`.
@@ -51,16 +52,15 @@ def generate(
     only. With `out`, a folder or for one picture a `.png`, they are written as PNGs that carry
     their parameters, and `image.info["path"]` is the file. Adapters of another base are refused
     unless `other_base`. Where two adapters have an embedding of the same name, the second is
-    renamed; a line on stderr says so. `progress` is called with the number of pictures done. Raises
-    RiteError for requests, files and bases that cannot be used.
+    renamed; a line on stderr says so. `memory` holds settings of a training's `[memory]` table.
+    `progress` is called with the number of pictures done. Raises RiteError for what cannot be used.
     """
     request = PictureRequest(
         prompt=prompt, negative=negative, seed=seed, steps=steps, guidance=guidance, width=width,
         height=height, regions=regions, region_by=region_by, combine=combine, controls=controls,
     )  # fmt: skip
-    return draw(
-        request, adapters, base=base, num=num, out=out, other_base=other_base, progress=progress
-    )
+    return draw(request, adapters, base=base, num=num, out=out, other_base=other_base,
+                memory=memory, progress=progress)  # fmt: skip
 
 
 def draw(
@@ -71,6 +71,7 @@ def draw(
     num: int = 1,
     out: str | Path | None = None,
     other_base: bool = False,
+    memory: Mapping[str, str] = PLAIN,
     progress: Callable[[int], None] = lambda done: None,
 ) -> list[Image]:
     """`num` pictures of a request, with consecutive seeds; arguments are those of `generate`."""
@@ -85,7 +86,7 @@ def draw(
     parts = parse_regions(request.regions, request.prompt)
     # Raises for a wrong number of weights before the base is opened.
     adapter_weights(parts, request.prompt, [each.triggers for each in attached])
-    backbone = open_with_adapters(base, chosen, other_base)
+    backbone = open_with_adapters(base, chosen, other_base, memory)
     request = replace(request, controls=[each.record() for each in conditions])
     first = resolve_request(backbone, request, [each.record() for each in chosen])
     controlling = load_controls(backbone, conditions, first.width, first.height)

@@ -1,13 +1,13 @@
 """`rite.sketch`: statistics of adapters' inputs, read from sketch files or measured."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from rite_diffusion.adapters import Adapter, load_adapter
 from rite_diffusion.adapters.attach import check_base
-from rite_diffusion.api.bases import open_base
+from rite_diffusion.api.bases import PLAIN, open_base
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.errors import FusionError
 from rite_diffusion.files.writing import check_outputs, file_output, user_path
@@ -30,6 +30,7 @@ def sketch(
     directions: int = SKETCH_DIRECTIONS,
     drawing: Drawing = DEFAULT_DRAWING,
     overwrite: bool = False,
+    memory: Mapping[str, str] = PLAIN,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Write an adapter's sketch, by default `FILE.sketch.safetensors`, and return its path.
@@ -37,8 +38,9 @@ def sketch(
     The sketch holds second moments of the adapted layers' inputs while the base draws `prompts`, by
     default a few with the adapter's trigger: with it, others can fuse the adapter without drawing.
     `directions`, 1 to 4096 per layer, bounds its size. An existing file of the default name is
-    replaced only with `overwrite`. `progress` is called with the pictures done and their number.
-    Raises RiteError where adapter, base or output cannot be used.
+    replaced only with `overwrite`. `memory` holds settings of a training's `[memory]` table.
+    `progress` is called with the pictures done and their number. Raises RiteError where adapter,
+    base or output cannot be used.
     """
     if not 1 <= directions <= 4096:
         raise FusionError(f"{directions} directions are not between 1 and 4096")
@@ -48,7 +50,7 @@ def sketch(
     wanted = list(prompts) or concept_prompts(content.info, path)
     named, derived = ([target], []) if out else ([], [target])
     check_outputs(named, derived, sources=[path], overwrite=overwrite)
-    backbone = open_base(base, [content.info])
+    backbone = open_base(base, [content.info], memory)
     check_base(backbone, content)
     with out_of_memory_explained():
         [made] = measure(backbone, [content], [wanted], drawing, progress)

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from rite_diffusion.backbones.memory import stored_tensors
+
 LARGE = 2**32  # bytes; the digest of a larger text encoder samples each weight
 SAMPLE = 2**16  # values in such a sample
 
@@ -13,14 +15,15 @@ SAMPLE = 2**16  # values in such a sample
 class Encoders:
     """A pipeline's autoencoder and text encoders by name, frozen, on one device.
 
-    `reopen` loads the pipeline again, for encoders that were released on a CPU and are needed.
+    Without a device, hooks of their own move them. `reopen` loads the pipeline again, for encoders
+    that were released on a CPU and are needed.
     """
 
     def __init__(
         self,
         pipeline: Any,
         names: Sequence[str],
-        device: torch.device,
+        device: torch.device | None,
         reopen: Callable[[], Any],
     ):
         self.pipeline = pipeline
@@ -32,7 +35,9 @@ class Encoders:
             self._prepare(pipeline, name)
 
     def _prepare(self, pipeline: Any, name: str) -> None:
-        encoder = getattr(pipeline, name).requires_grad_(False).eval().to(self.device)
+        encoder = getattr(pipeline, name).requires_grad_(False).eval()
+        if self.device is not None:
+            encoder.to(self.device)
         is_half = name == "vae" and encoder.dtype == torch.float16
         if is_half and encoder.config.get("force_upcast"):
             encoder.float()  # SDXL's autoencoder overflows in half precision
@@ -49,7 +54,7 @@ class Encoders:
                 if self.as_it_is(each).device.type == "meta":
                     self._prepare(fresh, each)
                     setattr(self.pipeline, each, getattr(fresh, each))
-        elif self.as_it_is(name).device.type != self.device.type:
+        elif self.device is not None and self.as_it_is(name).device.type != self.device.type:
             self.as_it_is(name).to(self.device)
         return self.as_it_is(name)
 
@@ -60,7 +65,7 @@ class Encoders:
 
     def release(self, names: Sequence[str]) -> None:
         """Move encoders from the device to the CPU's memory, or on a CPU out of memory."""
-        place = "meta" if self.device.type == "cpu" else "cpu"
+        place = "meta" if self.device is not None and self.device.type == "cpu" else "cpu"
         self.released |= set(names)
         for name in names:
             if self.as_it_is(name).device.type != "meta":
@@ -82,7 +87,7 @@ def text_digest(encoders: Encoders) -> str:
         tokenizer = encoders.as_it_is(name.replace("text_encoder", "tokenizer"))
         described = [encoder.config.to_json_string(), tokenizer.special_tokens_map]
         digest.update(f"{described} {sorted(tokenizer.get_vocab().items())}".encode())
-        weights = encoder.state_dict().values()
+        weights = [part for each in encoder.state_dict().values() for part in stored_tensors(each)]
         is_large = sum(weight.nbytes for weight in weights) > LARGE
         for weight in weights:
             flat = weight.flatten()

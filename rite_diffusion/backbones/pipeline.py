@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 import torch
 
 from rite_diffusion.backbones.encoders import Encoders, autoencoder_digest, text_digest
+from rite_diffusion.backbones.memory import offload_layers, offload_models
 from rite_diffusion.backbones.protocols import Defaults, JointAttention, LearnedEmbedding
+from rite_diffusion.config import MemorySection
 
 
 class PipelineBackbone:
@@ -19,6 +21,7 @@ class PipelineBackbone:
     denoiser_name: ClassVar[str]
     encoder_names: ClassVar[tuple[str, ...]] = ("vae", "text_encoder")
     own_defaults: ClassVar[Defaults] = Defaults()
+    ends: ClassVar[tuple[str, ...]] = ()  # paths of linear layers that the fingerprint reads
     joint_attention: JointAttention | None = None
 
     def __init__(
@@ -29,15 +32,26 @@ class PipelineBackbone:
         attention: str,
         reopen: Callable[[], Any],
         defaults: Defaults | None = None,
+        memory: MemorySection | None = None,
     ):
         self.name = name
         self.device = device
+        self.memory = memory or MemorySection()
         self.attention = attention
         self.defaults = defaults or self.own_defaults
         self.denoiser: Any = getattr(pipeline, self.denoiser_name)
-        self.denoiser.requires_grad_(False).eval().to(device)
+        self.denoiser.requires_grad_(False).eval()
         self.dtype: torch.dtype = self.denoiser.dtype
-        self.encoders = Encoders(pipeline, self.encoder_names, device, reopen)
+        by_hooks = self.memory.offload == "model"
+        place = None if by_hooks else device
+        self.encoders = Encoders(pipeline, self.encoder_names, place, reopen)
+        if by_hooks:
+            models = [self.encoders.as_it_is(name) for name in self.encoders.names]
+            offload_models([self.denoiser, *models], device)
+        elif self.memory.offload == "layers":
+            offload_layers(self.denoiser, device)
+        else:
+            self.denoiser.to(device)
         self.embeddings: dict[str, LearnedEmbedding] = {}
         self.triggers: dict[str, Sequence[str]] = {}
 

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor, device, dtype, nn
 
+    from rite_diffusion.config import MemorySection
+
 
 @dataclass(frozen=True)
 class LearnedEmbedding:
@@ -270,6 +272,7 @@ class Backbone(ImageCodec, TextConditioner, Denoiser, AdapterHost, Attending, Pr
     device: device
     dtype: dtype
     attention: str  # the implementation of attention in use
+    memory: MemorySection  # how its weights are stored, and where
 
     def release(self, names: Sequence[str]) -> None:
         """Free the memory of encoders (`vae`, `text_encoder`, …) until they are used again."""

@@ -10,6 +10,7 @@ from rite_diffusion.backbones.expansion import Chunked
 from rite_diffusion.backbones.prompt_syntax import Section, is_blank
 from rite_diffusion.backbones.protocols import Conditioning, Defaults
 from rite_diffusion.backbones.stable_diffusion import Pipeline, StableDiffusion
+from rite_diffusion.config import MemorySection
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -26,8 +27,9 @@ class StableDiffusionXL(StableDiffusion):
         attention: str,
         reopen: Callable[[], Pipeline],
         defaults: Defaults | None = None,
+        memory: MemorySection | None = None,
     ):
-        super().__init__(pipeline, name, device, attention, reopen, defaults)
+        super().__init__(pipeline, name, device, attention, reopen, defaults, memory)
         self.tokenizer_2 = pipeline.tokenizer_2
         self._empty_is_zero: bool = pipeline.config["force_zeros_for_empty_prompt"]
 

@@ -9,6 +9,7 @@ import torch
 
 from rite_diffusion.backbones.checkpoint import read_header
 from rite_diffusion.backbones.families import denoiser_and_whole, index_of
+from rite_diffusion.config import MemorySection
 from rite_diffusion.errors import BackboneError
 from rite_diffusion.files.writing import user_path
 
@@ -110,16 +111,39 @@ def describe_sizes(sizes: dict[str, int], dtype: torch.dtype) -> str:
     return f"{sum(gigabytes.values()):.1f} GB: {parts}"
 
 
-def refuse_too_large(base: str, dtype: torch.dtype, device: torch.device) -> None:
+def stored_bytes(
+    sizes: dict[str, int], dtype: torch.dtype, memory: MemorySection
+) -> dict[str, float]:
+    """The least bytes of each part's weights with the settings of `[memory]`."""
+    each = {"full": dtype.itemsize, "int8": 1, "fp8": 1, "nf4": 0.5}
+    storage = {"transformer": memory.weights, "unet": memory.weights}
+    return {
+        name: count * each[memory.encoder_weights if "text" in name else storage.get(name, "full")]
+        for name, count in sizes.items()
+    }
+
+
+def device_bytes(parts: dict[str, float], offload: str) -> float:
+    """The least bytes of the parts' weights that are on the device at once."""
+    if offload == "model":
+        return max(parts.values(), default=0)
+    waiting = ("transformer", "unet") if offload == "layers" else ()
+    return sum(size for name, size in parts.items() if name not in waiting)
+
+
+def refuse_too_large(
+    base: str, dtype: torch.dtype, device: torch.device, memory: MemorySection | None = None
+) -> None:
     """BackboneError for a base whose weights do not fit into the machine or its device."""
-    sizes = part_sizes(base)
-    needed = sum(sizes.values()) * dtype.itemsize
-    room = {"this machine": system_memory()}
+    sizes, memory = part_sizes(base), memory or MemorySection()
+    parts = stored_bytes(sizes, dtype, memory)
+    room = {"this machine": (sum(parts.values()), system_memory())}
     if device.type == "cuda":
-        room[torch.cuda.get_device_name(device)] = torch.cuda.mem_get_info(device)[1]
-    for place, most in room.items():
+        most = torch.cuda.mem_get_info(device)[1]
+        room[torch.cuda.get_device_name(device)] = (device_bytes(parts, memory.offload), most)
+    for place, (needed, most) in room.items():
         if needed > most:
-            remedy = "Choose a smaller base."
+            remedy = "Store them in 8 bits (memory.weights = int8), or choose a smaller base."
             if dtype.itemsize > 2:
                 remedy = "Load it in bf16 or fp16, or choose a smaller base."
             raise BackboneError(

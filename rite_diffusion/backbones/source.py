@@ -19,12 +19,19 @@ from rite_diffusion.backbones.families import (
     POCKET,
     denoiser_and_whole,
     denoiser_class,
+    family_class,
     family_of,
     is_flow,
     pipeline_name,
 )
+from rite_diffusion.backbones.memory import (
+    check_memory,
+    denoiser_quantisation,
+    pipeline_quantisation,
+)
 from rite_diffusion.backbones.protocols import Backbone, Defaults
 from rite_diffusion.backbones.sizes import refuse_too_large
+from rite_diffusion.config import MemorySection
 from rite_diffusion.errors import BackboneError
 from rite_diffusion.files.writing import user_path
 
@@ -41,6 +48,8 @@ LIBRARIES = {"diffusers", "transformers", "stable_diffusion", None}  # of a pipe
 
 _LOADING = threading.Lock()  # diffusers and transformers patch torch's modules while they load
 
+FULL = MemorySection()  # weights in full, on the device
+
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -52,28 +61,33 @@ def default_device() -> torch.device:
 
 
 def load_backbone(
-    base: str, precision: str | None = None, device: torch.device | None = None
+    base: str,
+    precision: str | None = None,
+    device: torch.device | None = None,
+    memory: MemorySection = FULL,
 ) -> Backbone:
     """The base model `pocket`, or that of a diffusers folder, a `.safetensors` file or a hub id.
 
     `FILE.safetensors@MODEL` is a flow transformer whose denoiser is in the file and whose other
     parts are those of a folder or hub id. Weights are loaded in `precision` (fp32, fp16, bf16), by
     default fp16 on CUDA and fp32 elsewhere; flow transformers, which overflow in fp16, in bf16
-    except on a CPU. Pickles are not opened and code from a hub is not run. Raises BackboneError
-    where there is no such model or it is not supported.
+    except on a CPU. `memory` says how the weights are stored, and where. Pickles are not opened and
+    code from a hub is not run. Raises BackboneError where there is no such model or it is not
+    supported, and ConfigError where `memory` cannot be followed.
     """
     device = device or default_device()
     flows = is_flow(base)
     precision = precision or default_precision(device, flows)
     if flows and precision == "fp16":
         raise BackboneError(f"{base} overflows in fp16, as flow transformers do: use bf16 or fp32.")
-    refuse_too_large(base, DTYPES[precision], device)
-    reopen = partial(open_pipeline, base, DTYPES[precision])
+    check_memory(memory, base, device)
+    refuse_too_large(base, DTYPES[precision], device, memory)
+    reopen = partial(open_pipeline, base, DTYPES[precision], memory)
     pipeline = reopen()
     kind = family_of(pipeline)
     attention = "sdpa" if flows else choose_attention(pipeline)
     own = OWN_DEFAULTS.get(base)
-    return kind(pipeline, base, device, attention, reopen, own)
+    return kind(pipeline, base, device, attention, reopen, own, memory)
 
 
 def default_precision(device: torch.device, flows: bool) -> str:
@@ -108,18 +122,18 @@ def choose_attention(pipeline: DiffusionPipeline) -> str:
     return "xformers"
 
 
-def open_pipeline(base: str, dtype: torch.dtype) -> DiffusionPipeline:
+def open_pipeline(base: str, dtype: torch.dtype, memory: MemorySection = FULL) -> DiffusionPipeline:
     """The diffusers pipeline of a base model; threads take turns."""
     with _LOADING:
-        return _open(base, dtype)
+        return _open(base, dtype, memory)
 
 
-def _open(base: str, dtype: torch.dtype) -> DiffusionPipeline:
+def _open(base: str, dtype: torch.dtype, memory: MemorySection) -> DiffusionPipeline:
     if base == "pocket":
-        return _from_folder(POCKET, dtype)
+        return _from_folder(POCKET, dtype, memory)
     file, whole = denoiser_and_whole(base)
     if file is not None:
-        return _with_denoiser(file, whole, dtype)
+        return _with_denoiser(file, whole, dtype, memory)
     path = user_path(base)
     if path.suffix.lower() in PICKLES:
         raise BackboneError(
@@ -127,15 +141,17 @@ def _open(base: str, dtype: torch.dtype) -> DiffusionPipeline:
             "Convert it to .safetensors on a machine you can lose, then pass that file."
         )
     if path.is_dir():
-        return _from_folder(path, dtype)
+        return _from_folder(path, dtype, memory)
     if path.is_file():
         from rite_diffusion.backbones.single_file import load_single_file
 
         return load_single_file(path, dtype=dtype)
-    return _from_hub(base, dtype)
+    return _from_hub(base, dtype, memory)
 
 
-def _with_denoiser(file: Path, whole: str, dtype: torch.dtype) -> DiffusionPipeline:
+def _with_denoiser(
+    file: Path, whole: str, dtype: torch.dtype, memory: MemorySection
+) -> DiffusionPipeline:
     """A model with the denoiser of a file, in the original layout or diffusers'.
 
     Of the model's own denoiser only the configuration is read.
@@ -149,17 +165,22 @@ def _with_denoiser(file: Path, whole: str, dtype: torch.dtype) -> DiffusionPipel
     if not file.is_file():
         raise BackboneError(f"{file} does not exist.")
     source = str(user_path(whole)) if user_path(whole).is_dir() else whole
+    quantisation = denoiser_quantisation(memory.weights, dtype, family_class(name).ends)
     try:
         denoiser = denoiser_class(source).from_single_file(
-            str(file), config=source, subfolder="transformer", torch_dtype=dtype
+            str(file),
+            config=source,
+            subfolder="transformer",
+            torch_dtype=dtype,
+            quantization_config=quantisation,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise BackboneError(f"{file} does not fit {whole}'s denoiser: {reason}") from None
-    return _pretrained(getattr(diffusers, name), source, dtype, transformer=denoiser)
+    return _pretrained(getattr(diffusers, name), source, dtype, memory, transformer=denoiser)
 
 
-def _from_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
+def _from_folder(folder: Path, dtype: torch.dtype, memory: MemorySection) -> DiffusionPipeline:
     index = folder / "model_index.json"
     if not index.is_file():
         raise BackboneError(
@@ -168,7 +189,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> DiffusionPipeline:
         )
     kind = _pipeline_class(str(folder), index)
     try:
-        return _pretrained(kind, str(folder), dtype, local_files_only=True)
+        return _pretrained(kind, str(folder), dtype, memory, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BackboneError(f"{folder} does not open as Stable Diffusion: {error}") from None
 
@@ -196,7 +217,7 @@ def _library_of(entry: Any) -> list[str | None]:
     return entry[:1] if is_part and all(isinstance(e, str | None) for e in entry) else []
 
 
-def _from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
+def _from_hub(name: str, dtype: torch.dtype, memory: MemorySection) -> DiffusionPipeline:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -210,7 +231,7 @@ def _from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
         raise BackboneError(f"no base model '{name}'. {remedy}")
     try:
         kind = _pipeline_class(name, Path(hf_hub_download(name, "model_index.json")))
-        return _pretrained(kind, name, dtype)
+        return _pretrained(kind, name, dtype, memory)
     except GatedRepoError:
         raise BackboneError(
             f"base model '{name}' is gated: accept its licence at https://huggingface.co/{name}, "
@@ -224,8 +245,13 @@ def _from_hub(name: str, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 def _pretrained(
-    kind: type[DiffusionPipeline], source: str, dtype: torch.dtype, **options
+    kind: type[DiffusionPipeline],
+    source: str,
+    dtype: torch.dtype,
+    memory: MemorySection,
+    **options,
 ) -> DiffusionPipeline:
+    quantisation = pipeline_quantisation(memory, family_class(kind.__name__), dtype)
     if kind.__name__ == "StableDiffusionPipeline":  # SDXL's has no safety checker to leave out
         options |= {
             "safety_checker": None,
@@ -235,5 +261,10 @@ def _pretrained(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return kind.from_pretrained(
-            source, torch_dtype=dtype, use_safetensors=True, low_cpu_mem_usage=True, **options
+            source,
+            torch_dtype=dtype,
+            use_safetensors=True,
+            low_cpu_mem_usage=True,
+            quantization_config=quantisation,
+            **options,
         )

@@ -27,6 +27,7 @@ from rite_diffusion.backbones.protocols import (
     Support,
 )
 from rite_diffusion.backbones.schedule import FlowSampler, noise_schedule, prediction_type, sampler
+from rite_diffusion.config import MemorySection
 
 Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
 
@@ -63,8 +64,9 @@ class StableDiffusion(PipelineBackbone):
         attention: str,
         reopen: Callable[[], Pipeline],
         defaults: Defaults | None = None,
+        memory: MemorySection | None = None,
     ):
-        super().__init__(pipeline, name, device, attention, reopen, defaults)
+        super().__init__(pipeline, name, device, attention, reopen, defaults, memory)
         self.tokenizer = pipeline.tokenizer
         self.cross_attentions = cross_attentions(self.unet)
         select_layer_states(self.cross_attentions)

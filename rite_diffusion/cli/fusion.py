@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from rite_diffusion.cli.settings import say, settings_tree
+from rite_diffusion.cli.settings import (
+    EncoderWeights,
+    Offload,
+    Weights,
+    memory_table,
+    say,
+    settings_tree,
+)
 
 app = typer.Typer()
 
@@ -76,6 +83,9 @@ def sketch(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace an existing file of the default name.")
     ] = False,
+    weights: Weights = "full",
+    encoder_weights: EncoderWeights = "full",
+    offload: Offload = "none",
 ) -> None:
     """Write an adapter's statistics beside it, so that others fuse it without drawing."""
     from rite_diffusion.api import sketch as sketching
@@ -91,6 +101,7 @@ def sketch(
             directions=directions,
             drawing=Drawing(steps=steps, seed=seed),
             overwrite=overwrite,
+            memory=memory_table(weights, encoder_weights, offload),
             progress=progress,
         )
     say(f"{path} ({path.stat().st_size / 1e6:.2f} MB)")

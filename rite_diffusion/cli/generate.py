@@ -5,10 +5,14 @@ from typing import Annotated
 
 import typer
 
-from rite_diffusion.cli.settings import say
+from rite_diffusion.cli.settings import EncoderWeights, Offload, Weights, memory_table, say
 from rite_diffusion.files.writing import check_outputs
 
 app = typer.Typer()
+
+OtherBase = Annotated[
+    bool, typer.Option("--other-base", help="Use adapters on a base they were not made for.")
+]
 
 
 @app.command()
@@ -52,9 +56,10 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder for the pictures, or one .png.")] = Path(
         "outputs"
     ),
-    other_base: Annotated[
-        bool, typer.Option("--other-base", help="Use adapters on a base they were not made for.")
-    ] = False,
+    other_base: OtherBase = False,
+    weights: Weights = "full",
+    encoder_weights: EncoderWeights = "full",
+    offload: Offload = "none",
 ) -> None:
     """Draw pictures of a prompt, with any number of adapters."""
     from rite_diffusion.api.generate import draw
@@ -65,7 +70,10 @@ def generate(
         height=height, regions=region or [], region_by=region_by, combine=combine,
         controls=control or [],
     )  # fmt: skip
-    images = draw(request, adapter or [], base=base, num=num, out=out, other_base=other_base)
+    images = draw(
+        request, adapter or [], base=base, num=num, out=out, other_base=other_base,
+        memory=memory_table(weights, encoder_weights, offload),
+    )  # fmt: skip
     for image in images:
         say(image.info["path"])
 
@@ -95,9 +103,7 @@ def grid(
         float | None, typer.Option(min=0, max=100, help="Guidance scale; default: the base's.")
     ] = None,
     negative: Annotated[str, typer.Option(help="What to avoid.")] = "",
-    other_base: Annotated[
-        bool, typer.Option("--other-base", help="Use adapters on a base they were not made for.")
-    ] = False,
+    other_base: OtherBase = False,
     cell: Annotated[int, typer.Option(min=32, max=1024, help="Pixels of a picture's side.")] = 192,
     out: Annotated[Path | None, typer.Option(help="The sheet; default: grid.png.")] = None,
     overwrite: Annotated[

@@ -1,8 +1,25 @@
 """What commands share: the settings tree of their options, and printing of lines."""
 
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from rite_diffusion.files.writing import printable
+
+Weights = Annotated[
+    str, typer.Option(help="How the denoiser's weights are stored: full, int8, fp8 or nf4.")
+]
+EncoderWeights = Annotated[
+    str, typer.Option(help="How the text encoders' weights are stored: full, int8, fp8 or nf4.")
+]
+Offload = Annotated[
+    str, typer.Option(help="What waits in main memory until it is used: none, layers or model.")
+]
+
+
+def memory_table(weights: str, encoder_weights: str, offload: str) -> dict[str, str]:
+    """The settings of `[memory]` that a command's options give."""
+    return {"weights": weights, "encoder_weights": encoder_weights, "offload": offload}
 
 
 def say(text: object) -> None:

@@ -72,7 +72,8 @@ def train(
     folder = folder_output(out) if out else None
     adapter = _report_and_train(settings, preset, folder, override, dry_run)
     if sketch and adapter is not None:
-        cli_fusion.sketch(adapter, base=settings.get("base", "pocket"), overwrite=True)
+        base, memory = settings.get("base", "pocket"), settings.get("memory", {})
+        cli_fusion.sketch(adapter, base=base, overwrite=True, **memory)
 
 
 def _with_written(photos: Path, options: dict[str, Any]) -> dict[str, Any]:

@@ -3,20 +3,16 @@
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from rite_diffusion.config.memory import MemorySection
+from rite_diffusion.config.section import Section
 from rite_diffusion.config.templates import ClassTemplate, ConceptTemplate
 from rite_diffusion.seeding import SEEDS
 from rite_diffusion.types import Concept
 
 Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=64)]
-
-
-class Section(BaseModel):
-    """A table of the TOML file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class LoraSection(Section):
@@ -308,6 +304,7 @@ class TrainConfig(SourceSection):
     optim: OptimSection = OptimSection()
     objective: ObjectiveSection = ObjectiveSection()
     validation: ValidationSection = ValidationSection()
+    memory: MemorySection = MemorySection()
     previews: PreviewSection = PreviewSection()
     checkpoints: CheckpointSection = CheckpointSection()
 
@@ -337,6 +334,32 @@ class TrainConfig(SourceSection):
             raise ValueError("lora.init_from is for method lora and lora.kind = lora")
         if self.tokens.first and (self.method != "pivotal" or self.tokens.first >= self.steps):
             raise ValueError("tokens.first is for method pivotal, and less than its steps")
+        return self
+
+    @model_validator(mode="after")
+    def _memory_fits_the_training(self):
+        memory, whole = self.memory, self.custom_diffusion.weights == "full"
+        if memory.weights != "full" and self.method == "custom_diffusion" and whole:
+            raise ValueError(
+                f"memory.weights = {memory.weights}: whole matrices train over full weights only. "
+                "Set custom_diffusion.weights = lora"
+            )
+        stored = {memory.weights, memory.encoder_weights} - {"full"}
+        if self.lora.kind == "dora" and (stored or memory.offload == "layers"):
+            raise ValueError(
+                "lora.kind = dora reads the base's weights: it needs memory.weights = full, "
+                "memory.encoder_weights = full and no memory.offload = layers"
+            )
+        if memory.offload == "layers" and (self.compile or not self.gradient_checkpointing):
+            raise ValueError(
+                "memory.offload = layers needs gradient_checkpointing = true, without which the "
+                "backward pass holds all weights, and compile = false"
+            )
+        if memory.offload == "model" and (self.method != "lora" or self.lora.text_encoder):
+            raise ValueError(
+                "memory.offload = model: text encoders leave the device before the backward pass, "
+                "so they cannot train. Use method lora with lora.text_encoder = false"
+            )
         return self
 
     @property

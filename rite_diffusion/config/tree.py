@@ -1,6 +1,7 @@
 """Settings as trees: presets, `key=value` lines, TOML in and out."""
 
 import tomllib
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, get_args
@@ -8,6 +9,7 @@ from typing import Any, get_args
 import tomlkit
 from pydantic import BaseModel, ValidationError
 
+from rite_diffusion.config.memory import MemorySection
 from rite_diffusion.config.schema import TrainConfig
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.files.writing import user_path
@@ -121,6 +123,15 @@ def resolve(settings: dict[str, Any]) -> TrainConfig:
         raise ConfigError(
             "; ".join(explain(fault, TrainConfig) for fault in error.errors())
         ) from None
+
+
+def memory_settings(table: Mapping[str, Any]) -> MemorySection:
+    """The checked settings of `[memory]`; raises ConfigError naming every bad one."""
+    try:
+        return MemorySection.model_validate(dict(table))
+    except ValidationError as error:
+        faults = [fault | {"loc": ("memory", *fault["loc"])} for fault in error.errors()]
+        raise ConfigError("; ".join(explain(fault, TrainConfig) for fault in faults)) from None
 
 
 def to_toml(config: TrainConfig) -> str:

@@ -44,5 +44,6 @@ class TrainSettings(TypedDict, total=False):
     optim: Table
     objective: Table
     validation: Table
+    memory: Table
     previews: Table
     checkpoints: Table

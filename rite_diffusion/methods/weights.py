@@ -1,12 +1,13 @@
 """Trainable weights of a backbone other than embeddings: LoRA pairs, or whole matrices."""
 
+from math import prod
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rite_diffusion.adapters.attach import detach, inject, read_pairs
+from rite_diffusion.adapters.attach import detach, inject, read_pairs, weight_shape
 from rite_diffusion.adapters.names import module_name
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import LoraSection, OptimSection, TrainConfig
@@ -53,8 +54,8 @@ def check_rank(backbone: Backbone, lora: LoraSection) -> None:
         for part, paths in adapted_paths(backbone, lora.layers, lora.text_encoder).items()
         for path in paths
     ]
-    weights = [each.weight for each in layers if isinstance(each, nn.Linear | nn.Conv2d)]
-    widths = [min(len(weight), weight[0].numel()) for weight in weights]
+    shapes = [weight_shape(each) for each in layers]
+    widths = [min(outputs, prod(inputs)) for outputs, *inputs in shapes]
     if lora.rank > min(widths):
         raise ConfigError(
             f"lora.rank = {lora.rank} is more than the narrowest layer of {backbone.name} has "
@@ -155,7 +156,7 @@ class FullWeights:
         for path in paths:
             layer = denoiser.get_submodule(path)
             assert isinstance(layer, nn.Linear)
-            delta = nn.Parameter(torch.zeros_like(layer.weight, dtype=torch.float32))
+            delta = nn.Parameter(torch.zeros(weight_shape(layer), device=backbone.device))
             self._deltas[path] = delta
             self._handles.append(layer.register_forward_hook(_adding(delta)))
 

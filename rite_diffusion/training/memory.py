@@ -24,6 +24,10 @@ def out_of_memory_error(config: TrainConfig) -> RunError:
         remedies.append(f"batch = {config.batch // 2} with accumulate = {config.accumulate * 2}")
     if config.precision == "fp32":
         remedies.append("precision = bf16")
+    if config.memory.weights == "full":
+        remedies.append("memory.weights = int8")
+    if config.memory.offload == "none" and torch.cuda.is_available():
+        remedies.append("memory.offload = layers")
     remedies.append(f"a resolution below {config.resolution}")
     return RunError(
         f"out of memory in a step of {config.batch} pictures. Try {', or '.join(remedies)}. The "

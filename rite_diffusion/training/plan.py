@@ -144,7 +144,7 @@ def plan_without_drawing(config: TrainConfig, found: FoundPictures) -> Plan:
     """
     device = process_device(default_device())
     precision, fallback = usable_precision(config.precision, device)
-    backbone = load_backbone(config.base, precision, device)
+    backbone = load_backbone(config.base, precision, device, config.memory)
     triggers = [concept.trigger for concept in config.concepts()]
     check_support(backbone, config)
     check_triggers(backbone, config.concepts())

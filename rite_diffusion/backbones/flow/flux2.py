@@ -64,7 +64,7 @@ class Flux2(FlowTransformer):
     def _statistics(self) -> tuple[Tensor, Tensor]:
         norm, margin = self.vae.bn, self.vae.config.batch_norm_eps
         mean, variance = norm.running_mean.view(1, -1, 1, 1), norm.running_var.view(1, -1, 1, 1)
-        return mean, (variance + margin).sqrt()
+        return mean.to(self.device), (variance + margin).sqrt().to(self.device)
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:

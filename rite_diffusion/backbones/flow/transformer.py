@@ -25,6 +25,7 @@ from rite_diffusion.backbones.protocols import (
     Support,
 )
 from rite_diffusion.backbones.schedule import FlowSampler
+from rite_diffusion.config import MemorySection
 from rite_diffusion.errors import ConfigError
 
 GUIDANCE = "guidance"  # of `extra`: the scale that a model with embedded guidance is told
@@ -61,7 +62,6 @@ class FlowTransformer(PipelineBackbone, ABC):
     block_prefixes: ClassVar[tuple[str, ...]]  # of the paths of blocks within the transformer
     attention_layers: ClassVar[tuple[str, ...]]  # ends of the paths of attention projections
     other_layers: ClassVar[tuple[str, ...]]  # ends of the paths of the blocks' other layers
-    ends: ClassVar[tuple[str, str]]  # paths of the first and the last layer
     multiple: ClassVar[int] = 16
     patch: ClassVar[int] = 2  # latent cells along the side of a token
     denoiser_name = "transformer"
@@ -80,8 +80,9 @@ class FlowTransformer(PipelineBackbone, ABC):
         attention: str,
         reopen: Callable[[], Any],
         defaults: Defaults | None = None,
+        memory: MemorySection | None = None,
     ):
-        super().__init__(pipeline, name, device, attention, reopen, defaults)
+        super().__init__(pipeline, name, device, attention, reopen, defaults, memory)
         self.config = pipeline.scheduler.config
         self.noise_schedule = FlowSchedule(self.training_shift, self.patch)
         first, last = (self.transformer.get_submodule(path).weight for path in self.ends)
