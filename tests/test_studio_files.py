@@ -181,6 +181,21 @@ def test_captions_are_written_beside_their_photos_only(space, tmp_path):
 # --- library -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("place", ["method", "data"])
+def test_an_archive_that_cannot_be_unpacked_is_refused_and_leaves_nothing(space, tmp_path, place):
+    path = Path(zip_of(tmp_path / "a.zip", {"x.png": b"picture" * 100}))
+    content = bytearray(path.read_bytes())
+    if place == "method":  # 97 is no method of zipfile
+        content[8] = content[content.index(b"PK\x01\x02") + 10] = 97
+    else:
+        content[35:40] = b"\xff" * 5
+    path.write_bytes(content)
+    folder = space.folder("photos") / "dog"
+    with pytest.raises(StudioError, match="zip archive is damaged"):
+        save_photos([str(path)], folder)
+    assert not folder.exists()
+
+
 def test_the_library_shows_runs_and_files_and_leaves_out_what_is_damaged(space, tmp_path):
     small_adapter(space.folder("runs") / "robot/adapter.safetensors", "<robot>")
     small_adapter(space.folder("adapters") / "robot.safetensors", "<other>")

@@ -92,6 +92,29 @@ def checked_upload(path: str | Path) -> Path:
     return complete
 
 
+def connect_upload(
+    drop: gr.File, handler: Callable, inputs: Sequence[Any], outputs: Sequence[Any]
+) -> None:
+    """Call `handler` at an upload, and empty the field afterwards, also where the upload fails.
+
+    A field that keeps a refused file would send it again with the next one. What `outputs` show
+    stays where the upload fails: after an exception, Gradio would write "Error" over each.
+    """
+
+    @wraps(handler)
+    def add(*values: Any):
+        try:
+            return handler(*values)
+        except gr.Error as error:  # of `with_messages`, escaped
+            gr.Warning(error.message, title="Not taken")
+            return [gr.skip()] * len(outputs)
+
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    event = drop.upload(add, list(inputs), list(outputs), **quiet)
+    for ended in (event.success, event.failure):
+        ended(lambda: None, None, drop, **quiet)
+
+
 def empty_state(title: str, text: str) -> str:
     """HTML that fills an empty place and says what to do first."""
     return f'<div class="empty"><b>{escape(title)}</b><span>{escape(text)}</span></div>'

@@ -1,7 +1,9 @@
 """Uploaded photos, captions and zip archives; their number and size are checked first."""
 
+import lzma
 import shutil
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -15,6 +17,11 @@ LARGEST_FILE = 64_000_000  # bytes
 LARGEST_SET = 1_000_000_000  # bytes
 CAPTIONS = {".txt", ".caption"}
 _CHUNK = 1 << 20
+# What zipfile raises for an archive that cannot be read, by its version or its compression.
+_UNREADABLE = (
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError,
+    UnicodeError, ValueError,
+)  # fmt: skip
 
 
 def save_photos(uploads: Sequence[str], folder: Path) -> None:
@@ -35,13 +42,16 @@ def save_photos(uploads: Sequence[str], folder: Path) -> None:
                 raise StudioError(f"the photos are over {LARGEST_SET // 10**9} GB: choose fewer.")
         if not kept:
             raise StudioError("no photos among the files: expected .jpg, .png, .webp or a .zip.")
-    except (StudioError, zipfile.BadZipFile, OSError) as error:
+    except (StudioError, OSError, *_UNREADABLE) as error:
         for path in kept:
             path.unlink(missing_ok=True)
         if made:
             folder.rmdir()
-        if isinstance(error, zipfile.BadZipFile):
-            raise StudioError("the zip archive is damaged: make it again.") from None
+        if isinstance(error, _UNREADABLE):
+            raise StudioError(
+                "the zip archive is damaged, or compressed in a way that is not read here: make "
+                "it again, or drop the photos themselves."
+            ) from None
         raise
 
 
@@ -91,7 +101,7 @@ def _keep(source: Path | tuple[zipfile.ZipFile, str], name: str, folder: Path) -
         return target
     try:
         _unpack(*source, target)
-    except (StudioError, zipfile.BadZipFile, OSError):
+    except (StudioError, OSError, *_UNREADABLE):
         target.unlink(missing_ok=True)
         raise
     return target

@@ -10,6 +10,7 @@ from rite_diffusion.studio import library
 from rite_diffusion.studio.boxes import boxes_of
 from rite_diffusion.studio.page import (
     checked_upload,
+    connect_upload,
     facts_html,
     links_to,
     show_note,
@@ -68,14 +69,14 @@ def connect_restore(studio: Studio, recall: RestorePanel) -> None:
 
     @with_messages
     def restore_dropped(path: str, request: gr.Request):
-        return [*_restored(studio.space(request), checked_upload(path)), None]
+        return _restored(studio.space(request), checked_upload(path))
 
     panel, outputs = recall.panel, [picked, recall.panel.facts, recall.again]
     recall.accordion.expand(load, None, [recall.history, listed], **quiet)
     panel.made.select(look, panel.names, outputs, **quiet)
     recall.history.select(look, listed, outputs, **quiet)
     recall.again.click(restore_picked, picked, recall.filled(), **quiet)
-    recall.drop.upload(restore_dropped, recall.drop, [*recall.filled(), recall.drop], **quiet)
+    connect_upload(recall.drop, restore_dropped, [recall.drop], recall.filled())
 
 
 def _facts(space: Workspace, picture: Path) -> str:

@@ -14,6 +14,7 @@ from rite_diffusion.studio.exports import PROGRAMS, export
 from rite_diffusion.studio.library import Card
 from rite_diffusion.studio.page import (
     checked_upload,
+    connect_upload,
     empty_state,
     facts_html,
     link_to,
@@ -148,7 +149,7 @@ def _connect(studio: Studio, panel: CardPanel, detail: DetailPanel) -> None:
     def import_files(files: list[str], request: gr.Request):
         space = studio.space(request)
         _import_files(space, files)
-        return [*_card_values(space), None]
+        return _card_values(space)
 
     @with_messages
     def rename_it(old: str, new: str, request: gr.Request):
@@ -172,9 +173,7 @@ def _connect(studio: Studio, panel: CardPanel, detail: DetailPanel) -> None:
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     both = [*panel.outputs(), *detail.outputs()]
     panel.cards.select(pick, panel.names, detail.outputs(), **quiet)
-    panel.drop.upload(
-        import_files, panel.drop, [*panel.outputs(), panel.drop], api_visibility="private"
-    )
+    connect_upload(panel.drop, import_files, [panel.drop], panel.outputs())
     gr.on(
         [detail.rename.click, detail.name.submit], rename_it, [detail.picked, detail.name], both,
         **quiet,

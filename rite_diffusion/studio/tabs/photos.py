@@ -9,7 +9,13 @@ import gradio as gr
 from PIL import Image
 
 from rite_diffusion.errors import StudioError
-from rite_diffusion.studio.page import checked_upload, empty_state, show_note, with_messages
+from rite_diffusion.studio.page import (
+    checked_upload,
+    connect_upload,
+    empty_state,
+    show_note,
+    with_messages,
+)
 from rite_diffusion.studio.state import Studio
 from rite_diffusion.studio.tabs import Refresh
 from rite_diffusion.studio.workspace import name_from
@@ -74,7 +80,7 @@ def _connect_adding(studio: Studio, panel: PhotoPanel) -> None:
             else space.new("photos", name_from(archive.stem if archive else "", "photos"))
         )
         save_photos(sources, folder)
-        return [*_show(studio, request, folder.name), None]
+        return _show(studio, request, folder.name)
 
     @with_messages
     def add_example(request: gr.Request):
@@ -85,9 +91,7 @@ def _connect_adding(studio: Studio, panel: PhotoPanel) -> None:
         save_photos([str(path) for path in sorted(example_photos("robot").iterdir())], folder)
         return [*_show(studio, request, folder.name), "<robot>", "robot"]
 
-    panel.drop.upload(
-        add, [panel.drop, panel.name], [*panel.outputs(), panel.drop], api_visibility="private"
-    )
+    connect_upload(panel.drop, add, [panel.drop, panel.name], panel.outputs())
     panel.example.click(
         add_example, None, [*panel.outputs(), panel.trigger, panel.class_noun], **QUIET
     )
