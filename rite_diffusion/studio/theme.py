@@ -138,6 +138,11 @@ CSS = """
 .conflicts details td { text-align: left; overflow-wrap: anywhere; font-size: .82rem; }
 .conflicts summary { cursor: pointer; color: var(--body-text-color-subdued); }
 .mono textarea { font-family: var(--font-mono); font-size: .82rem; line-height: 1.5; }
+/* Gradio draws a chart in the colours of that moment; these follow the theme. */
+:is(#loss, #rate) svg :is(.mark-text text, .role-axis-label text) {
+  fill: var(--body-text-color) !important; }
+:is(#loss, #rate) svg :is(.role-axis-grid, .role-axis-tick, .role-axis-domain) line {
+  stroke: var(--border-color-primary) !important; }
 .queue { margin: 0; padding-left: 1.2rem; font-size: .9rem; }
 .grid-wrap img, .thumbnail-item img { background: transparent; }
 footer { opacity: .75; }
