@@ -47,6 +47,11 @@ with_torchao = pytest.mark.skipif(
     importlib.util.find_spec("torchao") is None, reason="torchao is not installed"
 )
 both = pytest.mark.parametrize("weights", ["int8", "fp8"])
+QUICK_ONES = ("z-image", "flux", "sd3")  # the other families are slow tests
+every_family = pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in QUICK_ONES else pytest.mark.slow) for n in PIPELINES],
+)
 
 
 @pytest.fixture(scope="session")
@@ -78,7 +83,7 @@ def linear_layers(module):
 
 @with_torchao
 @both
-@pytest.mark.parametrize("name", PIPELINES)
+@every_family
 def test_every_familys_weights_shrink_and_stay_close(name, weights, flow_folder):
     base = flow_folder(name)
     full = load_backbone(base, "bf16")
@@ -120,7 +125,7 @@ def test_the_pocket_shrinks_and_draws_the_same_picture(weights, pocket):
 
 @with_torchao
 @both
-@pytest.mark.parametrize("name", ["z-image", "flux", "sd3"])
+@pytest.mark.parametrize("name", QUICK_ONES)
 def test_a_training_follows_that_on_full_weights(name, weights, flow_folder, photos, tmp_path):
     base = flow_folder(name)
     for each in ("full", weights):
@@ -258,7 +263,7 @@ def opened_with(name, **memory):
     )
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+@every_family
 def test_layers_in_main_memory_give_the_same_gradients(name, monkeypatch):
     """While a layer does not run its weight is no number here, so an early or late use shows."""
     wanted, away = gradients(opened_with(name)), {}

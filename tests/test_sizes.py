@@ -12,8 +12,13 @@ from safetensors import safe_open
 from command_line import run_command
 from flow_models import PIPELINES
 from rite_diffusion.backbones import sizes, source
-from rite_diffusion.backbones.sizes import describe_sizes, part_sizes, refuse_too_large
-from rite_diffusion.config import memory_settings
+from rite_diffusion.backbones.sizes import (
+    describe_bytes,
+    part_sizes,
+    refuse_too_large,
+    stored_bytes,
+)
+from rite_diffusion.config import MemorySection, memory_settings
 from rite_diffusion.errors import BackboneError
 
 CPU = torch.device("cpu")
@@ -125,8 +130,12 @@ def test_a_containers_limit_counts(tmp_path, monkeypatch):
 
 
 def test_sizes_are_told_with_the_largest_part_first():
-    found = {"vae": 10**8, "transformer": 6 * 10**9}
-    assert describe_sizes(found, torch.bfloat16) == "12.2 GB: transformer 12.0, vae 0.2"
+    found = {"vae": 10**8, "transformer": 6 * 10**9, "text_encoder": 10**9}
+    full, small = MemorySection(), MemorySection(weights="int8", encoder_weights="int8")
+    parts = stored_bytes(found, torch.bfloat16, full)
+    assert describe_bytes(parts) == "14.2 GB: transformer 12.0, text_encoder 2.0, vae 0.2"
+    parts = stored_bytes(found, torch.bfloat16, small)
+    assert describe_bytes(parts) == "7.2 GB: transformer 6.0, text_encoder 1.0, vae 0.2"
 
 
 def test_a_damaged_index_is_left_to_the_loader(tmp_path):

@@ -103,12 +103,11 @@ def system_memory() -> int:
     return min(whole, int(text)) if text.isdigit() else whole
 
 
-def describe_sizes(sizes: dict[str, int], dtype: torch.dtype) -> str:
+def describe_bytes(parts: dict[str, float]) -> str:
     """A text such as "13.2 GB: transformer 12.3, text_encoder 0.9"; the largest part first."""
-    gigabytes = {name: count * dtype.itemsize / 1e9 for name, count in sizes.items()}
-    largest = sorted(gigabytes.items(), key=lambda each: -each[1])
-    parts = ", ".join(f"{name} {size:.1f}" for name, size in largest)
-    return f"{sum(gigabytes.values()):.1f} GB: {parts}"
+    largest = sorted(parts.items(), key=lambda each: -each[1])
+    listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in largest)
+    return f"{sum(parts.values()) / 1e9:.1f} GB: {listed}"
 
 
 def stored_bytes(
@@ -135,18 +134,18 @@ def refuse_too_large(
     base: str, dtype: torch.dtype, device: torch.device, memory: MemorySection | None = None
 ) -> None:
     """BackboneError for a base whose weights do not fit into the machine or its device."""
-    sizes, memory = part_sizes(base), memory or MemorySection()
-    parts = stored_bytes(sizes, dtype, memory)
+    parts = stored_bytes(part_sizes(base), dtype, memory or MemorySection())
     room = {"this machine": (sum(parts.values()), system_memory())}
     if device.type == "cuda":
+        offload = memory.offload if memory else "none"
         most = torch.cuda.mem_get_info(device)[1]
-        room[torch.cuda.get_device_name(device)] = (device_bytes(parts, memory.offload), most)
+        room[torch.cuda.get_device_name(device)] = (device_bytes(parts, offload), most)
     for place, (needed, most) in room.items():
         if needed > most:
             remedy = "Store them in 8 bits (memory.weights = int8), or choose a smaller base."
             if dtype.itemsize > 2:
                 remedy = "Load it in bf16 or fp16, or choose a smaller base."
             raise BackboneError(
-                f"the weights of {base} take {describe_sizes(sizes, dtype)}; {place} has "
+                f"the weights of {base} take {describe_bytes(parts)}; {place} has "
                 f"{most / 1e9:.1f} GB. {remedy}"
             )

@@ -19,7 +19,7 @@ from rite_diffusion.api.convert import Export
 from rite_diffusion.api.demo import DemoResult
 from rite_diffusion.api.doctor import Finding
 from rite_diffusion.api.fuse import Outcome
-from rite_diffusion.backbones.sizes import describe_sizes, part_sizes
+from rite_diffusion.backbones.sizes import describe_bytes, part_sizes, stored_bytes
 from rite_diffusion.backbones.source import DTYPES
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.files.writing import printable
@@ -65,9 +65,10 @@ class PlanPrinter(PlanObserver):
 
 def describe_weights(config: TrainConfig) -> None:
     """Print the sizes of a large base's parts, before it is opened."""
-    sizes, dtype = part_sizes(config.base), DTYPES[config.precision]
-    if sum(sizes.values()) * dtype.itemsize >= LARGE:
-        _line("weights", f"{describe_sizes(sizes, dtype)} in {config.precision}")
+    dtype = DTYPES[config.precision]
+    parts = stored_bytes(part_sizes(config.base), dtype, config.memory)
+    if sum(parts.values()) >= LARGE:
+        _line("weights", f"{describe_bytes(parts)} in {config.precision}")
 
 
 def describe_found(found: FoundPictures, config: TrainConfig) -> None:

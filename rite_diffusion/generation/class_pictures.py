@@ -23,6 +23,8 @@ def class_pictures(
     """
     guidance = backbone.defaults.guidance
     facts = f"{prompts}\n{count}\n{STEPS}\n{guidance}\n{backbone.resolution}\n{backbone.dtype}"
+    if backbone.memory.weights != "full" or backbone.memory.encoder_weights != "full":
+        facts += f"\n{backbone.memory.weights}\n{backbone.memory.encoder_weights}"
     name = sha256(facts.encode()).hexdigest()[:16]
     folder = cache_folder() / "class_pictures" / backbone.fingerprint / name
     with writing(folder):
