@@ -127,6 +127,8 @@ def resolve(settings: dict[str, Any]) -> TrainConfig:
 
 def memory_settings(table: Mapping[str, Any]) -> MemorySection:
     """The checked settings of `[memory]`; raises ConfigError naming every bad one."""
+    if not isinstance(table, Mapping):
+        raise ConfigError(f'memory = {table!r} is not a table such as {{"weights": "int8"}}')
     try:
         return MemorySection.model_validate(dict(table))
     except ValidationError as error:
