@@ -124,6 +124,7 @@ def test_a_lost_training_goes_on_from_the_weights_that_were_kept(tmp_path, monke
     machine.save_state(path, 5, kept.optimizers, kept.modules)
     machine.keep_weights(path)
     path.unlink()
+    machine.take_kept(path.parent)
     found = autoencoder.Training(TINY, CPU)
     assert machine.load_state(path, found.optimizers, found.modules) == 5
     for module in (found.network, found.average):

@@ -1,6 +1,7 @@
 """Make the embedded bases: `python -m train.pocket STAGE --work DIR`.
 
-A stage writes its state into DIR every five minutes and goes on from there when started again.
+A stage writes its state into DIR every five minutes and goes on from there when started again, or
+from the weights that the repository keeps.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from benchmarks.machine import RESULTS, describe
 from rite_diffusion.evaluation.judge import save_judge
 
 from . import autoencoder, denoiser, emoji, held_out, judge, judge_figures
-from .machine import keep_weights, this_machine
+from .machine import keep_weights, take_kept, this_machine
 
 ROOT = Path(__file__).parents[2]
 
@@ -96,9 +97,12 @@ def main() -> None:
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--work", type=Path, default=ROOT / "runs/pocket", help="state and sheets")
     parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="settings")
+    parser.add_argument("--anew", action="store_true", help="do not go on from kept weights")
     options = parser.parse_args()
     emoji.fetch()
     options.work.mkdir(parents=True, exist_ok=True)
+    if not options.anew and options.stage != "keep":
+        take_kept(options.work)
     STAGES[options.stage](options.work, options.set)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,25 +76,30 @@ def keep_weights(path: Path) -> Path:
     return STATES / path.name
 
 
+def take_kept(work: Path) -> None:
+    """Copy the weights in STATES into a work folder, where it has no state of that name."""
+    for path in sorted(STATES.glob("*.safetensors")):
+        if not (work / path.name).exists():
+            shutil.copy(path, work)
+
+
 def load_state(
     path: Path, optimizers: dict[str, torch.optim.Optimizer], modules: dict[str, nn.Module]
 ) -> int:
     """Restore what `save_state` wrote; the number of pictures seen, 0 where there is no state.
 
-    Without a file at `path`, that of its name in STATES: from its weights the networks go on, and
-    the optimizers' moments and the critic begin anew.
+    From what `keep_weights` wrote the networks go on, and the optimizers' moments and the critic
+    begin anew.
     """
-    path = path if path.exists() else STATES / path.name
     if not path.exists():
         return 0
     tensors = load_file(path)
-    if path.parent == STATES:
-        for name in modules.keys() - {"critic"}:
-            own = _part(tensors, f"{name}/") or _part(tensors, "average/")
-            modules[name].load_state_dict(own)
-        return seen_in(path)
     for name, module in modules.items():
-        module.load_state_dict(_part(tensors, f"{name}/"))
+        own = _part(tensors, f"{name}/")
+        if not own and name != "critic":
+            own = _part(tensors, "average/")
+        if own:
+            module.load_state_dict(own)
     for name, optimizer in optimizers.items():
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in _part(tensors, f"optimizer/{name}/").items():
