@@ -22,7 +22,7 @@ def train(
         str | None, typer.Option("--class", help="Class of the concept: robot, dog, cake.")
     ] = None,
     base: Annotated[
-        str | None, typer.Option(help="pocket, a diffusers folder, a .safetensors or a hub id.")
+        str | None, typer.Option(help="pocket, a hub id, a diffusers folder or a .safetensors.")
     ] = None,
     method: Annotated[
         str | None, typer.Option(help="lora, pivotal, custom_diffusion or ed_lora.")
@@ -69,11 +69,10 @@ def train(
         "seed": seed,
     }
     settings = _with_written(photos, settings_tree(given, set_ or []))
-    folder = folder_output(out) if out else None
-    adapter = _report_and_train(settings, preset, folder, override, dry_run)
+    adapter = _report_and_train(settings, preset, out and folder_output(out), override, dry_run)
     if sketch and adapter is not None:
-        base, memory = settings.get("base", "pocket"), settings.get("memory", {})
-        cli_fusion.sketch(adapter, base=base, overwrite=True, **memory)
+        base = settings.get("base", "pocket")
+        cli_fusion.sketch(adapter, base=base, overwrite=True, **settings.get("memory", {}))
 
 
 def _with_written(photos: Path, options: dict[str, Any]) -> dict[str, Any]:
