@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -63,3 +64,12 @@ def crash_at(step):
             raise Stop
 
     return progress
+
+
+def whole_and_resumed(photos, folder, **settings) -> list[dict]:
+    """The tensors of a run, and of the same run that crashed after step 3 and went on."""
+    whole = rite.train(photos, out=folder / "whole", **settings)
+    kept = settings | {"checkpoints": {"every": 2}}
+    with pytest.raises(Stop):
+        rite.train(photos, out=folder / "parts", on_step=crash_at(3), **kept)
+    return [load_file(path) for path in (whole, rite.train(photos, out=folder / "parts", **kept))]

@@ -23,6 +23,7 @@ from rite_diffusion.optim import LoraRite
 from rite_diffusion.photos.dataset import LatentSet
 from rite_diffusion.training.batch import draw_batch
 from rite_diffusion.training.loss import diffusion_loss
+from runs import whole_and_resumed
 
 QUICK = {
     "steps": 4, "resolution": 64, "precision": "fp32", "prior": {"weight": 0},
@@ -76,20 +77,7 @@ def test_a_folder_of_every_family_trains_and_draws(name, folders, photos, tmp_pa
 @pytest.mark.parametrize("name", ["z-image", "flux2"])
 def test_a_stopped_run_goes_on_bit_for_bit(name, folders, photos, tmp_path):
     settings = QUICK | {"base": folders(name), "batch": 2, "captions": {"dropout": 0.3}}
-    whole = rite.train(photos, out=tmp_path / "whole", **ABOUT, **settings)
-
-    class Killed(Exception):
-        pass
-
-    def kill(report):
-        if report.step == 3:
-            raise Killed
-
-    kept = settings | {"checkpoints": {"every": 2}}
-    with pytest.raises(Killed):
-        rite.train(photos, out=tmp_path / "parts", on_step=kill, **ABOUT, **kept)
-    parts = rite.train(photos, out=tmp_path / "parts", **ABOUT, **kept)
-    one, other = load_file(whole), load_file(parts)
+    one, other = whole_and_resumed(photos, tmp_path, **ABOUT, **settings)
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 

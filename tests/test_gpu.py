@@ -9,7 +9,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 import rite_diffusion as rite
@@ -22,6 +21,7 @@ from rite_diffusion.generation.denoise import sample
 from rite_diffusion.methods.lora import Lora
 from rite_diffusion.optim import OPTIMIZERS
 from rite_diffusion.training.precision import MixedPrecision
+from runs import whole_and_resumed
 
 pytestmark = pytest.mark.gpu
 
@@ -186,21 +186,8 @@ def test_a_stopped_run_goes_on_bit_for_bit(precision, device, exact, tiny_folder
     if device.type == "cpu" and precision == "fp16":
         pytest.skip("fp16 does not train on a CPU")
     settings = QUICK | {"base": str(tiny_folder), "precision": precision}
-    whole = rite.train(photos, out=tmp_path / "whole", **ABOUT, **settings)
-
-    class Killed(Exception):
-        pass
-
-    def kill(report):
-        if report.step == 3:
-            raise Killed
-
-    kept = settings | {"checkpoints": {"every": 2}}
-    with pytest.raises(Killed):
-        rite.train(photos, out=tmp_path / "parts", on_step=kill, **ABOUT, **kept)
-    parts = rite.train(photos, out=tmp_path / "parts", **ABOUT, **kept)
-    one, other = load_file(whole), load_file(parts)
-    assert all(torch.equal(one[key], other[key]) for key in one)
+    one, other = whole_and_resumed(photos, tmp_path, **ABOUT, **settings)
+    assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def test_compiled_and_checkpointed_steps_train(device, tiny_folder, photos, tmp_path):

@@ -1,10 +1,15 @@
 """The settings of memory: how the base's weights are stored, and where."""
 
-from typing import Literal
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from rite_diffusion.config.section import Section
+
+if TYPE_CHECKING:
+    from rite_diffusion.config.schema import TrainConfig
 
 Storage = Literal["full", "int8", "fp8", "nf4"]
 Offload = Literal["none", "layers", "model"]
@@ -24,3 +29,30 @@ class MemorySection(Section):
         description="what waits in main memory until it is used: the denoiser's linear layers, or "
         "each model as a whole",
     )
+
+
+def memory_conflict(config: TrainConfig) -> str:
+    """Why a training cannot run with its settings of memory, and what to set; empty if it can."""
+    memory, whole = config.memory, config.custom_diffusion.weights == "full"
+    if memory.weights != "full" and config.method == "custom_diffusion" and whole:
+        return (
+            f"memory.weights = {memory.weights}: whole matrices train over full weights only. "
+            "Set custom_diffusion.weights = lora"
+        )
+    stored = {memory.weights, memory.encoder_weights} - {"full"}
+    if config.lora.kind == "dora" and (stored or memory.offload == "layers"):
+        return (
+            "lora.kind = dora reads the base's weights: it needs memory.weights = full, "
+            "memory.encoder_weights = full and no memory.offload = layers"
+        )
+    if memory.offload == "layers" and (config.compile or not config.gradient_checkpointing):
+        return (
+            "memory.offload = layers needs gradient_checkpointing = true, without which the "
+            "backward pass holds all weights, and compile = false"
+        )
+    if memory.offload == "model" and (config.method != "lora" or config.lora.text_encoder):
+        return (
+            "memory.offload = model: text encoders leave the device before the backward pass, "
+            "so they cannot train. Use method lora with lora.text_encoder = false"
+        )
+    return ""

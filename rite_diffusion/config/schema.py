@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from rite_diffusion.config.memory import MemorySection
+from rite_diffusion.config.memory import MemorySection, memory_conflict
 from rite_diffusion.config.section import Section
 from rite_diffusion.config.templates import ClassTemplate, ConceptTemplate
 from rite_diffusion.seeding import SEEDS
@@ -338,28 +338,8 @@ class TrainConfig(SourceSection):
 
     @model_validator(mode="after")
     def _memory_fits_the_training(self):
-        memory, whole = self.memory, self.custom_diffusion.weights == "full"
-        if memory.weights != "full" and self.method == "custom_diffusion" and whole:
-            raise ValueError(
-                f"memory.weights = {memory.weights}: whole matrices train over full weights only. "
-                "Set custom_diffusion.weights = lora"
-            )
-        stored = {memory.weights, memory.encoder_weights} - {"full"}
-        if self.lora.kind == "dora" and (stored or memory.offload == "layers"):
-            raise ValueError(
-                "lora.kind = dora reads the base's weights: it needs memory.weights = full, "
-                "memory.encoder_weights = full and no memory.offload = layers"
-            )
-        if memory.offload == "layers" and (self.compile or not self.gradient_checkpointing):
-            raise ValueError(
-                "memory.offload = layers needs gradient_checkpointing = true, without which the "
-                "backward pass holds all weights, and compile = false"
-            )
-        if memory.offload == "model" and (self.method != "lora" or self.lora.text_encoder):
-            raise ValueError(
-                "memory.offload = model: text encoders leave the device before the backward pass, "
-                "so they cannot train. Use method lora with lora.text_encoder = false"
-            )
+        if conflict := memory_conflict(self):
+            raise ValueError(conflict)
         return self
 
     @property
