@@ -139,8 +139,10 @@ def start_training(page: Page, photos: Path, name: str, fields: dict[str, int], 
 
 def drag(page: Page, start: tuple[float, float], stop: tuple[float, float]) -> None:
     """Draw a box on the canvas, from corner to corner in fractions of it."""
-    page.locator("#canvas .pad").scroll_into_view_if_needed()
-    pad = page.locator("#canvas .pad").bounding_box()
+    canvas = page.locator("#canvas .pad")
+    pad = canvas.bounding_box()
+    canvas.hover(position={"x": start[0] * pad["width"], "y": start[1] * pad["height"]})
+    pad = canvas.bounding_box()  # again: hovering waited until the page had stopped moving
     (x, y), (to_x, to_y) = (
         (pad["x"] + across * pad["width"], pad["y"] + down * pad["height"])
         for across, down in (start, stop)
