@@ -30,9 +30,15 @@ def _settings(default, given: list[str]):
 
 
 def run_autoencoder(work: Path, given: list[str]) -> None:
-    """Train the autoencoder, measure it and write it as a diffusers folder."""
+    """Train the autoencoder."""
     settings, machine = _settings(autoencoder.Settings(), given), this_machine()
     autoencoder.train(work, settings, machine)
+
+
+def run_decoder(work: Path, given: list[str]) -> None:
+    """Train the narrow decoder, measure the autoencoder and write it as a diffusers folder."""
+    settings, machine = _settings(autoencoder.Settings(), given), this_machine()
+    autoencoder.train_decoder(work, settings, machine)
     network = autoencoder.finished(work, settings)
     network.half().save_pretrained(work / "vae")
     network.float().to(machine.device)
@@ -85,6 +91,7 @@ def keep(work: Path, given: list[str]) -> None:
 STAGES = {
     "keep": keep,
     "autoencoder": run_autoencoder,
+    "decoder": run_decoder,
     "unet": lambda work, given: run_denoiser(work, "unet", given),
     "flow": lambda work, given: run_denoiser(work, "flow", given),
     "judge": run_judge,

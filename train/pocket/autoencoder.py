@@ -1,11 +1,15 @@
 """Training of the autoencoder, on crops of varied pictures.
 
+It learns with many latent channels, because that is easier, and is then narrowed to those that
+carry something, because denoisers learn few of them faster; the decoder learns on with those.
+
 python -m train.pocket autoencoder --work DIR
+python -m train.pocket decoder --work DIR
 """
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +51,21 @@ class Settings:
     decay: float = 0.999  # of the average of the weights
     latent_channels: int = 32
     widths: tuple[int, ...] = (16, 32, 64, 128)
+    kept_channels: int = 16  # after narrowing
+    decoder_pictures: int = 24_000  # that the decoder sees after that
+
+    @property
+    def narrow(self) -> "Settings":
+        """The training of the decoder after narrowing."""
+        return replace(
+            self,
+            pictures=self.decoder_pictures,
+            rate=self.rate / 3,
+            latent_channels=self.kept_channels,
+            whole_from=0.0,
+            critic=0.05,
+            critic_from=0.05,
+        )
 
 
 class Crops(Dataset):
@@ -166,10 +185,24 @@ class Training:
 
 def train(work: Path, settings: Settings, machine: Machine) -> None:
     """Train until `settings.pictures`, from the state in `work` if there is one."""
-    path = work / "autoencoder.safetensors"
-    training = Training(settings, machine)
+    go_on(Training(settings, machine), work / "autoencoder.safetensors")
+
+
+def train_decoder(work: Path, settings: Settings, machine: Machine) -> None:
+    """Narrow the trained autoencoder and train its decoder, from its state in `work` if any."""
+    training = Training(settings.narrow, machine)
+    if not (work / "decoder.safetensors").exists():
+        start = finished(work, settings).state_dict()
+        training.network.load_state_dict(start)
+        training.average.load_state_dict(start)
+    go_on(training, work / "decoder.safetensors")
+
+
+def go_on(training: Training, path: Path) -> None:
+    """Train to the end from the state at `path` if there is one; save and show now and then."""
+    settings, machine = training.settings, training.machine
     seen = load_state(path, training.optimizers, training.modules)
-    progress = Progress("autoencoder", seen, settings.pictures)
+    progress = Progress(path.stem, seen, settings.pictures)
     for pixels in batches(seen, settings, machine):
         if seen >= settings.whole_from * settings.pictures:
             training.hold_encoder()
@@ -178,7 +211,7 @@ def train(work: Path, settings: Settings, machine: Machine) -> None:
         if progress.is_due(seen):
             progress.report(seen, losses | held_out.brief_figures(training.average, machine))
             save_state(path, seen, training.optimizers, training.modules)
-            held_out.show(training.average, machine, work / "autoencoder.png")
+            held_out.show(training.average, machine, path.with_suffix(".png"))
 
 
 @torch.no_grad()
@@ -200,12 +233,80 @@ def standardise(autoencoder: AutoencoderKL, pixels: Tensor) -> None:
     outward.weight *= scale
 
 
+@torch.no_grad()
+def narrowed(autoencoder: AutoencoderKL, widths: tuple[int, ...], kept: int) -> AutoencoderKL:
+    """The autoencoder with only the `kept` principal components of its latents as channels.
+
+    The components are folded into the encoder's last and the decoder's first convolution. What is
+    lost is their remainder, and a constant along the picture's border.
+    """
+    pixels = held_out.as_pixels(_varied(300))
+    latents = torch.cat([autoencoder.encode(p).latent_dist.mean for p in pixels.split(50)])
+    vectors = latents.movedim(1, -1).flatten(0, -2)
+    mean = vectors.mean(0)
+    covariance = (vectors - mean).T @ (vectors - mean)
+    axes = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :kept]  # (channels, kept)
+    found = new_autoencoder(widths, kept)
+    changed = ("encoder.conv_out.", "quant_conv.", "post_quant_conv.", "decoder.conv_in.")
+    weights = autoencoder.state_dict()
+    weights = {n: w for n, w in weights.items() if not n.startswith(changed)}
+    found.load_state_dict(weights, strict=False)
+    _fold_encoder(autoencoder, found, axes, mean)
+    _fold_decoder(autoencoder, found, axes, mean)
+    return found
+
+
+def _varied(count: int) -> np.ndarray:
+    drawn = [images.any_image(np.random.default_rng([SEED + 2, i])) for i in range(count)]
+    return np.stack(drawn)
+
+
+def _fold_encoder(wide: AutoencoderKL, narrow: AutoencoderKL, axes: Tensor, mean: Tensor) -> None:
+    """Make the narrow encoder give the wide one's components along `axes` around `mean`."""
+    channels, kept = axes.shape
+    last, inward = wide.encoder.conv_out, wide.quant_conv
+    project = axes.T @ inward.weight[:channels, :, 0, 0]
+    narrow.encoder.conv_out.weight.zero_()
+    narrow.encoder.conv_out.bias.zero_()
+    narrow.encoder.conv_out.weight[:kept] = torch.einsum("kc,cihw->kihw", project, last.weight)
+    narrow.encoder.conv_out.bias[:kept] = project @ last.bias + axes.T @ (
+        inward.bias[:channels] - mean
+    )
+    narrow.quant_conv.weight.zero_()
+    narrow.quant_conv.weight[:kept, :kept, 0, 0] = torch.eye(kept)
+    narrow.quant_conv.bias[:kept] = 0
+
+
+def _fold_decoder(wide: AutoencoderKL, narrow: AutoencoderKL, axes: Tensor, mean: Tensor) -> None:
+    """Make the narrow decoder read components along `axes` around `mean`."""
+    first, outward = wide.decoder.conv_in, wide.post_quant_conv
+    expand = outward.weight[..., 0, 0] @ axes
+    constant = outward.weight[..., 0, 0] @ mean + outward.bias
+    narrow.decoder.conv_in.weight.copy_(torch.einsum("oihw,ik->okhw", first.weight, expand))
+    narrow.decoder.conv_in.bias.copy_(
+        first.bias + torch.einsum("oihw,i->o", first.weight, constant)
+    )
+    narrow.post_quant_conv.weight.copy_(torch.eye(axes.shape[1])[..., None, None])
+    narrow.post_quant_conv.bias.zero_()
+
+
 def finished(work: Path, settings: Settings) -> AutoencoderKL:
-    """The averaged autoencoder of a training whose encoder is held, with standardised latents."""
-    module = new_autoencoder(settings.widths, settings.latent_channels)
-    seen = load_state(work / "autoencoder.safetensors", {}, {"average": module})
-    if seen < (held := settings.whole_from * settings.pictures):
-        raise SystemExit(f"the encoder learns until {held:.0f} pictures, {seen} are seen: wait.")
+    """The averaged narrow autoencoder with standardised latents, once the encoder is held.
+
+    Its decoder is that of the decoder's training as far as that has come.
+    """
+    path = work / "decoder.safetensors"
+    if path.exists():
+        module = new_autoencoder(settings.widths, settings.kept_channels)
+        load_state(path, {}, {"average": module})
+    else:
+        wide = new_autoencoder(settings.widths, settings.latent_channels)
+        seen = load_state(work / "autoencoder.safetensors", {}, {"average": wide})
+        if seen < (held := settings.whole_from * settings.pictures):
+            raise SystemExit(
+                f"the encoder learns until {held:.0f} pictures, {seen} are seen: wait."
+            )
+        module = narrowed(wide, settings.widths, settings.kept_channels)
     pictures = [images.world_scene(np.random.default_rng([SEED + 1, i])) for i in range(256)]
     standardise(module, held_out.as_pixels(np.stack(pictures)))
     return module.eval()

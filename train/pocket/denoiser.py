@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import held_out, text, world
 from .bases import BASES, GUIDANCE, Base, Sizes
 from .machine import Machine, Progress, load_state, rate_at, save_state, set_rate, update_average
+from .muon import Muon, split_weights
 
 SEED = 41  # of the scenes
 DROPPED = 0.1  # share of scenes whose caption is left out, for guidance
@@ -27,11 +28,12 @@ DROPPED = 0.1  # share of scenes whose caption is left out, for guidance
 class Settings:
     """One training of a base."""
 
-    pictures: int = 800_000  # seen
-    scenes: int = 40_000  # different ones
+    pictures: int = 240_000  # seen
+    scenes: int = 30_000  # different ones
     captions: int = 50_000  # that teach the text encoder
     batch: int = 64
-    rate: float = 6e-4
+    rate: float = 6e-4  # of AdamW
+    muon_rate: float = 0.01
     decay: float = 0.9993  # of the average of the weights
     unet_widths: tuple[int, ...] = (64, 96, 192)
     width: int = 192
@@ -97,9 +99,14 @@ def train(
     states, empty = all_states(base, captions), base.states([""])[0]
     average = copy.deepcopy(base.denoiser).requires_grad_(False)
     weights = list(base.denoiser.parameters())
-    optimizer = torch.optim.AdamW(weights, settings.rate, betas=(0.9, 0.99), weight_decay=0.01)
+    inner, others = split_weights(base.denoiser)
+    rates = {"muon": settings.muon_rate, "adamw": settings.rate}
+    optimizers = {
+        "muon": Muon(inner, settings.muon_rate),
+        "adamw": torch.optim.AdamW(others, settings.rate, betas=(0.9, 0.99), weight_decay=0.01),
+    }
     path, modules = work / f"{name}.safetensors", {"denoiser": base.denoiser, "average": average}
-    seen = load_state(path, {"denoiser": optimizer}, modules)
+    seen = load_state(path, optimizers, modules)
     progress, losses = Progress(name, seen, settings.pictures), []
     while seen < settings.pictures:
         generator = torch.Generator().manual_seed(seen)
@@ -107,18 +114,19 @@ def train(
         dropped = torch.rand(settings.batch, generator=generator) < DROPPED
         said = [empty if d else states[i] for i, d in zip(chosen.tolist(), dropped, strict=True)]
         loss = base.errors(latents[chosen].float().to(machine.device), said, generator).mean()
-        optimizer.zero_grad()
+        base.denoiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
-        set_rate(optimizer, rate_at(settings.rate, seen, settings.pictures))
-        optimizer.step()
+        for kind, optimizer in optimizers.items():
+            set_rate(optimizer, rate_at(rates[kind], seen, settings.pictures))
+            optimizer.step()
         update_average(average, base.denoiser, seen // settings.batch, settings.decay)
         seen += settings.batch
         losses.append(loss.item())
         if progress.is_due(seen):
             progress.report(seen, {"loss": sum(losses) / len(losses)})
             losses.clear()
-            save_state(path, seen, {"denoiser": optimizer}, modules)
+            save_state(path, seen, optimizers, modules)
             show(base, autoencoder, average, GUIDANCE[name], work / f"{name}-sheet.png")
     export(base, autoencoder, average, work / name)
 

@@ -75,8 +75,9 @@ _OTHER = {
 }
 NOUNS = {noun: noun for noun in _SAME} | _OTHER
 
-# Each place: the centre's x and the longer side, as shares of the picture's side.
-PLACES = {"centre": (0.5, 0.75), "small": (0.5, 0.41), "left": (0.27, 0.45), "right": (0.73, 0.45)}
+CELLS = 16  # of a picture's side, each one latent
+# Each place: the centre's x and the longer side, in cells.
+PLACES = {"centre": (8.0, 12.0), "small": (8.0, 7.0), "left": (4.5, 7.0), "right": (11.5, 7.0)}
 
 
 @dataclass(frozen=True)
@@ -137,14 +138,24 @@ def draw(
     colour: str,
     place: str = "centre",
     size: int = SIZE,
+    aligned: bool = False,
 ) -> np.ndarray:
-    """A picture (size, size, 3) uint8 of one sprite at a place, or of two side by side."""
+    """A picture (size, size, 3) uint8 of one sprite at a place, or of two side by side.
+
+    The size varies by 8 % and the place by half a cell. With `aligned` the size is the place's own
+    and the place varies by whole cells, so that a sprite has the same latents wherever it is.
+    """
     canvas = ground(rng, COLOURS[colour], size)
     spots = [PLACES[place]] if len(images) == 1 else [PLACES["left"], PLACES["right"]]
     for image, (x, extent) in zip(images, spots, strict=True):
-        wobble = rng.uniform(-1, 1, 2) * size / 32
-        centre = (x * size + wobble[0], size / 2 + wobble[1])
-        paste(canvas, image, centre, extent * size * rng.uniform(0.92, 1.08))
+        if aligned:
+            off, ratio = rng.integers(-1, 2, 2), 1.0
+            if x != CELLS / 2:  # at a side: towards the edge only
+                off[0] = np.sign(x - CELLS / 2) * abs(off[0])
+        else:
+            off, ratio = rng.uniform(-0.5, 0.5, 2), rng.uniform(0.92, 1.08)
+        centre = np.array([x, CELLS / 2]) + off
+        paste(canvas, image, tuple(centre * size / CELLS), extent * ratio * size / CELLS)
     return canvas.round().astype(np.uint8)
 
 
@@ -187,4 +198,4 @@ def scene(rng: np.random.Generator, pairs: float = 0.4) -> Scene:
     facts = described(rng, pairs)
     images = [emoji.sprites().image(facts.style, NOUNS[noun]) for noun in facts.nouns]
     place = "centre" if facts.place == "pair" else facts.place
-    return Scene(**vars(facts), image=draw(rng, images, facts.colour, place))
+    return Scene(**vars(facts), image=draw(rng, images, facts.colour, place, aligned=True))
