@@ -19,6 +19,7 @@ from train.pocket import (
     images,
     losses,
     machine,
+    muon,
     text,
     world,
 )
@@ -26,7 +27,7 @@ from train.pocket import (
 CPU = machine.Machine(torch.device("cpu"), uses_bf16=False, workers=0)
 TINY = autoencoder.Settings(
     pictures=8, batch=2, crop=32, whole_from=0.75, critic_from=0.5, widths=(4, 4, 4, 8),
-    latent_channels=4,
+    latent_channels=4, kept_channels=3, decoder_pictures=4,
 )  # fmt: skip
 SIZES = bases.Sizes(unet_widths=(16, 16, 16), width=32, layers=1)
 
@@ -132,6 +133,83 @@ def test_a_lost_training_goes_on_from_the_weights_that_were_kept(tmp_path, monke
             assert torch.equal(value, kept.average.state_dict()[name].half().float())
     assert not found.optimizers["network"].state
     assert machine.load_state(tmp_path / "work" / "other.safetensors", {}, {}) == 0
+
+
+def test_an_aligned_sprite_has_the_same_pixels_in_every_cell():
+    sprite = disc_sprites().image("flat", "cat-face").rotate(20).crop((3, 5, 90, 127))
+    cell, found = 128 // world.CELLS, {}
+    for place, (_, extent) in world.PLACES.items():
+        patterns = set()
+        for seed in range(40):
+            rng = np.random.default_rng(seed)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(world, "ground", lambda *_: np.zeros((128, 128, 3), np.float32))
+                image = world.draw(rng, [sprite], "red", place, aligned=True)
+            rows, columns = (np.nonzero(image.any((axis, 2)))[0] for axis in (1, 0))
+            assert rows[0] >= 0 and max(np.ptp(rows), np.ptp(columns)) < extent * cell
+            part = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            patterns.add((rows[0] % cell, columns[0] % cell, part.tobytes()))
+            found.setdefault(place, set()).add((rows[0], columns[0]))
+        assert len(patterns) == 1
+    assert [len(found[place]) for place in world.PLACES] == [9, 9, 6, 6]
+
+
+def test_narrowing_keeps_the_latents_and_what_the_decoder_reads():
+    wide = tiny_autoencoder()
+    for parameter in wide.parameters():
+        torch.nn.init.normal_(parameter.data, std=0.2)
+    with torch.no_grad():  # three of the four channels say everything
+        wide.quant_conv.weight[3] = wide.quant_conv.weight[0] - 2 * wide.quant_conv.weight[1]
+        wide.quant_conv.bias[3] = 0.7
+    narrow = autoencoder.narrowed(wide, TINY.widths, 3).eval()
+    pixels = held_out.as_pixels(held_out.scenes(2))
+    with torch.no_grad():
+        whole, kept = (m.encode(pixels).latent_dist.mean for m in (wide, narrow))
+        read = [
+            module.decoder.conv_in(module.post_quant_conv(latents))
+            for module, latents in ((wide, whole), (narrow, kept))
+        ]
+    assert kept.shape[1] == 3
+    distances = [torch.cdist(*(m.movedim(1, -1).flatten(0, -2)[::7],) * 2) for m in (whole, kept)]
+    assert torch.allclose(*distances, atol=1e-3)  # a rotation
+    inside = (..., slice(1, -1), slice(1, -1))  # a constant is lost along the border
+    assert torch.allclose(read[0][inside], read[1][inside], atol=1e-3)
+
+
+def test_the_decoder_learns_on_with_the_narrow_latents(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "any_image", noise)
+    monkeypatch.setattr(held_out, "brief_figures", lambda *_: {})
+    monkeypatch.setattr(held_out, "show", lambda *_: None)
+    autoencoder.train(tmp_path, TINY, CPU)
+    before = autoencoder.finished(tmp_path, TINY)
+    autoencoder.train_decoder(tmp_path, TINY, CPU)
+    after = autoencoder.finished(tmp_path, TINY)
+    assert machine.seen_in(tmp_path / "decoder.safetensors") == 4
+    pixels = held_out.as_pixels(held_out.scenes(2))
+    with torch.no_grad():
+        latents = [module.encode(pixels).latent_dist.mean for module in (before, after)]
+        pictures = [module.decode(latents[0]).sample for module in (before, after)]
+    assert latents[0].shape[1] == 3 and torch.allclose(*latents, atol=1e-4)
+    assert not torch.allclose(*pictures, atol=1e-3)
+
+
+def test_muon_steps_as_torchs_on_matrices_and_flattened_convolutions():
+    torch.manual_seed(0)
+    weight = torch.randn(12, 5, 2, 2)
+    ours, theirs = nn.Parameter(weight.clone()), nn.Parameter(weight.flatten(1).clone())
+    mine = muon.Muon([ours], 0.1)
+    peer = torch.optim.Muon([theirs], 0.1, weight_decay=0.0, adjust_lr_fn="original")
+    for _ in range(4):
+        gradient = torch.randn(12, 20)
+        ours.grad, theirs.grad = gradient.view_as(ours).clone(), gradient.clone()
+        mine.step()
+        peer.step()
+    assert torch.allclose(ours.flatten(1), theirs, atol=0.02)  # bf16 inside
+    assert (theirs - weight.flatten(1)).abs().max() > 0.1
+    inner, others = muon.split_weights(
+        nn.ModuleDict({"conv_in": nn.Linear(2, 2), "a": nn.Linear(2, 2)})
+    )
+    assert len(inner) == 1 and len(others) == 3
 
 
 def new_weights(module):
