@@ -1,6 +1,7 @@
 """The whole way on flow transformers: settings, training, resuming, drawing, fusing, refusals."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import rite_diffusion as rite
 from flow_bases import adapter_on, family, latents_of
 from flow_models import PIPELINES, flux, with_random_weights
-from rite_diffusion.adapters import save_adapter
+from rite_diffusion.adapters import AdapterInfo, save_adapter
 from rite_diffusion.adapters.attach import attach
 from rite_diffusion.adapters.names import dotted
 from rite_diffusion.backbones.families import family_name
@@ -158,6 +159,10 @@ def test_an_assistant_acts_in_training_and_not_in_previews(photos, tmp_path):
 
     with pytest.raises(ConfigError, match=r"training adapter \(lora\.assistant\)"):
         trained("refused")
+    foreign = replace(adapter_on(backbone), info=AdapterInfo(base="x", base_fingerprint="0" * 16))
+    save_adapter(tmp_path / "foreign.safetensors", foreign)
+    with pytest.raises(rite.RiteError, match=r"lora\.assistant was trained on 'x'.*as the base\.$"):
+        trained("refused", assistant=str(tmp_path / "foreign.safetensors"))
     plain = trained("plain", distilled=True, rank=2)
     helped = trained("helped", assistant=str(tmp_path / "assistant.safetensors"))
     one, other = load_file(plain), load_file(helped)

@@ -185,6 +185,8 @@ def test_lora_plus_sets_the_rate_of_up():
     assert rates == {"layer0.lora_A": 1e-3, "layer0.lora_B": 8e-3, "bias": 1e-3}
     reference_model = Factors([(12, 9)], rank=3)
     (down, up), bias = reference_model.pairs()[0], reference_model.bias
+    usual = OPTIMIZERS["adamw_plus"].build(lora_param_groups(Factors([(12, 9)], rank=3)))
+    assert sorted(group["lr"] for group in usual.param_groups) == [5e-4, 5e-4, 8e-3]
     plain = ADAM([{"params": [down, bias], "lr": 1e-3}, {"params": [up], "lr": 8e-3}])
     model.run(optimizer, 5)
     reference_model.run(plain, 5)

@@ -219,17 +219,22 @@ def as_matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
-def check_base(backbone: Backbone, adapter: Adapter) -> None:
+OR_OTHER_BASE = ", or accept the second with --other-base"  # where there is this option
+
+
+def check_base(
+    backbone: Backbone, adapter: Adapter, what: str = "the adapter", remedy: str = ""
+) -> None:
     """Raise AdapterError where the adapter was trained on another base model.
 
-    A model that was fine-tuned from the adapter's base counts as the same.
+    A model that was fine-tuned from the adapter's base counts as the same. The message calls it
+    `what`, and ends with `remedy` where another base can be accepted.
     """
     made_for = adapter.info.base_fingerprint
     if is_other_base(made_for, backbone.fingerprint):
         raise AdapterError(
-            f"the adapter was trained on '{adapter.info.base}' ({made_for}), this base is "
-            f"'{backbone.name}' ({backbone.fingerprint}): pass the first as the base, or accept "
-            "the second with --other-base."
+            f"{what} was trained on '{adapter.info.base}' ({made_for}), this base is "
+            f"'{backbone.name}' ({backbone.fingerprint}): pass the first as the base{remedy}."
         )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rite_diffusion.adapters import AdapterInfo
-from rite_diffusion.adapters.attach import attach, check_base
+from rite_diffusion.adapters.attach import OR_OTHER_BASE, attach, check_base
 from rite_diffusion.adapters.choice import Chosen
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.backbones.source import load_backbone
@@ -60,6 +60,6 @@ def open_with_adapters(
     backbone = open_base(base, [each.adapter.info for each in adapters], memory)
     for index, chosen in enumerate(adapters):
         if not other_base:
-            check_base(backbone, chosen.adapter)
+            check_base(backbone, chosen.adapter, remedy=OR_OTHER_BASE)
         attach(backbone, chosen.adapter, attached_name(index), chosen.weight)
     return backbone

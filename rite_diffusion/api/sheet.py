@@ -14,7 +14,7 @@ from PIL.Image import Image
 
 from rite_diffusion._version import __version__
 from rite_diffusion.adapters import Adapter
-from rite_diffusion.adapters.attach import attach, check_base, detach
+from rite_diffusion.adapters.attach import OR_OTHER_BASE, attach, check_base, detach
 from rite_diffusion.adapters.choice import (
     Chosen,
     choose_adapters,
@@ -206,7 +206,7 @@ def grid(
         check_outputs([target], sources=[chosen.path for chosen in every])
     backbone = open_base(base, [adapter.info for adapter in named])
     for adapter in [] if other_base else named:
-        check_base(backbone, adapter)
+        check_base(backbone, adapter, remedy=OR_OTHER_BASE)
     for line in dict.fromkeys(line for setup in setups for line in notes(setup)):
         on_note(line)
     pictures = _draw(backbone, sheet, request, progress, on_note)

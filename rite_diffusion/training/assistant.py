@@ -28,7 +28,7 @@ def load_assistant(backbone: Backbone, config: TrainConfig) -> Adapter | None:
     if config.lora.assistant is None:
         return None
     adapter = load_adapter(user_path(config.lora.assistant))
-    check_base(backbone, adapter)
+    check_base(backbone, adapter, "lora.assistant")
     others = {split_name(name)[0] for name in adapter.modules()} - {backbone.denoiser_name}
     if others or adapter.tokens:
         what = "learned embeddings" if adapter.tokens else ", ".join(sorted(others))
