@@ -40,9 +40,11 @@ def memory_conflict(config: TrainConfig) -> str:
             "Set custom_diffusion.weights = lora"
         )
     stored = {memory.weights, memory.encoder_weights} - {"full"}
-    if config.lora.kind == "dora" and (stored or memory.offload == "layers"):
+    reads = ["kind = dora"] * (config.lora.kind == "dora")
+    reads += ["init = pissa"] * (config.lora.init == "pissa")
+    if reads and (stored or memory.offload == "layers"):
         return (
-            "lora.kind = dora reads the base's weights: it needs memory.weights = full, "
+            f"lora.{reads[0]} reads the base's weights: it needs memory.weights = full, "
             "memory.encoder_weights = full and no memory.offload = layers"
         )
     if memory.offload == "layers" and (config.compile or not config.gradient_checkpointing):

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from rite_diffusion.config.lora import LoraSection, lora_conflict
 from rite_diffusion.config.memory import MemorySection, memory_conflict
 from rite_diffusion.config.section import Section
 from rite_diffusion.config.templates import ClassTemplate, ConceptTemplate
@@ -13,32 +14,6 @@ from rite_diffusion.types import Concept
 
 Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
 Name = Annotated[str, Field(min_length=1, max_length=64)]
-
-
-class LoraSection(Section):
-    """The adapter's size and where it attaches."""
-
-    kind: Literal["lora", "rslora", "dora"] = Field(
-        default="lora", description="rslora: scale = alpha / √rank; dora: magnitudes train too"
-    )
-    rank: int = Field(default=8, ge=1, le=1024, description="rank of every pair")
-    alpha: float | None = Field(
-        default=None, gt=0, description="scale = alpha / rank; default: rank, of rslora √rank"
-    )
-    text_encoder: bool = Field(default=True, description="adapt the text encoder's attention too")
-    layers: Literal["attention", "blocks"] = Field(
-        default="attention", description="or all layers of the denoiser's blocks, convolutions too"
-    )
-    init_from: str | None = Field(
-        default=None, description="adapter file to start from, whose rank and alpha then apply"
-    )
-    assistant: str | None = Field(
-        default=None,
-        description="an adapter that acts while this one trains, for distilled few-step bases",
-    )
-    distilled: bool = Field(
-        default=False, description="train on a distilled base without an assistant all the same"
-    )
 
 
 class OptimSection(Section):
@@ -330,8 +305,8 @@ class TrainConfig(SourceSection):
             changed = getattr(self, table) != type(self).model_fields[table].default
             if changed and self.method not in methods:
                 raise ValueError(f"[{table}] is for method {' or '.join(methods)}")
-        if self.lora.init_from and (self.method, self.lora.kind) != ("lora", "lora"):
-            raise ValueError("lora.init_from is for method lora and lora.kind = lora")
+        if conflict := lora_conflict(self):
+            raise ValueError(conflict)
         if self.tokens.first and (self.method != "pivotal" or self.tokens.first >= self.steps):
             raise ValueError("tokens.first is for method pivotal, and less than its steps")
         return self

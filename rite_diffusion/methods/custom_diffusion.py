@@ -12,7 +12,7 @@ from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.methods.embedding_method import EmbeddingMethod
 from rite_diffusion.methods.new_embeddings import NewEmbeddings
-from rite_diffusion.methods.weights import FullWeights, LoraWeights
+from rite_diffusion.methods.weights import FullWeights, new_pairs
 
 KEYS_AND_VALUES = (".attn2.to_k", ".attn2.to_v")
 
@@ -24,10 +24,7 @@ class CustomDiffusion(EmbeddingMethod):
         targets = backbone.lora_targets(backbone.denoiser_name)
         paths = [path for path in targets if path.endswith(KEYS_AND_VALUES)]
         if config.custom_diffusion.weights == "lora":
-            lora, home = config.lora, {backbone.denoiser_name: paths}
-            weights = LoraWeights(
-                backbone, home, rank=lora.rank, alpha=lora.alpha, seed=config.seed
-            )
+            weights = new_pairs(backbone, {backbone.denoiser_name: paths}, config)
         else:
             weights = FullWeights(backbone, paths)
         embeddings = NewEmbeddings(backbone, config, with_class_noun=True)

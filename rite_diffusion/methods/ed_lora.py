@@ -31,7 +31,8 @@ class EdLora(EmbeddingMethod):
 
     def __init__(self, backbone: Backbone, config: TrainConfig):
         weights = lora_weights(backbone, config)
-        for number, pair in enumerate(weights.pairs()):  # as torch initialises linear layers
+        drawn = weights.pairs() if config.lora.init == "gaussian" else []
+        for number, pair in enumerate(drawn):  # as torch initialises linear layers
             draws = generator(config.seed, Stream.NEW_EMBEDDINGS, number)
             nn.init.kaiming_uniform_(pair.down, a=5**0.5, generator=draws)
         layers = len(backbone.cross_attentions)

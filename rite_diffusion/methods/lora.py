@@ -1,5 +1,6 @@
 """LoRA (Hu et al. 2021) on the attention of denoiser and text encoder, or on more layers."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +13,8 @@ from rite_diffusion.backbones.protocols import Backbone, Conditioning
 from rite_diffusion.backbones.text_cache import cached_conditioning
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.files.writing import cache_folder, user_path
-from rite_diffusion.methods.method import Method
+from rite_diffusion.methods.init import follow_gradient
+from rite_diffusion.methods.method import NAME, Method
 from rite_diffusion.methods.start import set_start
 from rite_diffusion.methods.weights import (
     LoraWeights,
@@ -73,7 +75,9 @@ class Lora:
     `layers` is "attention", or "blocks" for all layers of the denoiser's blocks; `text_encoder`
     adapts the text encoders' attention too. scale = alpha / rank, of rslora alpha / √rank; `alpha`
     defaults to what makes it 1. dora trains the magnitudes of the adapted weights too. `down` is
-    drawn by `seed` and `up` is zero, so that new pairs change nothing.
+    drawn by `seed` and `up` is zero, so that new pairs change nothing; with `init` = "pissa" they
+    are the weights' leading directions, subtracted beside the base, and `pairs` have twice the
+    rank.
     """
 
     def __init__(
@@ -85,18 +89,29 @@ class Lora:
         kind: Literal["lora", "rslora", "dora"] = "lora",
         layers: Literal["attention", "blocks"] = "attention",
         text_encoder: bool = True,
+        init: Literal["gaussian", "pissa"] = "gaussian",
         seed: int = 0,
     ):
         self.backbone = backbone
         paths = adapted_paths(backbone, layers, text_encoder)
-        self._weights = LoraWeights(backbone, paths, rank=rank, alpha=alpha, kind=kind, seed=seed)
+        self._weights = LoraWeights(
+            backbone, paths, rank=rank, alpha=alpha, kind=kind, init=init, seed=seed
+        )
+
+    def follow_gradient(self, backward: Callable[[], object], size: float) -> None:
+        """Start new pairs along the leading directions of a loss's first gradient (LoRA-One).
+
+        `backward` computes the loss and calls its `backward`. `size` is the spectral norm of every
+        layer's update.
+        """
+        follow_gradient(self.backbone, NAME, backward, size)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """A torch parameter group for each component: `name`, and `params` as (name, parameter)."""
         return [{"name": name, "params": list(own)} for name, own in self._weights.named.items()]
 
     def pairs(self) -> list[LoraPair]:
-        """The pairs; their tensors are the parameters in training."""
+        """The pairs; their tensors are the parameters in training, except after PiSSA's start."""
         return self._weights.pairs()
 
     def save(self, path: str | Path, *, trigger: str, class_noun: str = "") -> Path:

@@ -12,6 +12,7 @@ from rite_diffusion.adapters.names import module_name
 from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import LoraSection, OptimSection, TrainConfig
 from rite_diffusion.errors import ConfigError
+from rite_diffusion.methods.init import LeadingPairs
 from rite_diffusion.methods.method import NAME
 from rite_diffusion.optim import optimizer_spec
 from rite_diffusion.types import LoraPair
@@ -94,7 +95,8 @@ def parameter_groups(
 class LoraWeights:
     """New LoRA pairs on layers by component, initialised by a seed; `kind` is that of `inject`.
 
-    `alpha` defaults to what makes the scale 1.
+    `alpha` defaults to what makes the scale 1. With `init` = "pissa" the pairs start as the leading
+    directions of the weights, which are subtracted from the base (see `methods.init`).
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class LoraWeights:
         rank: int,
         alpha: float | None = None,
         kind: str = "lora",
+        init: str = "gaussian",
         seed: int = 0,
     ):
         self.backbone = backbone
@@ -113,6 +116,7 @@ class LoraWeights:
             torch.manual_seed(seed)
             inject(backbone, NAME, paths, rank, alpha or neutral, kind)
         self._named = {component: _trainable(backbone, component) for component in paths}
+        self._leading = LeadingPairs(backbone, NAME) if init == "pissa" else None
 
     @property
     def named(self) -> NamedParameters:
@@ -120,11 +124,14 @@ class LoraWeights:
         return self._named
 
     def pairs(self) -> list[LoraPair]:
-        """The LoRA pairs in training."""
-        return read_pairs(self.backbone, NAME)
+        """The LoRA pairs in training; after a PiSSA start, copies of twice their rank."""
+        pairs = read_pairs(self.backbone, NAME)
+        return [self._leading.whole(pair) for pair in pairs] if self._leading else pairs
 
     def remove(self) -> None:
         """Remove the LoRA layers."""
+        if self._leading:
+            self._leading.remove()
         detach(self.backbone, NAME)
 
 
@@ -132,8 +139,20 @@ def lora_weights(backbone: Backbone, config: TrainConfig) -> LoraWeights:
     """New LoRA pairs with the settings of a `TrainConfig`."""
     lora = config.lora
     paths = adapted_paths(backbone, lora.layers, lora.text_encoder)
+    return new_pairs(backbone, paths, config)
+
+
+def new_pairs(backbone: Backbone, paths: dict[str, list[str]], config: TrainConfig) -> LoraWeights:
+    """New LoRA pairs with the settings of a `TrainConfig`, on layers by component."""
+    lora = config.lora
     return LoraWeights(
-        backbone, paths, rank=lora.rank, alpha=lora.alpha, kind=lora.kind, seed=config.seed
+        backbone,
+        paths,
+        rank=lora.rank,
+        alpha=lora.alpha,
+        kind=lora.kind,
+        init=lora.init,
+        seed=config.seed,
     )
 
 

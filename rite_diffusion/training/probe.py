@@ -6,6 +6,7 @@ from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.methods import Method
 from rite_diffusion.photos.dataset import LatentSet
+from rite_diffusion.training.first_gradient import start_pairs
 from rite_diffusion.training.job import Job
 from rite_diffusion.training.trainer import Trainer
 from rite_diffusion.training.validation import held_out_loss
@@ -39,7 +40,9 @@ def _trial(
 ) -> float:
     method = new_method(config)
     try:
-        trainer = Trainer(Job(backbone, method, data, config))
+        job = Job(backbone, method, data, config)
+        start_pairs(job)
+        trainer = Trainer(job)
         for step in range(STEPS):
             trainer.step(step)
         with trainer.precision.autocast():

@@ -16,6 +16,7 @@ from rite_diffusion.optim import optimizer_spec
 from rite_diffusion.training.average import WeightAverage
 from rite_diffusion.training.batch import Batch
 from rite_diffusion.training.configured import step_batch, step_loss
+from rite_diffusion.training.first_gradient import start_pairs
 from rite_diffusion.training.job import Job, cache_captions, release_encoders
 from rite_diffusion.training.memory import is_out_of_memory, out_of_memory_error
 from rite_diffusion.training.precision import MixedPrecision
@@ -155,7 +156,11 @@ def train_steps(
     (`config.ema`) are in place. A step whose loss or gradient is not finite changes nothing;
     RunError after five in a row.
     """
-    config, trainer = job.config, Trainer(job, between=stop)
+    config = job.config
+    job.backbone.checkpoint_gradients(config.gradient_checkpointing)
+    if resume is None:
+        start_pairs(job)
+    trainer = Trainer(job, between=stop)
     if resume is not None:
         trainer.restore(resume)
         if resume.step >= config.steps:  # all steps were done, but the adapter was not written
@@ -163,7 +168,6 @@ def train_steps(
                 save(resume, True)
             wait_for_all(trainer.accelerator)
             return resume.step
-    job.backbone.checkpoint_gradients(config.gradient_checkpointing)
     job.backbone.compile_denoiser(config.compile)
     with trainer.precision.autocast():
         cache_captions(job)
