@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from pathlib import Path
 
     from PIL.Image import Image
@@ -66,6 +66,19 @@ class LoraPair:
     def rank(self) -> int:
         """Number of rows of `down`."""
         return self.down.shape[0]
+
+
+@dataclass(frozen=True)
+class ProductUpdate:
+    """A layer's update as a LoHa or LoKr (Yeh et al. 2024), by LyCORIS's names of its matrices.
+
+    `hada_w1_a` (out, r), `hada_w1_b` (r, in * k * k) and the same of `w2`; or `lokr_w1` and
+    `lokr_w2`, the latter whole or as `lokr_w2_a` and `lokr_w2_b`.
+    """
+
+    name: str  # the module's, as of a LoraPair
+    parts: Mapping[str, Tensor]
+    scale: float
 
 
 @dataclass(frozen=True)

@@ -152,4 +152,4 @@ def test_a_dora_run_goes_on_as_if_it_had_not_ended(tiny_folder, photos, tmp_path
 
 def test_unknown_kinds_are_refused(tiny_folder, photos, tmp_path):
     with pytest.raises(ConfigError, match=r"lora\.kind"):
-        rite.train(photos, base=str(tiny_folder), lora={"kind": "loha"}, **ABOUT)
+        rite.train(photos, base=str(tiny_folder), lora={"kind": "oft"}, **ABOUT)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rite_diffusion.types import LoraPair, Shift
+from rite_diffusion.types import LoraPair, ProductUpdate, Shift
 
 HEADER_PREFIX = "rite_"
 
@@ -69,6 +69,7 @@ class Adapter:
     shifts: list[Shift] = field(default_factory=list)  # differences of biases and norms
     dtype: torch.dtype = torch.float32  # of the factors in that file; in memory they are fp32
     foreign: dict[str, str] = field(default_factory=dict)  # other tools' header entries
+    products: list[ProductUpdate] = field(default_factory=list)  # to be written; read as pairs
 
     def ranks(self) -> list[int]:
         """The distinct ranks, ascending."""
@@ -84,8 +85,8 @@ class Adapter:
         return any(name.startswith("lora_transformer_") for name in self.modules())
 
     def modules(self) -> set[str]:
-        """Names of all modules that it changes, by a pair or a shift."""
-        return {each.name for each in (*self.pairs, *self.shifts)}
+        """Names of all modules that it changes, by a pair, a product or a shift."""
+        return {each.name for each in (*self.pairs, *self.products, *self.shifts)}
 
 
 def base_name(base: str) -> str:

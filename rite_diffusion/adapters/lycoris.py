@@ -4,11 +4,14 @@ The Hadamard or Kronecker product of low-rank matrices is a low-rank matrix whos
 from theirs, so no SVD is needed and nothing is lost.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from rite_diffusion.types import ProductUpdate
 
 LARGEST = 2**28  # numbers in a weight; Stable Diffusion's largest layer has 2**25
 
@@ -118,6 +121,33 @@ def _factor(parts: Parts, start: str, core: str = "") -> Product:
     if a.shape[1] != len(b):
         raise ValueError(f"{start} is {tuple(a.shape)}, {tuple(b.shape)}")
     return Product(a, b)
+
+
+def tensors_of(stem: str, update: ProductUpdate) -> dict[str, Tensor]:
+    """The tensors of an update in a file, with its alpha, under the stem of its module."""
+    rank = factor_rank(update.parts)
+    alpha = {} if rank is None else {"alpha": torch.tensor(update.scale * rank)}
+    return {f"{stem}.{key}": value for key, value in {**update.parts, **alpha}.items()}
+
+
+def at_scale_one(update: ProductUpdate) -> ProductUpdate:
+    """The update with its scale multiplied into its first matrix."""
+    first = next(iter(update.parts))
+    parts = {**update.parts, first: update.parts[first] * update.scale}
+    return ProductUpdate(update.name, parts, 1.0)
+
+
+def header_of(updates: Sequence[ProductUpdate]) -> dict[str, str]:
+    """The header entries that tell a file of LyCORIS's; none without updates."""
+    if not updates:
+        return {}
+    algorithm = "loha" if "hada_w1_a" in updates[0].parts else "lokr"
+    ranks = {str(factor_rank(update.parts)) for update in updates} - {"None"}
+    return {
+        "ss_network_module": "lycoris.kohya",
+        "ss_network_args": json.dumps({"algo": algorithm}),
+        "ss_network_dim": ranks.pop() if len(ranks) == 1 else "Dynamic",
+    }
 
 
 def factor_rank(parts: Parts) -> int | None:

@@ -133,8 +133,12 @@ def describe_training(plan: Plan) -> None:
     _line("base", f"{config.base} on {where}, attention {backbone.attention}")
     for fallback in plan.fallbacks:
         _line("", fallback)
-    start = f", from {config.lora.init_from}" if config.lora.init_from else ""
-    _line("adapter", f"{config.method}, rank {config.lora.rank}{start}")
+    lora = config.lora
+    start = f", from {lora.init_from}" if lora.init_from else ""
+    start = f", start {lora.init}" if lora.init != "gaussian" else start
+    kind = f" ({lora.kind})" if lora.kind != "lora" else ""
+    size = f"factor {lora.factor}, whole" if lora.full_matrix else f"rank {lora.rank}"
+    _line("adapter", f"{config.method}{kind}, {size}{start}")
     rates = f"{optim.name}, rate auto: tried out before the first step"
     if optim.lr_unet is not None:
         text = f", text encoder {optim.lr_text_encoder:g}" if config.trains_text_encoder else ""

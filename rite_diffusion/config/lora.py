@@ -15,12 +15,20 @@ if TYPE_CHECKING:
 class LoraSection(Section):
     """The adapter's size and where it attaches."""
 
-    kind: Literal["lora", "rslora", "dora"] = Field(
-        default="lora", description="rslora: scale = alpha / √rank; dora: magnitudes train too"
+    kind: Literal["lora", "rslora", "dora", "loha", "lokr"] = Field(
+        default="lora",
+        description="rslora: scale = alpha / √rank; dora: magnitudes train too; loha, lokr: "
+        "Hadamard and Kronecker products",
     )
     rank: int = Field(default=8, ge=1, le=1024, description="rank of every pair")
     alpha: float | None = Field(
         default=None, gt=0, description="scale = alpha / rank; default: rank, of rslora √rank"
+    )
+    factor: int = Field(
+        default=8, ge=1, le=1024, description="lokr: most rows and columns of the first matrix"
+    )
+    full_matrix: bool = Field(
+        default=False, description="lokr: the second matrix is whole, not a product of lora.rank"
     )
     text_encoder: bool = Field(default=True, description="adapt the text encoder's attention too")
     layers: Literal["attention", "blocks"] = Field(
@@ -47,7 +55,19 @@ class LoraSection(Section):
 
 
 def lora_conflict(config: TrainConfig) -> str:
-    """Why pairs cannot start as the settings say, and what to set; empty if they can."""
+    """Why an adapter cannot train as the settings say, and what to set; empty if it can."""
+    return _kind_conflict(config.lora) or _start_conflict(config)
+
+
+def _kind_conflict(lora: LoraSection) -> str:
+    if lora.full_matrix and lora.kind != "lokr":
+        return "lora.full_matrix is for lora.kind = lokr"
+    if lora.full_matrix and lora.alpha is not None:
+        return "lora.alpha has no effect with lora.full_matrix, whose scale is 1: leave it out"
+    return ""
+
+
+def _start_conflict(config: TrainConfig) -> str:
     lora, custom = config.lora, config.custom_diffusion
     if lora.init_from and (config.method, lora.kind) != ("lora", "lora"):
         return "lora.init_from is for method lora and lora.kind = lora"
@@ -59,11 +79,15 @@ def lora_conflict(config: TrainConfig) -> str:
         return f"lora.init = {lora.init} is for lora.kind = lora or rslora"
     if config.method == "custom_diffusion" and custom.weights == "full":
         return f"lora.init = {lora.init} is for pairs: set custom_diffusion.weights = lora"
-    if lora.init == "lora_one" and config.optim.name == "scaled_sgd":
+    return _gradient_conflict(config) if lora.init == "lora_one" else ""
+
+
+def _gradient_conflict(config: TrainConfig) -> str:
+    if config.optim.name == "scaled_sgd":
         return (
             "lora.init = lora_one: scaled_sgd leaps from a start with weak directions. Use another "
             "optimizer, such as rite"
         )
-    if lora.init == "lora_one" and config.tokens.first:
+    if config.tokens.first:
         return "lora.init = lora_one is for pairs that train from the first step: tokens.first = 0"
     return ""

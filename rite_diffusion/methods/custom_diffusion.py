@@ -12,7 +12,7 @@ from rite_diffusion.backbones.protocols import Backbone
 from rite_diffusion.config import TrainConfig
 from rite_diffusion.methods.embedding_method import EmbeddingMethod
 from rite_diffusion.methods.new_embeddings import NewEmbeddings
-from rite_diffusion.methods.weights import FullWeights, new_pairs
+from rite_diffusion.methods.weights import FullWeights, new_weights
 
 KEYS_AND_VALUES = (".attn2.to_k", ".attn2.to_v")
 
@@ -24,7 +24,8 @@ class CustomDiffusion(EmbeddingMethod):
         targets = backbone.lora_targets(backbone.denoiser_name)
         paths = [path for path in targets if path.endswith(KEYS_AND_VALUES)]
         if config.custom_diffusion.weights == "lora":
-            weights = new_pairs(backbone, {backbone.denoiser_name: paths}, config)
+            home = {backbone.denoiser_name: paths}
+            weights = new_weights(backbone, home, config.lora, config.seed)
         else:
             weights = FullWeights(backbone, paths)
         embeddings = NewEmbeddings(backbone, config, with_class_noun=True)

@@ -31,7 +31,7 @@ class EdLora(EmbeddingMethod):
 
     def __init__(self, backbone: Backbone, config: TrainConfig):
         weights = lora_weights(backbone, config)
-        drawn = weights.pairs() if config.lora.init == "gaussian" else []
+        drawn = weights.pairs() if config.lora.init == "gaussian" else []  # of LoHa, LoKr none
         for number, pair in enumerate(drawn):  # as torch initialises linear layers
             draws = generator(config.seed, Stream.NEW_EMBEDDINGS, number)
             nn.init.kaiming_uniform_(pair.down, a=5**0.5, generator=draws)

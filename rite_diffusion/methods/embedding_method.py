@@ -10,7 +10,7 @@ from rite_diffusion.config import TrainConfig
 from rite_diffusion.methods.method import NAME, Method
 from rite_diffusion.methods.new_embeddings import NewEmbeddings
 from rite_diffusion.methods.weights import Weights, parameter_groups
-from rite_diffusion.types import LoraPair
+from rite_diffusion.types import LoraPair, ProductUpdate
 
 
 class EmbeddingMethod(Method):
@@ -43,6 +43,10 @@ class EmbeddingMethod(Method):
     def pairs(self) -> list[LoraPair]:
         """The LoRA pairs in training."""
         return self._weights.pairs()
+
+    def products(self) -> list[ProductUpdate]:
+        """The LoHa or LoKr updates in training."""
+        return self._weights.products()
 
     def embeddings(self) -> dict[str, Sequence[Tensor]]:
         """The learned embeddings by word."""

@@ -11,18 +11,18 @@ from rite_diffusion.adapters.adapter import base_name
 from rite_diffusion.backbones.conditioning import KeptConditioning, joined, rows
 from rite_diffusion.backbones.protocols import Backbone, Conditioning
 from rite_diffusion.backbones.text_cache import cached_conditioning
-from rite_diffusion.config import TrainConfig
+from rite_diffusion.config import LoraSection, TrainConfig
 from rite_diffusion.files.writing import cache_folder, user_path
 from rite_diffusion.methods.init import follow_gradient
 from rite_diffusion.methods.method import NAME, Method
 from rite_diffusion.methods.start import set_start
 from rite_diffusion.methods.weights import (
-    LoraWeights,
     adapted_paths,
     lora_weights,
+    new_weights,
     parameter_groups,
 )
-from rite_diffusion.types import LoraPair
+from rite_diffusion.types import LoraPair, ProductUpdate
 
 BYTES_KEPT = 2**28  # of captions' states in memory if the text encoder does not train
 
@@ -63,6 +63,10 @@ class PlainLora(Method):
         """The pairs in training."""
         return self._weights.pairs()
 
+    def products(self) -> list[ProductUpdate]:
+        """The LoHa or LoKr updates in training."""
+        return self._weights.products()
+
     def remove(self) -> None:
         """Remove the LoRA layers."""
         self._weights.remove()
@@ -77,7 +81,8 @@ class Lora:
     defaults to what makes it 1. dora trains the magnitudes of the adapted weights too. `down` is
     drawn by `seed` and `up` is zero, so that new pairs change nothing; with `init` = "pissa" they
     are the weights' leading directions, subtracted beside the base, and `pairs` have twice the
-    rank.
+    rank. Of the kinds "loha" and "lokr", whose `factor` and `full_matrix` are as in the settings,
+    `products` has the updates.
     """
 
     def __init__(
@@ -86,17 +91,20 @@ class Lora:
         *,
         rank: int = 8,
         alpha: float | None = None,
-        kind: Literal["lora", "rslora", "dora"] = "lora",
+        kind: Literal["lora", "rslora", "dora", "loha", "lokr"] = "lora",
         layers: Literal["attention", "blocks"] = "attention",
         text_encoder: bool = True,
         init: Literal["gaussian", "pissa"] = "gaussian",
+        factor: int = 8,
+        full_matrix: bool = False,
         seed: int = 0,
     ):
         self.backbone = backbone
         paths = adapted_paths(backbone, layers, text_encoder)
-        self._weights = LoraWeights(
-            backbone, paths, rank=rank, alpha=alpha, kind=kind, init=init, seed=seed
+        lora = LoraSection(
+            rank=rank, alpha=alpha, kind=kind, init=init, factor=factor, full_matrix=full_matrix
         )
+        self._weights = new_weights(backbone, paths, lora, seed)
 
     def follow_gradient(self, backward: Callable[[], object], size: float) -> None:
         """Start new pairs along the leading directions of a loss's first gradient (LoRA-One).
@@ -114,6 +122,10 @@ class Lora:
         """The pairs; their tensors are the parameters in training, except after PiSSA's start."""
         return self._weights.pairs()
 
+    def products(self) -> list[ProductUpdate]:
+        """The LoHa or LoKr updates; their tensors are the parameters in training."""
+        return self._weights.products()
+
     def save(self, path: str | Path, *, trigger: str, class_noun: str = "") -> Path:
         """Write the pairs as an adapter file, `.safetensors`, and return its path.
 
@@ -125,10 +137,11 @@ class Lora:
             class_noun=class_noun,
             base=base_name(self.backbone.name),
             base_fingerprint=self.backbone.fingerprint,
+            family=self.backbone.family,
             method="lora",
             version=__version__,
         )
-        save_adapter(target, Adapter(self.pairs(), info))
+        save_adapter(target, Adapter(self.pairs(), info, products=self.products()))
         return target
 
     def remove(self) -> None:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from rite_diffusion.backbones.protocols import Backbone, Conditioning
 from rite_diffusion.config import TrainConfig
-from rite_diffusion.types import LoraPair
+from rite_diffusion.types import LoraPair, ProductUpdate
 
 NAME = "concept"  # under which trained weights and embeddings are attached to the backbone
 
@@ -57,6 +57,10 @@ class Method(ABC):
     @abstractmethod
     def pairs(self) -> list[LoraPair]:
         """The LoRA pairs of the adapter file; their tensors are those in training."""
+
+    def products(self) -> list[ProductUpdate]:
+        """The LoHa or LoKr updates of the adapter file; their tensors are those in training."""
+        return []
 
     def embeddings(self) -> dict[str, Sequence[Tensor]]:
         """The learned embeddings of the adapter file: word -> tensors, one per text encoder."""

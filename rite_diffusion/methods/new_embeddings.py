@@ -93,6 +93,7 @@ class NewEmbeddings:
             ],
             "lr": self.config.optim.lr_tokens,
             "weight_decay": self.config.optim.weight_decay,
+            "rate_free": False,
         }
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from rite_diffusion.config import TrainConfig
 from rite_diffusion.methods.embedding_method import EmbeddingMethod
 from rite_diffusion.methods.new_embeddings import NewEmbeddings
 from rite_diffusion.methods.weights import lora_weights
-from rite_diffusion.types import LoraPair
+from rite_diffusion.types import LoraPair, ProductUpdate
 
 
 class Pivotal(EmbeddingMethod):
@@ -37,3 +37,9 @@ class Pivotal(EmbeddingMethod):
         """The pairs in training; none while only the embeddings train."""
         pairs = super().pairs()
         return pairs if any(pair.up.any() for pair in pairs) else []
+
+    def products(self) -> list[ProductUpdate]:
+        """The LoHa or LoKr updates in training; none while only the embeddings train."""
+        products = super().products()
+        acting = any(all(part.any() for part in each.parts.values()) for each in products)
+        return products if acting else []

@@ -1,5 +1,6 @@
 """Trainable weights of a backbone other than embeddings: LoRA pairs, or whole matrices."""
 
+from functools import partial
 from math import prod
 from typing import Any, Protocol
 
@@ -14,11 +15,11 @@ from rite_diffusion.config import LoraSection, OptimSection, TrainConfig
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.methods.init import LeadingPairs
 from rite_diffusion.methods.method import NAME
+from rite_diffusion.methods.products import ProductWeights, new_product
 from rite_diffusion.optim import optimizer_spec
-from rite_diffusion.types import LoraPair
+from rite_diffusion.types import LoraPair, ProductUpdate
 
 MAGNITUDE = "lora_magnitude_vector"  # in the names of DoRA's magnitudes
-UNAWARE = ("adamw", "sgd")  # optimizers that move all parameters alike
 
 NamedParameters = dict[str, list[tuple[str, nn.Parameter]]]  # by component
 
@@ -35,6 +36,10 @@ class Weights(Protocol):
         """The updates of the base's weights as LoRA pairs."""
         ...
 
+    def products(self) -> list[ProductUpdate]:
+        """The updates of the base's weights as LoHa or LoKr."""
+        ...
+
     def remove(self) -> None:
         """Remove them from the backbone."""
         ...
@@ -48,14 +53,27 @@ def adapted_paths(
     return {name: backbone.lora_targets(name, layers == "blocks") for name in components}
 
 
-def check_rank(backbone: Backbone, lora: LoraSection) -> None:
-    """ConfigError for a rank above the width of the narrowest adapted layer."""
+def check_rank(backbone: Backbone, lora: LoraSection, optimizer: str) -> None:
+    """ConfigError for a rank above the width of the narrowest adapted layer.
+
+    Of a LoKr any rank will do, but a LoRA-aware optimizer needs a layer that has factors.
+    """
     layers = [
         backbone.components[part].get_submodule(path)
         for part, paths in adapted_paths(backbone, lora.layers, lora.text_encoder).items()
         for path in paths
     ]
     shapes = [weight_shape(each) for each in layers]
+    if lora.kind == "lokr":
+        with torch.device("meta"):
+            whole = all(new_product(lora, shape).is_whole for shape in dict.fromkeys(shapes))
+        if whole and optimizer_spec(optimizer).moves_pairs:
+            raise ConfigError(
+                f"optim.name = {optimizer} moves pairs of factors, and this lora.kind = lokr has "
+                "whole matrices alone: use another, such as adamw, or a lower lora.rank without "
+                "lora.full_matrix."
+            )
+        return
     widths = [min(outputs, prod(inputs)) for outputs, *inputs in shapes]
     if lora.rank > min(widths):
         raise ConfigError(
@@ -80,13 +98,15 @@ def parameter_groups(
             {"name": component, "params": pairs, "lr": rate, "weight_decay": optim.weight_decay}
         )
         if magnitudes:
-            own = rate if optim.name in UNAWARE else optimizer_spec("adamw").lr
+            spec = optimizer_spec(optim.name)
+            own = optimizer_spec("adamw").lr if spec.moves_pairs or spec.rate_free else rate
             groups.append(
                 {
                     "name": f"{component} magnitudes",
                     "params": magnitudes,
                     "lr": optim.lr_magnitudes or own,
                     "weight_decay": 0.0,
+                    "rate_free": False,
                 }
             )
     return groups
@@ -128,6 +148,10 @@ class LoraWeights:
         pairs = read_pairs(self.backbone, NAME)
         return [self._leading.whole(pair) for pair in pairs] if self._leading else pairs
 
+    def products(self) -> list[ProductUpdate]:
+        """None: all updates are pairs."""
+        return []
+
     def remove(self) -> None:
         """Remove the LoRA layers."""
         if self._leading:
@@ -135,16 +159,19 @@ class LoraWeights:
         detach(self.backbone, NAME)
 
 
-def lora_weights(backbone: Backbone, config: TrainConfig) -> LoraWeights:
-    """New LoRA pairs with the settings of a `TrainConfig`."""
+def lora_weights(backbone: Backbone, config: TrainConfig) -> LoraWeights | ProductWeights:
+    """New weights of `lora.kind` with the settings of a `TrainConfig`."""
     lora = config.lora
     paths = adapted_paths(backbone, lora.layers, lora.text_encoder)
-    return new_pairs(backbone, paths, config)
+    return new_weights(backbone, paths, lora, config.seed)
 
 
-def new_pairs(backbone: Backbone, paths: dict[str, list[str]], config: TrainConfig) -> LoraWeights:
-    """New LoRA pairs with the settings of a `TrainConfig`, on layers by component."""
-    lora = config.lora
+def new_weights(
+    backbone: Backbone, paths: dict[str, list[str]], lora: LoraSection, seed: int = 0
+) -> LoraWeights | ProductWeights:
+    """New weights of `lora.kind` on layers by component."""
+    if lora.kind in ("loha", "lokr"):
+        return ProductWeights(backbone, paths, partial(new_product, lora), seed)
     return LoraWeights(
         backbone,
         paths,
@@ -152,7 +179,7 @@ def new_pairs(backbone: Backbone, paths: dict[str, list[str]], config: TrainConf
         alpha=lora.alpha,
         kind=lora.kind,
         init=lora.init,
-        seed=config.seed,
+        seed=seed,
     )
 
 
@@ -188,6 +215,10 @@ class FullWeights:
     def pairs(self) -> list[LoraPair]:
         """The updates as pairs of full rank, without loss: one factor is the identity."""
         return [full_pair(module_name(self.component, path), d) for path, d in self._deltas.items()]
+
+    def products(self) -> list[ProductUpdate]:
+        """None: all updates are pairs."""
+        return []
 
     def remove(self) -> None:
         """Remove the hooks."""

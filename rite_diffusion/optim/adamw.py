@@ -12,4 +12,4 @@ def adamw(
     return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True)
 
 
-ADAMW = OptimizerSpec(adamw, lr=1e-3)
+ADAMW = OptimizerSpec(adamw, lr=1e-3, moves_pairs=False)

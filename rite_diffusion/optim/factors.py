@@ -11,7 +11,13 @@ from rite_diffusion.errors import OptimizerError
 
 # The part of a parameter's dotted name that tells the factors apart: PEFT's lora_A and lora_B (and
 # lora_embedding_A, …), kohya's lora_down and lora_up, diffusers' older lora.down and lora.up.
-_ROLE = re.compile(r"(?:^|(?<=\.))lora(?:_embedding)?[._](A|B|down|up)(?=\.|$)")
+# Each of the two products of a LoHa is a pair, and so is a factored matrix of a LoKr.
+_ROLE = re.compile(
+    r"(?:^|(?<=\.))"
+    r"(?:lora(?:_embedding)?[._](?P<lora>A|B|down|up)|(?:hada|lokr)_w[12]_(?P<lycoris>a|b))"
+    r"(?=\.|$)"
+)
+_DOWN = ("A", "down", "b")
 
 State = dict[str, Tensor]  # of one part of a stack: values (n, …) for its n parameters
 
@@ -21,8 +27,9 @@ def factor_of(name: str, parameter: Tensor) -> tuple[str, str] | None:
     found = _ROLE.search(name)
     if found is None or parameter.dim() < 2:  # a LoRA layer's bias is not a factor
         return None
-    role = "down" if found[1] in ("A", "down") else "up"
-    return role, f"{name[: found.start()]}*{name[found.end() :]}"
+    role = "down" if (found["lora"] or found["lycoris"]) in _DOWN else "up"
+    which = f"{found[0][:-2]}." if found["lycoris"] else ""  # hada_w1: a layer has two such pairs
+    return role, f"{name[: found.start()]}*{which}{name[found.end() :]}"
 
 
 def module_of(pair: str) -> str:

@@ -10,4 +10,4 @@ def sgd(groups: list[dict], momentum: float = 0.9) -> torch.optim.SGD:
     return torch.optim.SGD(groups, momentum=momentum, fused=True)
 
 
-SGD = OptimizerSpec(sgd, lr=0.03)
+SGD = OptimizerSpec(sgd, lr=0.03, moves_pairs=False)

@@ -20,6 +20,9 @@ class OptimizerSpec:
 
     make: Callable[..., Optimizer]
     lr: float
+    moves_pairs: bool = True  # whether it treats LoRA factors unlike other parameters
+    rate_free: bool = False  # whether it finds its rate; groups may opt out by `rate_free` = False
+    schedule_free: bool = False  # whether its average replaces a decay of the rate
 
     def options(self) -> dict[str, Any]:
         """The options and their defaults, without `lr` and `weight_decay`, which groups have."""

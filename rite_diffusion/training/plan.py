@@ -149,7 +149,7 @@ def plan_without_drawing(config: TrainConfig, found: FoundPictures) -> Plan:
     check_support(backbone, config)
     check_triggers(backbone, config.concepts())
     check_prompts(config.previews.prompts, triggers)
-    check_rank(backbone, config.lora)
+    check_rank(backbone, config.lora, config.optim.name)
     check_start(backbone, config.lora)
     load_assistant(backbone, config)
     side = training_side(backbone, config.resolution)

@@ -66,7 +66,8 @@ def _adapter(plan: Plan, method: Method, step: int) -> Adapter:
         licence=LICENCE,
         version=__version__,
     )
-    return Adapter(method.pairs(), info, tokens_of(method.embeddings()))
+    tokens = tokens_of(method.embeddings())
+    return Adapter(method.pairs(), info, tokens, products=method.products())
 
 
 def _write_previews(plan: Plan, run: RunFolder, step: int) -> None:

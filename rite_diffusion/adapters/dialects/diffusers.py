@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rite_diffusion.adapters import lycoris
 from rite_diffusion.adapters.adapter import Adapter, metadata_of
 from rite_diffusion.adapters.dialects import peft
 from rite_diffusion.adapters.dialects.peft_settings import check_config
@@ -70,6 +71,10 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
     for pair in adapter.pairs:
         component, flat = split_name(pair.name)
         tensors |= peft.pair_tensors(f"{component}.{dotted(flat)}", at_scale_one(pair))
+    for update in map(lycoris.at_scale_one, adapter.products):
+        component, flat = split_name(update.name)
+        stem = f"{component}.{dotted(flat)}"
+        tensors |= {f"{stem}.{key}": value for key, value in update.parts.items()}
     return tensors
 
 
@@ -86,7 +91,8 @@ def header_of(adapter: Adapter) -> dict[str, str]:
         if pairs:
             config = peft.config_of(pairs, [peft.path_of(pair.name) for pair in pairs])
             stated |= {f"{component}.{key}": value for key, value in config.items()}
-    return {**adapter.foreign, **metadata_of(adapter), METADATA: json.dumps(stated)}
+    own = {METADATA: json.dumps(stated)} if stated else {}
+    return {**adapter.foreign, **metadata_of(adapter), **own}
 
 
 def write(path: Path, adapter: Adapter) -> None:

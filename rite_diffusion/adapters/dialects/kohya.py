@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from rite_diffusion.adapters import lycoris
 from rite_diffusion.adapters.adapter import Adapter, metadata_of
 from rite_diffusion.adapters.families import family_of
 from rite_diffusion.adapters.names import (
@@ -112,6 +113,8 @@ def tensors_of(adapter: Adapter) -> dict[str, Tensor]:
         for pair in of_one_alpha(adapter.pairs)
         for key, value in pair_tensors(stem_of(pair.name, family), pair)
     }
+    for update in adapter.products:
+        tensors |= lycoris.tensors_of(stem_of(update.name, family), update)
     return tensors | shift_tensors(adapter.shifts, partial(stem_of, family=family))
 
 
@@ -156,6 +159,7 @@ def header_of(adapter: Adapter) -> dict[str, str]:
             "ss_network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",
             "ss_network_args": "{}",
         }
+        | lycoris.header_of(adapter.products)
     )
 
 
