@@ -118,7 +118,7 @@ BAD = {
     "unwritable": (["train", "{photos}", "--out", "/proc/rite"], "cannot write to /proc/rite"),
     "unknown optimizer": (
         ["train", "{photos}", "--optimizer", "adam"],
-        "choose one of adamw, adamw_plus, lora_muon, rite,",
+        "choose one of adamw, adamw_plus, adamw_schedule_free,",
     ),
     "word for a rate": (["train", "{photos}", "--lr", "fast"], "optim.lr"),
     "no settings file": (["train", "{tmp}/x.toml"], "cannot read"),

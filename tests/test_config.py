@@ -84,7 +84,7 @@ def test_rates_follow_the_optimizer_unless_given():
 
 
 def test_unknown_optimizer_names_the_known_ones():
-    with pytest.raises(ConfigError, match="adamw, adamw_plus, lora_muon, rite, scaled_adamw"):
+    with pytest.raises(ConfigError, match="adamw, adamw_plus, adamw_schedule_free, lora_muon"):
         configure(NEEDED | {"optim": {"name": "adam"}})
 
 

@@ -35,7 +35,10 @@ def train(
     ] = None,
     optimizer: Annotated[
         str | None,
-        typer.Option(help="adamw, adamw_plus, lora_muon, rite, scaled_adamw, scaled_sgd or sgd."),
+        typer.Option(
+            help="adamw, adamw_plus, adamw_schedule_free, lora_muon, prodigy, rite, scaled_adamw, "
+            "scaled_sgd or sgd."
+        ),
     ] = None,
     lr: Annotated[
         str | None, typer.Option(help="Learning rate, or auto to find one by short trials.")

@@ -9,16 +9,20 @@ from rite_diffusion.optim.adamw import ADAMW
 from rite_diffusion.optim.adamw_plus import ADAMW_PLUS
 from rite_diffusion.optim.factors import lora_param_groups
 from rite_diffusion.optim.lora_muon import LORA_MUON, LoraMuon
+from rite_diffusion.optim.prodigy import PRODIGY, Prodigy
 from rite_diffusion.optim.rite import RITE, LoraRite
 from rite_diffusion.optim.scaled_adamw import SCALED_ADAMW, ScaledAdamW
 from rite_diffusion.optim.scaled_sgd import SCALED_SGD, ScaledSGD
+from rite_diffusion.optim.schedule_free import ADAMW_SCHEDULE_FREE, ScheduleFreeAdamW
 from rite_diffusion.optim.sgd import SGD
 from rite_diffusion.optim.spec import OptimizerSpec
 
 OPTIMIZERS: dict[str, OptimizerSpec] = {
     "adamw": ADAMW,
     "adamw_plus": ADAMW_PLUS,
+    "adamw_schedule_free": ADAMW_SCHEDULE_FREE,
     "lora_muon": LORA_MUON,
+    "prodigy": PRODIGY,
     "rite": RITE,
     "scaled_adamw": SCALED_ADAMW,
     "scaled_sgd": SCALED_SGD,
@@ -38,8 +42,10 @@ __all__ = [
     "LoraMuon",
     "LoraRite",
     "OptimizerSpec",
+    "Prodigy",
     "ScaledAdamW",
     "ScaledSGD",
+    "ScheduleFreeAdamW",
     "lora_param_groups",
     "optimizer_spec",
 ]

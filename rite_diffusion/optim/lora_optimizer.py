@@ -12,6 +12,7 @@ from torch.optim.adamw import adamw
 
 from rite_diffusion.errors import OptimizerError
 from rite_diffusion.optim.factors import Stack, factor_of, gradient_of, module_of, stacks_of
+from rite_diffusion.optim.state import restore_uncast
 
 FUSED = ("cpu", "cuda", "xpu", "mps")  # devices with torch's fused AdamW
 
@@ -125,12 +126,7 @@ class LoraOptimizer(Optimizer):
                 f"{len(own)}; first difference: {odd}"
             )
         super().load_state_dict(state_dict)
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        for index, parameter in zip(indices, parameters, strict=True):
-            if index in state_dict["state"]:  # uncast: PyTorch has cast it to the parameter's dtype
-                state = state_dict["state"][index]
-                self.state[parameter] = {k: v.to(parameter.device) for k, v in state.items()}
+        restore_uncast(self, state_dict)
         self._restack()
 
     def _restack(self) -> None:

@@ -45,7 +45,7 @@ def _trial(
         trainer = Trainer(job)
         for step in range(STEPS):
             trainer.step(step)
-        with trainer.precision.autocast():
+        with trainer.averaged(), trainer.precision.autocast():
             return held_out_loss(backbone, method, data, config)
     finally:
         method.remove()

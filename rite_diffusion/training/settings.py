@@ -8,7 +8,7 @@ from rite_diffusion.config import TrainConfig, load_preset, merge, preset_names,
 from rite_diffusion.errors import ConfigError
 from rite_diffusion.methods import METHODS
 from rite_diffusion.methods.start import with_rank_of_start
-from rite_diffusion.optim import optimizer_spec
+from rite_diffusion.optim import OPTIMIZERS, optimizer_spec
 
 PAIR_RATES = ("lr", "lr_unet", "lr_text_encoder")
 
@@ -27,6 +27,8 @@ def configure(settings: Mapping[str, Any], preset: str | None = None) -> TrainCo
     given, usual = _table(settings, "optim"), _table(low, "optim")
     if given.get("name") and given["name"] != usual.get("name"):
         usual = {key: value for key, value in usual.items() if key not in PAIR_RATES}
+    if _is_schedule_free(given.get("name") or usual.get("name")):
+        usual = usual | {"schedule": "constant"}
     if "lr" in given:
         usual.pop("lr_text_encoder", None)
     if usual:
@@ -40,6 +42,7 @@ def configure(settings: Mapping[str, Any], preset: str | None = None) -> TrainCo
         held = config.optim.model_copy(update={"lr_text_encoder": None})
         config = config.model_copy(update={"optim": held})
     optim = config.optim
+    _refuse_schedule(config)
     if optim.lr == "auto":
         optimizer_spec(optim.name)  # refuses an unknown name here
         return config
@@ -48,6 +51,24 @@ def configure(settings: Mapping[str, Any], preset: str | None = None) -> TrainCo
     rates = {key: rate for key, rate in given.items() if rate is not None}
     filled = config.with_rates(lr)
     return filled.model_copy(update={"optim": filled.optim.model_copy(update=rates)})
+
+
+def _is_schedule_free(name: Any) -> bool:
+    return name in OPTIMIZERS and OPTIMIZERS[name].schedule_free
+
+
+def _refuse_schedule(config: TrainConfig) -> None:
+    """ConfigError where a decay or an average is asked for beside an optimizer's own average."""
+    optim = config.optim
+    if not _is_schedule_free(optim.name):
+        return
+    if optim.schedule != "constant":
+        raise ConfigError(
+            f"optim.schedule = {optim.schedule}: {optim.name} averages its steps instead of a "
+            "decay. Leave it out, or use adamw."
+        )
+    if config.ema:
+        raise ConfigError(f"ema = {config.ema}: {optim.name} has an average of its own. Use 0.")
 
 
 def _table(tree: Mapping[str, Any], name: str) -> dict[str, Any]:

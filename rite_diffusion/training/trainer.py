@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from rite_diffusion.config import TrainConfig
 from rite_diffusion.errors import ConfigError, OptimizerError, RunError
 from rite_diffusion.methods import Method
 from rite_diffusion.optim import optimizer_spec
+from rite_diffusion.optim.schedule_free import averaged
 from rite_diffusion.training.average import WeightAverage
 from rite_diffusion.training.batch import Batch
 from rite_diffusion.training.configured import step_batch, step_loss
@@ -122,6 +124,12 @@ class Trainer:
         """Load a snapshot; RunError for one of another model or method."""
         restore_snapshot(snapshot, self.optimizer, self.average, self.precision)
 
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let the averaged weights (`ema`, or the optimizer's own) act until the block ends."""
+        with self.average.swapped_in(), averaged(self.optimizer):
+            yield
+
     def validation(self) -> float | None:
         """The loss on the held-out photos, None where there are none."""
         job = self.job
@@ -164,7 +172,7 @@ def train_steps(
     if resume is not None:
         trainer.restore(resume)
         if resume.step >= config.steps:  # all steps were done, but the adapter was not written
-            with trainer.average.swapped_in():
+            with trainer.averaged():
                 save(resume, True)
             wait_for_all(trainer.accelerator)
             return resume.step
@@ -186,7 +194,7 @@ def train_steps(
             raise bad_loss_error(loss, step, names, config)
         stopped = mean_over_processes(trainer.accelerator, float(stop())) > 0
         last = stopped or step + 1 == config.steps
-        with trainer.average.swapped_in():
+        with trainer.averaged():
             validated = last or (step + 1) % config.validation.every == 0
             rate = trainer.optimizer.param_groups[0]["lr"]
             skipped = [] if good else names
@@ -194,7 +202,7 @@ def train_steps(
             on_step(StepReport(step + 1, loss, rate, speed, skipped, validation))
         if last or is_checkpoint(step + 1, config) or save_now():
             snapshot = trainer.snapshot(step + 1)
-            with trainer.average.swapped_in():
+            with trainer.averaged():
                 save(snapshot, last)
         if last:
             wait_for_all(trainer.accelerator)  # every process returns after the adapter is written
