@@ -10,8 +10,11 @@ from rite_diffusion.errors import StudioError
 MAX_BOXES = 8
 SMALLEST = 0.05  # least width and height of a box, as fractions of the picture's
 COLOURS = (
-    "#6d5ef0", "#0e9f6e", "#e07a10", "#e02424", "#0284c7", "#be185d", "#4d7c0f", "#64748b",
+    "#6254e8", "#0a7a55", "#b45309", "#d11a1a", "#0369a1", "#be185d", "#4d7c0f", "#5b6b82",
 )  # fmt: skip
+KEYS = (
+    "Boxes of the picture. Arrow keys move one, with Shift they resize it; Enter edits its prompt."
+)
 BY_WORDS, NONE = "by the words of its prompt", "none: the base alone"  # instead of an adapter
 
 
@@ -117,7 +120,8 @@ def canvas_html(boxes: Sequence[Box], picked: int) -> str:
     """HTML of the canvas; `picked` is the index of the box that is edited, or -1."""
     shapes = "".join(_shape(box, index, index == picked) for index, box in enumerate(boxes))
     hint = "" if boxes else "<span>Drag here to draw a box</span>"
-    return f'<div class="pad">{hint}{shapes}<i class="band"></i></div>'
+    inside = f'{hint}{shapes}<i class="band"></i>'
+    return f'<div class="pad" role="group" aria-label="{KEYS}">{inside}</div>'
 
 
 def _shape(box: Box, index: int, picked: bool) -> str:
@@ -128,8 +132,11 @@ def _shape(box: Box, index: int, picked: bool) -> str:
     named = box.adapter not in (BY_WORDS, NONE)
     adapter = f"<small>{escape(box.adapter)}</small>" if named else ""
     corners = ",".join(f"{side:g}" for side in box.corners)
+    said = f"Box {index + 1}: {box.prompt or 'no prompt yet'}. {left:.0f} % from the left, "
+    said += f"{top:.0f} % from the top, {width:.0f} % wide, {height:.0f} % high"
     return (
-        f'<div class="box{" picked" if picked else ""}" data-index="{index}" '
+        f'<div class="box{" picked" if picked else ""}" tabindex="0" role="button" '
+        f'aria-label="{escape(said)}" data-index="{index}" '
         f'data-box="{corners}" style="{place};--colour:{colour_of(index)}">'
         f"<p><b>{index + 1}</b>{words}{adapter}</p><i class='grip'></i></div>"
     )

@@ -102,7 +102,7 @@ def _crosstalk(report: "ConflictReport") -> str:
 
 
 def _shade(value: float) -> float:
-    return 70 * min(_known(value), 1.0)
+    return 55 * min(_known(value), 1.0)
 
 
 def _worst(report: "ConflictReport") -> str:

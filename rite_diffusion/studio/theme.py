@@ -20,6 +20,10 @@ def theme() -> gr.themes.Base:
     ).set(
         body_background_fill="*neutral_50",
         body_background_fill_dark="#0b1020",
+        body_text_color_subdued="*neutral_600",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        color_accent="#5b4ee5",
         block_background_fill="white",
         block_background_fill_dark="#131a2e",
         block_border_width="1px",
@@ -29,7 +33,7 @@ def theme() -> gr.themes.Base:
         block_shadow_dark="none",
         block_label_background_fill="transparent",
         block_label_background_fill_dark="transparent",
-        block_label_text_color="*neutral_500",
+        block_label_text_color="*neutral_600",
         block_label_text_color_dark="*neutral_400",
         block_label_border_width="0px",
         block_label_shadow="none",
@@ -52,6 +56,8 @@ def theme() -> gr.themes.Base:
         button_secondary_background_fill_hover_dark="#28345a",
         button_secondary_border_color_dark="#2c3860",
         checkbox_label_background_fill_dark="#1c2540",
+        checkbox_label_background_fill_selected="#5b4ee5",
+        checkbox_label_background_fill_selected_dark="#5b4ee5",
         checkbox_label_background_fill_hover_dark="#28345a",
         button_large_radius="*radius_lg",
         button_large_text_size="*text_md",
@@ -99,22 +105,25 @@ CSS = """
 .run .line b { font-size: 1.05rem; overflow-wrap: anywhere; }
 .state { font-size: .78rem; font-weight: 600; border-radius: 99px; padding: .12rem .6rem;
   background: rgb(100 116 139 / .16); color: var(--body-text-color); }
-.state.running, .state.preparing, .state.starting { color: #6d5ef0;
+.state.running, .state.preparing, .state.starting { color: #4338ca;
   background: rgb(99 102 241 / .18); }
-.state.finished { background: rgb(16 185 129 / .18); color: #0e9f6e; }
-.state.failed { background: rgb(239 68 68 / .16); color: #e02424; }
-.state.stopped, .state.stopping, .state.queued { color: #c27803;
+.state.finished { background: rgb(16 185 129 / .18); color: #066446; }
+.state.failed { background: rgb(239 68 68 / .16); color: #b01212; }
+.state.stopped, .state.stopping, .state.queued { color: #7c4a03;
   background: rgb(245 158 11 / .18); }
-.dark .state.running, .dark .state.preparing, .dark .state.starting { color: #a5b4fc; }
-.dark .state.finished { color: #6ee7b7; } .dark .state.failed { color: #fca5a5; }
-.dark .state.stopped, .dark .state.stopping, .dark .state.queued { color: #fcd34d; }
+.dark .state:is(.running, .preparing, .starting) { color: #a5b4fc; }
+.dark .state.finished { color: #6ee7b7; }
+.dark .state.failed { color: #fca5a5; }
+.dark .state:is(.stopped, .stopping, .queued) { color: #fcd34d; }
 .trouble { border-left: 3px solid #e02424; padding: .3rem .8rem; overflow-wrap: anywhere;
   color: var(--body-text-color) !important; }
 .facts { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; margin: 0;
   font-size: .9rem; }
 .facts dt { color: var(--body-text-color-subdued); margin: 0; }
 .facts dd { margin: 0; overflow-wrap: anywhere; }
-.box-title { display: block; padding: .5rem .8rem 0; color: var(--colour); }
+.box-title { display: block; padding: .5rem .8rem 0; }
+.box-title i { display: inline-block; width: .7rem; height: .7rem; margin-right: .4rem;
+  border-radius: 3px; background: var(--colour); }
 .conflicts { display: flex; flex-direction: column; gap: .6rem; font-size: .92rem; }
 .conflicts p, .conflicts h4 { margin: 0; }
 .conflicts > p:first-child { font-size: 1.05rem; font-weight: 600; color: var(--body-text-color); }
@@ -145,7 +154,9 @@ CSS = """
   stroke: var(--border-color-primary) !important; }
 .queue { margin: 0; padding-left: 1.2rem; font-size: .9rem; }
 .grid-wrap img, .thumbnail-item img { background: transparent; }
-footer { opacity: .75; }
+.gradio-container footer :is(button, a, div) { color: var(--body-text-color-subdued) !important;
+  opacity: 1; }
+.dark #tabs .tab-container button.selected { color: #a5b4fc; }
 @media (max-width: 640px) {
   .gradio-container, .gradio-container main { padding: .3rem !important; }
   #tabs .tab-container button { padding-inline: .5rem; font-size: .88rem; }

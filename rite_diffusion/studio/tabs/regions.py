@@ -29,21 +29,23 @@ CANVAS_CSS = """
   color: var(--body-text-color-subdued); }
 .band, .box { position: absolute; border-radius: 8px; box-sizing: border-box; }
 .band { display: none; border: 2px solid #6d5ef0; background: rgb(109 94 240 / .15); }
-.box { border: 2px solid var(--colour); cursor: move; overflow: hidden; opacity: .85;
+.box { border: 2px solid var(--colour); cursor: move; overflow: hidden;
   background: color-mix(in srgb, var(--colour) 16%, transparent); }
-.box.picked { opacity: 1; box-shadow: 0 0 0 2px color-mix(in srgb, var(--colour) 45%, transparent);
+.box.picked { box-shadow: 0 0 0 2px color-mix(in srgb, var(--colour) 45%, transparent);
   background: color-mix(in srgb, var(--colour) 28%, transparent); }
 .box p { margin: 0; padding: .35rem .5rem; font-size: .85rem; line-height: 1.35;
   color: var(--body-text-color); pointer-events: none; overflow-wrap: anywhere; }
 .box b { display: inline-block; min-width: 1.35em; margin-right: .4em; border-radius: 99px;
   background: var(--colour); color: white; text-align: center; font-size: .78rem; }
-.box em { color: var(--body-text-color-subdued); }
-.box small { display: block; opacity: .75; }
+.box small { display: block; }
+.box:focus-visible { outline: 3px solid var(--body-text-color); outline-offset: -3px; }
 .grip { position: absolute; right: 0; bottom: 0; width: 22px; height: 22px; cursor: nwse-resize;
   background: linear-gradient(135deg, transparent 55%, var(--colour) 55%); }
 """
 # A drag on the empty canvas draws a box, one on a box moves it, one on its corner resizes it; a
-# click selects. The server gets the box's index, -1 for a new one, and its corners as fractions.
+# click selects. Arrow keys move a box with the focus, or resize it with Shift, and Enter goes to
+# its prompt; the server's answer replaces the box, so the focus is given back. The server gets the
+# box's index, -1 for a new one, and its corners as fractions.
 CANVAS_JS = """
 let drag = null;
 const inside = (value) => Math.min(1, Math.max(0, value));
@@ -83,6 +85,46 @@ element.addEventListener('pointerup', () => {
   if (index >= 0 || (now[2] - now[0] >= .05 && now[3] - now[1] >= .05))
     trigger('select', { index, box: now });
 });
+const step = .02, least = .06;
+const arrows = { ArrowLeft: [-step, 0], ArrowRight: [step, 0], ArrowUp: [0, -step],
+                 ArrowDown: [0, step] };
+let focused = -1, sending = 0;
+const writePrompt = (tries) => {
+  const field = document.querySelector('#box-prompt textarea');
+  if (field && field.checkVisibility()) field.focus();
+  else if (tries) setTimeout(writePrompt, 50, tries - 1);
+};
+element.addEventListener('keydown', (event) => {
+  const node = event.target.closest('.box'), moved = arrows[event.key];
+  if (!node || !(moved || event.key === 'Enter' || event.key === ' ')) return;
+  event.preventDefault();
+  const index = Number(node.dataset.index);
+  let [left, top, right, bottom] = node.dataset.box.split(',').map(Number);
+  if (moved && event.shiftKey) {
+    right = Math.min(1, Math.max(left + least, right + moved[0]));
+    bottom = Math.min(1, Math.max(top + least, bottom + moved[1]));
+  } else if (moved) {
+    const across = Math.min(1 - right, Math.max(-left, moved[0]));
+    const down = Math.min(1 - bottom, Math.max(-top, moved[1]));
+    [left, top, right, bottom] = [left + across, top + down, right + across, bottom + down];
+  }
+  const box = [left, top, right, bottom];
+  node.dataset.box = box.join(',');
+  Object.assign(node.style, { left: 100 * left + '%', top: 100 * top + '%',
+    width: 100 * (right - left) + '%', height: 100 * (bottom - top) + '%' });
+  focused = moved ? index : -1;
+  clearTimeout(sending);
+  sending = setTimeout(() => trigger('select', { index, box }), moved ? 250 : 0);
+  if (!moved) setTimeout(writePrompt, 300, 60);
+});
+element.addEventListener('focusin', (event) => {
+  const node = event.target.closest('.box');
+  focused = node ? Number(node.dataset.index) : -1;
+});
+new MutationObserver(() => {
+  if (focused < 0 || document.activeElement !== document.body) return;
+  element.querySelector(`.box[data-index="${focused}"]`)?.focus();
+}).observe(element, { childList: true, subtree: true });
 """
 RATIO_JS = """(width, height) => {
   const ratio = Number(width) > 0 && Number(height) > 0 ? width / height : 1;
@@ -140,7 +182,7 @@ def panel_values(names: Sequence[str], boxes: list[Box], picked: int) -> list[An
         return [accordion, [], -1, canvas, editor, "", "", box_adapters(names, BY_WORDS), "", ""]
     box = boxes[picked]
     accordion = gr.Accordion(label=f"Regions: {_count(boxes)}", open=True)
-    title = f'<b class="box-title" style="--colour:{colour_of(picked)}">Box {picked + 1}</b>'
+    title = f'<b class="box-title" style="--colour:{colour_of(picked)}"><i></i>Box {picked + 1}</b>'
     corners = ", ".join(f"{side:g}" for side in box.corners)
     return [
         accordion, boxes, picked, canvas, gr.Group(visible=True), title, box.prompt,
@@ -219,7 +261,7 @@ def _lay_out(accordion: gr.Accordion) -> tuple[RegionPanel, dict[str, gr.Button]
     )
     with gr.Row():
         buttons = {
-            "add": gr.Button("Add a box", size="sm", min_width=90),
+            "add": gr.Button("Add a box", size="sm", min_width=90, elem_id="box-add"),
             "columns": gr.Button("Side by side", size="sm", min_width=90, elem_id="columns"),
         }
     with gr.Group(visible=False) as editor:
