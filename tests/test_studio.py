@@ -28,9 +28,11 @@ from studio_server import SHORT, pocket_adapter, studio, wait_for_state
 
 pytestmark = pytest.mark.usefixtures("quick_statistics")
 ENDPOINTS = {
-    "/adapters", "/ask_run", "/compare", "/conflicts", "/convert_adapter", "/delete_adapter",
-    "/download_adapter", "/fuse", "/generate", "/import_adapter", "/read_picture",
-    "/rename_adapter", "/resume_run", "/run_state", "/runs", "/stop_run", "/train", "/undo_delete",
+    "/add_photos", "/adapters", "/ask_run", "/clear_photo_set", "/compare", "/conflicts",
+    "/convert_adapter", "/delete_adapter", "/delete_photo_set", "/download_adapter", "/fuse",
+    "/generate", "/import_adapter", "/photo_sets", "/read_picture", "/rename_adapter",
+    "/rename_photo_set", "/resume_run", "/run_state", "/runs", "/stop_run", "/train",
+    "/undo_delete",
 }  # fmt: skip
 
 

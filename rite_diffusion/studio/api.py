@@ -8,16 +8,15 @@ files = studio.predict(prompt="a cat on a blue background", seed=1, api_name="/g
 
 from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from rite_diffusion.errors import StudioError
-from rite_diffusion.studio import fusing, library
-from rite_diffusion.studio.endpoints import endpoint
+from rite_diffusion.studio import fusing, library, photo_endpoints
+from rite_diffusion.studio.endpoints import endpoint, file_data, linked, path_in
 from rite_diffusion.studio.exports import export
-from rite_diffusion.studio.page import checked_upload, link_to, show_note
+from rite_diffusion.studio.page import show_note
 from rite_diffusion.studio.presets import STANDARD, training_settings
 from rite_diffusion.studio.sheet_requests import SheetRequest, draw_sheet
 from rite_diffusion.studio.state import DEVICE, Studio
@@ -32,23 +31,7 @@ def build(studio: Studio) -> None:
     _build_training(studio)
     _build_library(studio)
     _build_fusion(studio)
-
-
-def file_data(path: Path, name: str | None = None) -> Any:
-    """The value from which Gradio's clients download a file."""
-    return _linked(link_to(path, name))
-
-
-def _linked(link: str) -> Any:
-    return {"path": link, "meta": {"_type": "gradio.FileData"}}
-
-
-def path_in(file: Any) -> Path:
-    """The path of an uploaded file, which Gradio passes as a dictionary."""
-    path = file.get("path")
-    if not isinstance(path, str):
-        raise StudioError('a file must be {"path": …} of an upload: send the file first.')
-    return checked_upload(path)
+    photo_endpoints.build(studio)
 
 
 def _build_generation(studio: Studio) -> None:
@@ -158,15 +141,21 @@ def _training(studio: Studio) -> Callable:
         settings: str = "",
         base: str = "pocket",
         name: str = "",
+        photo_set: str = "",
         request: gr.Request = None,  # type: ignore
     ) -> str:
-        """Queue a training on photos or zips; settings are key=value lines; returns the run."""
-        from rite_diffusion.studio.uploads import save_photos
+        """Queue a training on photos or zips; settings are key=value lines; returns the run.
+
+        The photos make a new set; with none, `photo_set` names one that is there.
+        """
+        from rite_diffusion.studio.photo_sets import new_set
         from rite_diffusion.training.settings import configure
 
         space = studio.space(request)
         stem = name_from(name or class_noun, "run")
-        folder = space.new("photos", stem)
+        if bool(photos) == bool(photo_set):
+            raise StudioError("give photos, which make a new set, or photo_set: one of the two.")
+        folder = space.find("photos", photo_set) if photo_set else space.new("photos", stem)
         needed = {
             "photos": str(folder),
             "trigger": trigger,
@@ -175,7 +164,10 @@ def _training(studio: Studio) -> Callable:
         }
         tree = training_settings(purpose, needed, {}, settings)
         configure(tree)
-        save_photos([str(path_in(file)) for file in photos], folder)
+        if photos:
+            _, faults = new_set(space, [str(path_in(file)) for file in photos], stem)
+            for fault in faults:
+                show_note(f"Left out: {fault}")
         run = space.new("runs", stem)
         studio.queue.submit(run, tree)
         return run.name
@@ -268,7 +260,7 @@ def _build_library(studio: Studio) -> None:
         Modules of a larger rank are cut to it; a loss above 1 % is refused unless allow_loss.
         """
         link, _ = export(studio, studio.space(request), name, to, rank, allow_loss)
-        return _linked(link)
+        return linked(link)
 
     for each in (
         adapters, import_adapter, download_adapter, rename_adapter, delete_adapter, undo_delete,

@@ -1,15 +1,16 @@
-"""API endpoints: functions whose arguments are checked against their annotations."""
+"""API endpoints: functions whose arguments are checked against their annotations, and files."""
 
 import inspect
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any, get_type_hints
 
 import gradio as gr
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from rite_diffusion.errors import StudioError
-from rite_diffusion.studio.page import with_messages
+from rite_diffusion.studio.page import checked_upload, link_to, with_messages
 
 FINITE = ConfigDict(allow_inf_nan=False)
 
@@ -46,3 +47,21 @@ def _checked(name: str, kind: TypeAdapter | None, value: Any) -> Any:
         first = error.errors()[0]
         place = "".join(f"[{part!r}]" for part in first["loc"])
         raise StudioError(f"{name}{place}: {first['msg'].lower()}") from None
+
+
+def file_data(path: Path, name: str | None = None) -> Any:
+    """The value from which Gradio's clients download a file."""
+    return linked(link_to(path, name))
+
+
+def linked(link: str) -> Any:
+    """The value from which Gradio's clients download what `link_to` returned."""
+    return {"path": link, "meta": {"_type": "gradio.FileData"}}
+
+
+def path_in(file: Any) -> Path:
+    """The path of an uploaded file, which Gradio passes as a dictionary."""
+    path = file.get("path")
+    if not isinstance(path, str):
+        raise StudioError('a file must be {"path": …} of an upload: send the file first.')
+    return checked_upload(path)

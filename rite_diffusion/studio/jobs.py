@@ -19,7 +19,8 @@ from typing import Any
 import psutil
 import tomlkit
 
-from rite_diffusion.errors import StudioError
+from rite_diffusion.config import read_toml
+from rite_diffusion.errors import ConfigError, StudioError
 from rite_diffusion.files.writing import read_json, write_atomically
 from rite_diffusion.training.lock import is_in_use
 
@@ -102,6 +103,16 @@ def last_line(run: Path) -> str:
         if words:
             return words.removeprefix("rite: ")
     return ""
+
+
+def settings_of(run: Path) -> dict[str, Any]:
+    """A run's settings, resolved ones where it has begun; empty where it has none yet."""
+    for name in ("config.toml", "job.toml"):
+        try:
+            return read_toml(run / name)
+        except ConfigError:
+            continue
+    return {}
 
 
 class JobQueue:

@@ -93,7 +93,10 @@ def checked_upload(path: str | Path) -> Path:
 
 
 def connect_upload(
-    drop: gr.File, handler: Callable, inputs: Sequence[Any], outputs: Sequence[Any]
+    drop: gr.File | gr.UploadButton,
+    handler: Callable,
+    inputs: Sequence[Any],
+    outputs: Sequence[Any],
 ) -> None:
     """Call `handler` at an upload, and empty the field afterwards, also where the upload fails.
 

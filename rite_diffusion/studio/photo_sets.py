@@ -1,4 +1,4 @@
-"""Photo folders of the workspace as the Train tab shows them: pictures with their captions."""
+"""Photo sets, the folders in `photos/`: their pictures with captions; made, renamed, deleted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +14,9 @@ from rite_diffusion.photos.sidecars import (
     match_masks,
     new_caption_path,
 )
+from rite_diffusion.studio.jobs import ACTIVE, settings_of, state_of
+from rite_diffusion.studio.uploads import save_photos
+from rite_diffusion.studio.workspace import Workspace, checked_name, name_from
 
 LONGEST_CAPTION = 2000  # characters
 
@@ -78,3 +81,55 @@ def remove_photo(folder: Path, name: str) -> None:
     for path in photo.sidecars:
         path.unlink(missing_ok=True)
     photo.path.unlink()
+
+
+def new_set(space: Workspace, uploads: Sequence[str], stem: str) -> tuple[Path, list[str]]:
+    """A new set of uploaded files, named `stem` or after their archive, and what was left out."""
+    archive = next((path for path in map(Path, uploads) if path.suffix.lower() == ".zip"), None)
+    folder = space.new("photos", name_from(stem or (archive.stem if archive else ""), "photos"))
+    return folder, save_photos(uploads, folder)
+
+
+def concept_of(space: Workspace, name: str) -> tuple[str, str]:
+    """Trigger and class noun of the newest run on a set; empty where there is none."""
+    for run in _runs_on(space, space.find("photos", name)):
+        settings = settings_of(run)
+        return settings.get("trigger", ""), settings.get("class_noun", "")
+    return "", ""
+
+
+def rename_set(space: Workspace, name: str, to: str) -> str:
+    """Give a set another name; returns it."""
+    folder = _idle(space, name)
+    target = space.folder("photos") / checked_name(to.strip())
+    if target.exists():
+        raise StudioError(f"there is another '{target.name}': choose another name.")
+    folder.rename(target)
+    return target.name
+
+
+def clear_set(space: Workspace, name: str) -> None:
+    """Empty a set; its photos go into the trash."""
+    folder = _idle(space, name)
+    space.move_to_trash(folder)
+    folder.mkdir()
+
+
+def delete_set(space: Workspace, name: str) -> None:
+    """Move a set into the trash."""
+    space.move_to_trash(_idle(space, name))
+
+
+def _runs_on(space: Workspace, folder: Path) -> list[Path]:
+    """The runs that train on a set, newest first."""
+    runs = [space.folder("runs") / name for name in space.names("runs")]
+    return [run for run in runs if settings_of(run).get("photos") == str(folder)]
+
+
+def _idle(space: Workspace, name: str) -> Path:
+    """The folder of a set; StudioError while a run on it is queued or active."""
+    folder = space.find("photos", name)
+    for run in _runs_on(space, folder):
+        if state_of(run) in (*ACTIVE, "queued"):
+            raise StudioError(f"'{run.name}' trains on '{name}': wait for its end, or stop it.")
+    return folder

@@ -9,10 +9,8 @@ from typing import Any
 
 import pandas
 
-from rite_diffusion.config import read_toml
-from rite_diffusion.errors import ConfigError
 from rite_diffusion.files.writing import read_json
-from rite_diffusion.studio.jobs import last_line, state_of
+from rite_diffusion.studio.jobs import last_line, settings_of, state_of
 
 POINTS = 240  # of a curve
 RECENT = 20  # steps over which the speed is averaged
@@ -46,7 +44,7 @@ def read_progress(run: Path) -> Progress:
     """Everything that the page shows of a run."""
     state, metrics = state_of(run), _metrics(run / "metrics.jsonl")
     step = metrics[-1]["step"] if metrics else 0
-    config = _config(run)
+    config = settings_of(run)
     total = read_json(run / "status.json").get("total") or config.get("steps") or 0
     going = state in ("running", "stopping") and metrics
     return Progress(
@@ -71,15 +69,6 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:  # the line that is being written
             break
     return rows
-
-
-def _config(run: Path) -> dict[str, Any]:
-    for name in ("config.toml", "job.toml"):
-        try:
-            return read_toml(run / name)
-        except ConfigError:
-            continue
-    return {}
 
 
 def _seconds_per_step(metrics: list[dict[str, Any]], config: dict[str, Any]) -> float:

@@ -24,11 +24,12 @@ _UNREADABLE = (
 )  # fmt: skip
 
 
-def save_photos(uploads: Sequence[str], folder: Path) -> None:
+def save_photos(uploads: Sequence[str], folder: Path) -> list[str]:
     """Copy photos and captions, also those in zip archives, into a folder.
 
-    Names are made safe and unique. StudioError, with nothing written, for too many or too large
-    files and for damaged or harmful archives.
+    Names are made safe and unique. Returns a line for each picture that cannot be read, which is
+    left out. StudioError, with nothing written, for too many or too large files, for damaged or
+    harmful archives, and where a new folder would have no photo.
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,8 +41,7 @@ def save_photos(uploads: Sequence[str], folder: Path) -> None:
                 raise StudioError(f"more than {MAX_FILES} files: choose fewer photos.")
             if sum(path.stat().st_size for path in kept) > LARGEST_SET:
                 raise StudioError(f"the photos are over {LARGEST_SET // 10**9} GB: choose fewer.")
-        if not kept:
-            raise StudioError("no photos among the files: expected .jpg, .png, .webp or a .zip.")
+        return _without_unreadable(kept, made)
     except (StudioError, OSError, *_UNREADABLE) as error:
         for path in kept:
             path.unlink(missing_ok=True)
@@ -53,6 +53,27 @@ def save_photos(uploads: Sequence[str], folder: Path) -> None:
                 "it again, or drop the photos themselves."
             ) from None
         raise
+
+
+def _without_unreadable(kept: list[Path], new: bool) -> list[str]:
+    """Delete the pictures that a training could not read, and return a line for each.
+
+    StudioError where nothing is left, or only captions are for a `new` set.
+    """
+    from rite_diffusion.photos.images import UnreadableImage, open_image
+
+    faults = []
+    for path in [path for path in kept if path.suffix not in CAPTIONS]:
+        try:
+            open_image(path)
+        except UnreadableImage as fault:
+            faults.append(f"{path.name}: {fault}")
+            path.unlink()
+            kept.remove(path)
+    if not kept or (new and all(path.suffix in CAPTIONS for path in kept)):
+        why = f" {'; '.join(faults[:3])}." if faults else ""
+        raise StudioError(f"no photos among the files: expected .jpg, .png, .webp or a .zip.{why}")
+    return faults
 
 
 def _files(uploads: Sequence[str]) -> Iterator[tuple[Path | tuple[zipfile.ZipFile, str], str]]:

@@ -95,15 +95,19 @@ class Workspace:
         for path in (home, *beside):
             shutil.move(path, place / "held" / path.name)
 
-    def last_in_trash(self) -> str:
-        """The name of what `restore_from_trash` would restore, "" for nothing."""
+    def last_in_trash(self, folder: str = "") -> str:
+        """The name of what `restore_from_trash` would restore, "" for nothing.
+
+        Also "" where `folder` is given and it lay elsewhere.
+        """
         places = sorted(self.folder("trash").iterdir())
-        return title_of((places[-1] / "from").read_text(encoding="utf-8")) if places else ""
+        home = Path((places[-1] / "from").read_text(encoding="utf-8")) if places else Path()
+        return title_of(home) if not folder or home.parts[:1] == (folder,) else ""
 
     def restore_from_trash(self) -> Path:
         """Undo the last `move_to_trash` and return the path.
 
-        StudioError where the trash is empty or the name is taken.
+        StudioError where the trash is empty or the name is taken, but by an empty folder.
         """
         places = sorted(self.folder("trash").iterdir())
         if not places:
@@ -111,6 +115,8 @@ class Workspace:
         home = self.root / (places[-1] / "from").read_text(encoding="utf-8")
         back = {path: home.with_name(path.name) for path in (places[-1] / "held").iterdir()}
         for place in back.values():
+            if place.is_dir() and not any(place.iterdir()):
+                place.rmdir()
             if place.exists():
                 raise StudioError(f"'{title_of(place)}' exists again: rename it first, then undo.")
         for path, place in back.items():

@@ -18,11 +18,12 @@ from rite_diffusion.studio.page import (
 )
 from rite_diffusion.studio.state import Studio
 from rite_diffusion.studio.tabs import Refresh
-from rite_diffusion.studio.workspace import name_from
+from rite_diffusion.studio.workspace import Workspace
 
 if TYPE_CHECKING:
     from rite_diffusion.studio.photo_sets import CaptionedPhoto
 
+NOTHING_PICKED = "Remove a photo: click it first"
 THUMBNAIL = 224  # pixels of the longer side
 NO_PHOTOS = empty_state(
     "Start with five to ten photos of one thing",
@@ -30,6 +31,7 @@ NO_PHOTOS = empty_state(
     "if you have them, or try the example.",
 )
 
+FILES = ["image", ".zip", ".txt", ".caption"]
 QUIET: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
 
 
@@ -44,12 +46,24 @@ class PhotoPanel:
     thumbnails: gr.Gallery
     captions: gr.Dataframe
     remove: gr.Button
+    join: gr.UploadButton
+    actions: gr.Accordion
+    undo: gr.Button
+    fresh: gr.Button
     trigger: gr.Textbox
     class_noun: gr.Textbox
+    shown: gr.State  # name of the set that is shown, "" for none
+
+    def concept(self) -> list[Any]:
+        """What `show_set` needs to know of the set that was shown before."""
+        return [self.shown, self.trigger, self.class_noun]
 
     def outputs(self) -> list[Any]:
-        """The components that show a set; `_show` has their values."""
-        return [self.name, self.empty, self.thumbnails, self.captions, self.remove]
+        """The components that show a set; `show_set` has their values."""
+        return [
+            self.name, self.empty, self.thumbnails, self.captions, self.remove, self.join,
+            self.actions, self.undo, self.fresh, *self.concept(),
+        ]  # fmt: skip
 
 
 def build_photos(studio: Studio) -> tuple[PhotoPanel, Refresh]:
@@ -59,42 +73,52 @@ def build_photos(studio: Studio) -> tuple[PhotoPanel, Refresh]:
     _connect_editing(studio, panel)
 
     @with_messages
-    def choose(name: str | None, request: gr.Request):
-        return _show(studio, request, name)
+    def choose(name: str | None, shown: str, trigger: str, noun: str, request: gr.Request):
+        return show_set(studio.space(request), name, shown, trigger, noun)
 
-    panel.name.input(choose, panel.name, panel.outputs(), **QUIET)
-    return panel, Refresh(choose, panel.outputs(), [panel.name])
+    inputs = [panel.name, *panel.concept()]
+    panel.name.input(choose, inputs, panel.outputs(), **QUIET)
+    return panel, Refresh(choose, panel.outputs(), inputs)
 
 
 def _connect_adding(studio: Studio, panel: PhotoPanel) -> None:
     @with_messages
-    def add(files: list[str], name: str | None, request: gr.Request):
+    def make(files: list[str], shown: str, trigger: str, noun: str, request: gr.Request):
+        from rite_diffusion.studio.photo_sets import new_set
+
+        space = studio.space(request)
+        folder, faults = new_set(space, [str(checked_upload(file)) for file in files], "")
+        _tell(faults)
+        return show_set(space, folder.name, shown, trigger, noun)
+
+    @with_messages
+    def join(files: list[str], name: str, shown: str, trigger: str, noun: str, request: gr.Request):
         from rite_diffusion.studio.uploads import save_photos
 
         space = studio.space(request)
-        sources = [str(checked_upload(file)) for file in files]
-        archive = next((path for path in map(Path, sources) if path.suffix == ".zip"), None)
-        folder = (
-            space.find("photos", name)
-            if name
-            else space.new("photos", name_from(archive.stem if archive else "", "photos"))
-        )
-        save_photos(sources, folder)
-        return _show(studio, request, folder.name)
+        folder = space.find("photos", name or "")
+        _tell(save_photos([str(checked_upload(file)) for file in files], folder))
+        return show_set(space, folder.name, shown, trigger, noun)
 
     @with_messages
     def add_example(request: gr.Request):
         from rite_diffusion.api.demo import example_photos
-        from rite_diffusion.studio.uploads import save_photos
+        from rite_diffusion.studio.photo_sets import new_set
 
-        folder = studio.space(request).new("photos", "robot")
-        save_photos([str(path) for path in sorted(example_photos("robot").iterdir())], folder)
-        return [*_show(studio, request, folder.name), "<robot>", "robot"]
+        space = studio.space(request)
+        files = [str(path) for path in sorted(example_photos("robot").iterdir())]
+        folder, _ = new_set(space, files, "robot")
+        return [*show_set(space, folder.name, "", "", "")[:-2], "<robot>", "robot"]
 
-    connect_upload(panel.drop, add, [panel.drop, panel.name], panel.outputs())
-    panel.example.click(
-        add_example, None, [*panel.outputs(), panel.trigger, panel.class_noun], **QUIET
-    )
+    connect_upload(panel.drop, make, [panel.drop, *panel.concept()], panel.outputs())
+    connect_upload(panel.join, join, [panel.join, panel.name, *panel.concept()], panel.outputs())
+    panel.example.click(add_example, None, panel.outputs(), **QUIET)
+
+
+def _tell(faults: list[str]) -> None:
+    """Show what an upload left out."""
+    if faults:
+        show_note(f"Left out: {'; '.join(faults)}")
 
 
 def _connect_editing(studio: Studio, panel: PhotoPanel) -> None:
@@ -106,13 +130,16 @@ def _connect_editing(studio: Studio, panel: PhotoPanel) -> None:
         return name, gr.Button(f"Remove {name}", interactive=True)
 
     @with_messages
-    def remove(name: str | None, photo: str, request: gr.Request):
+    def remove(
+        photo: str, name: str | None, shown: str, trigger: str, noun: str, request: gr.Request
+    ):
         from rite_diffusion.studio.photo_sets import remove_photo
 
         if not name or not photo:
             raise StudioError("choose a photo first: click its picture.")
-        remove_photo(studio.space(request).find("photos", name), photo)
-        return [*_show(studio, request, name), ""]
+        space = studio.space(request)
+        remove_photo(space.find("photos", name), photo)
+        return [*show_set(space, name, shown, trigger, noun), ""]
 
     @with_messages
     def save_captions(name: str | None, rows: list[list[str]], request: gr.Request):
@@ -123,17 +150,21 @@ def _connect_editing(studio: Studio, panel: PhotoPanel) -> None:
 
     panel.captions.input(save_captions, [panel.name, panel.captions], None, **QUIET)
     panel.thumbnails.select(pick, None, [picked, panel.remove], **QUIET)
-    panel.remove.click(remove, [panel.name, picked], [*panel.outputs(), picked], **QUIET)
+    panel.remove.click(
+        remove, [picked, panel.name, *panel.concept()], [*panel.outputs(), picked], **QUIET
+    )  # fmt: skip
 
 
 def _lay_out() -> PhotoPanel:
     with gr.Row(elem_classes="end"):
         name = gr.Dropdown([], label="Photo set", scale=3, min_width=160, elem_id="photo-set")
+        fresh = gr.Button("New set", scale=0, min_width=100, visible=False, elem_id="new-set")
+        undo = gr.Button("Undo", size="sm", visible=False, min_width=150, elem_id="undo-photos")
         example = gr.Button("Try the example", scale=1, min_width=150, elem_id="example")
     drop = gr.File(
-        label="Drop photos and captions, or a zip of them",
+        label="New set: drop photos and captions, or a zip",
         file_count="multiple",
-        file_types=["image", ".zip", ".txt", ".caption"],
+        file_types=FILES,
         height=84,
         elem_id="drop-photos",
         elem_classes="drop",
@@ -157,7 +188,16 @@ def _lay_out() -> PhotoPanel:
         interactive=True,
         elem_id="captions",
     )
-    remove = gr.Button("Remove a photo: click it first", size="sm", visible=False)
+    with gr.Row():
+        join = gr.UploadButton(
+            "Add to this set", file_count="multiple", file_types=FILES, size="sm", min_width=140,
+            visible=False, elem_id="join-photos",
+        )  # fmt: skip
+        remove = gr.Button(
+            NOTHING_PICKED, size="sm", visible=False, min_width=180, elem_id="remove-photo"
+        )
+    actions = gr.Accordion("Rename, empty or delete this set", open=False, visible=False,
+                           elem_id="set-actions")  # fmt: skip
     with gr.Row():
         trigger = gr.Textbox(
             value="", label="Trigger", placeholder="<robot>", info="a new word that will call it",
@@ -167,12 +207,20 @@ def _lay_out() -> PhotoPanel:
             value="", label="What it is", placeholder="robot", info="one plain noun",
             max_length=64, min_width=140, elem_id="class-noun",
         )  # fmt: skip
-    return PhotoPanel(name, drop, example, empty, thumbnails, captions, remove, trigger, class_noun)
+    return PhotoPanel(
+        name, drop, example, empty, thumbnails, captions, remove, join, actions, undo, fresh,
+        trigger, class_noun, gr.State(""),
+    )  # fmt: skip
 
 
-def _show(studio: Studio, request: gr.Request, name: str | None) -> list[Any]:
-    """Values of `PhotoPanel.outputs` for a set, or for none."""
-    space = studio.space(request)
+def show_set(
+    space: Workspace, name: str | None, before: str, trigger: str, class_noun: str
+) -> list[Any]:
+    """Values of `PhotoPanel.outputs` for a set, or for none.
+
+    `before` is the set that was shown, with its trigger and class noun: another set comes with
+    those of its own last run, so that two concepts do not mix.
+    """
     known = space.names("photos")
     name = name if name in known else None
     photos = _photos(space.find("photos", name)) if name else []
@@ -186,13 +234,32 @@ def _show(studio: Studio, request: gr.Request, name: str | None) -> list[Any]:
     if bad:
         show_note(f"Not readable as pictures: {', '.join(bad)}.")
     rows = [[photo.path.name, photo.caption] for photo in photos]
+    deleted, some = space.last_in_trash("photos"), bool(photos)
     return [
         gr.Dropdown(choices=known, value=name),
         gr.HTML(visible=not photos),
-        gr.Gallery(value=pictures, visible=bool(photos)),
-        gr.Dataframe(value=rows, visible=bool(photos)),
-        gr.Button("Remove a photo: click it first", visible=bool(photos), interactive=False),
+        gr.Gallery(value=pictures, visible=some),
+        gr.Dataframe(value=rows, visible=some),
+        gr.Button(NOTHING_PICKED, visible=some, interactive=False),
+        gr.UploadButton(visible=name is not None),
+        gr.Accordion(visible=name is not None),
+        gr.Button(f"Undo: bring {deleted} back", visible=bool(deleted)),
+        gr.Button(visible=name is not None),
+        name or "",
+        *_concept(space, name, before, trigger, class_noun),
     ]
+
+
+def _concept(
+    space: Workspace, name: str | None, before: str, trigger: str, class_noun: str
+) -> tuple[str, str]:
+    """Trigger and class noun for the set `name`, shown after `before`."""
+    from rite_diffusion.studio.photo_sets import concept_of
+
+    typed_first = not before and (trigger or class_noun)
+    if name == (before or None) or typed_first:
+        return trigger, class_noun
+    return concept_of(space, name) if name else ("", "")
 
 
 def _photos(folder: Path) -> list["CaptionedPhoto"]:

@@ -21,6 +21,7 @@ from rite_diffusion.studio.tabs import BuiltTab, UseButton
 from rite_diffusion.studio.tabs.fields import optional_number, whole_number
 from rite_diffusion.studio.tabs.photos import PhotoPanel, build_photos
 from rite_diffusion.studio.tabs.runs import RunPanel, build_runs
+from rite_diffusion.studio.tabs.set_actions import build_set_actions
 from rite_diffusion.studio.workspace import Workspace, name_from
 
 
@@ -51,6 +52,7 @@ def build(studio: Studio) -> BuiltTab:
     with gr.Row(equal_height=False):
         with gr.Column(scale=6, min_width=320):
             panel, refresh_photos = build_photos(studio)
+            build_set_actions(studio, panel)
             settings = _lay_out_settings()
             with gr.Row():
                 check = gr.Button("Check first", scale=1, min_width=110, elem_id="check")
