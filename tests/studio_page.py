@@ -121,14 +121,16 @@ def drawn(served: Served) -> list[Path]:
     return sorted((served.workspace / "outputs").glob("*.png"))
 
 
-def start_training(page: Page, photos: Path, name: str, fields: dict[str, int], lines: str):
+def start_training(
+    page: Page, photos: Path, name: str, fields: dict[str, int], lines: str, trigger: str = ""
+):
     """Drop photos, fill what is needed and these fields, leave the others empty, and start."""
     tab(page, "Train")
     files = [str(path) for path in sorted(photos.iterdir())]
     page.locator("#drop-photos input[type=file]").set_input_files(files)
     pictures = [file for file in files if not file.endswith(".txt")]
     expect(page.locator("#thumbnails img")).to_have_count(len(pictures))
-    page.locator("#trigger textarea, #trigger input").fill(f"<{name}>")
+    page.locator("#trigger textarea, #trigger input").fill(trigger or f"<{name}>")
     page.locator("#class-noun textarea, #class-noun input").fill(name)
     page.locator("#advanced").get_by_text("Advanced settings").click()
     for field, value in fields.items():

@@ -6,14 +6,16 @@ studio = Client("http://127.0.0.1:7860")
 files = studio.predict(prompt="a cat on a blue background", seed=1, api_name="/generate")
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
 import gradio as gr
 
-from rite_diffusion.errors import StudioError
+from rite_diffusion.errors import RiteError, StudioError
 from rite_diffusion.studio import fusing, library, photo_endpoints
+from rite_diffusion.studio.checks import check_pictures, check_training
 from rite_diffusion.studio.endpoints import endpoint, file_data, linked, path_in
 from rite_diffusion.studio.exports import export
 from rite_diffusion.studio.page import show_note
@@ -82,6 +84,7 @@ def _generation(studio: Studio) -> Callable:
             combine=combine,
         )  # fmt: skip
         files = library.with_weights(space, chosen)
+        check_pictures(wanted, num, files)
         frames = studio.engine.draw(space, wanted.series(num), show_note, files, base)
         return [file_data(frame.path) for frame in frames if frame.path is not None]
 
@@ -148,8 +151,7 @@ def _training(studio: Studio) -> Callable:
 
         The photos make a new set; with none, `photo_set` names one that is there.
         """
-        from rite_diffusion.studio.photo_sets import new_set
-        from rite_diffusion.training.settings import configure
+        from rite_diffusion.studio.uploads import save_photos
 
         space = studio.space(request)
         stem = name_from(name or class_noun, "run")
@@ -163,11 +165,15 @@ def _training(studio: Studio) -> Callable:
             "base": space.base(base) or "pocket",
         }
         tree = training_settings(purpose, needed, {}, settings)
-        configure(tree)
-        if photos:
-            _, faults = new_set(space, [str(path_in(file)) for file in photos], stem)
-            for fault in faults:
-                show_note(f"Left out: {fault}")
+        faults = save_photos([str(path_in(file)) for file in photos], folder) if photos else []
+        try:
+            faults += check_training(space, tree)
+        except RiteError:
+            if photos:
+                shutil.rmtree(folder)  # made for this training, which does not begin
+            raise
+        for fault in faults:
+            show_note(f"Not used: {fault}")
         run = space.new("runs", stem)
         studio.queue.submit(run, tree)
         return run.name

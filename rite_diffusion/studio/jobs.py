@@ -95,6 +95,17 @@ def _state_without_record(run: Path, status: dict[str, Any]) -> str:
     return state
 
 
+def was_refused(run: Path) -> bool:
+    """Whether a failed run ended with a message of `rite train` before its first step.
+
+    The same command would say the same again.
+    """
+    path = run / "output.txt"
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    refused = text.strip().split("\n")[-1].startswith("rite: ")
+    return refused and state_of(run) == "failed" and not (run / "metrics.jsonl").exists()
+
+
 def last_line(run: Path) -> str:
     """The last line that a run's process printed, else the last of its log."""
     for path in (run / "output.txt", run / "log.txt"):
@@ -134,6 +145,11 @@ class JobQueue:
         state = state_of(run)
         if state not in ("stopped", "failed"):
             raise StudioError(f"'{run.name}' is {state}: only a stopped or failed run can go on.")
+        if was_refused(run):
+            raise StudioError(
+                f"'{run.name}' would fail in the same way: {last_line(run)} Mend that and start a "
+                "new training."
+            )
         write_job(run, JobRecord("run", time.time()))
 
     def stop(self, run: Path) -> str:

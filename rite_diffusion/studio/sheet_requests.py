@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rite_diffusion.errors import StudioError
 from rite_diffusion.studio import library
+from rite_diffusion.studio.checks import check_prompt
 from rite_diffusion.studio.state import Studio
 from rite_diffusion.studio.workspace import Workspace
 
@@ -27,8 +28,8 @@ class SheetRequest:
 
     def check(self) -> None:
         """StudioError for a sheet that is empty or too large."""
-        if not self.prompts:
-            raise StudioError("write a prompt first: what should the pictures show?")
+        for prompt in self.prompts or [""]:
+            check_prompt(prompt)
         axes = (self.prompts, self.adapters, self.weights, self.methods, self.seeds)
         count = math.prod(map(len, axes))
         if not 1 <= count <= MAX_PICTURES:

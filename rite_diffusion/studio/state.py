@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import gradio as gr
 
 from rite_diffusion.errors import StudioError
+from rite_diffusion.studio.checks import Reports
 from rite_diffusion.studio.jobs import JobQueue
 from rite_diffusion.studio.workspace import Workspace
 
@@ -26,6 +27,7 @@ class Studio:
     def __init__(self, root: Path, with_logins: bool):
         self.root = root
         self.with_logins = with_logins
+        self.reports = Reports()
         self.queue = JobQueue(self.all_runs, _devices)
         self._engine: Engine | None = None
         self._lock = threading.Lock()

@@ -146,11 +146,7 @@ def plan_without_drawing(config: TrainConfig, found: FoundPictures) -> Plan:
     precision, fallback = usable_precision(config.precision, device)
     backbone = load_backbone(config.base, precision, device, config.memory)
     triggers = [concept.trigger for concept in config.concepts()]
-    check_support(backbone, config)
-    check_triggers(backbone, config.concepts())
-    check_prompts(config.previews.prompts, triggers)
-    check_rank(backbone, config.lora, config.optim.name)
-    check_start(backbone, config.lora)
+    check_on_base(backbone, config)
     load_assistant(backbone, config)
     side = training_side(backbone, config.resolution)
     config = config.model_copy(update={"resolution": side, "precision": precision})
@@ -165,6 +161,15 @@ def plan_without_drawing(config: TrainConfig, found: FoundPictures) -> Plan:
         config, backbone, whole, photos, classes, [], found.undrawn, moved, held_out, fallbacks
     )
     return plan if plan.undrawn or not classes.photos else _with_class_photos(plan, classes.photos)
+
+
+def check_on_base(backbone: Backbone, config: TrainConfig) -> None:
+    """Raise RiteError for settings that cannot be trained on this base."""
+    check_support(backbone, config)
+    check_triggers(backbone, config.concepts())
+    check_prompts(config.previews.prompts, [concept.trigger for concept in config.concepts()])
+    check_rank(backbone, config.lora, config.optim.name)
+    check_start(backbone, config.lora)
 
 
 def draw_class_pictures(plan: Plan, progress: Callable[[str], None] = lambda line: None) -> Plan:

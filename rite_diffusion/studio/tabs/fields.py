@@ -98,8 +98,6 @@ def requests_of(wanted: dict[str, Any], regions: tuple[str, ...] = ()) -> list["
     """The requests of the fields' values, with consecutive seeds."""
     from rite_diffusion.generation.request import PictureRequest
 
-    if not wanted["prompt"].strip() and not regions:
-        raise StudioError("write a prompt first: what should the picture show?")
     count = min(max(int(wanted["count"]), 1), MAX_PICTURES)
     first = random.randrange(2**31) if wanted["fresh"] else int(wanted["seed"] or 0)
     kept = {key: wanted[key] for key in ("prompt", "negative")}

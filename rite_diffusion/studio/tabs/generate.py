@@ -6,6 +6,7 @@ import gradio as gr
 
 from rite_diffusion.studio import library
 from rite_diffusion.studio.boxes import region_texts
+from rite_diffusion.studio.checks import check_pictures
 from rite_diffusion.studio.page import links_to, with_messages
 from rite_diffusion.studio.state import DEVICE, Studio
 from rite_diffusion.studio.tabs import BuiltTab, Refresh
@@ -132,6 +133,7 @@ def _connect_drawing(
         wanted, space = named(fields), studio.space(request)
         requests = requests_of(wanted, region_texts(boxes, names))
         adapters = library.with_weights(space, chosen_with_weights(names, weights))
+        check_pictures(requests[0], len(requests), adapters)
         yield {settings.seed: requests[0].seed, panel.facts: ""}
         seen = 0
         for state in drawing(studio, space, requests, adapters, wanted["base"]):

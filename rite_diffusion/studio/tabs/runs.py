@@ -8,7 +8,7 @@ from typing import Any
 
 import gradio as gr
 
-from rite_diffusion.studio.jobs import ACTIVE, state_of
+from rite_diffusion.studio.jobs import ACTIVE, state_of, was_refused
 from rite_diffusion.studio.page import empty_state, link_to, progress_bar, show_note, with_messages
 from rite_diffusion.studio.progress import Progress, loss_curves, rate_curve, read_progress
 from rite_diffusion.studio.state import Studio
@@ -24,7 +24,7 @@ BUTTONS = {
 }  # fmt: skip
 NO_RUNS = empty_state(
     "No training yet",
-    "Choose photos on the left and press “Start training”. It is a process of its own: closing "
+    "Choose photos and press “Start training”. It is a process of its own: closing "
     "this page does not stop it.",
 )
 
@@ -165,7 +165,7 @@ def _show(studio: Studio, space: Workspace, name: str | None, seen: str) -> list
         "stop": run.state in (*ACTIVE, "queued"),
         "save": run.state == "running",
         "sample": run.state == "running",
-        "resume": run.state in ("stopped", "failed"),
+        "resume": run.state in ("stopped", "failed") and not was_refused(folder),
     }
     pictures = [(link_to(path), _caption(path)) for path in run.previews[:MAX_PREVIEWS]]
     measured = bool(run.metrics)

@@ -1,19 +1,13 @@
 """Train: photos and settings on the left, runs on the right."""
 
-import subprocess
-import sys
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import tomlkit
 
 from rite_diffusion.errors import StudioError
 from rite_diffusion.studio import library
-from rite_diffusion.studio.jobs import device_environment
+from rite_diffusion.studio.checks import check_training
 from rite_diffusion.studio.page import show_note, with_messages
 from rite_diffusion.studio.presets import PURPOSES, STANDARD, training_settings
 from rite_diffusion.studio.state import Studio
@@ -125,10 +119,12 @@ def _connect(
 ) -> None:
     @with_messages
     def submit(request: gr.Request, *values: Any):
+        studio.reports.end(request.session_hash or "")  # the process leaves the device to the run
         space = studio.space(request)
         wanted = _named(values)
         tree = _settings(space, wanted)
-        _check_settings(tree)
+        for line in check_training(space, tree):
+            show_note(f"Not used: {line}")
         folder = space.new("runs", name_from(wanted["run_name"] or wanted["class_noun"], "run"))
         studio.queue.submit(folder, tree)
         show_note(f"'{folder.name}' is in the queue. It goes on when you close this page.")
@@ -136,19 +132,20 @@ def _connect(
 
     @with_messages
     def dry_run(request: gr.Request, *values: Any):
-        tree = _settings(studio.space(request), _named(values))
-        _check_settings(tree)
+        yield gr.Textbox(value="", visible=False)  # an earlier report
+        space = studio.space(request)
+        tree = _settings(space, _named(values))
+        check_training(space, tree)
         yield gr.Textbox(value="reading the photos, opening the base model …", visible=True)
-        yield from _dry_run(tree)
+        yield from studio.reports.make(tree, request.session_hash or "")
 
     inputs = [
         panel.name, panel.captions, panel.trigger, panel.class_noun, *settings.all(),
     ]  # fmt: skip
     start.click(submit, inputs, runs.name, api_visibility="private")
-    checking = check.click(
+    check.click(
         dry_run, inputs, report, show_progress="minimal", api_visibility="private",
     )  # fmt: skip
-    start.click(None, None, None, cancels=[checking], api_visibility="private")
 
 
 def _named(values: tuple[Any, ...]) -> dict[str, Any]:
@@ -201,41 +198,3 @@ def _number_or_word(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
-
-
-def _check_settings(tree: dict[str, Any]) -> None:
-    """Raise ConfigError for invalid settings."""
-    from rite_diffusion.training.settings import configure
-
-    configure(tree)
-
-
-def _dry_run(tree: dict[str, Any]) -> Iterator[str]:
-    """The output of `rite train --dry-run` so far; its process ends with the iterator."""
-    with tempfile.TemporaryDirectory() as folder:
-        settings = Path(folder) / "job.toml"
-        settings.write_text(tomlkit.dumps(tree), encoding="utf-8")
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "rite_diffusion",
-            "train",
-            str(settings),
-            "--dry-run",
-        ]
-        process = subprocess.Popen(
-            command, cwd=folder, env=device_environment("cpu"), stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        text = ""
-        try:
-            for line in process.stdout or ():
-                text += line
-                yield text
-            process.wait()
-        finally:
-            process.kill()
-            process.wait()
-    if process.returncode:
-        raise StudioError(text.strip().split("\n")[-1].removeprefix("rite: ") or "the check failed")
