@@ -147,7 +147,7 @@ def test_outputs_and_gradients_are_those_of_the_dense_update(kind, layer):
     if kind == "loha":
         product = Loha(layer.weight.shape, 3, 2.0)
     else:
-        product = Lokr(layer.weight.shape, None if kind == "whole" else 1, 1.0, 4)
+        product = Lokr(layer.weight.shape, None if kind == "whole" else 1, 2.0, 4)
     for parameter in product.parameters():
         nn.init.normal_(parameter, std=0.5)
     shape = (2, 12, 6, 6) if isinstance(layer, nn.Conv2d) else (2, 5, 12)

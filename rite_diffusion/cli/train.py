@@ -9,6 +9,11 @@ from rite_diffusion.cli import fusion as cli_fusion
 from rite_diffusion.cli.settings import say, settings_tree
 from rite_diffusion.files.writing import folder_output, user_path
 
+OPTIMIZERS = (
+    "adamw, adamw_plus, adamw_schedule_free, lora_muon, prodigy, rite, scaled_adamw, scaled_sgd or "
+    "sgd."
+)
+
 app = typer.Typer()
 
 
@@ -33,13 +38,7 @@ def train(
     init: Annotated[
         Path | None, typer.Option(help="Adapter file to start from; its rank applies.")
     ] = None,
-    optimizer: Annotated[
-        str | None,
-        typer.Option(
-            help="adamw, adamw_plus, adamw_schedule_free, lora_muon, prodigy, rite, scaled_adamw, "
-            "scaled_sgd or sgd."
-        ),
-    ] = None,
+    optimizer: Annotated[str | None, typer.Option(help=OPTIMIZERS)] = None,
     lr: Annotated[
         str | None, typer.Option(help="Learning rate, or auto to find one by short trials.")
     ] = None,
