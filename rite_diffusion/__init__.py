@@ -28,10 +28,12 @@ __all__ = [
     "MaskReport",
     "Method",
     "ObjectiveSection",
+    "PhotoFinding",
     "RiteError",
     "StepReport",
     "TrainSettings",
     "__version__",
+    "check_photos",
     "convert",
     "diffusion_loss",
     "draw_batch",
@@ -62,9 +64,11 @@ _HOMES = {
     "MaskReport": "rite_diffusion.api.masks",
     "Method": "rite_diffusion.methods.method",
     "ObjectiveSection": "rite_diffusion.config.schema",
+    "PhotoFinding": "rite_diffusion.photos.findings",
     "RiteError": "rite_diffusion.errors",
     "StepReport": "rite_diffusion.training.trainer",
     "TrainSettings": "rite_diffusion.config.typed",
+    "check_photos": "rite_diffusion.api.photos",
     "convert": "rite_diffusion.api.convert",
     "diffusion_loss": "rite_diffusion.training.loss",
     "draw_batch": "rite_diffusion.training.batch",
@@ -89,6 +93,7 @@ if TYPE_CHECKING:
     from rite_diffusion.api.generate import generate
     from rite_diffusion.api.inspect import inspect
     from rite_diffusion.api.masks import MaskReport, make_masks
+    from rite_diffusion.api.photos import check_photos
     from rite_diffusion.api.sheet import grid
     from rite_diffusion.api.sketch import sketch
     from rite_diffusion.api.train import train
@@ -101,6 +106,7 @@ if TYPE_CHECKING:
     from rite_diffusion.methods.lora import Lora
     from rite_diffusion.methods.method import Method
     from rite_diffusion.photos.dataset import LatentSet
+    from rite_diffusion.photos.findings import PhotoFinding
     from rite_diffusion.training.batch import Batch, draw_batch
     from rite_diffusion.training.loss import diffusion_loss
     from rite_diffusion.training.trainer import StepReport

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
+    import numpy as np
     from PIL.Image import Image
     from torch import Tensor
 
@@ -22,6 +23,16 @@ class Concept:
 
 
 @dataclass(frozen=True)
+class PhotoMeasures:
+    """What a photo's report is made of; see `rite_diffusion.photos.measures`."""
+
+    thumbnail: np.ndarray  # (48, 48, 3) uint8
+    grey: np.ndarray  # (128, 128) uint8
+    sharpness: float  # of the sharpest part, in [0, 1]
+    frame: float  # depth of a plain frame as a share of the side; 0 without one
+
+
+@dataclass(frozen=True)
 class Photo:
     """A training picture with its caption; its pixels are read when they are needed."""
 
@@ -30,11 +41,12 @@ class Photo:
     caption: str
     open: Callable[[], tuple[Image, Image | None]] = field(compare=False)  # picture and mask
     digest: str  # of the pixels
-    perceptual_hash: int  # 64 bits, of which near-duplicates differ in few
+    measures: PhotoMeasures = field(compare=False)
     mask_digest: str = ""  # of the mask; empty if there is none
     white: float | None = None  # white share of the mask; None if there is no mask
     repeats: int = 1  # times per epoch
     weight: float = 1.0  # of its loss
+    captioned: bool = False  # whether its caption came from a file
 
     @property
     def image(self) -> Image:

@@ -9,6 +9,7 @@ from rite_diffusion.files.writing import cache_folder
 from rite_diffusion.photos.augment import views_of
 from rite_diffusion.photos.dataset import Encoding, balanced, encode_photos
 from rite_diffusion.photos.images import to_tensor
+from rite_diffusion.photos.measures import measure
 from rite_diffusion.types import Photo
 
 SIZE = (64, 64)
@@ -22,7 +23,9 @@ def photo(tmp_path):
     mask = Image.new("L", (96, 96), 0)
     mask.paste(255, (0, 0, 48, 96))
     pair = (Image.fromarray(pixels), mask)
-    return Photo(tmp_path / "a.png", (96, 96), "a <t>", lambda: pair, "", 0, white=0.5)
+    return Photo(
+        tmp_path / "a.png", (96, 96), "a <t>", lambda: pair, "", measure(pair[0]), white=0.5
+    )
 
 
 def _pixels(view):

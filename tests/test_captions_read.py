@@ -8,6 +8,7 @@ from rite_diffusion.config import AugmentSection, CaptionSection
 from rite_diffusion.methods import METHODS
 from rite_diffusion.methods.triggers import with_trigger_kept
 from rite_diffusion.photos.augment import views_of
+from rite_diffusion.photos.measures import measure
 from rite_diffusion.training.batch import draw_batch
 from rite_diffusion.types import Photo
 from wordy import random_data, wordy_config
@@ -76,7 +77,9 @@ def test_words_added_to_scaled_views_come_after_the_trigger(pocket, tmp_path):
     pocket.triggers["own"] = ["<thing>"]
     caption = "very " * (pocket.token_budget - pocket.token_count("<thing>")) + "<thing>"
     image = Image.new("RGB", (64, 64), "red")
-    photo = Photo(tmp_path / "a.png", image.size, caption, lambda: (image, None), "", 0)
+    photo = Photo(
+        tmp_path / "a.png", image.size, caption, lambda: (image, None), "", measure(image)
+    )
     augment = AugmentSection(views=12, scale_and_prefix=True)
     told = {view.caption for view in views_of(photo, (64, 64), augment, 0, 0)}
     assert len(told) > 1

@@ -14,6 +14,7 @@ from rite_diffusion.errors import PhotoFolderError
 from rite_diffusion.photos.augment import views_of
 from rite_diffusion.photos.folder import read_folder
 from rite_diffusion.photos.listing import list_pictures
+from rite_diffusion.photos.measures import measure
 from rite_diffusion.types import Concept, Photo
 
 CONCEPT = Concept("<thing>", "toy")
@@ -123,7 +124,7 @@ def test_masks_follow_their_photos_through_every_view(size, box, target, crop, s
     left, top = round(box[0] * size[0]), round(box[1] * size[1])
     mask.paste(255, (left, top, left + size[0] // 3, top + size[1] // 3))
     pair = (mask.convert("RGB"), mask)
-    photo = Photo(Path("a.png"), size, "a", lambda: pair, "", 0, white=0.1)
+    photo = Photo(Path("a.png"), size, "a", lambda: pair, "", measure(pair[0]), white=0.1)
     augment = AugmentSection(views=4, crop=crop, flip=True, scale_and_prefix=scale)
     views = views_of(photo, target, augment, seed, 0)
     assert len(views) == 8

@@ -25,6 +25,7 @@ from rite_diffusion.config import TrainConfig
 from rite_diffusion.files.writing import printable
 from rite_diffusion.methods import METHODS
 from rite_diffusion.methods.triggers import captions_without_trigger
+from rite_diffusion.photos.findings import PhotoFinding, find_faults
 from rite_diffusion.photos.folder import PhotoFolder
 from rite_diffusion.training.plan import FoundPictures, Plan, PlanObserver
 from rite_diffusion.training.rates import describe_schedule
@@ -95,11 +96,17 @@ def describe_found(found: FoundPictures, config: TrainConfig) -> None:
     triggers = [concept.trigger for concept in config.concepts()]
     for caption in captions_without_trigger(folder, triggers):
         _line("no trigger", f'"{caption}" does not contain the trigger')
-    for one, other in folder.near_duplicates():
-        _line("alike", f"{one} and {other}")
+    for each, source in zip(found.folders, config.sources(), strict=True):
+        describe_faults(find_faults(each, source.concept))
     if METHODS[config.method].wants_masks and not whites:
         _line("no masks", f"{config.method} learns better with them: see `rite mask --help`")
     sys.stdout.flush()
+
+
+def describe_faults(findings: Sequence[PhotoFinding]) -> None:
+    """Print what in photos will hurt a training, each with what to do."""
+    for each in findings:
+        _line(each.kind, f"{', '.join(each.photos)}: {each.text}; {each.remedy}")
 
 
 def _describe_classes(found: FoundPictures, config: TrainConfig) -> None:

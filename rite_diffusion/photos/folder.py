@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import sha256
-from itertools import combinations
 from pathlib import Path
 
 from PIL import Image
@@ -12,16 +11,16 @@ from PIL import Image
 from rite_diffusion.config import PhotoSource, fill, unknown_placeholder, words_of
 from rite_diffusion.errors import PhotoFolderError
 from rite_diffusion.files.writing import reading, user_path
-from rite_diffusion.photos.images import open_upright, perceptual_hash
+from rite_diffusion.photos.images import open_upright
 from rite_diffusion.photos.listing import Picture, list_pictures
 from rite_diffusion.photos.masks import mask_of, white_share
+from rite_diffusion.photos.measures import measure
 from rite_diffusion.photos.pixels import UnreadableImage
 from rite_diffusion.photos.sidecars import Unused
 from rite_diffusion.types import Concept, Photo
 
 MIN_SIDE = 16  # pixels
 MAX_RATIO = 6  # long side over short side
-MAX_DIFFERENT_BITS = 5  # bits of 64 in which near-duplicates may differ
 
 
 @dataclass(frozen=True)
@@ -30,22 +29,17 @@ class PhotoFolder:
 
     photos: list[Photo]
     skipped: list[Unused]
-    captioned: int  # photos whose caption came from a file
+
+    @property
+    def captioned(self) -> int:
+        """The number of photos whose caption came from a file."""
+        return sum(photo.captioned for photo in self.photos)
 
     def sizes(self) -> str:
         """The range of the photos' sizes as text: "64x64 to 512x768"."""
         found = sorted({photo.size for photo in self.photos})
         names = [f"{width}x{height}" for width, height in found]
         return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-
-    def near_duplicates(self) -> list[tuple[str, str]]:
-        """Names of photos that look alike, in pairs."""
-        pairs = combinations(self.photos, 2)
-        return [
-            (a.path.name, b.path.name)
-            for a, b in pairs
-            if (a.perceptual_hash ^ b.perceptual_hash).bit_count() <= MAX_DIFFERENT_BITS
-        ]
 
     def smaller_than(self, side: int) -> list[str]:
         """Names of photos with a side below `side` pixels, which must be scaled up."""
@@ -65,7 +59,6 @@ def joined(folders: Sequence[PhotoFolder]) -> PhotoFolder:
     return PhotoFolder(
         [photo for folder in folders for photo in folder.photos],
         [each for folder in folders for each in folder.skipped],
-        sum(folder.captioned for folder in folders),
     )
 
 
@@ -93,7 +86,6 @@ def read_photos(
     """
     listing = list_pictures(folder)
     photos, broken = list[Photo](), list[Unused]()
-    captioned = 0
     for picture in listing.pictures:
         caption = _caption(picture, words, templates[len(photos) % len(templates)])
         try:
@@ -101,12 +93,12 @@ def read_photos(
         except UnreadableImage as fault:
             broken.append((picture.path, str(fault)))
         else:
-            photos.append(replace(photo, repeats=repeats * picture.repeats))
-            captioned += bool(picture.caption)
+            often, captioned = repeats * picture.repeats, bool(picture.caption)
+            photos.append(replace(photo, repeats=often, captioned=captioned))
     skipped = broken + listing.unused
     if not photos or len(broken) > len(photos):
         raise PhotoFolderError(_nothing_usable(folder, skipped, listing.folders))
-    return PhotoFolder(photos, skipped, captioned)
+    return PhotoFolder(photos, skipped)
 
 
 def _caption(picture: Picture, words: Mapping[str, str], template: str) -> str:
@@ -131,7 +123,7 @@ def _inspect_photo(picture: Picture, caption: str) -> Photo:
         caption,
         partial(_open_again, picture, stamps),
         _digest(upright.image),
-        perceptual_hash(upright.image),
+        measure(upright.image),
         "" if mask is None else _digest(mask),
         None if mask is None else white_share(mask),
     )

@@ -104,13 +104,6 @@ def mask_tensor(mask: Image.Image, cells: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.asarray(small, np.float32) / 255)[None]
 
 
-def perceptual_hash(image: Image.Image) -> int:
-    """A 64-bit difference hash: whether each of 8x8 cells is darker than the one right of it."""
-    grey = np.asarray(image.convert("L").resize((9, 8), Image.Resampling.BOX), np.int16)
-    bits = (grey[:, 1:] > grey[:, :-1]).flatten()
-    return int("".join("1" if bit else "0" for bit in bits), 2)
-
-
 def to_tensor(image: Image.Image) -> Tensor:
     """Pixels (3, H, W) in [-1, 1]."""
     array = np.asarray(image, np.float32) / 127.5 - 1
