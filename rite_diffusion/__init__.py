@@ -18,6 +18,7 @@ __all__ = [
     "AdapterInfo",
     "Backbone",
     "Batch",
+    "CaptionReport",
     "CaptionSection",
     "Drawing",
     "Export",
@@ -33,6 +34,7 @@ __all__ = [
     "StepReport",
     "TrainSettings",
     "__version__",
+    "caption",
     "check_photos",
     "convert",
     "diffusion_loss",
@@ -54,6 +56,7 @@ _HOMES = {
     "AdapterInfo": "rite_diffusion.adapters.adapter",
     "Backbone": "rite_diffusion.backbones.protocols",
     "Batch": "rite_diffusion.training.batch",
+    "CaptionReport": "rite_diffusion.api.caption",
     "CaptionSection": "rite_diffusion.config.schema",
     "Drawing": "rite_diffusion.fusion.statistics",
     "Export": "rite_diffusion.api.convert",
@@ -68,6 +71,7 @@ _HOMES = {
     "RiteError": "rite_diffusion.errors",
     "StepReport": "rite_diffusion.training.trainer",
     "TrainSettings": "rite_diffusion.config.typed",
+    "caption": "rite_diffusion.api.caption",
     "check_photos": "rite_diffusion.api.photos",
     "convert": "rite_diffusion.api.convert",
     "diffusion_loss": "rite_diffusion.training.loss",
@@ -87,6 +91,7 @@ if TYPE_CHECKING:
     from rite_diffusion import optim
     from rite_diffusion.adapters.adapter import Adapter, AdapterInfo
     from rite_diffusion.api.bases import load_base
+    from rite_diffusion.api.caption import CaptionReport, caption
     from rite_diffusion.api.convert import Export, convert
     from rite_diffusion.api.encode import encode_photos
     from rite_diffusion.api.fuse import fuse

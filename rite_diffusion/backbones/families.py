@@ -3,9 +3,12 @@
 import importlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from rite_diffusion.files.writing import user_path
+
+CaptionStyle = Literal["tags", "phrase", "sentences"]
+CAPTION_STYLES: tuple[CaptionStyle, ...] = get_args(CaptionStyle)
 
 POCKET = Path(__file__).parent / "pocket" / "weights"
 
@@ -49,6 +52,15 @@ def family_name(base: str) -> str | None:
     """A base's family, such as `z-image`, before it is opened; None where that is not known."""
     name = pipeline_name(base)
     return family_class(name).family if name in FAMILIES else None
+
+
+def caption_style(base: str) -> CaptionStyle:
+    """The form of captions that a base's text encoders were trained on, before it is opened.
+
+    Phrases for CLIP, sentences for the language models of flow transformers. Tags are for
+    checkpoints of these families that were trained on them, which no file says.
+    """
+    return "sentences" if is_flow(base) else "phrase"
 
 
 def family_class(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""`rite train`, `rite mask` and `rite demo`. Heavy imports are inside the commands."""
+"""`rite train`, `caption`, `mask` and `demo`. Heavy imports are inside the commands."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -122,6 +122,49 @@ def _number_or_word(text: str | None) -> float | str | None:
         return None if text is None else float(text)
     except ValueError:
         return text
+
+
+@app.command()
+def caption(
+    photos: Annotated[Path, typer.Argument(help="Folder that holds the photos.")],
+    trigger: Annotated[str, typer.Option(help='The word for the concept, such as "<robot>".')],
+    class_noun: Annotated[
+        str, typer.Option("--class", help="Class of the concept: robot, dog, cake.")
+    ],
+    model: Annotated[
+        str | None, typer.Option(help="An image-to-text model: a hub id or a local folder.")
+    ] = None,
+    base: Annotated[
+        str, typer.Option(help="Base model that will be trained, for the captions' form.")
+    ] = "pocket",
+    style: Annotated[
+        str | None, typer.Option(help="tags, phrase or sentences; default: the base's.")
+    ] = None,
+    name: Annotated[
+        list[str] | None,
+        typer.Option("--name", help="Another name that the model may use: puppy. Repeatable."),
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave existing captions.")] = False,
+    override: Annotated[
+        bool, typer.Option("--override", "--overwrite", help="Replace existing captions.")
+    ] = False,
+) -> None:
+    """Write captions beside the photos: the trigger, and what is not the concept."""
+    from typing import cast
+
+    from rite_diffusion.api import caption as captions
+    from rite_diffusion.backbones.families import CaptionStyle
+
+    report = captions.caption(
+        photos, trigger, class_noun, model=model, base=base,
+        style=cast(CaptionStyle | None, style), names=name or (), keep=keep, override=override,
+    )  # fmt: skip
+    for path, text in report.written.items():
+        say(f"{path.name}: {text}")
+    for photo, reason in report.left:
+        say(f"left out    {photo}: {reason}")
+    for photo in report.unsure:
+        say(f"unsure      {photo}: the model named no {class_noun}; check its caption")
 
 
 @app.command()
