@@ -16,13 +16,13 @@ from rite_diffusion.errors import StudioError
 from rite_diffusion.studio.jobs import (
     JobQueue,
     JobRecord,
-    last_line,
     read_job,
     state_of,
     write_job,
 )
 from rite_diffusion.studio.presets import training_settings
 from rite_diffusion.studio.progress import POINTS, loss_curves, rate_curve, read_progress, thin
+from rite_diffusion.training.launch import last_line
 from rite_diffusion.training.lock import Lock
 from studio_server import ENDLESS, SHORT, end, output, pid_of, step_of, wait_for, wait_for_state
 

@@ -29,12 +29,10 @@ def say(text: object) -> None:
 
 def settings_tree(given: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     """The settings tree of `--set` assignments and of the options given, which win."""
-    from rite_diffusion.config import merge, parse_assignments
+    from rite_diffusion.config import merge, nest, parse_assignments
 
     pairs = {key: value for key, value in given.items() if value is not None}
     tree: dict[str, Any] = {}
     for key, value in pairs.items():
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        tree = merge(tree, value)
+        tree = merge(tree, nest(key, value))
     return merge(parse_assignments(assignments), tree)

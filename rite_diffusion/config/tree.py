@@ -67,6 +67,13 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
+def nest(key: str, value: Any) -> dict[str, Any]:
+    """The settings tree of one setting by its dotted key."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
+
+
 def parse_assignments(assignments: list[str]) -> dict[str, Any]:
     """The settings tree of assignments such as `optim.lr=1e-4`.
 
@@ -81,10 +88,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, Any]:
             value = tomllib.loads(f"v = {text}")["v"]
         except tomllib.TOMLDecodeError:
             value = text.strip()
-        branch: Any = value
-        for part in reversed(key.strip().split(".")):
-            branch = {part: branch}
-        tree = merge(tree, branch)
+        tree = merge(tree, nest(key.strip(), value))
     return tree
 
 

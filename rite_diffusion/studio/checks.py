@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import tomlkit
 
 from rite_diffusion.errors import PhotoFolderError, StudioError
-from rite_diffusion.studio.jobs import device_environment
 from rite_diffusion.studio.workspace import Workspace
+from rite_diffusion.training.launch import device_environment
 
 if TYPE_CHECKING:
     from rite_diffusion.backbones.protocols import Backbone

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 from PIL.Image import Image
 
 from rite_diffusion.adapters.attach import attach, detach, set_weight
@@ -33,11 +32,6 @@ class Frame:
     parameters: Parameters
     image: Image | None = None
     path: Path | None = None
-
-
-def devices() -> list[str]:
-    """The devices that can train: CUDA device numbers, or `cpu` where there are none."""
-    return [str(index) for index in range(torch.cuda.device_count())] or ["cpu"]
 
 
 class Engine:

@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +21,7 @@ import tomlkit
 from rite_diffusion.config import read_toml
 from rite_diffusion.errors import ConfigError, StudioError
 from rite_diffusion.files.writing import read_json, write_atomically
+from rite_diffusion.training.launch import device_environment, last_line, start_training
 from rite_diffusion.training.lock import is_in_use
 
 KILL_AFTER = 30.0  # seconds after the first request to stop, from which another one kills
@@ -106,16 +106,6 @@ def was_refused(run: Path) -> bool:
     return refused and state_of(run) == "failed" and not (run / "metrics.jsonl").exists()
 
 
-def last_line(run: Path) -> str:
-    """The last line that a run's process printed, else the last of its log."""
-    for path in (run / "output.txt", run / "log.txt"):
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        words = text.strip().split("\n")[-1].strip()
-        if words:
-            return words.removeprefix("rite: ")
-    return ""
-
-
 def settings_of(run: Path) -> dict[str, Any]:
     """A run's settings, resolved ones where it has begun; empty where it has none yet."""
     for name in ("config.toml", "job.toml"):
@@ -197,17 +187,7 @@ class JobQueue:
     def _start(self, run: Path, device: str) -> None:
         # Resolved settings first: presets may have changed since the run was queued.
         settings = next(p for p in (run / "config.toml", run / "job.toml") if p.exists())
-        command = [sys.executable, "-P", "-m", "rite_diffusion", "train", str(settings)]
-        with (run / "output.txt").open("wb") as output:
-            child = subprocess.Popen(
-                [*command, "--out", str(run)],
-                cwd=run,
-                env=device_environment(device),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C at the studio does not reach it
-            )
+        child = start_training(settings, run, device_environment(device), cwd=run)
         self._children.append(child)
         started = psutil.Process(child.pid).create_time()
         write_job(run, JobRecord("run", time.time(), child.pid, started, device))
@@ -216,9 +196,3 @@ class JobQueue:
 def _running_job(run: Path) -> JobRecord | None:
     job = read_job(run)
     return job if job is not None and job.process() is not None else None
-
-
-def device_environment(device: str) -> dict[str, str]:
-    """Environment variables of a process that works on one device."""
-    chosen = {} if device == "cpu" else {"CUDA_VISIBLE_DEVICES": device}
-    return os.environ | chosen | {"PYTHONUNBUFFERED": "1"}

@@ -10,7 +10,8 @@ from typing import Any
 import pandas
 
 from rite_diffusion.files.writing import read_json
-from rite_diffusion.studio.jobs import last_line, settings_of, state_of
+from rite_diffusion.studio.jobs import settings_of, state_of
+from rite_diffusion.training.launch import last_line
 
 POINTS = 240  # of a curve
 RECENT = 20  # steps over which the speed is averaged

@@ -12,6 +12,7 @@ from rite_diffusion.errors import StudioError
 from rite_diffusion.studio.checks import Reports
 from rite_diffusion.studio.jobs import JobQueue
 from rite_diffusion.studio.workspace import Workspace
+from rite_diffusion.training.launch import devices
 
 if TYPE_CHECKING:
     from rite_diffusion.studio.engine import Engine
@@ -28,7 +29,7 @@ class Studio:
         self.root = root
         self.with_logins = with_logins
         self.reports = Reports()
-        self.queue = JobQueue(self.all_runs, _devices)
+        self.queue = JobQueue(self.all_runs, devices)
         self._engine: Engine | None = None
         self._lock = threading.Lock()
         self._visited = threading.Event()
@@ -81,9 +82,3 @@ class Studio:
             except OSError as error:
                 print(f"rite studio: cannot start a run: {error}", file=sys.stderr)
             time.sleep(PAUSE)
-
-
-def _devices() -> list[str]:
-    from rite_diffusion.studio.engine import devices
-
-    return devices()
