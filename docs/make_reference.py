@@ -25,6 +25,7 @@ import rite_diffusion.optim
 from rite_diffusion.cli.app import app
 from rite_diffusion.config import TrainConfig, preset_folder, preset_names
 from rite_diffusion.fusion.settings import FusionSettings
+from rite_diffusion.sweeps.definition import SweepSection
 
 FENCE = "`" * 7  # longer than any fence within a docstring
 
@@ -46,6 +47,7 @@ def pages() -> dict[str, str]:
         "commands.md": commands_page(app),
         "settings.md": settings_page(TrainConfig),
         "fusion-settings.md": fusion_settings_page(FusionSettings),
+        "sweep-settings.md": sweep_settings_page(SweepSection),
         "presets.md": presets_page(),
     }
 
@@ -235,6 +237,15 @@ def fusion_settings_page(model: type[BaseModel]) -> str:
         "`rite_diffusion.fuse`. [Which method does what](../fusion.md)."
     )
     return "\n".join(["# Settings of fusing", "", lead, "", *_section(model, "", "All methods")])
+
+
+def sweep_settings_page(model: type[BaseModel]) -> str:
+    """Every key of a sweep's own table."""
+    lead = (
+        "Keys of the table `[sweep]` in the file of `rite sweep`, beside the "
+        "[settings](settings.md) that all its runs share. [What a sweep is](../sweeps.md)."
+    )
+    return "\n".join(["# Settings of sweeps", "", lead, "", *_section(model, "", "[sweep]")])
 
 
 def _section(model: type[BaseModel], prefix: str, title: str = "At the top") -> list[str]:

@@ -32,6 +32,8 @@ __all__ = [
     "PhotoFinding",
     "RiteError",
     "StepReport",
+    "SweepResult",
+    "SweepRow",
     "TrainSettings",
     "__version__",
     "caption",
@@ -48,6 +50,8 @@ __all__ = [
     "make_masks",
     "optim",
     "sketch",
+    "sweep",
+    "sweep_status",
     "train",
 ]
 
@@ -70,6 +74,8 @@ _HOMES = {
     "PhotoFinding": "rite_diffusion.photos.findings",
     "RiteError": "rite_diffusion.errors",
     "StepReport": "rite_diffusion.training.trainer",
+    "SweepResult": "rite_diffusion.sweeps.report",
+    "SweepRow": "rite_diffusion.sweeps.report",
     "TrainSettings": "rite_diffusion.config.typed",
     "caption": "rite_diffusion.api.caption",
     "check_photos": "rite_diffusion.api.photos",
@@ -84,6 +90,8 @@ _HOMES = {
     "load_base": "rite_diffusion.api.bases",
     "make_masks": "rite_diffusion.api.masks",
     "sketch": "rite_diffusion.api.sketch",
+    "sweep": "rite_diffusion.api.sweep",
+    "sweep_status": "rite_diffusion.api.sweep",
     "train": "rite_diffusion.api.train",
 }
 
@@ -101,6 +109,7 @@ if TYPE_CHECKING:
     from rite_diffusion.api.photos import check_photos
     from rite_diffusion.api.sheet import grid
     from rite_diffusion.api.sketch import sketch
+    from rite_diffusion.api.sweep import sweep, sweep_status
     from rite_diffusion.api.train import train
     from rite_diffusion.backbones.protocols import Backbone
     from rite_diffusion.config.schema import CaptionSection, ObjectiveSection
@@ -112,6 +121,7 @@ if TYPE_CHECKING:
     from rite_diffusion.methods.method import Method
     from rite_diffusion.photos.dataset import LatentSet
     from rite_diffusion.photos.findings import PhotoFinding
+    from rite_diffusion.sweeps.report import SweepResult, SweepRow
     from rite_diffusion.training.batch import Batch, draw_batch
     from rite_diffusion.training.loss import diffusion_loss
     from rite_diffusion.training.trainer import StepReport

@@ -6,7 +6,7 @@ from typing import Annotated, cast
 
 import typer
 
-from rite_diffusion.cli import adapters, fusion, generate, machine, train
+from rite_diffusion.cli import adapters, fusion, generate, machine, sweep, train
 from rite_diffusion.errors import RiteError
 from rite_diffusion.files.writing import printable
 
@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 
 
-for _group in (train, generate, fusion, adapters, machine):
+for _group in (train, sweep, generate, fusion, adapters, machine):
     app.add_typer(_group.app)
 
 # Base class of all errors of options and arguments, which typer does not export.
