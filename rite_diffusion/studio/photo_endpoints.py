@@ -1,5 +1,7 @@
 """The part of the API that looks after photo sets."""
 
+from collections.abc import Callable
+
 import gradio as gr
 
 from rite_diffusion.studio.endpoints import endpoint, path_in
@@ -9,6 +11,12 @@ from rite_diffusion.studio.state import Studio
 
 def build(studio: Studio) -> None:
     """Add the endpoints to the page under construction."""
+    for each in (*_contents(studio), *_changes(studio)):
+        gr.api(each, concurrency_limit=None)
+
+
+def _contents(studio: Studio) -> list[Callable]:
+    """The endpoints that list sets and add photos."""
 
     @endpoint
     def photo_sets(request: gr.Request = None) -> list[dict]:  # type: ignore
@@ -45,6 +53,12 @@ def build(studio: Studio) -> None:
             show_note(f"Left out: {fault}")
         return folder.name
 
+    return [photo_sets, add_photos]
+
+
+def _changes(studio: Studio) -> list[Callable]:
+    """The endpoints that rename, empty and delete sets."""
+
     @endpoint
     def rename_photo_set(name: str, to: str, request: gr.Request = None) -> str:  # type: ignore
         """Give a photo set another name."""
@@ -68,5 +82,4 @@ def build(studio: Studio) -> None:
         delete_set(studio.space(request), name)
         return name
 
-    for each in (photo_sets, add_photos, rename_photo_set, clear_photo_set, delete_photo_set):
-        gr.api(each, concurrency_limit=None)
+    return [rename_photo_set, clear_photo_set, delete_photo_set]
