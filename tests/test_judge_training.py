@@ -333,7 +333,7 @@ def test_the_stage_writes_a_judge_with_its_figures(batch, tmp_path, monkeypatch)
     stages.run_judge(tmp_path, given)
     made = read_judge(tmp_path / "judge.safetensors")
     assert made.shape == replace(TINY, pictures=70).shape and made.shape.side == 128
-    assert len(made.prototypes) == 2 * len(world.NOUNS) and made.network.noun.out_features == 103
+    assert len(made.prototypes) == len(world.NOUNS) and made.network.noun.out_features == 103
     figures = json.loads((tmp_path / "judge_128.json").read_text())
     assert figures["command"] == f"python -m train.pocket judge --set {' '.join(given)}"
     assert figures["accuracy"] == made.accuracy and figures["threshold"] == made.threshold

@@ -71,7 +71,6 @@ def test_a_scene_shows_its_caption(drawn_sprites):
     for seed in range(40):
         scene = world.scene(np.random.default_rng(seed))
         assert all(noun in scene.caption for noun in scene.nouns)
-        assert scene.caption.startswith("3d style, ") == (scene.style == "3d")
         corner, wanted = scene.image[2, 2].astype(float), np.array(world.COLOURS[scene.colour])
         assert np.abs(corner - wanted).mean() < 50
 
@@ -297,13 +296,11 @@ def test_the_rate_warms_up_stays_and_falls():
 
 
 def test_scene_facts_match_the_caption():
-    pair = world.Description("a cat and an ant", ("cat", "ant"), "red", "pair", "flat")
-    single = world.Description(
-        "3d style, a small cat on a blue background", ("cat",), "blue", "small", "3d"
-    )
+    pair = world.Description("a cat and an ant", ("cat", "ant"), "red", "pair", "3d")
+    single = world.Description("a small cat on a blue background", ("cat",), "blue", "small", "3d")
     nouns = list(world.NOUNS)
     assert text.facts_of(pair) == [nouns.index("cat"), nouns.index("ant") + 1, 0, 0, 0]
-    assert text.facts_of(single) == [nouns.index("cat"), 0, 5, 1, 1]
+    assert text.facts_of(single) == [nouns.index("cat"), 0, 5, 1, 0]
     assert all(
         fact < size for fact, size in zip(text.facts_of(single), text.fact_sizes(), strict=True)
     )
@@ -313,7 +310,7 @@ def test_scene_facts_match_the_caption():
 def made(tmp_path_factory):
     """Both bases, tiny and untrained, with their folder."""
     folder = tmp_path_factory.mktemp("bases")
-    keys = {("flat", name): (0, 1, 1) for name in world.NOUNS.values()}
+    keys = {("3d", name): (0, 1, 1) for name in world.NOUNS.values()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(emoji, "sprites", lambda: emoji.Sprites(np.zeros((1, 1, 1, 4)), keys))
         emoji.training_keys.cache_clear()

@@ -141,17 +141,17 @@ def export(base: Base, autoencoder: AutoencoderKL, denoiser: nn.Module, folder: 
 
 SHEET = (
     "a cat on a blue background",
-    "3d style, a robot on a yellow background",
+    "a robot on a yellow background",
     "a house",
     "a small car on a red background",
-    "3d style, an owl on the left on a green background",
+    "an owl on the left on a green background",
     "a pizza on a black background",
     "a cat on the left and a house on the right on a red background",
-    "3d style, an apple on the left and a bus on the right on a white background",
+    "an apple on the left and a bus on the right on a white background",
     "a castle on a purple background",
-    "3d style, a rose on a gray background",
+    "a rose on a gray background",
     "a bicycle beside a tree on a cyan background",
-    "3d style, a lion and a star on an orange background",
+    "a lion and a star on an orange background",
 )
 
 

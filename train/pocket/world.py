@@ -11,7 +11,7 @@ from PIL import Image
 from . import emoji
 
 SIZE = 128  # pixels of a scene's side
-STYLES = {"flat": "", "3d": "3d style, "}  # how a caption begins
+STYLES = {"3d": ""}  # sets of emoji, and how a caption begins; two take twice as long to learn
 
 COLOURS = {
     "red": (222, 52, 52),
