@@ -84,7 +84,7 @@ def marks(backbone: StableDiffusion) -> dict[str, object]:
     for part, network in parts(backbone).items():
         found[f"{part}, adapters"] = sorted(getattr(network, "peft_config", {}))
     facts = {name: str(getattr(backbone, name)) for name in FACTS}
-    facts["released"] = str(backbone.encoders.released)
+    facts["released"] = str(backbone.parts.released)
     facts["limit"] = str(backbone.tokenizer.model_max_length)
     return found | facts | {"words": list(backbone.embeddings), "triggers": dict(backbone.triggers)}
 

@@ -10,15 +10,15 @@ from safetensors.torch import load_file
 
 from random_adapters import random_adapter
 from rite_diffusion.adapters.attach import attach, lora_layers
-from rite_diffusion.backbones.source import load_backbone
+from rite_diffusion.backbones.fingerprint import fingerprint
+from rite_diffusion.backbones.parts import Parts, is_empty
+from rite_diffusion.backbones.source import load_backbone, open_backbone
 from rite_diffusion.backbones.text_cache import cached_conditioning
 from rite_diffusion.errors import RunError
 from rite_diffusion.files.writing import cache_folder
-from rite_diffusion.methods import PlainLora
-from rite_diffusion.photos.dataset import encode_photos
-from rite_diffusion.training.job import Job, cache_captions, release_encoders
 from rite_diffusion.training.plan import plan_training
 from rite_diffusion.training.run import measure, run_training
+from rite_diffusion.training.stages import encode
 from runs import config_of
 from shared_bases import shared_base
 
@@ -32,51 +32,111 @@ def planned(photos, **settings):
 
 def encoders(backbone):
     """The encoders as they lie, without calling them back."""
-    return {name: backbone.encoders.as_it_is(name) for name in backbone.encoders.names}
+    names = ["vae", *backbone.text_encoders]
+    return {name: backbone.parts.as_it_is(name) for name in names}
 
 
-def job_of(plan):
-    data = encode_photos(plan.backbone, plan.photos, plan.encoding)
-    return Job(plan.backbone, PlainLora(plan.backbone, plan.config), data, plan.config)
+def in_memory(backbone):
+    """The names of the parts that have weights."""
+    return {name for name in backbone.parts.names if not is_empty(backbone.parts.as_it_is(name))}
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Each part that is loaded with those in memory then, and references to their weights."""
+    found, load = [], Parts.__getitem__
+
+    def noted(parts, name):
+        if is_empty(parts.as_it_is(name)):
+            others = {n for n in parts.names if not is_empty(parts.as_it_is(n))}
+            part = load(parts, name)
+            found.append((name, others, weakref.ref(next(part.parameters()))))
+            return part
+        return load(parts, name)
+
+    monkeypatch.setattr(Parts, "__getitem__", noted)
+    return found
 
 
 def entries():
     return sorted(path.name for path in (cache_folder() / "captions").rglob("*.safetensors"))
 
 
+def test_planning_loads_nothing(photos, loads):
+    plan = planned(photos, **FROZEN, previews={"every": 1})
+    assert plan.inputs()["base"] == plan.backbone.fingerprint
+    assert loads == [] and in_memory(plan.backbone) == set()
+
+
+@pytest.mark.parametrize("folder", ["tiny_folder", "tiny_folder_2", "tiny_folder_xl"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_base_without_weights_has_the_name_of_the_loaded_one(folder, precision, request, loads):
+    source = str(request.getfixturevalue(folder))
+    opened = open_backbone(source, precision)
+    assert loads == []
+    loaded = load_backbone(source, precision)
+    assert in_memory(loaded) == set(loaded.parts.names)
+    weights = [loaded.unet.get_submodule(path).weight for path in ("conv_in", "conv_out")]
+    assert opened.fingerprint == loaded.fingerprint == fingerprint(weights)
+    for name in ("dtype", "resolution", "latent_channels", "token_budget", "prediction_type"):
+        assert getattr(opened, name) == getattr(loaded, name)
+    for component in loaded.components:
+        assert opened.lora_targets(component, True) == loaded.lora_targets(component, True)
+    assert len(loads) == len(loaded.parts.names)  # those of `loaded` alone
+
+
+def test_each_part_is_in_memory_in_its_own_stage(photos, tmp_path, loads):
+    run_training(planned(photos, **FROZEN, validation={"photos": 1}), tmp_path / "run")
+    assert [name for name, *_ in loads] == ["vae", "text_encoder", "unet"]
+    assert [others for _, others, _ in loads] == [set(), set(), set()]
+    gc.collect()
+    assert [reference() for _, _, reference in loads[:2]] == [None, None]
+
+
+def test_previews_load_the_autoencoder_for_the_moment(photos, tmp_path, loads):
+    """They are the same as with all parts in memory."""
+    settings = FROZEN | {"previews": {"every": 2, "steps": 2}}
+    staged = run_training(planned(photos, **settings), tmp_path / "staged")
+    assert [name for name, *_ in loads] == ["vae", "text_encoder", "unet", "vae"]
+    assert loads[-1][1] == {"unet"}
+    plan = planned(photos, **settings, cache=False)
+    plan.backbone.load()
+    plain = run_training(plan, tmp_path / "plain")
+    one, other = ((path.parent / "previews") for path in (staged, plain))
+    assert len(list(one.iterdir())) == 2
+    for path in one.iterdir():
+        assert path.read_bytes() == (other / path.name).read_bytes()
+
+
 def test_releasing_encoders_gives_the_same_adapter(photos, tmp_path):
     settings = FROZEN | {"validation": {"photos": 1}, "captions": {"dropout": 0.4}}
     kept = planned(photos, **settings)
-    watched = [weakref.ref(next(part.parameters())) for part in encoders(kept.backbone).values()]
     with_cache = run_training(kept, tmp_path / "kept")
-    gc.collect()
-    assert [reference() for reference in watched] == [None, None]
-    for part in encoders(kept.backbone).values():
-        assert {value.device.type for value in part.state_dict().values()} == {"meta"}
+    assert in_memory(kept.backbone) == {"unet"}
     without = planned(photos, **settings, cache=False)
+    without.backbone.load()
     plain = run_training(without, tmp_path / "plain")
-    assert encoders(without.backbone)["text_encoder"].device.type == "cpu"
+    assert in_memory(without.backbone) == {"unet", "text_encoder"}
     one, other = (load_file(path) for path in (with_cache, plain))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.parametrize(
-    ("settings", "gone"),
+    ("settings", "kept"),
     [
-        ({}, {"vae"}),  # the text encoder trains
-        (FROZEN, {"vae", "text_encoder"}),
-        (FROZEN | {"captions": {"shuffle": True}}, {"vae"}),  # captions cannot be listed
+        ({}, {"text_encoder"}),  # the text encoder trains
+        (FROZEN, set()),
+        (FROZEN | {"captions": {"shuffle": True}}, {"text_encoder"}),  # captions cannot be listed
         (FROZEN | {"previews": {"every": 100}}, set()),
     ],
     ids=["trained", "frozen", "shuffled", "previews"],
 )
-def test_encoders_that_steps_or_previews_need_are_not_released(photos, settings, gone):
-    job = job_of(planned(photos, **settings))
-    cache_captions(job)
-    release_encoders(job)
-    meta = {n for n, part in encoders(job.backbone).items() if part.device.type == "meta"}
-    assert meta == gone
+def test_encoders_that_steps_need_are_not_released(photos, settings, kept):
+    plan = planned(photos, **settings)
+    plan.backbone.load()
+    encode(plan)
+    assert in_memory(plan.backbone) == {"unet"} | kept
 
 
 def test_released_encoders_are_restored_when_needed(photos, pocket):
@@ -102,7 +162,9 @@ def test_after_a_run_adapters_attach_to_the_text_encoder_again(photos, pocket):
 
 
 def test_released_encoders_move_to_main_memory_on_other_devices(own_pocket):
-    own_pocket.encoders.device = torch.device("meta")  # stands in for an accelerator
+    own_pocket.device = own_pocket.parts.device = torch.device(
+        "meta"
+    )  # stands in for an accelerator
     own_pocket.release(["vae"])
     assert encoders(own_pocket)["vae"].device.type == "cpu"
     assert own_pocket.vae.device.type == "meta"
@@ -124,22 +186,22 @@ def test_a_deleted_base_skips_previews_without_stopping_the_run(photos, tmp_path
     run = tmp_path / "run"
     (run / "requests").mkdir(parents=True)
     (run / "requests/sample").touch()
+    plan.backbone.load()
     base.unlink()
     assert run_training(plan, run).exists()
     assert "no previews of step 1" in (run / "log.txt").read_text()
 
 
 def test_only_an_edited_caption_is_encoded_again(photos):
-    cache_captions(job_of(planned(photos, **FROZEN)))
+    encode(planned(photos, **FROZEN))
     before = entries()
     assert len(before) == 3
     (photos / "0.txt").write_text("a <thing> on a purple background")
-    job = job_of(planned(photos, **FROZEN))
-    with patch.object(
-        job.backbone, "encode_captions", wraps=job.backbone.encode_captions
-    ) as encode:
-        cache_captions(job)
-    encode.assert_called_once_with(["a <thing> on a purple background"])
+    plan = planned(photos, **FROZEN)
+    wrapped = plan.backbone.encode_captions
+    with patch.object(plan.backbone, "encode_captions", wraps=wrapped) as encoded:
+        encode(plan)
+    encoded.assert_called_once_with(["a <thing> on a purple background"])
     assert len(set(entries()) - set(before)) == 1
 
 

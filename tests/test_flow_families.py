@@ -245,12 +245,17 @@ def test_kept_conditioning_is_bounded_by_its_bytes():
         asked.append(prompt)
         return Conditioning(torch.zeros(1, 4, 4), {"pooled": torch.zeros(1, 4)})  # 80 bytes
 
-    kept = KeptConditioning(encode, 170)
+    cpu = torch.device("cpu")
+    kept = KeptConditioning(encode, 170, cpu)
     for prompt in ("a", "b", "a", "c", "a", "b"):  # c takes the place of b
         kept(prompt)
     assert asked == ["a", "b", "c", "b"]
-    one = KeptConditioning(encode, 10)
-    assert one("x") is one("x")  # the last one stays whatever its size
+    one = KeptConditioning(encode, 10, cpu)
+    assert one("x").states is one("x").states  # the last one stays whatever its size
+    assert asked[4:] == ["x"]
+    elsewhere = KeptConditioning(encode, 170, torch.device("meta"))  # stands in for a GPU
+    assert {elsewhere("a").states.device.type for _ in range(2)} == {"meta"}
+    assert asked[5:] == ["a"] and elsewhere._kept["a"].states.device == cpu
 
 
 def test_a_budget_of_tokens_is_what_the_encoder_keeps(base):

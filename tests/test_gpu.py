@@ -134,7 +134,7 @@ def test_released_encoders_leave_the_gpu_and_come_back(device, tiny_folder):
     backbone = load_backbone(str(tiny_folder), "fp32", device)
     wanted = backbone.encode_prompts(["a red cat"]).states.cpu()
     backbone.release(["vae", "text_encoder"])
-    assert backbone.encoders.as_it_is("text_encoder").device.type != "cuda"
+    assert backbone.parts.as_it_is("text_encoder").device.type != "cuda"
     backbone.recall()
     found = backbone.encode_prompts(["a red cat"]).states.cpu()
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

@@ -357,7 +357,7 @@ def refuse(*_, **__):
 )
 def test_what_this_machine_lacks_is_named_before_a_base_is_opened(memory, words, monkeypatch):
     monkeypatch.setattr(storing, "find_spec", lambda name: None)
-    monkeypatch.setattr("rite_diffusion.backbones.source.open_pipeline", refuse)
+    monkeypatch.setattr("rite_diffusion.backbones.source.open_parts", refuse)
     with pytest.raises(ConfigError, match=words):
         rite.generate("a cat", memory=memory)
 

@@ -107,7 +107,7 @@ def test_a_base_larger_than_memory_is_refused_before_it_is_loaded(flow, monkeypa
     def refuse(*arguments):
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(source, "open_pipeline", refuse)
+    monkeypatch.setattr(source, "open_parts", refuse)
     monkeypatch.setattr(sizes, "system_memory", lambda: needed - 1)
     with pytest.raises(BackboneError, match=r"GB: .*transformer.*this machine has.*bf16 or fp16"):
         source.load_backbone(str(folder), "fp32", CPU)

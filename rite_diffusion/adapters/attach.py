@@ -70,7 +70,7 @@ def adaptable_layers(backbone: Backbone) -> dict[str, tuple[str, str]]:
     """The layers that LoRA can adapt, as module name in files -> (component, path)."""
     return {
         module_name(component, path): (component, path)
-        for component, module in backbone.components.items()
+        for component, module in backbone.architecture.items()
         for path, layer in _layers(module)
         if isinstance(layer, nn.Linear | nn.Conv2d)
     }
@@ -194,7 +194,7 @@ def check_fit(backbone: Backbone, adapter: Adapter) -> dict[str, tuple[str, str]
         )
     for pair in adapter.pairs:
         component, path = known[pair.name]
-        layer = base_layer(backbone.components[component].get_submodule(path))
+        layer = base_layer(backbone.architecture[component].get_submodule(path))
         shape, own = (pair.up.shape[0], *pair.down.shape[1:]), weight_shape(layer)
         if as_matrix_shape(shape) != as_matrix_shape(own):
             raise AdapterError(

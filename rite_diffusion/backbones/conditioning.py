@@ -83,24 +83,30 @@ def rows(encoded: Conditioning, places: Sequence[int]) -> Conditioning:
 
 
 class KeptConditioning:
-    """The conditioning of prompts, the latest used kept in memory up to so many bytes."""
+    """The conditioning of prompts, the latest used kept in main memory up to so many bytes."""
 
-    def __init__(self, encode: Callable[[str], Conditioning], most: int):
-        self._encode, self._most = encode, most
+    def __init__(self, encode: Callable[[str], Conditioning], most: int, device: torch.device):
+        self._encode, self._most, self._device = encode, most, device
         self._kept: OrderedDict[str, Conditioning] = OrderedDict()
         self._bytes = 0
 
     def __call__(self, prompt: str) -> Conditioning:
-        """The conditioning of a prompt, encoded where it is not kept."""
+        """The conditioning of a prompt on the device, encoded where it is not kept."""
         found = self._kept.pop(prompt, None)
         if found is None:
-            found = self._encode(prompt)
+            found = moved(self._encode(prompt), torch.device("cpu"))
             self._bytes += _size(found)
         self._kept[prompt] = found
         while self._bytes > self._most and len(self._kept) > 1:
             _, oldest = self._kept.popitem(last=False)
             self._bytes -= _size(oldest)
-        return found
+        return moved(found, self._device)
+
+
+def moved(conditioning: Conditioning, device: torch.device) -> Conditioning:
+    """The conditioning on a device."""
+    extra = {name: values.to(device) for name, values in conditioning.extra.items()}
+    return Conditioning(conditioning.states.to(device), extra)
 
 
 def _size(conditioning: Conditioning) -> int:

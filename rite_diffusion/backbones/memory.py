@@ -93,15 +93,11 @@ def _torchao(wanted: str) -> Any:
     return {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}[wanted]()
 
 
-def pipeline_quantisation(memory: MemorySection, kind: Any, dtype: torch.dtype) -> Any:
-    """Diffusers' configuration for a pipeline of a backbone class; None for full weights."""
-    import diffusers
-
-    texts = [name for name in kind.encoder_names if name != "vae"]
-    parts = {kind.denoiser_name: denoiser_quantisation(memory.weights, dtype, kind.ends)}
-    parts |= {name: encoder_quantisation(memory.encoder_weights, dtype) for name in texts}
-    mapping = {name: found for name, found in parts.items() if found is not None}
-    return diffusers.PipelineQuantizationConfig(quant_mapping=mapping) if mapping else None
+def part_quantisation(memory: MemorySection, kind: Any, name: str, dtype: torch.dtype) -> Any:
+    """The libraries' configuration for a part of a backbone class; None for full weights."""
+    if name == kind.denoiser_name:
+        return denoiser_quantisation(memory.weights, dtype, kind.ends)
+    return None if name == "vae" else encoder_quantisation(memory.encoder_weights, dtype)
 
 
 def stored_tensors(weight: Tensor) -> list[Tensor]:

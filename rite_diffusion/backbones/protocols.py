@@ -230,6 +230,11 @@ class AdapterHost(Protocol):
         """The modules that adapters attach to, by name: the denoiser, `text_encoder`, …."""
         ...
 
+    @property
+    def architecture(self) -> dict[str, nn.Module]:
+        """The modules of `components` for names and shapes: parts not loaded have no weights."""
+        ...
+
     def lora_targets(self, component: str, blocks: bool = False) -> list[str]:
         """Paths of a component's attention projections, or with `blocks` of all blocks' layers."""
         ...
@@ -274,10 +279,23 @@ class Backbone(ImageCodec, TextConditioner, Denoiser, AdapterHost, Attending, Pr
     attention: str  # the implementation of attention in use
     memory: MemorySection  # how its weights are stored, and where
 
+    @property
+    def text_encoders(self) -> Sequence[str]:
+        """The names of the text encoders: `text_encoder`, …."""
+        ...
+
+    def load(self) -> None:
+        """Load all parts, which are otherwise loaded when they are used."""
+        ...
+
     def release(self, names: Sequence[str]) -> None:
-        """Free the memory of encoders (`vae`, `text_encoder`, …) until they are used again."""
+        """Move parts (`vae`, `text_encoder`, …) off the device until they are used again."""
+        ...
+
+    def unload(self, names: Sequence[str]) -> None:
+        """Drop parts from all memory; they are read from the base's files when they are used."""
         ...
 
     def recall(self) -> None:
-        """Load released encoders again as soon as `components` is used."""
+        """Load released parts again as soon as `components` is used."""
         ...

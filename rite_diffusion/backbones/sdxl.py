@@ -1,12 +1,12 @@
 """Stable Diffusion XL (Podell et al. 2023): two text encoders, and size conditioning."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rite_diffusion.backbones.expansion import Chunked
+from rite_diffusion.backbones.parts import PartSource
 from rite_diffusion.backbones.prompt_syntax import Section, is_blank
 from rite_diffusion.backbones.protocols import Conditioning, Defaults
 from rite_diffusion.backbones.stable_diffusion import Pipeline, StableDiffusion
@@ -25,18 +25,18 @@ class StableDiffusionXL(StableDiffusion):
         name: str,
         device: torch.device,
         attention: str,
-        reopen: Callable[[], Pipeline],
+        source: PartSource,
         defaults: Defaults | None = None,
         memory: MemorySection | None = None,
     ):
-        super().__init__(pipeline, name, device, attention, reopen, defaults, memory)
+        super().__init__(pipeline, name, device, attention, source, defaults, memory)
         self.tokenizer_2 = pipeline.tokenizer_2
         self._empty_is_zero: bool = pipeline.config["force_zeros_for_empty_prompt"]
 
     @property
     def text_encoder_2(self) -> Any:
         """The second text encoder, a CLIPTextModelWithProjection."""
-        return self.encoders["text_encoder_2"]
+        return self.parts["text_encoder_2"]
 
     @property
     def text_fingerprint(self) -> str:

@@ -7,7 +7,8 @@ schedule, and v-prediction for SD2.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,6 @@ from diffusers.loaders.single_file_utils import (
 from torch import Tensor
 
 from rite_diffusion.backbones.checkpoint import (
-    CLIP,
-    OPEN_CLIP,
     SD1,
     SD2,
     SDXL,
@@ -59,37 +58,67 @@ TOKENS, POSITIONS = 49408, 77  # of CLIP's tokenizer
 LENGTH = "max_position_embeddings"
 
 
-def load_single_file(path: Path, dtype: torch.dtype = torch.float32) -> Pipeline:
-    """The pipeline of a `.safetensors` checkpoint, with weights in `dtype`, in eval mode.
+class SingleFile:
+    """The parts of a `.safetensors` checkpoint, with weights in `dtype`, in eval mode.
 
     Raises BackboneError where the file is damaged, a pickle or another kind of model, or where
     tensors are missing, unexpected or of another shape.
     """
-    checkpoint = read_header(path)
-    layout = check_parts(checkpoint)
-    unet, vae = unet_config(checkpoint), vae_config(checkpoint)
-    texts = {start: text_config(checkpoint, start) for start in layout.encoders}
-    check_sizes(path, unet, vae, list(texts.values()))
-    parts = {
-        "unet": _load_unet(checkpoint, unet, dtype),
-        "vae": _load_vae(checkpoint, vae, dtype),
-        "scheduler": noise_schedule(checkpoint),
-    }
-    if layout is SDXL:
+
+    def __init__(self, path: Path, dtype: torch.dtype):
+        checkpoint = read_header(path)
+        self.layout = check_parts(checkpoint)
+        unet, vae = unet_config(checkpoint), vae_config(checkpoint)
+        self.texts = {start: text_config(checkpoint, start) for start in self.layout.encoders}
+        check_sizes(path, unet, vae, list(self.texts.values()))
+        self.scheduler = noise_schedule(checkpoint)
+        self._loaders: dict[str, Callable[[], Any]] = {
+            "unet": partial(_load_unet, checkpoint, unet, dtype),
+            "vae": partial(_load_vae, checkpoint, vae, dtype),
+        }
+        if self.layout is SDXL:
+            first, second = self.texts[XL_CLIP], self.texts[XL_OPEN_CLIP]
+            self._loaders |= {
+                "text_encoder": partial(load_clip, checkpoint, first, dtype, XL_CLIP),
+                "text_encoder_2": partial(load_projected_clip, checkpoint, second, dtype),
+            }
+        else:
+            load = load_open_clip if self.layout is SD2 else load_clip
+            [config] = self.texts.values()
+            self._loaders["text_encoder"] = partial(load, checkpoint, config, dtype)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the parts."""
+        return list(self._loaders)
+
+    def load(self, name: str) -> Any:
+        """A part with its weights in main memory."""
+        return self._loaders[name]()
+
+    def weights(self, name: str, paths: Sequence[str]) -> None:
+        """None: the file's layers have other names."""
+        return
+
+
+def load_single_file(path: Path, dtype: torch.dtype = torch.float32) -> Pipeline:
+    """The pipeline of a `.safetensors` checkpoint, with weights in `dtype`, in eval mode.
+
+    Raises BackboneError as `SingleFile`.
+    """
+    file = SingleFile(path, dtype)
+    parts: dict[str, Any] = {name: file.load(name) for name in file.names}
+    parts["scheduler"] = file.scheduler
+    lengths = [config[LENGTH] for config in file.texts.values()]
+    if file.layout is SDXL:
         return StableDiffusionXLPipeline(
-            text_encoder=load_clip(checkpoint, texts[XL_CLIP], dtype, XL_CLIP),
-            text_encoder_2=load_projected_clip(checkpoint, texts[XL_OPEN_CLIP], dtype),
-            tokenizer=clip_tokenizer(length=texts[XL_CLIP][LENGTH]),
-            tokenizer_2=clip_tokenizer(pad_token="!", length=texts[XL_OPEN_CLIP][LENGTH]),
+            tokenizer=clip_tokenizer(length=lengths[0]),
+            tokenizer_2=clip_tokenizer(pad_token="!", length=lengths[1]),
             **parts,
         )
-    if layout is SD2:
-        parts["text_encoder"] = load_open_clip(checkpoint, texts[OPEN_CLIP], dtype)
-        parts["tokenizer"] = clip_tokenizer(pad_token="!", length=texts[OPEN_CLIP][LENGTH])
-    else:
-        parts["text_encoder"] = load_clip(checkpoint, texts[CLIP], dtype)
-        parts["tokenizer"] = clip_tokenizer(length=texts[CLIP][LENGTH])
+    pad = {"pad_token": "!"} if file.layout is SD2 else {}
     return StableDiffusionPipeline(
+        tokenizer=clip_tokenizer(length=lengths[0], **pad),
         **parts,
         safety_checker=None,  # pyright: ignore[reportArgumentType]
         feature_extractor=None,  # pyright: ignore[reportArgumentType]

@@ -2,8 +2,7 @@
 
 import json
 import threading
-import warnings
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import diffusers.utils.logging
 import torch
 import transformers.utils.logging
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
+from torch import Tensor
 
 from rite_diffusion.backbones.families import (
     FAMILIES,
@@ -24,11 +23,9 @@ from rite_diffusion.backbones.families import (
     is_flow,
     pipeline_name,
 )
-from rite_diffusion.backbones.memory import (
-    check_memory,
-    denoiser_quantisation,
-    pipeline_quantisation,
-)
+from rite_diffusion.backbones.folder import UNREADABLE, DiffusersFolder, options_of
+from rite_diffusion.backbones.memory import check_memory, denoiser_quantisation
+from rite_diffusion.backbones.parts import PartSource, is_empty
 from rite_diffusion.backbones.protocols import Backbone, Defaults
 from rite_diffusion.backbones.sizes import refuse_too_large
 from rite_diffusion.config import MemorySection
@@ -66,8 +63,29 @@ def load_backbone(
     device: torch.device | None = None,
     memory: MemorySection = FULL,
 ) -> Backbone:
+    """The base model of `open_backbone` with all its parts loaded, on the device.
+
+    Raises BackboneError where there is no such model or it is not supported, and ConfigError where
+    `memory` cannot be followed.
+    """
+    device = device or default_device()
+    dtype = DTYPES[_checked_precision(base, precision, device)]
+    check_memory(memory, base, device)
+    refuse_too_large(base, dtype, device, memory)
+    backbone = open_backbone(base, precision, device, memory)
+    backbone.load()
+    return backbone
+
+
+def open_backbone(
+    base: str,
+    precision: str | None = None,
+    device: torch.device | None = None,
+    memory: MemorySection = FULL,
+) -> Backbone:
     """The base model `pocket`, or that of a diffusers folder, a `.safetensors` file or a hub id.
 
+    Its parts are loaded when they are used, those of a `.safetensors` file at once.
     `FILE.safetensors@MODEL` is a flow transformer whose denoiser is in the file and whose other
     parts are those of a folder or hub id. Weights are loaded in `precision` (fp32, fp16, bf16), by
     default fp16 on CUDA and fp32 elsewhere; flow transformers, which overflow in fp16, in bf16
@@ -76,18 +94,21 @@ def load_backbone(
     supported, and ConfigError where `memory` cannot be followed.
     """
     device = device or default_device()
+    precision = _checked_precision(base, precision, device)
+    check_memory(memory, base, device)
+    pipeline, source = open_parts(base, DTYPES[precision], memory)
+    kind = family_of(pipeline)
+    attention = "sdpa" if is_flow(base) else choose_attention(pipeline)
+    return kind(pipeline, base, device, attention, source, OWN_DEFAULTS.get(base), memory)
+
+
+def _checked_precision(base: str, precision: str | None, device: torch.device) -> str:
+    """The precision of a base's weights; BackboneError for one that it does not work in."""
     flows = is_flow(base)
     precision = precision or default_precision(device, flows)
     if flows and precision == "fp16":
         raise BackboneError(f"{base} overflows in fp16, as flow transformers do: use bf16 or fp32.")
-    check_memory(memory, base, device)
-    refuse_too_large(base, DTYPES[precision], device, memory)
-    reopen = partial(open_pipeline, base, DTYPES[precision], memory)
-    pipeline = reopen()
-    kind = family_of(pipeline)
-    attention = "sdpa" if flows else choose_attention(pipeline)
-    own = OWN_DEFAULTS.get(base)
-    return kind(pipeline, base, device, attention, reopen, own, memory)
+    return precision
 
 
 def default_precision(device: torch.device, flows: bool) -> str:
@@ -123,12 +144,40 @@ def choose_attention(pipeline: DiffusionPipeline) -> str:
 
 
 def open_pipeline(base: str, dtype: torch.dtype, memory: MemorySection = FULL) -> DiffusionPipeline:
-    """The diffusers pipeline of a base model; threads take turns."""
+    """The diffusers pipeline of a base model with all weights."""
+    pipeline, source = open_parts(base, dtype, memory)
+    for name, part in pipeline.components.items():
+        if isinstance(part, torch.nn.Module) and is_empty(part):
+            setattr(pipeline, name, source.load(name))
+    return pipeline
+
+
+class OneByOne:
+    """A source of parts that threads take turns to load from."""
+
+    def __init__(self, source: PartSource):
+        self._source = source
+
+    def load(self, name: str) -> Any:
+        """A part with its weights in main memory."""
+        with _LOADING:
+            return self._source.load(name)
+
+    def weights(self, name: str, paths: Sequence[str]) -> list[Tensor] | None:
+        """The weights of a part's layers, None where they cannot be read alone."""
+        return self._source.weights(name, paths)
+
+
+def open_parts(
+    base: str, dtype: torch.dtype, memory: MemorySection = FULL
+) -> tuple[Any, PartSource]:
+    """The diffusers pipeline of a base model, and the source of the weights that it lacks."""
     with _LOADING:
-        return _open(base, dtype, memory)
+        pipeline, source = _open(base, dtype, memory)
+    return pipeline, OneByOne(source)
 
 
-def _open(base: str, dtype: torch.dtype, memory: MemorySection) -> DiffusionPipeline:
+def _open(base: str, dtype: torch.dtype, memory: MemorySection) -> tuple[Any, PartSource]:
     if base == "pocket":
         return _from_folder(POCKET, dtype, memory)
     file, whole = denoiser_and_whole(base)
@@ -143,15 +192,40 @@ def _open(base: str, dtype: torch.dtype, memory: MemorySection) -> DiffusionPipe
     if path.is_dir():
         return _from_folder(path, dtype, memory)
     if path.is_file():
-        from rite_diffusion.backbones.single_file import load_single_file
+        from rite_diffusion.backbones.single_file import SingleFile, load_single_file
 
-        return load_single_file(path, dtype=dtype)
+        return load_single_file(path, dtype=dtype), SingleFile(path, dtype)
     return _from_hub(base, dtype, memory)
+
+
+class DenoiserFile:
+    """The parts of a model's folder, with the denoiser of a file."""
+
+    def __init__(self, file: Path, whole: str, folder: DiffusersFolder, options: dict[str, Any]):
+        self._file, self._whole, self._folder, self._options = file, whole, folder, options
+
+    def load(self, name: str) -> Any:
+        """A part with its weights in main memory; BackboneError where the file does not fit."""
+        if name != "transformer":
+            return self._folder.load(name)
+        try:
+            return denoiser_class(self._whole).from_single_file(
+                str(self._file), config=self._whole, subfolder="transformer", **self._options
+            )
+        except UNREADABLE as error:
+            reason = str(error).strip().splitlines()[0]
+            raise BackboneError(
+                f"{self._file} does not fit {self._whole}'s denoiser: {reason}"
+            ) from None
+
+    def weights(self, name: str, paths: Sequence[str]) -> list[Tensor] | None:
+        """None: the file may be in another layout."""
+        return None
 
 
 def _with_denoiser(
     file: Path, whole: str, dtype: torch.dtype, memory: MemorySection
-) -> DiffusionPipeline:
+) -> tuple[Any, PartSource]:
     """A model with the denoiser of a file, in the original layout or diffusers'.
 
     Of the model's own denoiser only the configuration is read.
@@ -165,22 +239,16 @@ def _with_denoiser(
     if not file.is_file():
         raise BackboneError(f"{file} does not exist.")
     source = str(user_path(whole)) if user_path(whole).is_dir() else whole
+    kind = getattr(diffusers, name)
+    where = Path(source) if Path(source).is_dir() else _download(kind, source, transformer=None)
     quantisation = denoiser_quantisation(memory.weights, dtype, family_class(name).ends)
-    try:
-        denoiser = denoiser_class(source).from_single_file(
-            str(file),
-            config=source,
-            subfolder="transformer",
-            torch_dtype=dtype,
-            quantization_config=quantisation,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise BackboneError(f"{file} does not fit {whole}'s denoiser: {reason}") from None
-    return _pretrained(getattr(diffusers, name), source, dtype, memory, transformer=denoiser)
+    options = {"torch_dtype": dtype, "quantization_config": quantisation}
+    folder = DiffusersFolder(where, kind, dtype, memory)
+    parts = DenoiserFile(file, source, folder, options)
+    return folder.pipeline(transformer=parts.load("transformer")), parts
 
 
-def _from_folder(folder: Path, dtype: torch.dtype, memory: MemorySection) -> DiffusionPipeline:
+def _from_folder(folder: Path, dtype: torch.dtype, memory: MemorySection) -> tuple[Any, PartSource]:
     index = folder / "model_index.json"
     if not index.is_file():
         raise BackboneError(
@@ -189,8 +257,9 @@ def _from_folder(folder: Path, dtype: torch.dtype, memory: MemorySection) -> Dif
         )
     kind = _pipeline_class(str(folder), index)
     try:
-        return _pretrained(kind, str(folder), dtype, memory, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        source = DiffusersFolder(folder, kind, dtype, memory)
+        return source.pipeline(), source
+    except UNREADABLE as error:
         raise BackboneError(f"{folder} does not open as Stable Diffusion: {error}") from None
 
 
@@ -217,7 +286,7 @@ def _library_of(entry: Any) -> list[str | None]:
     return entry[:1] if is_part and all(isinstance(e, str | None) for e in entry) else []
 
 
-def _from_hub(name: str, dtype: torch.dtype, memory: MemorySection) -> DiffusionPipeline:
+def _from_hub(name: str, dtype: torch.dtype, memory: MemorySection) -> tuple[Any, PartSource]:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError, HFValidationError
     from huggingface_hub.utils import validate_repo_id
@@ -231,7 +300,8 @@ def _from_hub(name: str, dtype: torch.dtype, memory: MemorySection) -> Diffusion
         raise BackboneError(f"no base model '{name}'. {remedy}")
     try:
         kind = _pipeline_class(name, Path(hf_hub_download(name, "model_index.json")))
-        return _pretrained(kind, name, dtype, memory)
+        source = DiffusersFolder(_download(kind, name), kind, dtype, memory)
+        return source.pipeline(), source
     except GatedRepoError:
         raise BackboneError(
             f"base model '{name}' is gated: accept its licence at https://huggingface.co/{name}, "
@@ -244,27 +314,7 @@ def _from_hub(name: str, dtype: torch.dtype, memory: MemorySection) -> Diffusion
         ) from None
 
 
-def _pretrained(
-    kind: type[DiffusionPipeline],
-    source: str,
-    dtype: torch.dtype,
-    memory: MemorySection,
-    **options,
-) -> DiffusionPipeline:
-    quantisation = pipeline_quantisation(memory, family_class(kind.__name__), dtype)
-    if kind.__name__ == "StableDiffusionPipeline":  # SDXL's has no safety checker to leave out
-        options |= {
-            "safety_checker": None,
-            "feature_extractor": None,
-            "requires_safety_checker": False,
-        }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return kind.from_pretrained(
-            source,
-            torch_dtype=dtype,
-            use_safetensors=True,
-            low_cpu_mem_usage=True,
-            quantization_config=quantisation,
-            **options,
-        )
+def _download(kind: type[DiffusionPipeline], name: str, **left_out: None) -> Path:
+    """The folder of a hub model in the cache, downloaded without the parts `left_out`."""
+    options = options_of(kind) | left_out
+    return Path(kind.download(name, use_safetensors=True, **options))

@@ -1,6 +1,5 @@
 """Stable Diffusion 1.x and 2.x, and the pocket base: one CLIP text encoder, UNet, autoencoder."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,8 +14,8 @@ from torch import Tensor, nn
 from rite_diffusion.backbones.chunks import chunks_of, cut_caption
 from rite_diffusion.backbones.cross_attention import cross_attentions, select_layer_states
 from rite_diffusion.backbones.expansion import Chunked, Expansion
-from rite_diffusion.backbones.fingerprint import fingerprint
 from rite_diffusion.backbones.learned_embeddings import ids_of, positions_of, tokens_of, vectors_in
+from rite_diffusion.backbones.parts import PartSource
 from rite_diffusion.backbones.pipeline import PipelineBackbone
 from rite_diffusion.backbones.prompt_syntax import Section, as_written, read_prompt
 from rite_diffusion.backbones.protocols import (
@@ -47,11 +46,12 @@ BLOCKS = (
 class StableDiffusion(PipelineBackbone):
     """A Stable Diffusion model behind the Backbone protocol; its weights are frozen.
 
-    `reopen` loads the pipeline again, for encoders that were released and are needed again.
+    `source` has the weights of parts that the pipeline holds without them.
     """
 
     multiple = 8
     denoiser_name = "unet"
+    ends = ("conv_in", "conv_out")
     family = "sd"
     guidance = Guidance()
     support = Support()
@@ -62,20 +62,30 @@ class StableDiffusion(PipelineBackbone):
         name: str,
         device: torch.device,
         attention: str,
-        reopen: Callable[[], Pipeline],
+        source: PartSource,
         defaults: Defaults | None = None,
         memory: MemorySection | None = None,
     ):
-        super().__init__(pipeline, name, device, attention, reopen, defaults, memory)
+        super().__init__(pipeline, name, device, attention, source, defaults, memory)
         self.tokenizer = pipeline.tokenizer
-        self.cross_attentions = cross_attentions(self.unet)
-        select_layer_states(self.cross_attentions)
-        self.latent_channels: int = self.unet.config.in_channels
+        self.latent_channels: int = self.denoiser_config.in_channels
         self.prediction_type: PredictionType = prediction_type(pipeline.scheduler, name)
         self.noise_schedule = noise_schedule(pipeline.scheduler, name).to(device)
         self._scheduler_config = pipeline.scheduler.config
-        self.resolution: int = self.unet.config.sample_size * self.pixels_per_latent
-        self.fingerprint = fingerprint([self.unet.conv_in.weight, self.unet.conv_out.weight])
+        self.resolution: int = self.denoiser_config.sample_size * self.pixels_per_latent
+        self._attentions = len(cross_attentions(self.parts.as_it_is("unet")))
+
+    def _place(self, name: str, part: Any) -> None:
+        super()._place(name, part)
+        if name == "unet":
+            self._cross_attentions = cross_attentions(part)
+            select_layer_states(self._cross_attentions)
+
+    @property
+    def cross_attentions(self) -> list[Any]:
+        """The cross-attentions (diffusers' `Attention`) in the order of the forward pass."""
+        assert self.unet is not None  # loaded
+        return self._cross_attentions
 
     @property
     def unet(self) -> Any:
@@ -85,21 +95,26 @@ class StableDiffusion(PipelineBackbone):
     @property
     def components(self) -> dict[str, nn.Module]:
         """The UNet and the text encoders; released encoders may be without weights."""
-        encoders = self.encoders
+        parts = self.parts
         return {"unet": self.unet} | {
-            name: encoders.as_it_is(name) if name in encoders.released else encoders[name]
-            for name in encoders.text_names
+            name: parts.as_it_is(name) if name in parts.released else parts[name]
+            for name in parts.text_names
         }
+
+    @property
+    def component_names(self) -> list[str]:
+        """The names of `components`."""
+        return ["unet", *self.parts.text_names]
 
     @property
     def text_encoder(self) -> Any:
         """The first text encoder, a CLIPTextModel."""
-        return self.encoders["text_encoder"]
+        return self.parts["text_encoder"]
 
     @property
     def token_budget(self) -> int:
         """Most tokens of a caption or of a prompt's chunk, without begin and end marks."""
-        encoders = [self.encoders.as_it_is(name) for name in self.encoders.text_names]
+        encoders = [self.parts.as_it_is(name) for name in self.parts.text_names]
         positions = [encoder.config.max_position_embeddings for encoder in encoders]
         lengths = [tokenizer.model_max_length for tokenizer in self._tokenizers]
         return min(*positions, *lengths) - 2
@@ -117,7 +132,7 @@ class StableDiffusion(PipelineBackbone):
         wanted = PROJECTIONS[component]
         if blocks and component == "unet":
             wanted += BLOCKS
-        modules = self.components[component].named_modules()
+        modules = self.architecture[component].named_modules()
         return [path for path, _ in modules if path.endswith(tuple(f".{name}" for name in wanted))]
 
     @torch.no_grad()
@@ -177,7 +192,7 @@ class StableDiffusion(PipelineBackbone):
         return Conditioning(expansion.gathered(expansion.weighted(states, 0)))
 
     def _expanded(self, prompts: list[list[Section]], chunked: Chunked) -> Expansion:
-        layers, length = len(self.cross_attentions), self.token_budget + 2
+        layers, length = self._attentions, self.token_budget + 2
         return Expansion(prompts, self.embeddings, layers, self._tokenizers, length, chunked)
 
     @property

@@ -11,10 +11,16 @@ from torch import Tensor
 
 from rite_diffusion.backbones.protocols import Backbone, Conditioning
 from rite_diffusion.files.cache import cached_tensors
+from rite_diffusion.files.writing import cache_folder
+
+
+def caption_folder(is_kept: bool) -> Path | None:
+    """The folder of captions' conditioning in the cache, None where nothing is kept on disk."""
+    return cache_folder() / "captions" if is_kept else None
 
 
 def cached_conditioning(backbone: Backbone, prompt: str, folder: Path | None) -> Conditioning:
-    """The conditioning (1, …) of a caption, from the cache in `folder` where it has it.
+    """The conditioning (1, …) of a caption, in main memory from the cache in `folder`.
 
     The caption is encoded alone, so the result does not depend on the rest of a batch. An entry
     that cannot be read is replaced. RunError where the cache cannot be written.
@@ -28,8 +34,5 @@ def cached_conditioning(backbone: Backbone, prompt: str, folder: Path | None) ->
 
     name = sha256(prompt.encode()).hexdigest()
     path = folder / backbone.text_fingerprint / f"{name}.safetensors"
-    tensors = {
-        key: value.to(backbone.device)
-        for key, value in cached_tensors(path, "states", encode).items()
-    }
+    tensors = dict(cached_tensors(path, "states", encode))
     return Conditioning(tensors.pop("states"), tensors)

@@ -46,10 +46,15 @@ def guidance_prompts(backbone: Backbone, prompts: list[str], negative: str) -> l
     return [negative] * len(prompts) + prompts
 
 
+@torch.no_grad()
+def encode_for_guidance(backbone: Backbone, prompts: list[str], negative: str) -> Conditioning:
+    """The conditioning of `guidance_prompts`."""
+    return backbone.encode_prompts(guidance_prompts(backbone, prompts, negative))
+
+
 def guided(backbone: Backbone, prompts: list[str], negative: str, guidance: float) -> Predict:
     """A predictor with guidance, for one prompt per picture."""
-    with torch.no_grad():
-        conditioning = backbone.encode_prompts(guidance_prompts(backbone, prompts, negative))
+    conditioning = encode_for_guidance(backbone, prompts, negative)
     return partial(
         guided_prediction, backbone=backbone, conditioning=conditioning, guidance=guidance
     )
@@ -102,7 +107,26 @@ def sample(
     height: int | None = None,
 ) -> list[Image]:
     """One picture per pair of prompt and seed, drawn in one batch; sides are in pixels."""
-    predict = guided(backbone, prompts, negative, guidance)
+    conditioning = encode_for_guidance(backbone, prompts, negative)
+    return sample_encoded(
+        backbone, conditioning, seeds, steps=steps, guidance=guidance, width=width, height=height
+    )
+
+
+def sample_encoded(
+    backbone: Backbone,
+    conditioning: Conditioning,
+    seeds: list[int],
+    *,
+    steps: int = 25,
+    guidance: float = 3.0,
+    width: int | None = None,
+    height: int | None = None,
+) -> list[Image]:
+    """One picture per seed, as `sample` draws; `conditioning` is of `encode_for_guidance`."""
+    predict = partial(
+        guided_prediction, backbone=backbone, conditioning=conditioning, guidance=guidance
+    )
     *_, latents = denoising(backbone, predict, seeds, steps=steps, width=width, height=height)
     return decode_pictures(backbone, latents)
 

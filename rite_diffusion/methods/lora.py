@@ -10,9 +10,9 @@ from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
 from rite_diffusion.adapters.adapter import base_name
 from rite_diffusion.backbones.conditioning import KeptConditioning, joined, rows
 from rite_diffusion.backbones.protocols import Backbone, Conditioning
-from rite_diffusion.backbones.text_cache import cached_conditioning
+from rite_diffusion.backbones.text_cache import cached_conditioning, caption_folder
 from rite_diffusion.config import LoraSection, TrainConfig
-from rite_diffusion.files.writing import cache_folder, user_path
+from rite_diffusion.files.writing import user_path
 from rite_diffusion.methods.init import follow_gradient
 from rite_diffusion.methods.method import NAME, Method
 from rite_diffusion.methods.start import set_start
@@ -34,18 +34,17 @@ class PlainLora(Method):
         super().__init__(backbone, config)
         self._weights = lora_weights(backbone, config)
         set_start(self._weights.pairs(), config.lora)
-        folder = cache_folder() / "captions" if config.cache else None
-        encode = partial(cached_conditioning, backbone, folder=folder)
-        self._frozen_states = KeptConditioning(encode, BYTES_KEPT)
+        encode = partial(cached_conditioning, backbone, folder=caption_folder(config.cache))
+        self._frozen_states = KeptConditioning(encode, BYTES_KEPT, backbone.device)
 
     def groups(self) -> list[dict]:
         """A group for the UNet's pairs and one for each text encoder's."""
         return parameter_groups(self.backbone, self._weights.named, self.config.optim)
 
-    @property
-    def text_is_frozen(self) -> bool:
+    @classmethod
+    def text_is_frozen(cls, config: TrainConfig) -> bool:
         """Whether no text encoder is adapted."""
-        return not self.config.lora.text_encoder
+        return not config.lora.text_encoder
 
     def conditioning(self, captions: list[str]) -> Conditioning:
         """The text encoder's states of the captions; equal captions are encoded once.
@@ -53,7 +52,7 @@ class PlainLora(Method):
         If the text encoder does not train, states are cached.
         """
         distinct = list(dict.fromkeys(captions))
-        if self.text_is_frozen:
+        if self.text_is_frozen(self.config):
             encoded = joined([self._frozen_states(text) for text in distinct])
         else:
             encoded = self.backbone.encode_captions(distinct)

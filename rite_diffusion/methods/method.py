@@ -38,9 +38,13 @@ class Method(ABC):
         """Set `requires_grad` of the parameters that train in a step, counted from 0."""
         return
 
-    @property
-    def text_is_frozen(self) -> bool:
-        """Whether the conditioning of a caption never changes, so that it can be cached."""
+    @classmethod
+    def text_is_frozen(cls, config: TrainConfig) -> bool:
+        """Whether the conditioning of a caption never changes, so that it can be cached.
+
+        It is then what the base's own `encode_captions` gives, and is encoded before the method is
+        made.
+        """
         return False
 
     @abstractmethod

@@ -49,7 +49,7 @@ def adapted_paths(
     backbone: Backbone, layers: str = "attention", text_encoder: bool = True
 ) -> dict[str, list[str]]:
     """Component -> paths of the layers to adapt: `attention`, or all layers of the `blocks`."""
-    components = list(backbone.components) if text_encoder else [backbone.denoiser_name]
+    components = list(backbone.architecture) if text_encoder else [backbone.denoiser_name]
     return {name: backbone.lora_targets(name, layers == "blocks") for name in components}
 
 
@@ -59,7 +59,7 @@ def check_rank(backbone: Backbone, lora: LoraSection, optimizer: str) -> None:
     Of a LoKr any rank will do, but a LoRA-aware optimizer needs a layer that has factors.
     """
     layers = [
-        backbone.components[part].get_submodule(path)
+        backbone.architecture[part].get_submodule(path)
         for part, paths in adapted_paths(backbone, lora.layers, lora.text_encoder).items()
         for path in paths
     ]

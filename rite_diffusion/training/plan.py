@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from rite_diffusion.backbones.protocols import Backbone
-from rite_diffusion.backbones.source import default_device, load_backbone, usable_precision
+from rite_diffusion.backbones.source import default_device, open_backbone, usable_precision
 from rite_diffusion.config import TrainConfig, fill
 from rite_diffusion.files.writing import cache_folder
 from rite_diffusion.generation.class_pictures import class_pictures
@@ -144,7 +144,7 @@ def plan_without_drawing(config: TrainConfig, found: FoundPictures) -> Plan:
     """
     device = process_device(default_device())
     precision, fallback = usable_precision(config.precision, device)
-    backbone = load_backbone(config.base, precision, device, config.memory)
+    backbone = open_backbone(config.base, precision, device, config.memory)
     triggers = [concept.trigger for concept in config.concepts()]
     check_on_base(backbone, config)
     load_assistant(backbone, config)

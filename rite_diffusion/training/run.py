@@ -11,19 +11,18 @@ from rite_diffusion._version import __version__
 from rite_diffusion.adapters import Adapter, AdapterInfo, save_adapter
 from rite_diffusion.adapters.adapter import base_name
 from rite_diffusion.adapters.learned_embeddings import tokens_of
-from rite_diffusion.config import AugmentSection, fill, to_toml, without_paths, words_of
-from rite_diffusion.errors import BackboneError, ConfigError, RiteError, RunError
+from rite_diffusion.config import to_toml, without_paths
+from rite_diffusion.errors import ConfigError, RiteError, RunError
 from rite_diffusion.files.writing import user_path
-from rite_diffusion.generation.denoise import sample
 from rite_diffusion.methods import METHODS, Method
 from rite_diffusion.optim import optimizer_spec
-from rite_diffusion.photos.dataset import encode_photos
-from rite_diffusion.training.assistant import act_together, assisted, unassisted
+from rite_diffusion.training.assistant import act_together, assisted
 from rite_diffusion.training.interrupt import stop_on_signal
-from rite_diffusion.training.job import Job, release_encoders
+from rite_diffusion.training.job import Job
 from rite_diffusion.training.lock import is_in_use
-from rite_diffusion.training.memory import is_out_of_memory, peak_memory
+from rite_diffusion.training.memory import peak_memory
 from rite_diffusion.training.plan import Plan
+from rite_diffusion.training.previews import write_previews
 from rite_diffusion.training.probe import probe_rates
 from rite_diffusion.training.processes import is_main_process, process_count
 from rite_diffusion.training.resume import (
@@ -34,6 +33,7 @@ from rite_diffusion.training.resume import (
 )
 from rite_diffusion.training.run_folder import RunFolder
 from rite_diffusion.training.snapshot import Snapshot
+from rite_diffusion.training.stages import Encoded, encode
 from rite_diffusion.training.trackers import open_trackers
 from rite_diffusion.training.trainer import StepReport, train_steps
 
@@ -68,33 +68,6 @@ def _adapter(plan: Plan, method: Method, step: int) -> Adapter:
     )
     tokens = tokens_of(method.embeddings())
     return Adapter(method.pairs(), info, tokens, products=method.products())
-
-
-def _write_previews(plan: Plan, run: RunFolder, step: int) -> None:
-    """Draw every preview prompt for every concept; a failure is logged, and the run goes on."""
-    previews, concepts = plan.config.previews, plan.config.concepts()
-    prompts = [fill(prompt, words_of(c)) for c in concepts for prompt in previews.prompts]
-    side = plan.config.resolution
-    for index, prompt in enumerate(prompts):
-        try:
-            [image] = sample(
-                plan.backbone,
-                [prompt],
-                [previews.seed],
-                steps=previews.steps,
-                guidance=previews.guidance,
-                width=side,
-                height=side,
-            )
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            run.log(f"out of memory for the previews of step {step}: left out")
-            return
-        except BackboneError as error:  # released parts are read from the base's files again
-            run.log(f"no previews of step {step}: {error}")
-            return
-        image.save(run.path / "previews" / f"step-{step:06d}-{index}.png")
 
 
 def run_training(
@@ -155,7 +128,7 @@ def _with_rates(plan: Plan, run: RunFolder) -> Plan:
         return plan
     if process_count() > 1:
         raise ConfigError("optim.lr = auto needs one process: probe first, then pass the rate.")
-    data = encode_photos(plan.backbone, plan.photos, plan.encoding)
+    data = encode(plan).data
     default = optimizer_spec(config.optim.name).lr
     losses = probe_rates(
         plan.backbone, lambda each: METHODS[each.method](plan.backbone, each), data, config, default
@@ -184,9 +157,7 @@ def _train(
         track(report)
         due = config.previews.every and step % config.previews.every == 0
         if run.take_request("sample") or due:
-            with unassisted(plan.backbone, config):
-                _write_previews(plan, run, step)
-            release_encoders(job)
+            write_previews(plan.backbone, config, run, step, encoded.previews)
         on_step(report)
 
     def save(snapshot: Snapshot, last: bool) -> None:
@@ -197,7 +168,8 @@ def _train(
         if last:
             save_adapter(run.adapter_path, adapter)
 
-    with _job(plan) as job, open_trackers(config.trackers, run.path, config) as track:
+    encoded = encode(plan)
+    with _job(plan, encoded) as job, open_trackers(config.trackers, run.path, config) as track:
         run.write_status("running", resume.step if resume else 0, config.steps)
         return train_steps(job, after_step, save, stop, resume, lambda: run.take_request("save"))
 
@@ -205,7 +177,7 @@ def _train(
 def _train_beside(plan: Plan, run: RunFolder) -> Path:
     """Train in a process other than the main one, which writes; returns the adapter's path."""
     resume = run.newest_snapshot()
-    with stop_on_signal() as request, _job(plan) as job:
+    with stop_on_signal() as request, _job(plan, encode(plan)) as job:
         train_steps(job, lambda _: None, stop=request.is_set, resume=resume)
     if not run.adapter_path.exists():
         raise RunError(
@@ -215,17 +187,14 @@ def _train_beside(plan: Plan, run: RunFolder) -> Path:
 
 
 @contextmanager
-def _job(plan: Plan) -> Iterator[Job]:
-    """A job: photos encoded, and the method in the backbone until the block ends."""
+def _job(plan: Plan, encoded: Encoded) -> Iterator[Job]:
+    """A job, with the method in the backbone until the block ends."""
     backbone, config = plan.backbone, plan.config
-    data = encode_photos(backbone, plan.photos, plan.encoding)
-    plain = replace(plan.encoding, augment=AugmentSection())
-    held_out = encode_photos(backbone, plan.held_out, plain) if plan.held_out else None
     with assisted(backbone, config):
         method = METHODS[config.method](backbone, config)
         act_together(backbone, config)
         try:
-            yield Job(backbone, method, data, config, held_out)
+            yield Job(backbone, method, encoded.data, config, encoded.held_out)
         finally:
             method.remove()
             backbone.recall()
@@ -245,7 +214,7 @@ def measure(plan: Plan) -> Cost:
     if config.optim.lr_unet is None:
         config = config.with_rates(optimizer_spec(config.optim.name).lr)
     short = replace(plan, config=config.model_copy(update={"steps": 2}), held_out=[])
-    with _job(short) as job:
+    with _job(short, encode(short)) as job:
         train_steps(job, reports.append)
     pictures = config.batch * config.accumulate * process_count()
     seconds = pictures / reports[-1].images_per_second

@@ -19,7 +19,7 @@ from rite_diffusion.training.average import WeightAverage
 from rite_diffusion.training.batch import Batch
 from rite_diffusion.training.configured import step_batch, step_loss
 from rite_diffusion.training.first_gradient import start_pairs
-from rite_diffusion.training.job import Job, cache_captions, release_encoders
+from rite_diffusion.training.job import Job
 from rite_diffusion.training.memory import is_out_of_memory, out_of_memory_error
 from rite_diffusion.training.precision import MixedPrecision
 from rite_diffusion.training.processes import (
@@ -177,9 +177,6 @@ def train_steps(
             wait_for_all(trainer.accelerator)
             return resume.step
     job.backbone.compile_denoiser(config.compile)
-    with trainer.precision.autocast():
-        cache_captions(job)
-    release_encoders(job)
     bad = 0
     for step in range(resume.step if resume else 0, config.steps):
         start = time.perf_counter()

@@ -40,7 +40,7 @@ class Flux(FlowTransformer):
 
     def __init__(self, pipeline: Any, *arguments: Any, **options: Any):
         super().__init__(pipeline, *arguments, **options)
-        if self.transformer.config.guidance_embeds:
+        if self.denoiser_config.guidance_embeds:
             self.guidance = Guidance("embedded")
         else:
             self.guidance = Guidance("none")

@@ -42,7 +42,7 @@ class Flux2(FlowTransformer):
 
     def __init__(self, pipeline: Any, *arguments: Any, **options: Any):
         super().__init__(pipeline, *arguments, **options)
-        if self.transformer.config.guidance_embeds:
+        if self.denoiser_config.guidance_embeds:
             self.guidance = Guidance("embedded")
         elif pipeline.config.get("is_distilled"):
             self.guidance = Guidance("none")

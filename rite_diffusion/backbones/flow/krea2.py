@@ -50,7 +50,7 @@ class Krea2(FilmCodec):
     def velocity(self, noisy: Tensor, sigma: Tensor, text: Conditioning) -> Tensor:
         """The velocity noise - x_0 (B, C, h, w) at noise levels (B,)."""
         height, width = noisy.shape[-2:]
-        states, layers = text.states, self.transformer.config.num_text_layers
+        states, layers = text.states, self.denoiser_config.num_text_layers
         tokens = self.transformer(
             hidden_states=packed(noisy),
             encoder_hidden_states=states.unflatten(2, (layers, -1)),

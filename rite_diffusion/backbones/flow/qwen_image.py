@@ -29,12 +29,12 @@ class FilmCodec(FlowTransformer):
     @property
     def latent_channels(self) -> int:
         """Channels of the latents."""
-        return self.encoders.as_it_is("vae").config.z_dim
+        return self.parts.as_it_is("vae").config.z_dim
 
     @property
     def pixels_per_latent(self) -> int:
         """Pixels along one side of a latent cell."""
-        return 2 ** len(self.encoders.as_it_is("vae").config.temperal_downsample)
+        return 2 ** len(self.parts.as_it_is("vae").config.temperal_downsample)
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         config, like = self.vae.config, {"device": self.device, "dtype": self.vae.dtype}
@@ -105,4 +105,4 @@ class QwenImage(FilmCodec):
     def has_no_effect(self, path: str) -> bool:
         """Whether a layer is the last block's text side, after which text is not looked at."""
         ends = ("add_q_proj", "to_add_out", "txt_mlp.net.0.proj", "txt_mlp.net.2")
-        return path.endswith(ends) and self.is_in_last(path, self.transformer.transformer_blocks)
+        return path.endswith(ends) and self.is_in_last(path, "transformer_blocks")

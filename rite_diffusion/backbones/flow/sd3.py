@@ -28,7 +28,7 @@ class StableDiffusion3(FlowTransformer):
     @property
     def resolution(self) -> int:
         """Pixels of the native side, which its positions are a table for."""
-        return self.transformer.config.sample_size * self.pixels_per_latent
+        return self.denoiser_config.sample_size * self.pixels_per_latent
 
     @property
     def tokenizer(self):
@@ -69,5 +69,5 @@ class StableDiffusion3(FlowTransformer):
 
     def has_no_effect(self, path: str) -> bool:
         """Whether a layer is the last block's query of text, after which text is not looked at."""
-        is_last = self.is_in_last(path, self.transformer.transformer_blocks)
+        is_last = self.is_in_last(path, "transformer_blocks")
         return path.endswith("add_q_proj") and is_last

@@ -2,20 +2,20 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from rite_diffusion.backbones.fingerprint import fingerprint
 from rite_diffusion.backbones.flow.schedule import (
     TIMES,
     FlowSchedule,
     scheduler_mu,
     scheduler_shift,
 )
+from rite_diffusion.backbones.parts import PartSource
 from rite_diffusion.backbones.pipeline import PipelineBackbone
 from rite_diffusion.backbones.protocols import (
     Conditioning,
@@ -55,7 +55,7 @@ class FlowTransformer(PipelineBackbone, ABC):
     """A flow-matching transformer behind the Backbone protocol; its weights are frozen.
 
     Latents are (B, C, h, w) in the family's own scaling; only `denoise` converts them to tokens.
-    `reopen` loads the pipeline again, for encoders that were released.
+    `source` has the weights of parts that the pipeline holds without them.
     """
 
     family: ClassVar[str]
@@ -78,20 +78,18 @@ class FlowTransformer(PipelineBackbone, ABC):
         name: str,
         device: torch.device,
         attention: str,
-        reopen: Callable[[], Any],
+        source: PartSource,
         defaults: Defaults | None = None,
         memory: MemorySection | None = None,
     ):
-        super().__init__(pipeline, name, device, attention, reopen, defaults, memory)
+        super().__init__(pipeline, name, device, attention, source, defaults, memory)
         self.config = pipeline.scheduler.config
         self.noise_schedule = FlowSchedule(self.training_shift, self.patch)
-        first, last = (self.transformer.get_submodule(path).weight for path in self.ends)
-        self.fingerprint = fingerprint([first, last])
 
     @property
     def pipeline(self) -> Any:
         """The diffusers pipeline."""
-        return self.encoders.pipeline
+        return self.parts.pipeline
 
     # --- pictures ------------------------------------------------------------------------------
 
@@ -103,7 +101,7 @@ class FlowTransformer(PipelineBackbone, ABC):
     @property
     def latent_channels(self) -> int:
         """Channels of the latents."""
-        return self.encoders.as_it_is("vae").config.latent_channels
+        return self.parts.as_it_is("vae").config.latent_channels
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -128,8 +126,8 @@ class FlowTransformer(PipelineBackbone, ABC):
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> Conditioning:
         """Conditioning of prompts, which are read as they are written: brackets are text."""
-        for name in self.encoders.text_names:
-            self.encoders[name]  # brought back where it was released
+        for name in self.text_encoders:
+            self.parts[name]  # brought back where it was released
         return self.encode(list(prompts))
 
     def encoded_length(self, prompts: list[str]) -> int:
@@ -255,7 +253,7 @@ class FlowTransformer(PipelineBackbone, ABC):
         wanted = self.attention_layers + (self.other_layers if blocks else ())
         return [
             path
-            for path, module in self.transformer.named_modules()
+            for path, module in self.architecture[component].named_modules()
             if path.startswith(self.block_prefixes)
             and not isinstance(module, nn.ModuleList)
             and path.endswith(tuple(f".{each}" for each in wanted))
@@ -266,7 +264,8 @@ class FlowTransformer(PipelineBackbone, ABC):
         """Whether a layer changes nothing of a picture, as the last block's text side does."""
         return False
 
-    def is_in_last(self, path: str, blocks: nn.ModuleList) -> bool:
-        """Whether a path lies in the last of a list of blocks."""
+    def is_in_last(self, path: str, blocks: str) -> bool:
+        """Whether a path lies in the last of the list of blocks of that name."""
         number = re.search(r"\.(\d+)\.", path)
-        return number is not None and int(number[1]) == len(blocks) - 1
+        count = len(list(self.architecture["transformer"].get_submodule(blocks).children()))
+        return number is not None and int(number[1]) == count - 1
