@@ -25,6 +25,8 @@ EXTRAS = {  # storage -> the package that it needs, and this package's extra tha
 
 def check_memory(memory: MemorySection, base: str, device: torch.device) -> None:
     """Raise ConfigError, before anything is loaded, for settings that cannot be followed here."""
+    if memory.weights == "auto":
+        raise ConfigError("memory.weights = auto is for a training: choose full, int8, fp8 or nf4.")
     for key in ("weights", "encoder_weights"):
         wanted = getattr(memory, key)
         if wanted != "full":

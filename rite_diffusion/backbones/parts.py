@@ -51,7 +51,7 @@ class Parts:
         self.text_names = [name for name in self.names if name not in ("vae", denoiser)]
         self.device = device
         self.released = set[str]()
-        self._source, self._place = source, place
+        self.source, self._place = source, place
         self._placed = set[str]()
         for name in self.names:
             _freeze(name, self.as_it_is(name))
@@ -63,7 +63,7 @@ class Parts:
     def __getitem__(self, name: str) -> Any:
         """A part on the device, loaded where it has no weights."""
         if is_empty(self.as_it_is(name)):
-            part = self._source.load(name)
+            part = self.source.load(name)
             _freeze(name, part)
             setattr(self.pipeline, name, part)
         if name not in self._placed:
@@ -73,7 +73,7 @@ class Parts:
 
     def weights(self, name: str, paths: Sequence[str]) -> list[Tensor]:
         """The weights of a part's layers; of a part that is not loaded these alone are read."""
-        found = self._source.weights(name, paths) if is_empty(self.as_it_is(name)) else None
+        found = self.source.weights(name, paths) if is_empty(self.as_it_is(name)) else None
         if found is None:
             if is_empty(self.as_it_is(name)):
                 self[name]

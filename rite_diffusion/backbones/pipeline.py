@@ -54,12 +54,17 @@ class PipelineBackbone:
 
     def _place(self, name: str, part: Any) -> None:
         """Put a part that is used on the device, unless `memory.offload` says otherwise."""
+        self.prepare(name, part)
         if self.attention == "xformers" and name in ("vae", self.denoiser_name):
             part.enable_xformers_memory_efficient_attention()
         if self.memory.offload == "layers" and name == self.denoiser_name:
             offload_layers(part, self.device)
         elif self.memory.offload != "model":
             part.to(self.device)
+
+    def prepare(self, name: str, part: Any) -> None:
+        """Change a part for this family, once it is loaded."""
+        return
 
     def load(self) -> None:
         """Load all parts, so that none is missing later."""

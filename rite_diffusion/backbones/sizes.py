@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -130,16 +131,42 @@ def device_bytes(parts: dict[str, float], offload: str) -> float:
     return sum(size for name, size in parts.items() if name not in waiting)
 
 
+def largest_stage(
+    parts: dict[str, float], stages: Sequence[Sequence[str]] | None
+) -> dict[str, float]:
+    """The parts of the stage that needs most; all where they are not loaded in `stages`.
+
+    A stage names its parts. Parts that no stage names are in memory in each.
+    """
+    if not stages:
+        return parts
+    named = {name for stage in stages for name in stage}
+    held = [
+        {name: size for name, size in parts.items() if name in stage or name not in named}
+        for stage in stages
+    ]
+    return max(held, key=lambda each: sum(each.values()))
+
+
 def refuse_too_large(
-    base: str, dtype: torch.dtype, device: torch.device, memory: MemorySection | None = None
+    base: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    memory: MemorySection | None = None,
+    stages: Sequence[Sequence[str]] | None = None,
 ) -> None:
-    """BackboneError for a base whose weights do not fit into the machine or its device."""
-    parts = stored_bytes(part_sizes(base), dtype, memory or MemorySection())
+    """BackboneError for a base whose weights do not fit into the machine or its device.
+
+    With `stages`, only the parts that one of them names are in memory at once.
+    """
+    memory = memory or MemorySection()
+    by_hooks = memory.offload == "model"  # which need all parts in main memory
+    whole = stored_bytes(part_sizes(base), dtype, memory)
+    parts = largest_stage(whole, None if by_hooks else stages)
     room = {"this machine": (sum(parts.values()), system_memory())}
     if device.type == "cuda":
-        offload = memory.offload if memory else "none"
         most = torch.cuda.mem_get_info(device)[1]
-        room[torch.cuda.get_device_name(device)] = (device_bytes(parts, offload), most)
+        room[torch.cuda.get_device_name(device)] = (device_bytes(parts, memory.offload), most)
     for place, (needed, most) in room.items():
         if needed > most:
             remedy = "Store them in 8 bits (memory.weights = int8), or choose a smaller base."

@@ -75,8 +75,8 @@ class StableDiffusion(PipelineBackbone):
         self.resolution: int = self.denoiser_config.sample_size * self.pixels_per_latent
         self._attentions = len(cross_attentions(self.parts.as_it_is("unet")))
 
-    def _place(self, name: str, part: Any) -> None:
-        super()._place(name, part)
+    def prepare(self, name: str, part: Any) -> None:
+        """Add the hooks for layer-wise embeddings to the UNet's cross-attentions."""
         if name == "unet":
             self._cross_attentions = cross_attentions(part)
             select_layer_states(self._cross_attentions)

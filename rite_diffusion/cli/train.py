@@ -95,6 +95,7 @@ def _report_and_train(
 ) -> Path | None:
     """Print the plan, then train; the adapter's path, None where there is nothing more to do."""
     from rite_diffusion.cli import output
+    from rite_diffusion.cli.memory import DryRunPrinter
     from rite_diffusion.training import run
     from rite_diffusion.training.plan import plan_training
     from rite_diffusion.training.processes import is_main_process
@@ -105,10 +106,11 @@ def _report_and_train(
         plan = plan_training(config)
         run.run_training(plan, folder or run.default_run(plan))
         return None
-    plan = plan_training(config, output.PlanPrinter())
     if dry_run:
+        plan = plan_training(config, DryRunPrinter())
         output.describe_cost(plan, run.measure(plan))
         return None
+    plan = plan_training(config, output.PlanPrinter())
     folder = folder or run.default_run(plan)
     with output.training_progress(plan.config.steps) as on_step:
         adapter = run.run_training(plan, folder, on_step, override)

@@ -12,14 +12,17 @@ if TYPE_CHECKING:
     from rite_diffusion.config.schema import TrainConfig
 
 Storage = Literal["full", "int8", "fp8", "nf4"]
+Weights = Literal["full", "int8", "fp8", "nf4", "auto"]
 Offload = Literal["none", "layers", "model"]
 
 
 class MemorySection(Section):
     """How the base's frozen weights are stored, so that a large one trains on a small device."""
 
-    weights: Storage = Field(
-        default="full", description="of the denoiser's linear layers; full: in `precision`"
+    weights: Weights = Field(
+        default="full",
+        description="of the denoiser's linear layers; full: in `precision`; auto: with offload, "
+        "encoder_weights and gradient_checkpointing, what costs least of all that fits",
     )
     encoder_weights: Storage = Field(
         default="full", description="of the text encoders' linear layers"
@@ -34,12 +37,12 @@ class MemorySection(Section):
 def memory_conflict(config: TrainConfig) -> str:
     """Why a training cannot run with its settings of memory, and what to set; empty if it can."""
     memory, whole = config.memory, config.custom_diffusion.weights == "full"
-    if memory.weights != "full" and config.method == "custom_diffusion" and whole:
+    if memory.weights not in ("full", "auto") and config.method == "custom_diffusion" and whole:
         return (
             f"memory.weights = {memory.weights}: whole matrices train over full weights only. "
             "Set custom_diffusion.weights = lora"
         )
-    stored = {memory.weights, memory.encoder_weights} - {"full"}
+    stored = {memory.weights, memory.encoder_weights} - {"full", "auto"}
     reads = ["kind = dora"] * (config.lora.kind == "dora")
     reads += ["init = pissa"] * (config.lora.init == "pissa")
     if reads and (stored or memory.offload == "layers"):

@@ -4,8 +4,16 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
+
 from rite_diffusion.backbones.protocols import Backbone
-from rite_diffusion.backbones.source import default_device, open_backbone, usable_precision
+from rite_diffusion.backbones.sizes import refuse_too_large
+from rite_diffusion.backbones.source import (
+    DTYPES,
+    default_device,
+    open_backbone,
+    usable_precision,
+)
 from rite_diffusion.config import TrainConfig, fill
 from rite_diffusion.files.writing import cache_folder
 from rite_diffusion.generation.class_pictures import class_pictures
@@ -32,9 +40,10 @@ from rite_diffusion.photos.dataset import (
 )
 from rite_diffusion.photos.folder import PhotoFolder, joined, read_source
 from rite_diffusion.training.assistant import load_assistant
+from rite_diffusion.training.fit import with_memory_that_fits
 from rite_diffusion.training.processes import ignored_variables_note, process_device
 from rite_diffusion.training.resume import inputs_of
-from rite_diffusion.training.settings import unused_rate_note
+from rite_diffusion.training.settings import stage_names, unused_rate_note
 from rite_diffusion.types import Photo
 
 
@@ -144,7 +153,7 @@ def plan_without_drawing(config: TrainConfig, found: FoundPictures) -> Plan:
     """
     device = process_device(default_device())
     precision, fallback = usable_precision(config.precision, device)
-    backbone = open_backbone(config.base, precision, device, config.memory)
+    config, backbone = _opened(config, precision, device, found)
     triggers = [concept.trigger for concept in config.concepts()]
     check_on_base(backbone, config)
     load_assistant(backbone, config)
@@ -170,6 +179,23 @@ def check_on_base(backbone: Backbone, config: TrainConfig) -> None:
     check_prompts(config.previews.prompts, [concept.trigger for concept in config.concepts()])
     check_rank(backbone, config.lora, config.optim.name)
     check_start(backbone, config.lora)
+
+
+def _opened(
+    config: TrainConfig, precision: str, device: torch.device, found: FoundPictures
+) -> tuple[TrainConfig, Backbone]:
+    """The settings, with `memory.weights = auto` resolved, and the base without weights."""
+    base, dtype = config.base, DTYPES[precision]
+    if config.memory.weights == "auto":
+        plain = open_backbone(
+            base, precision, device, config.memory.model_copy(update={"weights": "full"})
+        )
+        count = len(found.folder.photos) + len(found.classes.photos)
+        config = config.model_copy(update={"precision": precision})
+        config = with_memory_that_fits(plain, config, count)
+    stages = None if found.undrawn else stage_names(config)
+    refuse_too_large(base, dtype, device, config.memory, stages)
+    return config, open_backbone(base, precision, device, config.memory)
 
 
 def draw_class_pictures(plan: Plan, progress: Callable[[str], None] = lambda line: None) -> Plan:

@@ -89,6 +89,19 @@ def unused_rate_note(config: TrainConfig) -> str:
     )
 
 
+def captions_come_first(config: TrainConfig) -> bool:
+    """Whether the conditioning of every caption can be computed before the first step."""
+    frozen = METHODS[config.method].text_is_frozen(config)
+    return frozen and config.cache and not config.captions.shuffle
+
+
+def stage_names(config: TrainConfig) -> list[list[str]]:
+    """The parts of a base that are in memory at once, stage by stage."""
+    texts = ["text_encoder", "text_encoder_2", "text_encoder_3"]
+    steps = ["unet", "transformer", *([] if captions_come_first(config) else texts)]
+    return [["vae"], texts, steps]
+
+
 def _base_preset(base: Any) -> str:
     """The preset of a base's family where there is one, else that of Stable Diffusion 1."""
     family = family_name(base) if isinstance(base, str) and is_flow(base) else None

@@ -15,11 +15,11 @@ from rite_diffusion.backbones.protocols import Backbone, Conditioning
 from rite_diffusion.backbones.text_cache import cached_conditioning, caption_folder
 from rite_diffusion.config import AugmentSection, TrainConfig, fill, words_of
 from rite_diffusion.generation.denoise import encode_for_guidance
-from rite_diffusion.methods import METHODS
 from rite_diffusion.methods.method import NAME
 from rite_diffusion.photos.dataset import LatentSet, encode_photos
 from rite_diffusion.training.plan import Plan
 from rite_diffusion.training.precision import MixedPrecision
+from rite_diffusion.training.settings import captions_come_first
 
 CPU = torch.device("cpu")
 
@@ -31,12 +31,6 @@ class Encoded:
     data: LatentSet
     held_out: LatentSet | None  # for the validation loss
     previews: list[Conditioning] | None  # of `preview_prompts`; None where the text may change
-
-
-def captions_come_first(config: TrainConfig) -> bool:
-    """Whether the conditioning of every caption can be computed before the first step."""
-    frozen = METHODS[config.method].text_is_frozen(config)
-    return frozen and config.cache and not config.captions.shuffle
 
 
 def encode(plan: Plan) -> Encoded:
