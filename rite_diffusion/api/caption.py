@@ -4,7 +4,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rite_diffusion.backbones.families import CAPTION_STYLES, CaptionStyle, caption_style
+from rite_diffusion.backbones.families import (
+    CAPTION_STYLES,
+    CaptionStyle,
+    caption_style,
+    pipeline_name,
+)
 from rite_diffusion.config import fill, words_of
 from rite_diffusion.errors import ConfigError, PhotoFolderError
 from rite_diffusion.files.writing import check_outputs, user_path, write_output
@@ -55,7 +60,7 @@ def caption(
     """
     if keep and override:
         raise ConfigError("--keep and --override exclude each other: pass one of them.")
-    wanted = style or caption_style(base)
+    wanted = style or _style_of(base)
     if wanted not in CAPTION_STYLES:
         raise ConfigError(f"no style '{style}': choose {', '.join(CAPTION_STYLES)}.")
     concept = Concept(trigger, class_noun)
@@ -73,6 +78,17 @@ def caption(
             _write(picture.path, target, describe, report)
         progress(done)
     return report
+
+
+def _style_of(base: str) -> CaptionStyle:
+    """The style of a base's family; ConfigError where there is no such base."""
+    is_file = base.endswith(".safetensors") and user_path(base).is_file()
+    if not is_file and pipeline_name(base) is None:
+        raise ConfigError(
+            f"{base}: no base model whose style of captions could be told. Pass a diffusers "
+            "folder, a .safetensors file or a hub id, or --style."
+        )
+    return caption_style(base)
 
 
 def _targets(folder: Path, keep: bool, override: bool) -> list[tuple[Picture, Path | None]]:
