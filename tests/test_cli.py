@@ -70,7 +70,7 @@ def test_report_names_possible_mistakes_in_the_photos(command, photos, tmp_path)
     for words in (
         "skipped     strip.png: 5000x20 is too small or too long a strip",
         "scaled up   little.png: smaller than 64 pixels",
-        "alike       0.png and twin.png",
+        "alike       0.png, twin.png: nearly one picture",
         "is longer than 30 tokens",
         'no trigger  "a <thing> on a red background" does not contain the trigger',
         "long        <superlongtrigger> is read as 10 tokens of 30",

@@ -291,15 +291,18 @@ def test_unknown_placeholders_are_refused_by_name(photos, settings, words):
 
 
 def test_previews_fill_in_trigger_and_class(photos, tmp_path, monkeypatch):
-    from rite_diffusion.training import run
+    from rite_diffusion.training import previews
+    from rite_diffusion.training.run_folder import RunFolder
 
     drawn = []
     image = Image.new("RGB", (8, 8))
-    monkeypatch.setattr(run, "sample", lambda _, prompts, *a, **k: drawn.extend(prompts) or [image])
+    encode = lambda _, prompts, negative: drawn.extend(prompts)  # noqa: E731
+    monkeypatch.setattr(previews, "encode_for_guidance", encode)
+    monkeypatch.setattr(previews, "sample_encoded", lambda *a, **k: [image])
     prompts = ["a {trigger} and a {class_noun}", "a {red|blue} {class_noun}"]
     plan = plan_of(config_of(photos, previews={"every": 1, "prompts": prompts}))
-    with run.RunFolder(tmp_path / "run") as folder:
-        run._write_previews(plan, folder, 1)
+    with RunFolder(tmp_path / "run") as folder:
+        previews.write_previews(plan.backbone, plan.config, folder, 1, None)
     assert drawn == ["a <thing> and a toy", "a {red|blue} toy"]
 
 

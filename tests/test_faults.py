@@ -17,7 +17,7 @@ import rite_diffusion as rite
 from forks import forked
 from rite_diffusion.adapters import load_adapter
 from rite_diffusion.errors import ConfigError, RunError
-from rite_diffusion.training import run as run_module
+from rite_diffusion.training import previews
 from rite_diffusion.training import trainer as loop
 from rite_diffusion.training.run_folder import RunFolder
 from runs import Stop, crash_at, same_run, train
@@ -58,7 +58,7 @@ def test_previews_without_memory_do_not_stop_the_run(photos, tmp_path, monkeypat
     def sample(*arguments, **settings):
         raise OUT_OF_MEMORY
 
-    monkeypatch.setattr(run_module, "sample", sample)
+    monkeypatch.setattr(previews, "sample_encoded", sample)
     assert train(photos, tmp_path / "run").exists()
     assert "out of memory for the previews of step 2" in (tmp_path / "run/log.txt").read_text()
 

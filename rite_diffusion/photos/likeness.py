@@ -26,7 +26,7 @@ def near_duplicates(photos: Sequence[Photo]) -> list[list[str]]:
     Two photos are alike where the gradients of their colours on 32 x 32 cells correlate by 0.9, for
     the whole pictures or for one and a cut of the other, and their colours differ little.
     Gradients show what is drawn where: plain grounds and their colours say nothing, so different
-    drawings on white are not alike.
+    drawings on white are not alike. Plain pictures of one colour are.
     """
     groups = {place: [place] for place in range(len(photos))}
     for number, (one, other) in enumerate(_candidates(photos)):
@@ -98,9 +98,14 @@ def _cells(
 
 
 def _gradients(cells: np.ndarray) -> np.ndarray:
-    """Differences between neighbouring cells, in colour, as one vector of length 1 (or 0)."""
+    """Differences between neighbouring cells, in colour, as one vector of length 1.
+
+    The last number is that of plain pictures, which have no differences.
+    """
     across = (cells[:-1, 1:] - cells[:-1, :-1]).ravel()
     down = (cells[1:, :-1] - cells[:-1, :-1]).ravel()
     vector = np.concatenate([across, down])
     length = float(np.linalg.norm(vector))
-    return vector / length if length > 1 else np.zeros_like(vector)
+    if length <= 1:
+        return np.append(np.zeros_like(vector), np.float32(1))
+    return np.append(vector / length, np.float32(0))
