@@ -28,7 +28,7 @@ DROPPED = 0.1  # share of scenes whose caption is left out, for guidance
 class Settings:
     """One training of a base."""
 
-    pictures: int = 240_000  # seen
+    pictures: int = 600_000  # seen
     scenes: int = 30_000  # different ones
     captions: int = 50_000  # that teach the text encoder
     batch: int = 64
