@@ -22,7 +22,7 @@ def refuse(error):
 def test_photos_are_reported_before_the_base_is_opened(photos, monkeypatch):
     Image.new("RGB", (80, 70), "white").save(photos / "3.webp")
     (photos / "4.png").write_bytes(b"no picture")
-    monkeypatch.setattr(planning, "load_backbone", refuse(BackboneError("it is gone")))
+    monkeypatch.setattr(planning, "open_backbone", refuse(BackboneError("it is gone")))
     line = ["train", str(photos), "--trigger", "<thing>", "--class", "toy", "--dry-run"]
     result = CliRunner().invoke(app, line)
     told = result.stdout.splitlines()
