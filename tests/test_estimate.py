@@ -98,7 +98,9 @@ def test_weights_take_what_their_headers_say(weights, flow_folder):
     loaded = load_backbone(folder, "bf16", memory=memory)
     tensors = [*loaded.denoiser.parameters(), *loaded.denoiser.buffers()]
     found = sum(part.nbytes for each in tensors for part in stored_tensors(each))
-    assert part_bytes(empty, weights, loaded.ends) == pytest.approx(found, rel=0.03)
+    # int8 is counted 2.3 % too low on layers as small as these; why is not known
+    near = 0.01 if weights == "full" else 0.03
+    assert part_bytes(empty, weights, loaded.ends) == pytest.approx(found, rel=near)
 
 
 def test_the_largest_stage_decides(photos):
