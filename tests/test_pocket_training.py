@@ -13,6 +13,7 @@ from emoji_sprites import disc_sprites
 from train.pocket import (
     autoencoder,
     bases,
+    canvas,
     denoiser,
     emoji,
     held_out,
@@ -29,7 +30,7 @@ TINY = autoencoder.Settings(
     pictures=8, batch=2, crop=32, whole_from=0.75, critic_from=0.5, widths=(4, 4, 4, 8),
     latent_channels=4, kept_channels=3, decoder_pictures=4,
 )  # fmt: skip
-SIZES = bases.Sizes(unet_widths=(16, 16, 16), width=32, layers=1)
+SIZES = bases.Sizes(unet_widths=(16, 16, 16), width=32, layers=1, text_width=32, text_layers=1)
 
 
 @pytest.fixture(autouse=True)
@@ -134,9 +135,9 @@ def test_a_lost_training_goes_on_from_the_weights_that_were_kept(tmp_path, monke
     assert machine.load_state(tmp_path / "work" / "other.safetensors", {}, {}) == 0
 
 
-def test_an_aligned_sprite_has_the_same_pixels_in_every_cell():
+def test_an_aligned_sprite_has_the_same_pixels_in_every_scene():
     sprite = disc_sprites().image("flat", "cat-face").rotate(20).crop((3, 5, 90, 127))
-    cell, found = 128 // world.CELLS, {}
+    cell = 128 // world.CELLS
     for place, (_, extent) in world.PLACES.items():
         patterns = set()
         for seed in range(40):
@@ -147,10 +148,40 @@ def test_an_aligned_sprite_has_the_same_pixels_in_every_cell():
             rows, columns = (np.nonzero(image.any((axis, 2)))[0] for axis in (1, 0))
             assert rows[0] >= 0 and max(np.ptp(rows), np.ptp(columns)) < extent * cell
             part = image[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-            patterns.add((rows[0] % cell, columns[0] % cell, part.tobytes()))
-            found.setdefault(place, set()).add((rows[0], columns[0]))
+            patterns.add((rows[0], columns[0], part.tobytes()))
         assert len(patterns) == 1
-    assert [len(found[place]) for place in world.PLACES] == [9, 9, 6, 6]
+
+
+def test_patches_are_rows_of_two_by_two_latents():
+    latents = torch.randn(3, 4, 16, 16)
+    found = canvas.patches(latents)
+    assert found.shape == (3, canvas.PATCHES, 16)
+    for row, column in ((0, 0), (2, 5), (7, 7)):
+        part = latents[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        assert torch.equal(found[:, 8 * row + column], part.flatten(1))
+
+
+def test_the_canvas_shows_the_scene_of_a_caption(tmp_path, monkeypatch):
+    monkeypatch.setattr(world, "NOUNS", {"cat": "cat-face", "dog": "dog-face"})
+    coder = tiny_autoencoder()
+    table = canvas.table(tmp_path, coder, CPU)
+    assert table.shape == (2, len(world.PLACES), len(world.COLOURS), 4, 16, 16)
+    sprites = [emoji.sprites().image("3d", name) for name in world.NOUNS.values()]
+
+    def coded(shown, colour, place):
+        picture = world.draw(None, shown, colour, place, aligned=True)
+        assert np.array_equal(picture[0, 0], world.COLOURS[colour])
+        with torch.no_grad():
+            return coder.encode(held_out.as_pixels(picture[None])).latent_dist.mean[0]
+
+    single = world.Description("a small dog", ("dog",), "blue", "small", "3d")
+    wanted = coded(sprites[1:], "blue", "small")
+    assert torch.allclose(canvas.latents_of(single, table), wanted, atol=1e-3)
+    pair = world.Description("a dog and a cat", ("dog", "cat"), "red", "pair", "3d")
+    found = canvas.latents_of(pair, table)
+    for half, sprite, place in ((slice(0, 8), 1, "left"), (slice(8, 16), 0, "right")):
+        wanted = coded([sprites[sprite]], "red", place)[..., half]
+        assert torch.allclose(found[..., half], wanted, atol=1e-3)
 
 
 def test_narrowing_keeps_the_latents_and_what_the_decoder_reads():
@@ -322,11 +353,31 @@ def test_every_caption_fits_the_text_encoder(made, name):
     base = made[1][name]
     longest = max(text.captions(2000), key=len)
     states = base.states([longest, "a cat", ""])
-    _, owners = base.speaking_states([longest, "a cat"])
-    assert len(states) == 3 and {*owners.tolist()} == {0, 1}
-    assert max(len(state) for state in states) <= 32
+    taught = base.taught_states([longest, "a cat"])
+    assert len(states) == 3 and {*taught.owners.tolist()} == {0, 1}
+    assert taught.picture.shape == (2, canvas.PATCHES, 32)
+    assert max(len(state) for state in states) <= text.TOKENS
+    shown = torch.stack([state[-canvas.PATCHES :] for state in states[:2]])
+    assert torch.allclose(taught.picture, shown.float(), atol=0.01)  # what the denoiser reads
     words = base.tokenizer.decode(base.tokenizer(longest).input_ids)
     assert longest.split()[-1] in words
+
+
+@pytest.mark.parametrize("name", bases.BASES)
+def test_a_text_encoder_learns_what_a_scene_looks_like(made, name, tmp_path):
+    base = made[1][name]
+    encoder = copy.deepcopy(base.text_encoder)
+    picture = torch.randn(1, 1, 1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+    counts = (len(world.NOUNS), len(world.PLACES), len(world.COLOURS))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "text_encoder", encoder)
+        table = picture.expand(*counts, -1, -1, -1)
+        path = tmp_path / "text.safetensors"
+        _, error = text.teach(encoder, base.taught_states, table, CPU, 1600, path, batch=16)
+        learned = copy.deepcopy(encoder.state_dict())
+        text.teach(encoder, base.taught_states, table, CPU, 1600, path, batch=16)
+    assert all(torch.equal(value, learned[key]) for key, value in encoder.state_dict().items())
+    assert error < 0.7 * picture.var()  # the mean patch alone leaves all of it
 
 
 @pytest.mark.parametrize("name", bases.BASES)
@@ -356,8 +407,9 @@ def test_a_perfect_denoiser_has_zero_error(made, name, monkeypatch):
 @pytest.mark.parametrize("name", bases.BASES)
 def test_plain_diffusers_opens_and_draws_what_was_trained(made, name, tmp_path, monkeypatch):
     settings = denoiser.Settings(
-        pictures=4, scenes=4, captions=4, batch=2, unet_widths=(16, 16, 16), width=32, layers=1
-    )
+        pictures=4, scenes=4, captions=4, batch=2, unet_widths=(16, 16, 16), width=32, layers=1,
+        text_width=32, text_layers=1,
+    )  # fmt: skip
     folder = tmp_path / "work"
     shutil.copytree(made[0], folder)  # with the tokenizers
     monkeypatch.setattr(denoiser, "SHEET", denoiser.SHEET[:2])

@@ -20,7 +20,7 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
-from . import networks, text
+from . import canvas, networks, text
 from .machine import Machine
 
 States = list[Tensor]  # text states of each caption, (tokens, width)
@@ -31,8 +31,10 @@ class Sizes:
     """The sizes of a base's networks."""
 
     unet_widths: tuple[int, ...]
-    width: int  # of the text encoder, and of the transformer
+    width: int  # of the transformer
     layers: int  # of the transformer
+    text_width: int
+    text_layers: int  # whose states are read
 
 
 class Base(Protocol):
@@ -41,8 +43,8 @@ class Base(Protocol):
     text_encoder: nn.Module
     denoiser: nn.Module
 
-    def speaking_states(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """States (n, width) that must say everything of a caption, and whose they are (n,)."""
+    def taught_states(self, captions: list[str]) -> text.Taught:
+        """The states of captions that the text encoder's training looks at."""
         ...
 
     def states(self, captions: list[str]) -> States:
@@ -84,8 +86,10 @@ class UNetBase:
     def __init__(self, folder: Path, channels: int, sizes: Sizes, machine: Machine) -> None:
         self.machine = machine
         self.tokenizer = text.clip_tokenizer(folder / "unet-tokenizer")
-        self.text_encoder = networks.new_clip(self.tokenizer, sizes.width).to(machine.device)
-        unet = networks.new_unet(channels, sizes.unet_widths, sizes.width)
+        self.text_encoder = networks.new_clip(
+            self.tokenizer, sizes.text_width, sizes.text_layers
+        ).to(machine.device)
+        unet = networks.new_unet(channels, sizes.unet_widths, sizes.text_width)
         self.denoiser = unet.to(machine.device, memory_format=torch.channels_last)
         if machine.uses_bf16 and machine.device.type == "cpu":
             self.denoiser.set_attn_processor(FloatAttention())
@@ -101,15 +105,17 @@ class UNetBase:
         )
         return found.input_ids.to(self.machine.device)
 
-    def speaking_states(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """The states at the end mark and at every padding position, which is the same token."""
+    def taught_states(self, captions: list[str]) -> text.Taught:
+        """The end mark and the first padding (the same token) speak; the last states show."""
         ids = self._ids(captions)
-        ended = ids == self.tokenizer.eos_token_id
-        return self.text_encoder(ids).last_hidden_state[ended], ended.nonzero()[:, 0]
+        states = self.text_encoder(ids).last_hidden_state
+        ended = ids[:, : text.WORDS] == self.tokenizer.eos_token_id
+        words, picture = states[:, : text.WORDS], states[:, text.WORDS :]
+        return text.Taught(words[ended], ended.nonzero()[:, 0], picture)
 
     @torch.no_grad()
     def states(self, captions: list[str]) -> States:
-        """The last hidden states, (32, width) each."""
+        """The last hidden states, (TOKENS, width) each."""
         return list(self.text_encoder(self._ids(captions)).last_hidden_state.half().cpu())
 
     def errors(self, latents: Tensor, states: States, generator: torch.Generator) -> Tensor:
@@ -164,8 +170,12 @@ class FlowBase:
     def __init__(self, folder: Path, channels: int, sizes: Sizes, machine: Machine) -> None:
         self.machine = machine
         self.tokenizer = text.qwen_tokenizer(folder / "flow-tokenizer")
-        self.text_encoder = networks.new_qwen(self.tokenizer, sizes.width).to(machine.device)
-        transformer = networks.new_transformer(channels, sizes.width, sizes.layers, sizes.width)
+        self.text_encoder = networks.new_qwen(
+            self.tokenizer, sizes.text_width, sizes.text_layers
+        ).to(machine.device)
+        transformer = networks.new_transformer(
+            channels, sizes.width, sizes.layers, sizes.text_width
+        )
         self.denoiser = transformer.to(machine.device)
         if machine.uses_bf16 and machine.device.type == "cpu":
             _quicken(transformer)
@@ -182,12 +192,14 @@ class FlowBase:
         output = self.text_encoder(**found, output_hidden_states=True)
         return output.hidden_states[-2], found.attention_mask.bool()
 
-    def speaking_states(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """The states of the template's last three tokens: they have read the whole caption."""
+    def taught_states(self, captions: list[str]) -> text.Taught:
+        """The template's last words have read the caption and speak; its patch tokens show."""
         states, real = self._read(captions)
         left = real.flip(1).cumsum(1).flip(1)  # tokens from here to the end
-        last = real & (left <= 3)
-        return states[last], last.nonzero()[:, 0]
+        shows = real & (left <= canvas.PATCHES)
+        speaks = real & (left > canvas.PATCHES) & (left <= canvas.PATCHES + 3)
+        picture = states[shows].unflatten(0, (len(captions), canvas.PATCHES))
+        return text.Taught(states[speaks], speaks.nonzero()[:, 0], picture)
 
     @torch.no_grad()
     def states(self, captions: list[str]) -> States:

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from . import held_out, text, world
+from . import canvas, held_out, text, world
 from .bases import BASES, GUIDANCE, Base, Sizes
 from .machine import Machine, Progress, load_state, rate_at, save_state, set_rate, update_average
 from .muon import Muon, split_weights
@@ -28,21 +28,23 @@ DROPPED = 0.1  # share of scenes whose caption is left out, for guidance
 class Settings:
     """One training of a base."""
 
-    pictures: int = 600_000  # seen
-    scenes: int = 30_000  # different ones
-    captions: int = 50_000  # that teach the text encoder
-    batch: int = 64
+    pictures: int = 200_000  # seen
+    scenes: int = 12_000  # different ones
+    captions: int = 300_000  # that teach the text encoder
+    batch: int = 32
     rate: float = 6e-4  # of AdamW
     muon_rate: float = 0.01
     decay: float = 0.9993  # of the average of the weights
     unet_widths: tuple[int, ...] = (64, 96, 192)
     width: int = 192
     layers: int = 8
+    text_width: int = 256
+    text_layers: int = 4
 
     @property
     def sizes(self) -> Sizes:
         """The sizes of the networks."""
-        return Sizes(self.unet_widths, self.width, self.layers)
+        return Sizes(self.unet_widths, self.width, self.layers, self.text_width, self.text_layers)
 
 
 @torch.no_grad()
@@ -68,16 +70,15 @@ def encode_scenes(
     return load_file(path)["latents"], [scene.caption for scene in described]
 
 
-def prepared(work: Path, name: str, channels: int, settings: Settings, machine: Machine) -> Base:
+def prepared(
+    work: Path, name: str, autoencoder: AutoencoderKL, settings: Settings, machine: Machine
+) -> Base:
     """The base with its text encoder taught, from `work` where that was done before."""
     torch.manual_seed(0)
-    base = BASES[name](work, channels, settings.sizes, machine)
+    base = BASES[name](work, autoencoder.config.latent_channels, settings.sizes, machine)
+    shown = canvas.table(work, autoencoder, machine)
     path = work / f"{name}-text.safetensors"
-    modules = {"text_encoder": base.text_encoder}
-    if not load_state(path, {}, modules):
-        seen = settings.captions
-        text.teach(base.text_encoder, base.speaking_states, settings.width, machine, seen)
-        save_state(path, seen, {}, modules)
+    text.teach(base.text_encoder, base.taught_states, shown, machine, settings.captions, path)
     base.text_encoder.requires_grad_(False).eval()
     return base
 
@@ -94,7 +95,7 @@ def train(
     work: Path, name: str, autoencoder: AutoencoderKL, settings: Settings, machine: Machine
 ) -> None:
     """Train the base `name` until `settings.pictures`, from the state in `work` if it is there."""
-    base = prepared(work, name, autoencoder.config.latent_channels, settings, machine)
+    base = prepared(work, name, autoencoder, settings, machine)
     latents, captions = encode_scenes(work, autoencoder, settings.scenes, machine)
     states, empty = all_states(base, captions), base.states([""])[0]
     average = copy.deepcopy(base.denoiser).requires_grad_(False)

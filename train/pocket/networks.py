@@ -79,20 +79,21 @@ def new_unet(
     )
 
 
-def new_clip(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModel:
-    """CLIP's text transformer, two layers deep."""
+def new_clip(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextModel:
+    """CLIP's text transformer."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
             intermediate_size=4 * width,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             max_position_embeddings=tokenizer.model_max_length,
             hidden_act="quick_gelu",
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            attn_implementation="eager",  # torch's CPU flash attention: see bases.FloatAttention
         )
     )
 
@@ -116,20 +117,21 @@ def new_transformer(
     )
 
 
-def new_qwen(tokenizer: Qwen2Tokenizer, width: int) -> Qwen3Model:
-    """Qwen's language model, three layers deep; Z-Image reads what enters the last one."""
+def new_qwen(tokenizer: Qwen2Tokenizer, width: int, layers: int) -> Qwen3Model:
+    """Qwen's language model; Z-Image reads what enters its last layer, one after `layers`."""
     return Qwen3Model(
         Qwen3Config(
             vocab_size=len(tokenizer),
             hidden_size=width,
-            intermediate_size=2 * width,
-            num_hidden_layers=3,
+            intermediate_size=3 * width,
+            num_hidden_layers=layers + 1,
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=width // 4,
             max_position_embeddings=tokenizer.model_max_length,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
+            attn_implementation="eager",
         )
     )
 

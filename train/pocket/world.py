@@ -104,12 +104,14 @@ def article(noun: str) -> str:
 
 
 def ground(
-    rng: np.random.Generator,
+    rng: np.random.Generator | None,
     colour: tuple[float, ...],
     size: int = SIZE,
     slope: float = 9.0,
 ) -> np.ndarray:
-    """Background (size, size, 3) float32 of one colour with a slight gradient and tint."""
+    """Background (size, size, 3) float32 of one colour; `rng` gives a slight gradient and tint."""
+    if rng is None:
+        return np.full((size, size, 3), colour, np.float32)
     tint = np.asarray(colour, np.float32) + rng.normal(0, 5, 3).astype(np.float32)
     slopes = rng.normal(0, slope, 2).astype(np.float32)
     ramp = np.linspace(-1, 1, size, dtype=np.float32)
@@ -133,7 +135,7 @@ def paste(canvas: np.ndarray, image: Image.Image, centre: tuple[float, ...], ext
 
 
 def draw(
-    rng: np.random.Generator,
+    rng: np.random.Generator | None,
     images: list[Image.Image],
     colour: str,
     place: str = "centre",
@@ -142,17 +144,14 @@ def draw(
 ) -> np.ndarray:
     """A picture (size, size, 3) uint8 of one sprite at a place, or of two side by side.
 
-    The size varies by 8 % and the place by half a cell. With `aligned` the size is the place's own
-    and the place varies by whole cells, so that a sprite has the same latents wherever it is.
+    The size varies by 8 % and the place by half a cell. With `aligned` both are the place's own, so
+    that a sprite has the same latents in every scene. Without `rng` the ground is one plain colour.
     """
     canvas = ground(rng, COLOURS[colour], size)
     spots = [PLACES[place]] if len(images) == 1 else [PLACES["left"], PLACES["right"]]
     for image, (x, extent) in zip(images, spots, strict=True):
-        if aligned:
-            off, ratio = rng.integers(-1, 2, 2), 1.0
-            if x != CELLS / 2:  # at a side: towards the edge only
-                off[0] = np.sign(x - CELLS / 2) * abs(off[0])
-        else:
+        off, ratio = np.zeros(2), 1.0
+        if not aligned:
             off, ratio = rng.uniform(-0.5, 0.5, 2), rng.uniform(0.92, 1.08)
         centre = np.array([x, CELLS / 2]) + off
         paste(canvas, image, tuple(centre * size / CELLS), extent * ratio * size / CELLS)
