@@ -173,8 +173,9 @@ def teach(
         answers = (states.speaking.float() @ directions.T)[spoken].split(sizes, dim=-1)
         wanted = facts[states.owners[spoken]]
         loss = sum(F.cross_entropy(a, w) for a, w in zip(answers, wanted.T, strict=True))
-        seen_states = F.rms_norm(states.picture.float(), (width,))  # as Z-Image reads them
-        misses = (readout(seen_states) - shown.to(machine.device)).square()
+        # normalised as Z-Image reads them
+        picture = F.rms_norm(states.picture.float(), directions.shape[1:])
+        misses = (readout(picture) - shown.to(machine.device)).square()
         (0.05 * loss + misses.mean()).backward()
         nn.utils.clip_grad_norm_([*inner, *others], 1.0)
         muon.step()

@@ -151,7 +151,7 @@ def draw(
     spots = [PLACES[place]] if len(images) == 1 else [PLACES["left"], PLACES["right"]]
     for image, (x, extent) in zip(images, spots, strict=True):
         off, ratio = np.zeros(2), 1.0
-        if not aligned:
+        if rng is not None and not aligned:
             off, ratio = rng.uniform(-0.5, 0.5, 2), rng.uniform(0.92, 1.08)
         centre = np.array([x, CELLS / 2]) + off
         paste(canvas, image, tuple(centre * size / CELLS), extent * ratio * size / CELLS)
