@@ -114,6 +114,20 @@ def test_a_text_encoder_learns_what_a_scene_looks_like(made, name, tmp_path):
     assert error < 0.7 * picture.var()  # the mean patch alone leaves all of it
 
 
+def test_the_log_tells_errors_with_and_without_captions():
+    noises = []
+
+    class Fake:
+        def errors(self, latents, states, generator):
+            noises.append(torch.randn(3, generator=generator))
+            return torch.stack(states).mean(1) * latents.mean((1, 2, 3))
+
+    latents = torch.full((2, 1, 2, 2), 2.0)
+    found = denoiser.use_of_captions(Fake(), latents, [torch.ones(4)] * 2, torch.full((4,), 3.0))
+    assert found == {"told": 2.0, "untold": 6.0}
+    assert torch.equal(*noises)
+
+
 @pytest.mark.parametrize("name", bases.BASES)
 def test_a_perfect_denoiser_has_zero_error(made, name, monkeypatch):
     base, latents = made[1][name], torch.randn(6, 4, 16, 16)
