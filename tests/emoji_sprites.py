@@ -1,6 +1,7 @@
 """Discs in the place of emoji, which only `emoji.fetch` brings."""
 
 import numpy as np
+import pytest
 
 from train.pocket import emoji, world
 
@@ -15,3 +16,11 @@ def disc_sprites(*names: str) -> emoji.Sprites:
     for index, picture in enumerate(pixels):
         picture[disc] = (index % 256, 255 - index % 256, 90, 255)
     return emoji.Sprites(pixels, {key: (i, 128, 128) for i, key in enumerate(keys)})
+
+
+def replace_sprites(monkeypatch: pytest.MonkeyPatch) -> emoji.Sprites:
+    """Put discs in the place of the emoji, and return them."""
+    found = disc_sprites()
+    monkeypatch.setattr(emoji, "sprites", lambda: found)
+    emoji.training_keys.cache_clear()
+    return found

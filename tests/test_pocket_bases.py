@@ -7,7 +7,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from emoji_sprites import disc_sprites
+from emoji_sprites import replace_sprites
 from train.pocket import autoencoder, bases, canvas, denoiser, emoji, held_out, machine, text, world
 
 CPU = machine.Machine(torch.device("cpu"), uses_bf16=False, workers=0)
@@ -16,11 +16,7 @@ SIZES = bases.Sizes(unet_widths=(16, 16, 16), width=32, layers=1, text_width=32,
 
 @pytest.fixture(autouse=True)
 def drawn_sprites(monkeypatch):
-    """Discs in the place of emoji, which only `emoji.fetch` brings."""
-    found = disc_sprites()
-    monkeypatch.setattr(emoji, "sprites", lambda: found)
-    emoji.training_keys.cache_clear()
-    yield found
+    yield replace_sprites(monkeypatch)
     emoji.training_keys.cache_clear()
 
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import nn
 
-from emoji_sprites import disc_sprites
+from emoji_sprites import disc_sprites, replace_sprites
 from train.pocket import (
     autoencoder,
     emoji,
@@ -28,11 +28,7 @@ TINY = autoencoder.Settings(
 
 @pytest.fixture(autouse=True)
 def drawn_sprites(monkeypatch):
-    """Discs in the place of emoji, which only `emoji.fetch` brings."""
-    found = disc_sprites()
-    monkeypatch.setattr(emoji, "sprites", lambda: found)
-    emoji.training_keys.cache_clear()
-    yield found
+    yield replace_sprites(monkeypatch)
     emoji.training_keys.cache_clear()
 
 

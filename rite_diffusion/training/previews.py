@@ -1,5 +1,7 @@
 """Pictures drawn during training."""
 
+from PIL import Image
+
 from rite_diffusion.backbones.conditioning import moved
 from rite_diffusion.backbones.protocols import Backbone, Conditioning
 from rite_diffusion.config import TrainConfig
@@ -22,40 +24,34 @@ def write_previews(
 
     `encoded` has the prompts' conditioning, None where it changes with the training.
     """
-    with unassisted(backbone, config):
-        _write_previews(backbone, config, run, step, encoded)
+    try:
+        with unassisted(backbone, config):
+            for index, prompt in enumerate(preview_prompts(config)):
+                conditioning = None if encoded is None else encoded[index]
+                image = _drawn(backbone, config, prompt, conditioning)
+                image.save(run.path / "previews" / f"step-{step:06d}-{index}.png")
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        run.log(f"out of memory for the previews of step {step}: left out")
+    except BackboneError as error:  # released parts are read from the base's files again
+        run.log(f"no previews of step {step}: {error}")
     release_autoencoder(backbone, config)
 
 
-def _write_previews(
-    backbone: Backbone,
-    config: TrainConfig,
-    run: RunFolder,
-    step: int,
-    encoded: list[Conditioning] | None,
-) -> None:
+def _drawn(
+    backbone: Backbone, config: TrainConfig, prompt: str, conditioning: Conditioning | None
+) -> Image.Image:
+    if conditioning is None:
+        conditioning = encode_for_guidance(backbone, [prompt], "")
     previews, side = config.previews, config.resolution
-    for index, prompt in enumerate(preview_prompts(config)):
-        try:
-            if encoded is None:
-                conditioning = encode_for_guidance(backbone, [prompt], "")
-            else:
-                conditioning = moved(encoded[index], backbone.device)
-            [image] = sample_encoded(
-                backbone,
-                conditioning,
-                [previews.seed],
-                steps=previews.steps,
-                guidance=previews.guidance,
-                width=side,
-                height=side,
-            )
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            run.log(f"out of memory for the previews of step {step}: left out")
-            return
-        except BackboneError as error:  # released parts are read from the base's files again
-            run.log(f"no previews of step {step}: {error}")
-            return
-        image.save(run.path / "previews" / f"step-{step:06d}-{index}.png")
+    [image] = sample_encoded(
+        backbone,
+        moved(conditioning, backbone.device),
+        [previews.seed],
+        steps=previews.steps,
+        guidance=previews.guidance,
+        width=side,
+        height=side,
+    )
+    return image
