@@ -44,10 +44,12 @@ def _drawn(
 ) -> Image.Image:
     if conditioning is None:
         conditioning = encode_for_guidance(backbone, [prompt], "")
+    else:
+        conditioning = moved(conditioning, backbone.device)
     previews, side = config.previews, config.resolution
     [image] = sample_encoded(
         backbone,
-        moved(conditioning, backbone.device),
+        conditioning,
         [previews.seed],
         steps=previews.steps,
         guidance=previews.guidance,
